@@ -1,0 +1,6 @@
+"""grpo_lite: GRPO with LoRA/QLoRA on one small GPU, from a recipe to a verified merged model.
+
+Importing this package loads no torch; see grpo_lite.cli for the commands and grpo_lite.train for the straight line.
+"""
+
+__version__ = "0.1.0"
