@@ -1,0 +1,225 @@
+"""load_prompts: rows from the Hub, a file or a generator -> prompts for the trainer, train and held-out disjoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.base_model import hub_unreachable
+from grpo_lite.errors import DataError
+from grpo_lite.generators import Row, generate_rows
+from grpo_lite.recipe import DataSection, Recipe, SourceSection
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows ready for the trainer: `prompt` (chat messages or text), the gold answer and every other column."""
+
+    train: list[Row]
+    eval: list[Row]
+    notes: tuple[str, ...] = ()  # what was dropped and why, for people
+
+
+def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
+    """Load, split, render and check the recipe's rows.
+
+    Args:
+        recipe: whose `data` section says where rows come from.
+        tokenizer: measures prompts for `max_prompt_tokens`; None: lengths are not checked.
+
+    Raises:
+        DataError: source missing or unreachable, a column missing, no rows, or held-out rows also trained on.
+    """
+    data = recipe.data
+    rows = read_rows(data.train, recipe.seed, "data.train")
+    notes: list[str] = []
+    if data.eval is not None:
+        train, held = rows, read_rows(data.eval, recipe.seed + 1, "data.eval")
+    else:
+        train, held = _hold_out(rows, data.holdout, recipe.seed)
+    train = [render_row(data, row, "data.train", i) for i, row in enumerate(train)]
+    held = [render_row(data, row, "data.eval", i) for i, row in enumerate(held)]
+    train, note = _without(train, held)
+    notes += note
+    if tokenizer is not None and data.max_prompt_tokens is not None:
+        train, note = _short_enough(train, recipe, tokenizer, "training")
+        notes += note
+        held, note = _short_enough(held, recipe, tokenizer, "held-out")
+        notes += note
+    if not train:
+        raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
+    if recipe.eval.enabled and not held:
+        raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
+    return Prompts(train, held, tuple(notes))
+
+
+def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
+    """Return the rows of one source.
+
+    Raises:
+        DataError: missing, unreadable, unreachable or empty.
+    """
+    if source.generator:
+        rows = generate_rows(source.generator, source.kwargs, seed)
+    elif source.path:
+        rows = _read_file(Path(source.path).expanduser(), where)
+    else:
+        rows = _read_hub(source, where)
+    rows = rows[: source.limit]
+    if not rows:
+        raise DataError(f"{where}: the source has no rows. Give a file or dataset with at least one.")
+    return rows
+
+
+def _read_file(path: Path, where: str) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"{where}.path: {str(path)!r} is given, but there is no such file. Check the path.")
+    try:
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path, where)
+        if path.suffix == ".json":
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
+                raise DataError(f"{where}.path: {path} must hold a list of objects, one a row.")
+            return loaded
+        if path.suffix == ".csv":
+            import csv
+
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return [dict(row) for row in csv.DictReader(file)]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+        raise DataError(f"{where}.path: {path} cannot be read as {path.suffix}: {error}") from None
+    raise DataError(f"{where}.path: {path.name} is given; allowed endings: .jsonl, .json, .csv, .parquet.")
+
+
+def _read_jsonl(path: Path, where: str) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}.path: {path} line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}.path: {path} line {number} is {type(row).__name__}, not an object.")
+            rows.append(row)
+    return rows
+
+
+def _read_hub(source: SourceSection, where: str) -> list[Row]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = f"{source.hub}" + (f" ({source.config})" if source.config else "")
+    split = f"{source.split}[:{source.limit}]" if source.limit and "[" not in source.split else source.split
+    try:
+        dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{where}.hub: the dataset {name} was not found on the Hub, or is gated or private: {error}. Check the "
+            "spelling, accept its terms on its page, or log in with `hf auth login`."
+        ) from None
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, FileNotFoundError) as error:
+        message = hub_unreachable(f"{where}.hub", f"the dataset {name}", error).split(", or train the model")[0]
+        raise DataError(f"{message} as {where}.path=my.jsonl.") from None
+    except ValueError as error:  # unknown config or split; the message lists those that exist
+        raise DataError(f"{where}: {name}, split {source.split!r}: {error}") from None
+    return [dict(row) for row in dataset]
+
+
+def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    if count >= len(rows):
+        raise DataError(f"data.holdout: {count} is given, but there are only {len(rows)} rows. Hold out fewer.")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    held = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in order[:count]]
+
+
+def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
+    """Return the row with its `prompt` rendered and its gold under `answer`; all other columns are kept.
+
+    Raises:
+        DataError: a column that the template or `answer` names is missing.
+    """
+    columns = {name: value for name, value in row.items() if name is not None}
+    names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
+    needed = names + ([data.answer] if data.answer else [])
+    for name in needed:
+        if name.split(".")[0].split("[")[0] not in columns:
+            raise DataError(
+                f"{where}: row {index} has no column {name!r}. It has: {', '.join(map(str, columns))}. "
+                "Correct data.prompt or data.answer."
+            )
+    passthrough = data.prompt == "{prompt}" and isinstance(row.get("prompt"), list)
+    question = "" if passthrough else data.prompt.format_map(columns)
+    out = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
+    if data.answer:
+        out["answer"] = columns[data.answer]
+    out["prompt"] = _chat(data, row, question, passthrough) if data.format == "chat" else _text(data, question)
+    return out
+
+
+def _chat(data: DataSection, row: Row, question: str, passthrough: bool) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": data.system}] if data.system else []
+    for example in data.examples:
+        messages += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
+    return messages + (list(row["prompt"]) if passthrough else [{"role": "user", "content": question}])
+
+
+def _text(data: DataSection, question: str) -> str:
+    examples = "".join(f"{example.prompt}{example.answer}\n" for example in data.examples)
+    return (f"{data.system}\n" if data.system else "") + examples + question
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
+
+
+def _without(train: list[Row], held: list[Row]) -> tuple[list[Row], list[str]]:
+    """Drop training rows whose prompt is also held out: disjoint by construction, and said."""
+    forbidden = {_key(row) for row in held}
+    kept = [row for row in train if _key(row) not in forbidden]
+    dropped = len(train) - len(kept)
+    return kept, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
+
+
+def prompt_text(prompt: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> str:
+    """Return the text the model sees for a prompt: the chat template applied, or the text itself."""
+    if isinstance(prompt, str):
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "data.format: 'chat' is given, but the model's tokenizer has no chat template (a base model). "
+            "Use data.format=text, or an instruct model."
+        )
+    return str(
+        tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+        )
+    )
+
+
+def prompt_ids(prompt: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+    """Return the token ids the model sees for a prompt, as TRL makes them (no BOS added to a rendered chat)."""
+    text = prompt_text(prompt, tokenizer, chat_template_kwargs)
+    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:
+    cap = recipe.data.max_prompt_tokens or 0
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, kwargs)) <= cap]
+    dropped = len(rows) - len(kept)
+    return kept, [f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."] if dropped else []

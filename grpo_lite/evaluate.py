@@ -1,0 +1,167 @@
+"""evaluate: base (adapter disabled) against trained on the same held-out prompts, strict and lenient, with intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.data import Prompts, load_prompts, prompt_ids
+from grpo_lite.errors import EvaluationError
+from grpo_lite.generate import generate_completions
+from grpo_lite.generators import Row
+from grpo_lite.hardware import detect_device
+from grpo_lite.model import load_tokenizer, load_trained
+from grpo_lite.recipe import Recipe, RewardSection, ScoreSection
+from grpo_lite.reward_loader import Reward, load_function
+from grpo_lite.run_dir import RunDir, now, write_atomic
+from grpo_lite.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
+
+Show = Callable[[str], None]
+
+
+def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | None = None) -> dict[str, Any]:
+    """Measure base and trained model of a run, and write metrics.json and evaluation/records.jsonl.
+
+    Args:
+        run: a trained run.
+        show: called with lines for people.
+        model: the trained PeftModel, if it is still in memory; otherwise base and adapter are loaded.
+        prompts: the run's prompts, if already loaded.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        EvaluationError: evaluation is switched off, or no held-out answer is usable.
+    """
+    recipe = run.load_recipe()
+    if not recipe.eval.enabled:
+        raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to measure.")
+    tokenizer = load_tokenizer(recipe)
+    rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
+    if model is None:
+        model = load_trained(recipe, detect_device(), run.adapter)
+    records: dict[str, list[Row]] = {}
+    for name in ("base", "trained"):
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            records[name] = score_model(model, tokenizer, recipe, rows, show, name)
+    result = compare(recipe, records["base"], records["trained"])
+    run.evaluation.mkdir(exist_ok=True)
+    _write_records(run.evaluation / "records.jsonl", rows, records)
+    write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], show: Show, name: str) -> list[Row]:
+    """Generate greedy and sampled completions for held-out rows and score them.
+
+    Returns:
+        One record per row: `completion` (greedy), `lenient`, `strict` (bool, None without a usable gold), and
+        `samples_right`, how many of `eval.samples` sampled completions are leniently right.
+    """
+    section = recipe.eval
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    ids = [prompt_ids(row["prompt"], tokenizer, kwargs) for row in rows]
+    cap = section.max_new_tokens or recipe.max_completion_length
+    shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size}
+
+    def tell(kind: str) -> Callable[[int, int], None]:
+        return lambda done, total: show(f"evaluating {name}, {kind}: {done}/{total} prompts") if done == total else None
+
+    greedy = generate_completions(model, tokenizer, ids, progress=tell("greedy"), **shared)
+    lenient, strict = score_completions(tokenizer, recipe, rows, [c[0] for c in greedy])
+    records: list[Row] = [
+        {"completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight}
+        for c, loose, tight in zip(greedy, lenient, strict, strict=True)
+    ]
+    if section.samples:
+        sampled = generate_completions(
+            model, tokenizer, ids, samples=section.samples, temperature=section.temperature, seed=recipe.seed,
+            progress=tell(f"{section.samples} samples"), **shared,
+        )  # fmt: skip
+        repeated = [row for row in rows for _ in range(section.samples)]
+        right, _ = score_completions(tokenizer, recipe, repeated, [c for group in sampled for c in group])
+        for i, record in enumerate(records):
+            group = right[i * section.samples : (i + 1) * section.samples]
+            record["samples_right"] = None if None in group else sum(bool(r) for r in group)
+    return records
+
+
+def score_completions(
+    tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
+) -> tuple[list[bool | None], list[bool | None]]:
+    """Return whether each completion is leniently and strictly right; None where the gold is unusable."""
+    lenient_section: ScoreSection | RewardSection = recipe.eval.lenient or recipe.rewards[0]
+    lenient = _scores(lenient_section, "eval.lenient", tokenizer, rows, completions)
+    threshold = getattr(lenient_section, "threshold", 1.0)
+    right: list[bool | None] = [None if score is None else score >= threshold for score in lenient]
+    strict = list(right)
+    for i, section in enumerate(recipe.eval.strict):
+        for j, score in enumerate(_scores(section, f"eval.strict[{i}]", tokenizer, rows, completions)):
+            if strict[j]:
+                strict[j] = score is not None and score >= section.threshold
+    return right, strict
+
+
+def _scores(
+    section: Any, where: str, tokenizer: Any, rows: Sequence[Row], completions: Sequence[list[int]]
+) -> list[float | None]:
+    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    function: Reward = load_function(section, where, columns)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
+    return function(
+        completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+        prompts=[row["prompt"] for row in rows],
+        completion_ids=[list(ids) for ids in completions],
+        **{key: [row.get(key) for row in rows] for key in columns},
+    )
+
+
+def compare(recipe: Recipe, base: list[Row], trained: list[Row]) -> dict[str, Any]:
+    """Compare paired records: rates with Wilson intervals, paired bootstrap, McNemar, pass@k and a verdict.
+
+    Raises:
+        EvaluationError: no record has a usable gold.
+    """
+    usable = [i for i, record in enumerate(base) if record["lenient"] is not None]
+    if not usable:
+        raise EvaluationError("eval: no held-out row has a usable gold answer. Check data.answer and eval.lenient.")
+    result: dict[str, Any] = {"n": len(usable), "unusable_golds": len(base) - len(usable), "measured_at": now()}
+    for kind in ("lenient", "strict"):
+        before = [bool(base[i][kind]) for i in usable]
+        after = [bool(trained[i][kind]) for i in usable]
+        difference = paired_bootstrap(before, after, seed=recipe.seed)
+        test = mcnemar_exact(before, after)
+        result[kind] = {
+            "base": dataclasses.asdict(wilson_interval(sum(before), len(before))),
+            "trained": dataclasses.asdict(wilson_interval(sum(after), len(after))),
+            "difference": dataclasses.asdict(difference),
+            "mcnemar": dataclasses.asdict(test),
+            "verdict": dataclasses.asdict(verdict(difference, test, score=f"held-out {kind} score")),
+        }
+    if samples := recipe.eval.samples:
+        result["pass_at_k"] = {
+            f"pass@{k}": {
+                name: mean_pass_at_k([records[i]["samples_right"] for i in usable], samples, k)
+                for name, records in (("base", base), ("trained", trained))
+            }
+            for k in _powers_of_two(samples)
+        }
+    return result
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return sorted({1 << i for i in range(limit.bit_length()) if 1 << i <= limit} | {limit})
+
+
+def _write_records(path: Path, rows: list[Row], records: dict[str, list[Row]]) -> None:
+    lines = [
+        json.dumps({**row, "base": before, "trained": after}, ensure_ascii=False, default=str)
+        for row, before, after in zip(rows, records["base"], records["trained"], strict=True)
+    ]
+    write_atomic(path, "\n".join(lines) + "\n")

@@ -1,0 +1,124 @@
+"""Named generators of rows: problems with a checkable answer, all distinct, from a seed. Torch-free."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+from grpo_lite.errors import DataError
+
+Row = dict[str, Any]
+
+
+def generate_rows(name: str, kwargs: dict[str, Any], seed: int) -> list[Row]:
+    """Return the rows of a named generator.
+
+    Raises:
+        DataError: unknown arguments, or values out of range; with what is allowed.
+    """
+    function = GENERATORS[name]
+    allowed = [key for key in inspect.signature(function).parameters if key != "seed"]
+    unknown = [key for key in kwargs if key not in allowed]
+    if unknown and name != "reasoning_gym":
+        raise DataError(
+            f"data: the generator {name!r} has no argument {', '.join(map(repr, unknown))}. "
+            f"Allowed: {', '.join(allowed)}."
+        )
+    try:
+        return function(seed=seed, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"data: the generator {name!r} was given {kwargs!r}: {error}.") from None
+
+
+def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int | None = None) -> list[Row]:
+    """Return distinct sums or differences `{question: '3+12', answer: '15'}` of terms low…high, in random order.
+
+    Args:
+        seed: of the order.
+        low: smallest term.
+        high: largest term; there are (high − low + 1)² problems.
+        operator: `+` or `-`.
+        size: how many of them; None: all.
+    """
+    if operator not in ("+", "-"):
+        raise ValueError("operator is + or -")
+    if not 0 <= low <= high:
+        raise ValueError("0 <= low <= high is needed")
+    pairs = list(itertools.product(range(low, high + 1), repeat=2))
+    if size is not None and not 1 <= size <= len(pairs):
+        raise ValueError(f"there are {len(pairs)} distinct problems, so size is 1 to {len(pairs)}")
+    random.Random(seed).shuffle(pairs)
+    return [
+        {"question": f"{a}{operator}{b}", "answer": str(a + b if operator == "+" else a - b)} for a, b in pairs[:size]
+    ]
+
+
+def countdown(seed: int, size: int = 1000, numbers: int = 3, low: int = 1, high: int = 99) -> list[Row]:
+    """Return countdown problems: reach `target` from `nums`, each used at most once, by + − × ÷. All are solvable.
+
+    Args:
+        seed: of the problems.
+        size: how many, all distinct.
+        numbers: how many numbers each, 2 to 6.
+        low: smallest number.
+        high: largest number.
+    """
+    if not 2 <= numbers <= 6 or not 1 <= low < high or size < 1:
+        raise ValueError("2 <= numbers <= 6, 1 <= low < high and size >= 1 are needed")
+    rng = random.Random(seed)
+    rows: dict[tuple[Any, ...], Row] = {}
+    for _ in range(size * 200):
+        nums = [rng.randint(low, high) for _ in range(numbers)]
+        expression, target = _random_expression(nums, rng)
+        if 1 <= target <= 10 * high and target not in nums:
+            row = {"nums": nums, "target": target, "numbers": ", ".join(map(str, nums)), "answer": expression}
+            rows.setdefault((*sorted(nums), target), row)
+        if len(rows) == size:
+            return list(rows.values())
+    raise ValueError(f"only {len(rows)} distinct problems exist for these arguments; ask for fewer or widen low…high")
+
+
+def _random_expression(nums: list[int], rng: random.Random) -> tuple[str, int]:
+    """Combine all numbers left to right in a random order with random operators; whole results only."""
+    order = nums[:]
+    rng.shuffle(order)
+    text, value = str(order[0]), order[0]
+    for number in order[1:]:
+        operators = ["+", "-", "*"] + (["/"] if number and value % number == 0 else [])
+        operator = rng.choice(operators)
+        results = {"+": value + number, "-": value - number, "*": value * number}
+        value = value // number if operator == "/" else results[operator]
+        text = f"({text}{operator}{number})"
+    return text[1:-1], value
+
+
+def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) -> list[Row]:
+    """Return rows of a reasoning-gym task; `entry` keeps what its own verifier needs (rewards.reasoning_gym_reward)."""
+    try:
+        import reasoning_gym as library
+    except ImportError:
+        raise DataError(
+            "data: the generator 'reasoning_gym' needs the library: pip install 'grpo-lite[reasoning-gym]'."
+        ) from None
+    import json
+
+    dataset = library.create_dataset(task, size=size, seed=seed, **task_kwargs)
+    return [
+        {
+            "question": entry["question"],
+            "answer": str(entry["answer"]),
+            "task": task,
+            "entry": json.dumps(entry, default=str),
+        }
+        for entry in dataset
+    ]
+
+
+GENERATORS: dict[str, Callable[..., list[Row]]] = {
+    "sums": sums,
+    "countdown": countdown,
+    "reasoning_gym": reasoning_gym,
+}

@@ -1,0 +1,100 @@
+"""Device: what this machine computes on, and in which number formats it really does so."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One compute device."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+    bfloat16: bool  # computes in it natively, not by emulation
+    compute_capability: tuple[int, int] | None = None
+    count: int = 1  # devices of this kind that are visible; one is used
+
+    @property
+    def best_dtype(self) -> DtypeName:
+        """The compute dtype to use: bfloat16 where native, else float16 on CUDA and float32 on CPU."""
+        if self.bfloat16:
+            return "bfloat16"
+        return "float16" if self.kind == "cuda" else "float32"
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        capability = f", sm_{self.compute_capability[0]}{self.compute_capability[1]}" if self.compute_capability else ""
+        return f"{self.name} ({self.memory_bytes / 2**30:.0f} GiB{capability}, computes in {self.best_dtype})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for run.json."""
+        return asdict(self)
+
+
+def detect_device() -> Device:
+    """Return the device to train on: the first CUDA device where there is one, else the CPU.
+
+    Never trusts `torch.cuda.is_bf16_supported()`, which counts emulation: native bfloat16 needs compute capability 8.0.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        return Device(
+            kind="cuda",
+            name=properties.name,
+            memory_bytes=properties.total_memory,
+            bfloat16=capability >= (8, 0),
+            compute_capability=capability,
+            count=torch.cuda.device_count(),
+        )
+    import psutil
+
+    return Device(
+        kind="cpu",
+        name=_cpu_name(),
+        memory_bytes=psutil.virtual_memory().total,
+        bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_bf16_instructions(),
+    )
+
+
+def _has_bf16_instructions() -> bool:
+    """Return whether the CPU multiplies bfloat16 itself; oneDNN's own answer is true for emulation on AVX512 too."""
+    if platform.machine() == "arm64":
+        return True  # Apple silicon from M2; oneDNN's answer above has already excluded the rest
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """Return the peak so far: CUDA memory allocated by torch, or this process's peak resident set (RSS)."""
+    if device.kind == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

@@ -1,0 +1,227 @@
+"""From a recipe's name and overrides to a checked Recipe: reading, overriding, and all faults in one message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from grpo_lite.errors import RecipeError
+from grpo_lite.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, SourceSection
+from grpo_lite.recipe_checks import cross_faults, nearest, upstream_section
+
+_SOURCE_KINDS = {
+    "hub": ("path", "generator", "kwargs"),
+    "path": ("hub", "generator", "kwargs", "config", "revision", "split"),
+    "generator": ("hub", "path", "config", "revision", "split"),
+}
+
+
+def recipes_dir() -> Path:
+    """Return the folder of the shipped recipes: ./recipes, or the one beside the installed package."""
+    local = Path("recipes")
+    return local if local.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides, and check every value.
+
+    Args:
+        name_or_path: the name of a shipped recipe, or the path of a .yaml file.
+        overrides: e.g. `grpo.max_steps=50`, `rewards[0].weight=2`; values are YAML.
+
+    Raises:
+        RecipeError: with every fault of the recipe and the overrides, one a line.
+    """
+    path = find_recipe(name_or_path)
+    raw = read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem))
+    return build_recipe(raw, str(path))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Return the path of a recipe named or pointed at.
+
+    Raises:
+        RecipeError: there is none; the nearest name is offered.
+    """
+    given = Path(name_or_path)
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given
+        raise RecipeError(f"recipe {name_or_path}: no such file. Shipped recipes: {', '.join(recipe_names())}.")
+    shipped = recipes_dir() / f"{name_or_path}.yaml"
+    if re.fullmatch(r"[\w.-]+", name_or_path) and shipped.is_file():
+        return shipped
+    raise RecipeError(
+        f"recipe {name_or_path!r}: unknown{nearest(name_or_path, recipe_names())}. "
+        f"Shipped recipes: {', '.join(recipe_names())}. Your own: give the path of a .yaml file."
+    )
+
+
+def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe's values, ours by pydantic and upstream's by upstream's annotations.
+
+    Raises:
+        RecipeError: with every fault, one a line, each starting with `where: key`.
+    """
+    raw = dict(raw)
+    faults: list[str] = []
+    for section, defaults in (("lora", LORA_DEFAULTS), ("grpo", GRPO_DEFAULTS)):
+        given = raw.get(section) or {}
+        raw[section], found = upstream_section(section, {**defaults, **given} if isinstance(given, dict) else given)
+        faults += found
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults += _own_faults(error)
+    if recipe is not None and not faults:
+        faults += cross_faults(recipe)
+    if faults or recipe is None:
+        lines = "\n".join(f"  {where}: {fault}" for fault in faults)
+        raise RecipeError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the recipe:\n{lines}")
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: PyYAML would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str | int | float | bool):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or is not a mapping; with line and column.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader: builds plain data only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{place}: not valid YAML: {problem}. Check the indentation and quotes there.") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error or 'nested too deeply'}.") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path}: a recipe is a mapping such as `model:` / `data:` / `rewards:`, not a bare value.")
+    return data
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in the raw recipe, in place.
+
+    Raises:
+        RecipeError: the override has no `=`, or its path runs through a plain value or past a list's end.
+    """
+    key, equals, text = override.partition("=")
+    steps = [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
+    if not equals or not steps:
+        raise RecipeError(f"override {override!r}: write key.path=value, for example grpo.max_steps=50.")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    target: Any = raw
+    for i, step in enumerate(steps[:-1]):
+        target = _descend(target, step, override, ".".join(steps[: i + 1]))
+    last = steps[-1]
+    if isinstance(target, list):
+        _descend(target, last, override, key)
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        if value is not None and len(steps) == 3 and steps[0] == "data" and steps[1] in ("train", "eval"):
+            for other in _SOURCE_KINDS.get(last, ()):  # a new source replaces the old one with its details
+                target.pop(other, None)
+        target[last] = value
+    else:
+        raise RecipeError(f"override {override!r}: {'.'.join(steps[:-1])} is a plain value and has no {last!r}.")
+
+
+def _descend(target: Any, step: str, override: str, path: str) -> Any:
+    if isinstance(target, list):
+        if not step.isdigit() or int(step) >= len(target):
+            raise RecipeError(f"override {override!r}: {path}: the list has the positions 0 to {len(target) - 1}.")
+        return target[int(step)]
+    if not isinstance(target, dict):
+        raise RecipeError(f"override {override!r}: {path}: there is a plain value above it.")
+    if target.get(step) is None:
+        target[step] = {}
+    return target[step]
+
+
+def _own_faults(error: ValidationError) -> Iterable[str]:
+    for item in error.errors(include_url=False):
+        where = _dotted(item["loc"])
+        given = item.get("input")
+        if item["type"] == "extra_forbidden":
+            allowed = _keys_at(item["loc"][:-1])
+            yield f"{where}: unknown key{nearest(str(item['loc'][-1]), allowed)}. Allowed: {', '.join(sorted(allowed))}."
+        elif item["type"] == "missing":
+            yield f"{where}: missing. {_describe(item['loc'])}"
+        elif item["type"] == "value_error":
+            yield f"{where}: {item['ctx']['error']}."
+        else:
+            shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:57] + "..."
+            allowed = [str(v) for v in re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))]
+            guess = nearest(str(given), allowed) if isinstance(given, str) else ""
+            message = item["msg"][0].lower() + item["msg"][1:]
+            yield f"{where}: {shown} is given, but the {message}{guess}." if message.startswith(
+                "input"
+            ) else f"{where}: {shown} is given: {message}{guess}."
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "the recipe"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> Any:
+    model: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return model
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    return list(getattr(_model_at(loc) or SourceSection, "model_fields", {}))
+
+
+def _describe(loc: tuple[int | str, ...]) -> str:
+    model = _model_at(loc[:-1])
+    field = getattr(model, "model_fields", {}).get(loc[-1]) if model else None
+    return (field.description if field and field.description else f"Add the key {loc[-1]!r}") + (
+        "" if field and field.description and field.description.endswith(".") else "."
+    )
+

@@ -1,0 +1,202 @@
+"""RunDir: every path and manifest of a run, and whether it may be started, resumed or must be left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_lite.errors import RunDirError
+from grpo_lite.recipe import Recipe
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "vllm")
+
+
+class RunDir:
+    """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    recipe_file = property(lambda self: self.path / "recipe.yaml")
+    run_file = property(lambda self: self.path / "run.json")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    scores_file = property(lambda self: self.path / "metrics.json")
+    adapter = property(lambda self: self.path / "adapter")
+    merged = property(lambda self: self.path / "merged")
+    evaluation = property(lambda self: self.path / "evaluation")
+
+    def prepare(self, recipe: Recipe) -> str:
+        """Make the folder, or recognise an interrupted run of the same recipe.
+
+        Returns:
+            "new" or "resume".
+
+        Raises:
+            RunDirError: finished already, another recipe, or not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunDirError(
+                f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
+                "--run … (grpo-lite)."
+            ) from None
+        if not self.recipe_file.is_file():
+            self._refuse_strangers()
+            write_atomic(self.recipe_file, dump_recipe(recipe))
+            return "new"
+        self._refuse_changed(recipe)
+        if self.read_run().get("trained_at"):
+            raise RunDirError(
+                f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
+                f"another with RUN=…, or remove it: rm -r {self.path}"
+            )
+        return "resume" if self.last_checkpoint() else "new"
+
+    def _refuse_strangers(self) -> None:
+        strange = sorted(p.name for p in self.path.iterdir() if p.name not in (".lock", ".writable"))
+        if strange:
+            raise RunDirError(
+                f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it is "
+                "not a run. Choose another with RUN=…"
+            )
+
+    def _refuse_changed(self, recipe: Recipe) -> None:
+        old, new = self.recipe_file.read_text(encoding="utf-8"), dump_recipe(recipe)
+        if old == new:
+            return
+        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
+        changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
+        raise RunDirError(
+            f"run directory {self.path}: was begun with another recipe, and a run is one recipe:\n{changed}\n"
+            "Undo the change to resume it, or choose another directory with RUN=…"
+        )
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint folder, if any."""
+        found = [
+            (int(path.name.rpartition("-")[2]), path)
+            for path in self.path.glob("checkpoint-*")
+            if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+        ]
+        return max(found)[1] if found else None
+
+    def read_run(self) -> dict[str, Any]:
+        """Return run.json, or an empty mapping before there is one."""
+        try:
+            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunDirError(f"{self.run_file}: is not valid JSON ({error}). Restore or remove it.") from None
+
+    def update_run(self, **values: Any) -> None:
+        """Merge values into run.json, atomically."""
+        write_atomic(self.run_file, json.dumps({**self.read_run(), **values}, indent=2, default=str) + "\n")
+
+    def load_recipe(self) -> Recipe:
+        """Return the recipe this run was begun with.
+
+        Raises:
+            RunDirError: the folder is not a run.
+        """
+        from grpo_lite.recipe_load import build_recipe, read_yaml
+
+        if not self.recipe_file.is_file():
+            raise RunDirError(f"{self.path}: is not a run (no recipe.yaml). Give the folder that `train` wrote.")
+        return build_recipe(read_yaml(self.recipe_file), str(self.recipe_file))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock: two runs at once in one folder are refused.
+
+        Raises:
+            RunDirError: another process holds it, or the folder is not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunDirError(
+                f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
+                "--run … (grpo-lite)."
+            ) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunDirError(
+                    f"run directory {self.path}: another process is working in it. Wait for it, or choose another "
+                    "with RUN=…"
+                ) from None
+            yield
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, every key of ours written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def environment_record() -> dict[str, Any]:
+    """Return what a reader needs to reproduce the run: versions, commit, platform, command."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "grpo_lite": importlib.metadata.version("grpo-lite") if _installed("grpo-lite") else "source tree",
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started_at": now(),
+    }
+
+
+def now() -> str:
+    """Return the time, UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _installed(name: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,194 @@
+"""train: the straight line from a recipe to a trained, evaluated and merged model. Reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_lite.data import Prompts, load_prompts
+from grpo_lite.errors import GRPOLiteError, RunDirError
+from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
+from grpo_lite.model import compute_dtype, load_model, load_tokenizer, lora_config, lora_to_float32
+from grpo_lite.recipe import Recipe
+from grpo_lite.reward_loader import Reward, load_rewards
+from grpo_lite.run_dir import RunDir, environment_record, now
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to."""
+
+    run: RunDir
+    stopped_by: str | None = None  # the signal's name when it was interrupted
+    steps: int = 0
+    reward_first: float | None = None
+    reward_last: float | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    merge: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
+    """Train a recipe in a run directory, then evaluate and merge; resume if it was interrupted.
+
+    Raises:
+        GRPOLiteError: any fault that is the user's to mend; nothing already saved is lost.
+    """
+    with run.locked():
+        state = run.prepare(recipe)
+        device = detect_device()
+        show(f"device: {device.describe()}" + (f"; 1 of {device.count} is used" if device.count > 1 else ""))
+        tokenizer = load_tokenizer(recipe)
+        prompts = load_prompts(recipe, tokenizer)
+        for note in prompts.notes:
+            show(f"data: {note}")
+        show(f"data: {len(prompts.train)} training prompts, {len(prompts.eval)} held out")
+        rewards, weights = load_rewards(recipe, _columns(prompts))
+        args = grpo_config(recipe, run, device, weights)
+        model = load_model(recipe, device)
+        trainer = build_trainer(recipe, run, show, device, model, tokenizer, prompts, rewards, args)
+        _record_start(recipe, run, device, state)
+        result = _fit(recipe, run, show, trainer, state)
+        if result.stopped_by:
+            return result
+        trained = trainer.model
+        del trainer  # frees the optimizer before evaluation
+        return finish_run(run, show, result, trained, prompts, device)
+
+
+def finish_run(
+    run: RunDir, show: Show, result: TrainResult, model: Any, prompts: Prompts, device: Device
+) -> TrainResult:
+    """Evaluate and merge a trained run, as its recipe says."""
+    from grpo_lite.evaluate import evaluate_run
+    from grpo_lite.merge_run import merge_run
+
+    recipe = run.load_recipe()
+    scores: Mapping[str, Any] = {}
+    merge: Mapping[str, Any] = {}
+    if recipe.eval.enabled:
+        begun = time.monotonic()
+        scores = evaluate_run(run, show, model, prompts)
+        run.update_run(evaluation_seconds=round(time.monotonic() - begun, 1))
+    del model
+    if recipe.merge:
+        begun = time.monotonic()
+        merge = merge_run(run, show, prompts)
+        run.update_run(merge_seconds=round(time.monotonic() - begun, 1))
+    run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
+    return TrainResult(run, None, result.steps, result.reward_first, result.reward_last, scores, merge)
+
+
+def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float]) -> Any:
+    """Return TRL's GRPOConfig for a recipe on a device.
+
+    Raises:
+        GRPOLiteError: TRL refuses a combination of values.
+    """
+    from trl import GRPOConfig
+
+    dtype = "float32" if recipe.model.load_in == "32bit" else compute_dtype(recipe.model, device)
+    owned: dict[str, Any] = {
+        "output_dir": str(run.path),
+        "seed": recipe.seed,
+        "reward_weights": weights,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": device.kind == "cpu",
+        "dataloader_pin_memory": device.kind == "cuda",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    try:
+        return GRPOConfig(**{**recipe.grpo, **owned})
+    except (ValueError, TypeError) as error:
+        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {error}") from None
+
+
+def build_trainer(
+    recipe: Recipe,
+    run: RunDir,
+    show: Show,
+    device: Device,
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    rewards: list[Reward],
+    args: Any,
+) -> Any:
+    """Return the trainer with its callbacks, the adapter in float32."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    from grpo_lite.progress import Completions, MetricsFile, ProgressLine
+    from grpo_lite.trainer_rows import latest_completions
+
+    trainer = GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=list(rewards),
+        train_dataset=Dataset.from_list(_same_keys(prompts.train)),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+        callbacks=[MetricsFile(run), ProgressLine(show, device)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Completions(run, show, recipe.log.sample_every, lambda: latest_completions(trainer)))
+    lora_to_float32(trainer.model)
+    return trainer
+
+
+def _fit(recipe: Recipe, run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
+    from grpo_lite.progress import StopCleanly, latest_checkpoint_step, read_metrics
+
+    checkpoint = run.last_checkpoint() if state == "resume" else None
+    if checkpoint:
+        show(f"resuming from step {latest_checkpoint_step(checkpoint)} ({checkpoint})")
+    begun = time.monotonic()
+    with StopCleanly(show) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = round(time.monotonic() - begun, 1)
+    done = trainer.state.global_step
+    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
+    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
+    if stop.signal_name and done < trainer.state.max_steps:
+        return TrainResult(run, stop.signal_name, done, first, last)
+    trainer.save_model(str(run.adapter))
+    run.update_run(trained_at=now(), training_seconds=seconds, steps=done, reward_first=first, reward_last=last)
+    return TrainResult(run, None, done, first, last)
+
+
+def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:
+    record = environment_record()
+    resumed = [*run.read_run().get("resumed_at", []), record["started_at"]] if state == "resume" else []
+    if state == "resume":
+        run.update_run(resumed_at=resumed)
+    else:
+        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json())
+
+
+def _columns(prompts: Prompts) -> list[str]:
+    return sorted({key for row in prompts.train for key in row if key != "prompt"})
+
+
+def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give every row every column: `Dataset.from_list` reads the columns off the first row only."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def require_trained(run: RunDir) -> Recipe:
+    """Return the recipe of a run that has been trained.
+
+    Raises:
+        RunDirError: it has no adapter yet.
+    """
+    recipe = run.load_recipe()
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunDirError(f"{run.path}: is not trained yet (no adapter/). Run: make train RUN={run.path}")
+    return recipe

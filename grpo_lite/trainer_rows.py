@@ -1,0 +1,37 @@
+"""latest_completions: read the last generation batch out of TRL's trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def latest_completions(trainer: Any) -> list[dict[str, Any]]:
+    """Return the last batch's completions with the reward of each part.
+
+    Reads `GRPOTrainer._logs`, which TRL 1.14-1.16 fill whether or not `log_completions` is set (contract-tested).
+
+    Returns:
+        Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage}`.
+    """
+    logs = trainer._logs
+    names = list(logs["rewards"])
+    weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    rows = []
+    for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
+        parts = {name: _number(logs["rewards"][name][i]) for name in names}
+        rows.append(
+            {
+                "step": trainer.state.global_step,
+                "prompt": prompt,
+                "completion": completion if isinstance(completion, str) else completion[-1]["content"],
+                "rewards": parts,
+                "reward": sum(weights.get(name, 1.0) * value for name, value in parts.items() if value is not None),
+                "advantage": _number(logs["advantages"][i]),
+            }
+        )
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if number == number else None  # NaN: the reward was None

@@ -1,0 +1,127 @@
+"""What `LoraConfig` and `GRPOConfig` accept, read from the installed sources without importing them.
+
+Importing TRL costs seconds and torch; validating a recipe must cost neither. The dataclass bodies are parsed with `ast`,
+so names, annotations and enum values always are those of the versions installed here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo_lite.errors import RecipeError
+
+# Closed sets that upstream annotates as a bare `str` (read in trl 1.14 and 1.16; tests/test_upstream.py checks the source).
+CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("server", "colocate"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
+# (distribution, file, class): the class bodies that make up each config, base classes first.
+_SOURCES = {
+    "grpo": (
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ),
+    "lora": (
+        ("peft", "config.py", "PeftConfig"),
+        ("peft", "tuners/lora/config.py", "LoraConfig"),
+    ),
+}
+_ENUM_SOURCES = (("transformers", "trainer_utils.py"), ("transformers", "training_args.py"))
+
+
+@cache
+def config_fields(section: Literal["grpo", "lora"]) -> Mapping[str, Any]:
+    """Return field name -> Python type of the upstream config, enums as `Literal`.
+
+    Raises:
+        RecipeError: an upstream package is not installed, or has moved its config.
+    """
+    enums = {name: Literal[values] for package, file in _ENUM_SOURCES for name, values in _enums(package, file)}
+    fields: dict[str, Any] = {}
+    for package, file, class_name in _SOURCES[section]:
+        for name, annotation in _class_annotations(package, file, class_name):
+            fields[name] = Literal[CHOICES[name]] if name in CHOICES else _evaluate(annotation, enums)
+    if "scale_rewards" in fields:  # TRL also takes the booleans of its first versions
+        fields["scale_rewards"] = Literal["group", "batch", "none", True, False]
+    return fields
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages whose configs are read here."""
+    return {name: importlib.metadata.version(name) for name in ("transformers", "trl", "peft")}
+
+
+def _source_tree(package: str, file: str) -> ast.Module:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise RecipeError(f"{package} is not installed, so recipes cannot be checked. Run `make setup`.")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise RecipeError(
+            f"{package} {importlib.metadata.version(package)} has no {file}: this version is not supported. "
+            "Run `make setup` to install the supported one."
+        )
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _class_annotations(package: str, file: str, class_name: str) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(_source_tree(package, file)):
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    if "ClassVar" not in ast.unparse(item.annotation):
+                        yield item.target.id, ast.unparse(item.annotation)
+            return
+    raise RecipeError(
+        f"{package} {importlib.metadata.version(package)} has no class {class_name} in {file}: this version is not "
+        "supported. Run `make setup` to install the supported one."
+    )
+
+
+def _enums(package: str, file: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for node in _source_tree(package, file).body:
+        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases):
+            values = tuple(
+                item.value.value
+                for item in node.body
+                if isinstance(item, ast.Assign)
+                and isinstance(item.value, ast.Constant)
+                and isinstance(item.value.value, str)
+            )
+            if values:
+                yield node.name, values
+
+
+class _Namespace(dict[str, Any]):
+    """Names an annotation may use; a class we do not import is `Any`."""
+
+    def __missing__(self, key: str) -> Any:
+        return Any
+
+
+def _evaluate(annotation: str, enums: Mapping[str, Any]) -> Any:
+    if any(re.search(rf"\b{name}\b", annotation) for name in enums):
+        annotation = annotation.replace(" | str", "")  # `SchedulerType | str` would accept any string
+    namespace = _Namespace(
+        {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")},
+        **{kind.__name__: kind for kind in (bool, int, float, str, dict, list, tuple)},
+        **enums,
+    )
+    try:
+        return eval(annotation, {"__builtins__": {}}, namespace)
+    except TypeError:  # an operator between stand-ins, e.g. `Any | Any` of a newer upstream
+        return Any
