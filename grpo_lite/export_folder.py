@@ -1,0 +1,204 @@
+"""An exported folder appears whole under its name, or not at all; and the files that travel with a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from grpo_lite.errors import ExportError
+from grpo_lite.manifest import MANIFEST_NAME
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
+# Custom code travels because auto_map needs it, licences because they demand it. The base's README would be wrong.
+_MODEL_FILES = (
+    "generation_config.json",
+    "*.py",
+    "*processor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "*POLICY*",
+)
+
+
+@contextlib.contextmanager
+def replacing_folder(
+    out_dir: Path, need_bytes: int, overwrite: bool = False, protected: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Give a `<out_dir>.partial` folder to fill; on success it takes out_dir's name, on any exception it is removed.
+
+    A process killed in between leaves only the partial folder, which the next call clears. What lay under the name
+    before stays until the new folder is complete and on disk.
+
+    Args:
+        need_bytes: what will be written; refused before it starts when the disk has less.
+        overwrite: replace a folder that grpo_lite made (it has a manifest). Other folders are never replaced.
+        protected: folders that must not be, hold, or lie in `out_dir`.
+
+    Raises:
+        ExportError: the name is taken, not writable, in use by another process, or the disk is or becomes full.
+    """
+    _check_name(out_dir, overwrite, protected)
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ExportError(
+            f"{out_dir}: cannot be written: {error.strerror}. Give a folder on a disk and with rights to write."
+        ) from None
+    try:
+        _lock(lock, partial)
+        _clear(partial)
+        _check_space(partial, need_bytes)
+        try:
+            yield partial
+            _sync(partial)
+            _swap(partial, out_dir)
+        except OSError as error:
+            raise ExportError(
+                f"{out_dir}: writing failed: {error}. The partial result was removed: have {_gib(need_bytes)} free, "
+                "and run again."
+            ) from error
+    except BaseException:
+        if not _locked_by_other(lock):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def copy_files(model_dir: Path, tokenizer_dir: Path, out_dir: Path) -> None:
+    """Copy generation config, custom code and licences from one folder, tokenizer and chat template from another.
+
+    Raises:
+        ExportError: `tokenizer_dir` was given apart from `model_dir` and holds no tokenizer.
+    """
+    for pattern in _MODEL_FILES:
+        _copy_matching(model_dir, pattern, out_dir)
+    copied = [name for pattern in _TOKENIZER_FILES for name in _copy_matching(tokenizer_dir, pattern, out_dir)]
+    if not copied and tokenizer_dir != model_dir:
+        raise ExportError(
+            f"{tokenizer_dir}: holds no tokenizer (tokenizer.json, tokenizer_config.json, …). Give the folder that the "
+            "tokenizer was saved to, or leave it out to take the base's."
+        )
+    if not copied:
+        logger.warning("%s has no tokenizer, so the export has none: add one before using it.", model_dir)
+
+
+def _copy_matching(folder: Path, pattern: str, out_dir: Path) -> list[str]:
+    names = []
+    for path in sorted(folder.glob(pattern)):
+        if path.is_file():  # through links: the Hub's cache is made of them
+            name = path.relative_to(folder)
+            (out_dir / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out_dir / name)
+            names.append(name.as_posix())
+    return names
+
+
+def _check_name(out_dir: Path, overwrite: bool, protected: Sequence[Path]) -> None:
+    target = out_dir.resolve()
+    for path in protected:
+        other = path.resolve()
+        if target == other or target in other.parents or (other in target.parents and (other / "config.json").exists()):
+            raise ExportError(f"{out_dir}: is, holds or lies in {path}, which is read. Give another output folder.")
+    previous = _previous(out_dir)
+    if previous.exists() and not out_dir.exists():  # killed between the two renames of _swap
+        os.rename(previous, out_dir)
+    if not (out_dir.exists() or out_dir.is_symlink()):
+        return
+    if not overwrite:
+        raise ExportError(f"{out_dir}: is already there. Give another output folder, or ask for it to be overwritten.")
+    empty = out_dir.is_dir() and not any(out_dir.iterdir())
+    if out_dir.is_symlink() or not (empty or (out_dir / MANIFEST_NAME).is_file()):
+        raise ExportError(
+            f"{out_dir}: was not exported by grpo_lite (it has no {MANIFEST_NAME}), so it is not overwritten. Give "
+            "another output folder, or remove it yourself."
+        )
+
+
+def _lock(descriptor: int, partial: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ExportError(f"{partial}: another process writes there. Wait for it, or give another folder.") from None
+
+
+def _locked_by_other(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_space(folder: Path, need_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise ExportError(
+            f"{folder}: the export needs {_gib(need_bytes)} of disk, {_gib(free)} are free there. Free "
+            f"{_gib(need_bytes - free)}, or give an output folder on another disk."
+        )
+
+
+def _sync(folder: Path) -> None:
+    for path in [*(path for path in folder.rglob("*")), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap(partial: Path, out_dir: Path) -> None:
+    previous = _previous(out_dir)
+    shutil.rmtree(previous, ignore_errors=True)
+    if out_dir.exists():
+        os.rename(out_dir, previous)
+    try:
+        os.rename(partial, out_dir)
+    except OSError:
+        if previous.exists():
+            os.rename(previous, out_dir)
+        raise
+    descriptor = os.open(out_dir.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(out_dir: Path) -> Path:
+    return out_dir.with_name(f"{out_dir.name}.previous")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
