@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import string
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def _read_hub(source: SourceSection, where: str) -> list[Row]:
     return [dict(row) for row in dataset]
 
 
-def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _hold_out(rows: list[Row], wanted: float, seed: int) -> tuple[list[Row], list[Row]]:
+    count = int(wanted) if wanted >= 1 else min(math.ceil(wanted * len(rows)), len(rows) - 1)
     if count >= len(rows):
         raise DataError(f"data.holdout: {count} is given, but there are only {len(rows)} rows. Hold out fewer.")
     order = list(range(len(rows)))

@@ -1,14 +1,74 @@
-"""merge_run: a run's adapter onto its 16-bit base, verified on held-out prompts and recorded."""
+"""merge_run: a run's adapter onto its 16-bit base, verified on held-out prompts and recorded in run.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from grpo_lite.data import Prompts
+from grpo_lite.base_model import resolve_base
+from grpo_lite.data import Prompts, load_prompts, prompt_text
+from grpo_lite.manifest import verify_manifest
+from grpo_lite.merge import merge_adapter
+from grpo_lite.model import load_tokenizer
 from grpo_lite.run_dir import RunDir
+from grpo_lite.verify import verify_merge
+
+VERIFY_PROMPTS = 16
 
 
-def merge_run(run: RunDir, show: Callable[[str], None], prompts: Prompts | None = None) -> dict[str, Any]:
-    """Merge and verify."""
-    return {}
+def merge_run(
+    run: RunDir, show: Callable[[str], None], prompts: Prompts | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
+
+    Args:
+        run: a trained run.
+        show: called with lines for people.
+        prompts: the run's prompts, if already loaded.
+        overwrite: replace a merge that is there.
+
+    Returns:
+        The record kept under `merge` in run.json.
+
+    Raises:
+        ExportError: the merge or its verification failed.
+    """
+    recipe = run.load_recipe()
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
+    record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite)
+    tokenizer = load_tokenizer(recipe)
+    loaded = prompts or load_prompts(recipe, tokenizer)
+    rows = (loaded.eval or loaded.train)[:VERIFY_PROMPTS]
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    show(f"verifying the merge on {len(rows)} prompts")
+    proof = verify_merge(base, run.adapter, run.merged, [prompt_text(row["prompt"], tokenizer, kwargs) for row in rows])
+    summary = {
+        "prompts": proof.prompts,
+        "positions": proof.positions,
+        "held_out": bool(loaded.eval),
+        "compute_dtype": proof.compute_dtype,
+        "top1_agreement": proof.merged.top1_agreement,
+        "mean_kl": proof.merged.mean_kl,
+        "max_logit_difference": proof.merged.max_logit_difference,
+        "max_logit_difference_to_base": proof.merged_against_base,
+        "passed": proof.passed,
+        "size_bytes": record.size_bytes,
+    }
+    run.update_run(merge=summary)
+    proof.require_passed(run.merged)
+    return summary
+
+
+def export_run(run: RunDir, show: Callable[[str], None]) -> int:
+    """Make sure a run has a verified merge whose files are intact; merge first if there is none.
+
+    Returns:
+        The number of files checked against their sha256 sums.
+
+    Raises:
+        ExportError: a file was altered, or the merge did not pass.
+    """
+    if not run.merged.is_dir() or not run.read_run().get("merge", {}).get("passed"):
+        merge_run(run, show, overwrite=run.merged.is_dir())
+    return verify_manifest(run.merged)

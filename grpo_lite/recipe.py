@@ -85,12 +85,18 @@ class DataSection(_Section):
 
     train: SourceSection
     eval: SourceSection | None = Field(None, description="Held-out rows; null: `holdout` rows of train.")
-    holdout: int = Field(0, ge=0, description="Rows of train kept for evaluation, never trained on.")
+    holdout: float = Field(
+        0, ge=0, description="Rows of train kept for evaluation, never trained on; below 1: that share of them."
+    )
     prompt: str = Field("{prompt}", description="Template over the row's columns, e.g. `{question}`.")
     answer: str | None = Field("answer", description="Column of the gold answer; null: the rewards need none.")
     format: Literal["chat", "text"] = Field("chat", description="chat: messages through the chat template.")
     system: str | None = Field(None, description="System prompt (chat) or first lines (text).")
     examples: list[Example] = Field(default_factory=list, description="Few-shot examples.")
+    gold_completion: str = Field(
+        "{gold}",
+        description="What a perfect completion looks like, over the columns and {gold} (the final answer); for checks.",
+    )
     max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are dropped, with a message.")
 
 

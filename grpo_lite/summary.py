@@ -1,0 +1,74 @@
+"""What a run came to, as lines for people: reward, held-out scores, where everything lies, what to type next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from grpo_lite.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from grpo_lite.train import TrainResult
+
+
+def run_summary(run: RunDir) -> str:
+    """Return the end-of-run summary."""
+    record = run.read_run()
+    minutes = record.get("training_seconds", 0.0) / 60
+    lines = [
+        "",
+        f"trained {record['steps']} steps in {minutes:.1f} min, peak memory "
+        f"{record.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
+        f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
+    ]
+    if run.scores_file.is_file():
+        lines += score_lines(json.loads(run.scores_file.read_text(encoding="utf-8")))
+    if record.get("merge"):
+        lines.append(merge_line(record["merge"]))
+    lines += ["", f"adapter   {run.adapter}"]
+    if run.merged.is_dir():
+        lines.append(f"merged    {run.merged}")
+    if run.evaluation.is_dir():
+        lines.append(f"records   {run.evaluation / 'records.jsonl'}")
+    lines += [f"all       {run.path}", "", "next:"]
+    lines.append(f"  make eval RUN={run.path}    measure again")
+    if run.merged.is_dir():
+        lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Return the held-out scores as lines: verdict first."""
+    lines = [scores["lenient"]["verdict"]["sentence"]]
+    if scores["strict"]["difference"] != scores["lenient"]["difference"]:
+        lines.append(scores["strict"]["verdict"]["sentence"])
+    for name, rates in scores.get("pass_at_k", {}).items():
+        lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
+    if scores.get("unusable_golds"):
+        lines.append(f"{scores['unusable_golds']} held-out rows have no usable gold answer and were left out")
+    return lines
+
+
+def merge_line(record: Mapping[str, Any]) -> str:
+    """Return one line on the merge's verification."""
+    return (
+        f"merged onto the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
+        f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
+        f"{record['max_logit_difference']:.3f}"
+    )
+
+
+def interrupted_summary(result: TrainResult) -> str:
+    """Return what to type after an interruption."""
+    run = result.run
+    checkpoint = run.last_checkpoint()
+    saved = f"saved {checkpoint}" if checkpoint else "no checkpoint was saved"
+    return (
+        f"interrupted by {result.stopped_by} after step {result.steps}; {saved}.\n"
+        f"To resume, give the same command again: RUN={run.path} is continued from there."
+    )

