@@ -57,8 +57,8 @@ class MergeRecord:
     wall_s: float
     grpo_lite: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-ready data."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for merge.json."""
         return dataclasses.asdict(self)
 
 
@@ -114,7 +114,7 @@ def merge_adapter(
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
         record = writer.record(shards, adapter_sha256, total, time.monotonic() - began)
-        (partial / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (partial / RECORD_NAME).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, writer.digests)
     return record
 
