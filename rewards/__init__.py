@@ -1,0 +1,80 @@
+"""Reward functions for RL with verifiable answers: right, fast and hard to fool. Usable with plain TRL.
+
+Every reward has TRL's signature, `reward(completions, <dataset columns>, **kwargs) -> list[float | None]`, takes text
+and chat completions alike and imports neither torch nor grpo_lite. A reward is `None` where the *gold* is unusable, its
+lowest value where the *completion* is wrong, and an exception where the *reward* itself is broken.
+
+    >>> from rewards import accuracy_reward
+    >>> accuracy_reward([r"so it is \\boxed{\\frac{2}{4}}", "The answer is 3."], ["1/2", "4"])
+    [1.0, 0.0]
+
+Importing the package loads nothing but this file; each reward loads its module on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewards.accuracy import accuracy_reward
+    from rewards.code import unit_test_reward
+    from rewards.countdown import countdown_reward
+    from rewards.format import format_reward
+    from rewards.gate import gated, memoised
+    from rewards.honest import honest_accuracy
+    from rewards.length import (
+        concise_reward,
+        cosine_length_reward,
+        repetition_penalty_reward,
+        soft_overlong_punishment,
+    )
+    from rewards.reasoning_gym import reasoning_gym_reward
+    from rewards.text import choice_reward, exact_match_reward
+
+_HOME = {
+    "accuracy_reward": "accuracy",
+    "choice_reward": "text",
+    "concise_reward": "length",
+    "cosine_length_reward": "length",
+    "countdown_reward": "countdown",
+    "exact_match_reward": "text",
+    "format_reward": "format",
+    "gated": "gate",
+    "honest_accuracy": "honest",
+    "memoised": "gate",
+    "reasoning_gym_reward": "reasoning_gym",
+    "repetition_penalty_reward": "length",
+    "soft_overlong_punishment": "length",
+    "unit_test_reward": "code",
+}
+
+__all__ = [
+    "accuracy_reward",
+    "choice_reward",
+    "concise_reward",
+    "cosine_length_reward",
+    "countdown_reward",
+    "exact_match_reward",
+    "format_reward",
+    "gated",
+    "honest_accuracy",
+    "memoised",
+    "reasoning_gym_reward",
+    "repetition_penalty_reward",
+    "soft_overlong_punishment",
+    "unit_test_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a reward's module when the reward is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'rewards' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(import_module(f"rewards.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,389 @@
+r"""The structure of an answer: number or expression, list, set, tuple or interval, relation, matrix, text.
+
+`parse_answer` reads a committed answer (`rewards.extraction`) in one spelling (`rewards.notation`) into nested frozen
+dataclasses; `rewards.equivalence` compares two of them. What cannot be read stays a `Raw`, equal only to itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import product as cartesian
+
+from rewards.expression import Node, NotAnExpression, parse_expression, rational
+from rewards.notation import clean
+from rewards.units import split_unit
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One mathematical expression; `value` where it is a plain rational number."""
+
+    source: str
+    node: Node
+    value: Fraction | None
+    unit: str | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words, or a choice's letter."""
+
+    source: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """A list (`kind` ","), set ("{}"), union ("U") or bracketed pair or tuple ("()", "[)" …) of answers."""
+
+    source: str
+    kind: str
+    items: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    r"""A chain of sides and signs: `x = 5`, `1 < x \le 2`, `41 = 42`."""
+
+    source: str
+    sides: tuple[Answer, ...]
+    signs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Rows of answers."""
+
+    source: str
+    rows: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Based:
+    """Digits in a number base: the form asked for is the answer, so nothing is converted."""
+
+    source: str
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """`a:b`, a ratio or a time of day."""
+
+    source: str
+    parts: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Something this module cannot read."""
+
+    source: str
+
+
+Answer = Value | Text | Several | Relation | Matrix | Based | Ratio | Raw
+
+_SIGN = re.compile(r"\\(?:le|ge|ne|approx|equiv|sim|to|rightarrow|Rightarrow|implies|mapsto|iff)(?![a-zA-Z])|[=<>]")
+_MATRIX = re.compile(
+    r"\\begin\s*\{(?P<env>[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|\s]*\})?(?P<body>.*)\\end\s*\{(?P=env)\}",
+    re.DOTALL,
+)
+_MATRIX_SHELL = re.compile(
+    r"[(\[]\s*(\\begin\s*\{(?:matrix|smallmatrix|array)\}.*\\end\s*\{(?:matrix|smallmatrix|array)\})\s*[)\]]", re.DOTALL
+)
+_BASED = re.compile(r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*(?:\{\s*(\d+|\\text\{[a-z]+\})\s*\}|(\d+))")
+_RATIO = re.compile(r"\s*([^:=]+)\s*:\s*([^:=]+)(?:\s*:\s*([^:=]+))?\s*")
+_MEMBER = re.compile(r"\s*(?:[a-zA-Z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\))\s*\\in(?![a-zA-Z])\s*(.*)", re.DOTALL)
+_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.&/-]*(?:[\s,]+[a-zA-Z0-9][a-zA-Z0-9'.&/-]*)*")
+_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)?|([A-Z])\s*[.)]")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_OPEN, _CLOSE = "([{", ")]}"
+_TEENS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = {word: 10 * (n + 2) for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+_NUMERALS = {word: n for n, word in enumerate(_TEENS)} | _TENS
+_BASES = {word: n for n, word in enumerate(_TEENS[:17])}
+
+
+@lru_cache(maxsize=4096)
+def parse_answer(text: str) -> Answer:
+    r"""Read a committed answer.
+
+    >>> parse_answer("1,234").value, parse_answer(r"\{1, 2\}").kind, parse_answer("x = 5").signs, parse_answer("Evelyn").words
+    (Fraction(1234, 1), '{}', ('=',), 'evelyn')
+    """
+    cleaned = clean(text)
+    if cleaned is None:
+        return Raw(text[:200])
+    try:
+        return _parse(cleaned, 0)
+    except RecursionError:
+        return Raw(cleaned)
+
+
+def _parse(text: str, depth: int) -> Answer:
+    text = text.strip()
+    if depth > 12 or not text:
+        return Raw(text)
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    for reader in (
+        _read_text,
+        _read_matrix,
+        _read_several,
+        _read_union,
+        _read_relation,
+        _read_bracketed,
+        _read_based,
+        _read_ratio,
+    ):
+        answer = reader(text, depth)
+        if answer is not None:
+            return answer
+    return _read_value(text)
+
+
+def _read_text(text: str, depth: int) -> Answer | None:
+    """Read words: `\\text{Evelyn}`, `east`, `(A)`; a number word is its number."""
+    bare = _TEXT.sub(r" \1 ", text).strip()
+    bare = bare[1:-1].strip() if bare.startswith("{") and bare.endswith("}") else bare
+    choice = _CHOICE.fullmatch(bare)
+    if choice is not None:
+        return Text(text, choice[1] or choice[2])
+    if not _WORDS.fullmatch(bare):
+        return None
+    words = " ".join(bare.lower().split())
+    number = _number_word(words)
+    if number is not None:
+        return Value(text, ("num", number), number)
+    if len(bare) == 1:
+        return Text(text, bare) if "\\text" in text or bare.isupper() else None
+    if "\\text" in text or len(bare) > 2:
+        return Text(text, words.strip(" ."))
+    return None
+
+
+def _number_word(words: str) -> Fraction | None:
+    negative = words.startswith(("negative ", "minus "))
+    parts = re.split(r"[\s-]+", words.split(" ", 1)[1] if negative else words)
+    if len(parts) > 2 or any(part not in _NUMERALS for part in parts):
+        return None
+    values = [_NUMERALS[part] for part in parts]
+    if len(values) == 2 and not (values[0] >= 20 and 1 <= values[1] <= 9):
+        return None
+    return Fraction(-sum(values) if negative else sum(values))
+
+
+def _read_matrix(text: str, depth: int) -> Answer | None:
+    shell = _MATRIX_SHELL.fullmatch(text)
+    match = _MATRIX.fullmatch(shell[1] if shell else text)
+    if match is None or "\\begin" in match["body"]:
+        return None
+    lines = [line for line in re.split(r"\\cr(?![a-zA-Z])", match["body"].replace("\\hline", "")) if line.strip()]
+    rows = tuple(tuple(_parse(cell, depth + 1) for cell in line.split("&")) for line in lines)
+    return Matrix(text, rows) if rows and len({len(row) for row in rows}) == 1 else Raw(text)
+
+
+def _read_several(text: str, depth: int) -> Answer | None:
+    """Read a bare list: commas, semicolons, `and`, `or` outside all brackets, and `±`."""
+    if re.search(r",\s", text):
+        text = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
+    text = text.replace("\\dots", "")
+    parts = (
+        _split(text, r"\s*;\s*")
+        if ";" in text
+        else _split(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
+    )
+    if len(parts) > 1:
+        if any(not part.strip() for part in parts):
+            return Raw(text)
+        items = [_parse(part, depth + 1) for part in parts]
+        flat = [
+            inner
+            for item in items
+            for inner in (item.items if isinstance(item, Several) and item.kind == "," else (item,))
+        ]
+        return Several(text, ",", tuple(_share_variable(flat)))
+    signs = re.findall(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
+    if not signs or len(signs) > 3 or text.startswith(("(", "[", "\\lbrace")):
+        return None
+    return Several(text, ",", tuple(_parse(choice, depth + 1) for choice in _plus_minus(text, signs)))
+
+
+def _plus_minus(text: str, signs: list[str]) -> list[str]:
+    pieces = re.split(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
+    if "\\mp" in signs:  # linked: upper signs together, lower signs together
+        choices = [tuple("+-"["\\mp" == sign] for sign in signs), tuple("-+"["\\mp" == sign] for sign in signs)]
+    else:
+        choices = list(cartesian("+-", repeat=len(signs)))
+    return ["".join(p + s for p, s in zip(pieces, (*choice, ""), strict=True)) for choice in choices]
+
+
+def _share_variable(items: list[Answer]) -> list[Answer]:
+    """Read `x = 1, 2` and `x = 1, x = 2` as the list 1, 2 with one variable named once or each time."""
+    heads = [
+        item.sides[0]
+        for item in items
+        if isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0])
+    ]
+    if not heads or len({head.source for head in heads}) != 1:
+        return items
+    relations = [isinstance(item, Relation) for item in items]
+    if all(relations) or (relations[0] and not any(relations[1:])):
+        return [item.sides[1] if isinstance(item, Relation) and len(item.sides) == 2 else item for item in items]
+    return items
+
+
+def is_name(side: Answer) -> bool:
+    """Tell whether one side of a relation is a variable or f(x), not an expression."""
+    if isinstance(side, Text):
+        return True
+    return isinstance(side, Value) and (
+        side.node[0] == "sym" or (side.node[0] == "call" and side.node[1].endswith("()"))
+    )
+
+
+def _read_union(text: str, depth: int) -> Answer | None:
+    parts = _split(text, r"\s*\\cup(?![a-zA-Z])\s*")
+    if len(parts) < 2:
+        return None
+    return Several(text, "U", tuple(_parse(part, depth + 1) for part in parts))
+
+
+def _read_relation(text: str, depth: int) -> Answer | None:
+    member = _MEMBER.fullmatch(text)
+    if member is not None:
+        return _parse(member[1], depth + 1)
+    pieces: list[str] = []
+    signs: list[str] = []
+    start = 0
+    for match in _SIGN.finditer(text):
+        if _depth_at(text, match.start()) == 0:
+            pieces.append(text[start : match.start()])
+            signs.append(match.group())
+            start = match.end()
+    if not signs:
+        return None
+    pieces.append(text[start:])
+    if signs == ["\\approx"] and not pieces[0].strip():
+        return _parse(pieces[1], depth + 1)
+    if any(not piece.strip() for piece in pieces) or len(signs) > 6:
+        return Raw(text)
+    return Relation(text, tuple(_parse(piece, depth + 1) for piece in pieces), tuple(signs))
+
+
+def _read_bracketed(text: str, depth: int) -> Answer | None:
+    """Read what one pair of brackets encloses: a set, a tuple, an interval, or just parentheses."""
+    if text.startswith("\\lbrace"):
+        if not text.endswith("\\rbrace") or _closing(text, 0) != len(text) - len("\\rbrace"):
+            return None
+        inner = text[len("\\lbrace") : -len("\\rbrace")].strip()
+        parsed = _parse(inner, depth + 1) if inner else None
+        if parsed is None:
+            return Several(text, "{}", ())
+        items = parsed.items if isinstance(parsed, Several) and parsed.kind == "," else (parsed,)
+        return Several(text, "{}", items)
+    if text in ("\\emptyset",):
+        return Several(text, "{}", ())
+    if text[0] not in "([{" or text[-1] not in ")]}" or _closing(text, 0) != len(text) - 1:
+        return None
+    inner = text[1:-1].strip()
+    parsed = _parse(inner, depth + 1)
+    if text[0] == "{" or (isinstance(parsed, Value | Text) and parsed.source == inner):
+        if isinstance(parsed, Value) and (text[0] == "[" or text[-1] == "]"):
+            return None if text[0] + text[-1] == "[]" else Raw(text)
+        return parsed
+    parts = _split(inner, r"\s*[,;]\s*")
+    if len(parts) < 2:
+        return parsed if isinstance(parsed, Several) and text[0] == "(" else None
+    return Several(text, text[0] + text[-1], tuple(_parse(part, depth + 1) for part in parts))
+
+
+def _read_based(text: str, depth: int) -> Answer | None:
+    match = _BASED.fullmatch(text)
+    if match is None:
+        return None
+    name = (match[2] or match[3]).removeprefix("\\text{").removesuffix("}")
+    base = _BASES.get(name, int(name) if name.isdigit() else 0)
+    digits = match[1].lstrip("0").upper() or "0"
+    if not any(digit.isdigit() for digit in digits) and not digits.isupper():
+        return None
+    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
+        return None
+    if base == 10:
+        return Value(text, ("num", Fraction(int(digits))), Fraction(int(digits)))
+    return Based(text, digits, base)
+
+
+def _read_ratio(text: str, depth: int) -> Answer | None:
+    match = _RATIO.fullmatch(text)
+    if match is None:
+        return None
+    return Ratio(text, tuple(_parse(part, depth + 1) for part in match.groups() if part))
+
+
+def _read_value(text: str) -> Answer:
+    measure = split_unit(text)
+    body = re.sub(r"^(?:negative|minus)\s+(?=[\d\\])", "-", measure.body)
+    if _THOUSANDS.fullmatch(body):
+        body = body.replace(",", "")
+    try:
+        node = parse_expression(body)
+    except NotAnExpression:
+        return Raw(text)
+    value = rational(node)
+    if measure.scale != 1:
+        if value is None:
+            return Raw(text)
+        value *= measure.scale
+        node = ("num", value)
+    if measure.percent:
+        if value is not None:
+            value /= 100
+        node = ("div", node, ("num", Fraction(100)))
+    return Value(text, node, value, measure.unit, measure.percent)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at a separator outside all brackets and macros' braces."""
+    parts: list[str] = []
+    start = 0
+    for match in re.finditer(separator, text):
+        if match.end() > match.start() and _depth_at(text, match.start()) == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [*parts, text[start:]]
+
+
+@lru_cache(maxsize=64)
+def _depths(text: str) -> tuple[int, ...]:
+    depth, result, place = 0, [], 0
+    while place < len(text):
+        step = 7 if text.startswith(("\\lbrace", "\\rbrace"), place) else 1
+        opens = text[place] in _OPEN or text.startswith("\\lbrace", place)
+        closes = text[place] in _CLOSE or text.startswith("\\rbrace", place)
+        depth -= closes
+        result.extend([depth] * step)
+        depth += opens
+        place += step
+    return tuple(result)
+
+
+def _depth_at(text: str, place: int) -> int:
+    return _depths(text)[place]
+
+
+def _closing(text: str, place: int) -> int:
+    """Return where the bracket that opens at `place` closes, −1 if it does not."""
+    depths = _depths(text)
+    after = place + (7 if text.startswith("\\lbrace", place) else 1)
+    for index in range(after, len(text)):
+        if depths[index] <= depths[place]:
+            return index
+    return -1

@@ -1,0 +1,199 @@
+r"""Which answer does a text commit to? One order, stated by the recipe, and exactly one answer.
+
+Methods, tried in the order given; the first that finds a committed answer decides, and of several the *last* counts
+(a correction is legitimate):
+
+- `answer_tag`   the last closed `<answer>…</answer>` (a box inside it is unwrapped)
+- `boxed`        the last `\boxed{…}` or `\fbox{…}`; boxes with nothing but commas, "and", "or" or blanks between them are
+                 one list, so `\boxed{41}, \boxed{42}` is not the answer 42
+- `hash`         what follows the last `####` on its line (GSM8K)
+- `phrase`       the last "the answer is …", "answer: …", "final answer …", up to the end of the sentence
+- `first_line`   opt-in: the first line that is not blank (few-shot completions of a base model)
+- `last_number`  opt-in and lenient: the last number of the text
+
+One exception to the order: a "the answer is <number>" *after* the place where an earlier method found its answer takes
+it back. An opening without its closing (`\boxed{4`, `<answer>4`) commits to nothing: it was cut off. All scans are
+linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+DEFAULT_METHODS = ("answer_tag", "boxed", "hash", "phrase")
+Found = tuple[str, int]  # the answer's text, and where it ends in the completion
+
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
+_BETWEEN_BOXES = re.compile(r"(?:[\s,;$&]|\\[()\[\]]|\\(?:quad|qquad|text)\b|[{}]|\b(?:and|or)\b)*", re.IGNORECASE)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_HASH = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$", re.MULTILINE)
+_HASH_LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])?\s*", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer\b[*_]{0,3}(?:[ \t]+(?:to|for|of)[ \t]+(?:this|the)[ \t]+(?:question|problem))?"
+    r"[ \t]*(?:is\b(?:[ \t]*:)?|:|=|equals\b|would be\b|must be\b)[*_]{0,3}[ \t]*",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?:[*_\"'’)]*)(?=\s|\Z)|\n|\Z")
+_REASON = re.compile(
+    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|but|thus|therefore|hence|given|for)\b.*", re.I | re.S
+)
+_NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
+_NUMERIC = re.compile(
+    r"(?:[$€£¥]|\\\$)?\s*[-−+]?(?:[$€£¥]|\\\$)?\s*(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s*(?:\\?%|[a-zA-Z°]*)\s*\.?"
+)
+
+
+def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str | None:
+    r"""Return the answer a visible text (no thinking) commits to, or None.
+
+    >>> extract_answer(r"I get \boxed{42}. No: \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> extract_answer("48/2 = 24, so\n#### 72"), extract_answer("It is 72, so the answer is 72.")
+    ('72', '72')
+    >>> extract_answer("15\n4+4=", ["first_line"]), extract_answer(r"\boxed{4") is None
+    ('15', True)
+    """
+    for index, method in enumerate(methods):
+        if method not in _METHODS:
+            raise ValueError(f"extract names {method!r}; allowed: {', '.join(_METHODS)}")
+        found = _METHODS[method](text)
+        if found is None:
+            continue
+        answer, end = found
+        if "phrase" in methods[index + 1 :]:
+            retraction = _phrase(text[end:])
+            if retraction is not None and _NUMERIC.fullmatch(retraction[0]):
+                return retraction[0]
+        return answer
+    return None
+
+
+def _answer_tag(text: str) -> Found | None:
+    start: int | None = None
+    found: Found | None = None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag.group(1):
+            start = tag.end()
+        elif start is not None:
+            content = text[start : tag.start()].strip()
+            start = None
+            if content:
+                found = (content, tag.end())
+    if found is None:
+        return None
+    inner = _boxed(found[0]) or _phrase(found[0])
+    return (inner[0], found[1]) if inner is not None else found
+
+
+def _boxed(text: str) -> Found | None:
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    group = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        if _BETWEEN_BOXES.fullmatch(text, box[1], group[-1][0]) is None:
+            break
+        group.append(box)
+    contents = list(dict.fromkeys(_unbox(box[2]) for box in reversed(group)))
+    return ", ".join(contents), boxes[-1][1]
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """Return (start, end, content) of every closed box that is in no other closed box, in one pass over the braces."""
+    if "\\boxed" not in text and "\\fbox" not in text:
+        return []
+    starts: dict[int, int] = {}  # place of a box's brace -> start of the box
+    closed: list[tuple[int, int, str]] = []
+    for match in _BOX.finditer(text):
+        place = match.end()
+        if text.startswith("{", place):
+            starts[place] = match.start()
+        elif text[place : place + 1].isalnum():
+            closed.append((match.start(), place + 1, text[place]))
+    open_braces: list[int] = []
+    for brace in _BRACE.finditer(text, min(starts, default=len(text))):
+        if brace.group() == "{":
+            open_braces.append(brace.start())
+        elif brace.group() == "}" and open_braces:
+            opened = open_braces.pop()
+            if opened in starts:
+                closed.append((starts[opened], brace.end(), text[opened + 1 : brace.start()].strip()))
+    outermost: list[tuple[int, int, str]] = []
+    for box in sorted(closed):
+        if box[2] and (not outermost or box[0] >= outermost[-1][1]):
+            outermost.append(box)
+    return outermost
+
+
+def _hash(text: str) -> Found | None:
+    if "####" not in text:
+        return None
+    found: Found | None = None
+    for match in _HASH.finditer(text):
+        content = _HASH_LABEL.sub("", match.group(1), count=1).strip()
+        if content:
+            found = (content, match.end())
+    return found
+
+
+def _phrase(text: str) -> Found | None:
+    for match in reversed(list(_PHRASE.finditer(text))):
+        content, end = _sentence(text, match.end())
+        if content:
+            return content, end
+    return None
+
+
+def _sentence(text: str, start: int) -> Found:
+    """Return what stands from `start` to the end of the sentence, or of the next line if this one ends here."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    limit = min(len(text), start + 2000)
+    end_match = _SENTENCE_END.search(text, start, limit)
+    end = end_match.start() if end_match else limit
+    content = text[start:end].strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(opening, start):
+            close = text.find(closing, start + len(opening), limit)
+            rest = text[start + len(opening) : close] if close > 0 else ""
+            if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
+                return _unbox(rest.strip()), close + len(closing)
+            break
+    content = _REASON.sub("", content).strip().strip("*_").strip()
+    return _unbox(content), end
+
+
+def _unbox(content: str) -> str:
+    """Return what a box in the content holds; boxes in boxes are followed a few levels deep, the rest is nonsense."""
+    for _ in range(3):
+        boxes = _boxes(content)
+        if not boxes:
+            break
+        content = boxes[-1][2]
+    return content
+
+
+def _first_line(text: str) -> Found | None:
+    for line in text.splitlines(keepends=True):
+        if line.strip():
+            return line.strip(), text.index(line) + len(line)
+    return None
+
+
+def _last_number(text: str) -> Found | None:
+    last: Found | None = None
+    for match in _NUMBER.finditer(text):
+        last = (match.group(), match.end())
+    return last
+
+
+_METHODS: dict[str, Callable[[str], Found | None]] = {
+    "answer_tag": _answer_tag,
+    "boxed": _boxed,
+    "hash": _hash,
+    "phrase": _phrase,
+    "first_line": _first_line,
+    "last_number": _last_number,
+}

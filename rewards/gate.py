@@ -1,0 +1,99 @@
+"""Composition: let a side reward count only where the answer is correct, so that no sum of side rewards can replace it.
+
+TRL adds rewards with fixed weights. A format reward of weight 1 then pays a wrong answer as much as correctness pays a
+shapeless one. `gated(format_reward, by=accuracy_reward)` pays for form only where the accuracy is at its top. Share one
+`memoised(accuracy_reward)` between the trainer and the gates, and correctness is judged once per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Reward = Callable[..., list[float | None]]
+
+
+def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
+    """Return `reward`, counting only where `by` reaches `threshold`: elsewhere 0, and None where `by` says None.
+
+    The result has TRL's signature and keeps the reward's name (TRL's metric keys). Where `by` is not memoised it is
+    asked on every call.
+
+    >>> from functools import partial
+    >>> from rewards import accuracy_reward, format_reward
+    >>> shape = gated(format_reward, by=accuracy_reward)
+    >>> texts = ["<think>x</think><answer>4</answer>", "<think>x</think><answer>5</answer>", "#### 4"]
+    >>> shape(completions=texts, answer=["4", "4", "4"])
+    [1.0, 0.0, 0.0]
+    """
+    judge = by if isinstance(by, _Memo) else memoised(by)
+
+    def gated_reward(completions: Any, **kwargs: Any) -> list[float | None]:
+        tops = judge(completions=completions, **{**kwargs, "log_metric": None, "log_extra": None})
+        values = reward(completions=completions, **kwargs)
+        return [
+            None if top is None or value is None else value if top >= threshold else 0.0
+            for top, value in zip(tops, values, strict=True)
+        ]
+
+    gated_reward.__name__ = reward_name(reward)
+    gated_reward.__doc__ = f"{reward_name(reward)}, counting only where {reward_name(by)} >= {threshold}."
+    return gated_reward
+
+
+def memoised(reward: Reward) -> Reward:
+    """Return `reward` remembering its last batch, so that several gates and the trainer share one judgement.
+
+    A batch is recognised by the *values* of all its columns and completions, never by identity: changed input is always
+    judged anew, and nothing is kept but the last batch, inside the returned object. The reward must depend on nothing
+    else (not on `trainer_state`).
+
+    >>> asked = []
+    >>> def count(completions, **kwargs):
+    ...     asked.append(len(completions))
+    ...     return [1.0] * len(completions)
+    >>> shared = memoised(count)
+    >>> shared(completions=["a"]), shared(completions=["a"]), shared(completions=["b"]), asked
+    ([1.0], [1.0], [1.0], [1, 1])
+    """
+    return reward if isinstance(reward, _Memo) else _Memo(reward)
+
+
+def reward_name(reward: Reward) -> str:
+    """Return the name a reward goes by in metrics, also for a `functools.partial` or an object."""
+    inner = getattr(reward, "func", reward)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+class _Memo:
+    """A reward with its last batch; callable, and named like the reward for TRL."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.__name__ = reward_name(reward)
+        self._last: tuple[Any, list[float | None]] | None = None
+
+    def __call__(self, completions: Any, **kwargs: Any) -> list[float | None]:
+        key = _frozen(
+            {name: v for name, v in kwargs.items() if isinstance(v, list | tuple)} | {"completions": completions}
+        )
+        last = self._last
+        if key is not None and last is not None and last[0] == key:
+            return list(last[1])
+        values = self.reward(completions=completions, **kwargs)
+        self._last = None if key is None else (key, list(values))
+        return values
+
+
+def _frozen(value: Any) -> Any:
+    """Return an immutable copy that compares by value, or None if there is something in it that cannot be compared."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    if isinstance(value, list | tuple):
+        if value and isinstance(value[0], int | float):  # token ids: one pass
+            return tuple(value)
+        items = [_frozen(item) for item in value]
+        return None if any(a is None and b is not None for a, b in zip(items, value, strict=True)) else tuple(items)
+    if isinstance(value, dict):
+        return _frozen([[str(name), item] for name, item in value.items()])
+    return None

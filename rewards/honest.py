@@ -1,0 +1,150 @@
+"""A second opinion on correctness, to be logged beside the training reward and never trained on.
+
+It shares no extraction and no comparison code with `accuracy_reward`: other scans, only the very last commitment, plain
+numbers by `Fraction`, the rest by math-verify as it is. A policy that finds a hole in the one does not find it in the
+other, so a widening gap between the two curves is reward hacking (or a bug in one of them): look at the completions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rewards.completion import Completion, completion_text
+
+_NUMBER = re.compile(r"(-?)\s*(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\}|(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?|(\.\d+))")
+_DECORATION = re.compile(
+    r"\\[$%!,;()\[\]]|[$%*]|\\d?text\{[^{}]*\}|\\mbox\{[^{}]*\}|\^\{?\\circ\}?|\\(?:left|right)(?![a-z])"
+)
+_SEPARATOR = re.compile(r"[=;<>]|\\(?:approx|pm|cup|text|le|ge)|\bor\b|\band\b")
+
+
+def honest_accuracy(
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    *,
+    extract: Sequence[str] = ("answer_tag", "boxed", "hash", "phrase"),
+    timeout_s: float = 2.0,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""Return 1 where the very last commitment of a completion is the gold, strictly; the held-out metric.
+
+    Formula: 1 if last(completion) = gold, else 0: the last of the markers in `extract` by position, after the last
+    `</think>`; a plain number for a number, math-verify's verdict for the rest. No words around a number, no retraction
+    in prose, no lists of boxes.
+
+    Args:
+        completions: text or chat messages.
+        answer: golds, as for `accuracy_reward`.
+        extract: the markers to look for, by the names `rewards.extraction` uses; here their order does not matter.
+        timeout_s: limit per answer that needs math-verify, in seconds.
+
+    Returns:
+        1 or 0 per completion, None for an unusable gold.
+
+    Source: the strict-match metric of lm-evaluation-harness (GSM8K), and math-verify 0.9.
+
+    >>> honest_accuracy(["so\n#### 1,000", r"\boxed{41}, \boxed{42}", r"\boxed{41} or 42"], [1000, 42, 42])
+    [1.0, 1.0, 0.0]
+    """
+    scores: list[float | None] = []
+    open_cases: list[tuple[int, str, str]] = []
+    for index, (completion, raw) in enumerate(zip(completions, answer, strict=True)):
+        gold = _gold(raw)
+        if not gold:
+            scores.append(None)
+            continue
+        given = _last_commitment(completion_text(completion), extract)
+        wanted, got = _number(gold), None if given is None else _number(given)
+        if given is None or (wanted is not None) != (got is not None):
+            scores.append(0.0)
+        elif wanted is not None:
+            scores.append(1.0 if wanted == got else 0.0)
+        elif given.replace(" ", "") == gold.replace(" ", ""):
+            scores.append(1.0)
+        else:
+            scores.append(0.0)
+            if len(given) <= 500 and bool(_SEPARATOR.search(given)) == bool(_SEPARATOR.search(gold)):
+                open_cases.append((index, gold, given))
+    if open_cases:
+        from rewards import judge
+
+        verdicts = judge.ask("math_verify", [(gold, given) for _, gold, given in open_cases], timeout_s)
+        for (index, _, _), verdict in zip(open_cases, verdicts, strict=True):
+            scores[index] = float(verdict == judge.YES)
+    return scores
+
+
+def _gold(raw: Any) -> str | None:
+    """Return the gold's answer text, from a value, `#### value` or the last box."""
+    if raw is None or isinstance(raw, bool):
+        return None
+    text = str(raw).strip()
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip()
+    box = _last_box(text)
+    return text if box is None else box[1]
+
+
+def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
+    """Return the answer whose marker comes last, whichever marker it is."""
+    lowered = text.lower()
+    start = lowered.rfind("</think>")
+    start = 0 if start < 0 else start + len("</think>")
+    stop = lowered.find("<think>", start)
+    text = text[start : stop if stop >= 0 else len(text)]
+    lowered = text.lower()
+    found: list[tuple[int, str]] = []
+    if "first_line" in markers:
+        return next((line.strip() for line in text.split("\n") if line.strip()), None)
+    if "answer_tag" in markers and (end := lowered.rfind("</answer>")) >= 0:
+        begin = lowered.rfind("<answer>", 0, end)
+        if begin >= 0:
+            found.append((end, text[begin + len("<answer>") : end]))
+    if "boxed" in markers and (box := _last_box(text)) is not None:
+        found.append(box)
+    if "hash" in markers and (place := text.rfind("####")) >= 0:
+        found.append((place, text[place + 4 :].split("\n", 1)[0]))
+    if "phrase" in markers and (place := max(lowered.rfind("answer is"), lowered.rfind("answer:"))) >= 0:
+        tail = re.split(r"\.\s|\.$|\n", re.sub(r"^\s*(?:is)?\s*:?\s*", "", text[place + len("answer") :]), maxsplit=1)[
+            0
+        ]
+        found.append((place, tail))
+    if not found:
+        return None
+    content = max(found)[1].strip()
+    inner = _last_box(content)
+    return (content if inner is None else inner[1]).strip() or None
+
+
+def _last_box(text: str) -> tuple[int, str] | None:
+    """Return the place and content of the last closed box, scanning back from the end of the text."""
+    place = len(text)
+    for _ in range(20):
+        place = text.rfind("\\boxed{", 0, place)
+        if place < 0:
+            return None
+        depth = 0
+        for index in range(place + 6, min(len(text), place + 2000)):
+            depth += (text[index] == "{") - (text[index] == "}")
+            if depth == 0:
+                return place, text[place + 7 : index]
+    return None
+
+
+def _number(text: str) -> Fraction | None:
+    """Return a plain number's value, None for anything else."""
+    if len(text) > 200:
+        return None
+    match = _NUMBER.fullmatch(_DECORATION.sub("", text).strip().rstrip(".").strip())
+    if match is None:
+        return None
+    sign, top, bottom, frac_top, frac_bottom, whole, decimals, small = match.groups()
+    if top or frac_top:
+        denominator = int(bottom or frac_bottom)
+        value = Fraction(int(top or frac_top), denominator) if denominator else None
+    else:
+        value = Fraction("0" + small) if small else Fraction(whole.replace(",", "") + (decimals or ""))
+    return None if value is None else -value if sign else value

@@ -1,0 +1,225 @@
+r"""The leaf that decides: two expressions, compared exactly with sympy. Runs only inside the killable judge process.
+
+Equal means: the same number at every precision, or the same function wherever both are real. A difference is *refuted*
+numerically with 50 digits (cheap, and right: the digits are correct), and *proven* zero by simplification; where sympy
+proves nothing, agreement to 200 digits, or at every sample point, counts. Answers that this package's own parser cannot
+read are compared by math-verify, and only where the gold is such an answer.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from sympy import Expr, Rational, Symbol
+
+from rewards.answer import Answer, Raw, Relation, Several, Value, parse_answer
+from rewards.equivalence import equivalent
+from rewards.expression import Node
+
+_MOST_BITS = 2_000_000
+_POINTS = [Rational(n, d) for n, d in ((31, 17), (-22, 13), (5, 7), (-3, 11), (71, 23), (113, 41), (-9, 4), (2, 29))]
+_CALLS: dict[str, Any] = {
+    "sin": sympy.sin,
+    "cos": sympy.cos,
+    "tan": sympy.tan,
+    "cot": sympy.cot,
+    "sec": sympy.sec,
+    "csc": sympy.csc,
+    "arcsin": sympy.asin,
+    "arccos": sympy.acos,
+    "arctan": sympy.atan,
+    "arccot": sympy.acot,
+    "asin": sympy.asin,
+    "acos": sympy.acos,
+    "atan": sympy.atan,
+    "sinh": sympy.sinh,
+    "cosh": sympy.cosh,
+    "tanh": sympy.tanh,
+    "ln": sympy.log,
+    "log": sympy.log,
+    "exp": sympy.exp,
+    "lg": lambda x: sympy.log(x, 10),
+    "abs": sympy.Abs,
+    "floor": sympy.floor,
+    "ceil": sympy.ceiling,
+}
+
+
+class Undecided(Exception):
+    """Neither proof nor refutation: too big a number, or an expression that is not defined."""
+
+
+def judge(gold: str, given: str) -> bool:
+    """Tell whether a committed answer is the gold, with computer algebra. May take forever: run it where it can be killed.
+
+    Raises:
+        Undecided: sympy cannot tell.
+    """
+    expected, answer = parse_answer(gold), parse_answer(given)
+    verdict = equivalent(expected, answer, same_expression, same_relation)
+    if verdict is None:
+        return judge_by_math_verify(gold, given)
+    return verdict
+
+
+def same_expression(gold: Value, given: Value) -> bool:
+    left, right = _sympy(gold.node), _sympy(given.node)
+    return same(left, right)
+
+
+def same(left: Expr, right: Expr) -> bool:
+    """Tell whether two sympy expressions are equal."""
+    if left.has(sympy.nan, sympy.zoo) or right.has(sympy.nan, sympy.zoo):
+        return False
+    if left == right:
+        return True
+    if left.has(sympy.oo) or right.has(sympy.oo):
+        return False
+    if left.is_Rational and right.is_Rational:
+        return False
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if left.atoms(sympy.core.function.AppliedUndef) or right.atoms(sympy.core.function.AppliedUndef):
+        return bool(sympy.simplify(left - right) == 0)
+    return _same_functions(left, right, symbols) if symbols else _same_numbers(left, right)
+
+
+def _same_numbers(left: Expr, right: Expr) -> bool:
+    if _differ(left, right, 50):
+        return False
+    difference = left - right
+    if sympy.simplify(difference) == 0 or difference.equals(0):
+        return True
+    return not _differ(left, right, 200)
+
+
+def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
+    """Compare at rational points; where both sides are real there they must agree, and often enough be real."""
+    complex_numbers = left.has(sympy.I) or right.has(sympy.I)
+    agreed = 0
+    for shift in range(len(_POINTS)):
+        point = {symbol: _POINTS[(shift + 3 * i) % len(_POINTS)] + i for i, symbol in enumerate(symbols)}
+        a, b = (side.subs(point) for side in (left, right))
+        values = [sympy.N(value, 30) for value in (a, b)]
+        if any(value.has(sympy.nan, sympy.zoo, sympy.oo) or not value.is_number for value in values):
+            continue
+        real = [abs(sympy.im(value)) < sympy.Float("1e-20") for value in values]
+        if not complex_numbers and not any(real):
+            continue
+        if _differ(a, b, 30):
+            return False
+        agreed += 1
+    if agreed >= 5:
+        return True
+    return bool(sympy.simplify(left - right) == 0)
+
+
+def _differ(left: Expr, right: Expr, digits: int) -> bool:
+    """Tell whether two numbers differ, judged on that many correct digits."""
+    a, b = sympy.N(left, digits + 10), sympy.N(right, digits + 10)
+    if not a.is_number or not b.is_number or not a.is_finite or not b.is_finite:
+        raise Undecided("not a finite number")
+    gap = abs(sympy.N(left - right, digits, maxn=1000))
+    return bool(gap > (abs(a) + abs(b)) * Rational(1, 10 ** (digits - 8)))
+
+
+def same_relation(gold: Relation, given: Relation) -> bool:
+    """Tell whether two equations or inequalities state the same: one left-minus-right is a constant times the other."""
+    flip = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+    sides = [side for relation in (gold, given) for side in relation.sides]
+    if not all(isinstance(side, Value) for side in sides):
+        return False
+    left, right = (_difference(relation) for relation in (gold, given))
+    if left == 0 or right == 0 or not left.free_symbols or left.free_symbols != right.free_symbols:
+        return False
+    symbols = sorted(left.free_symbols, key=str)
+    first = {symbol: _POINTS[i % len(_POINTS)] + i for i, symbol in enumerate(symbols)}
+    denominator = left.subs(first)
+    if denominator == 0 or denominator.has(sympy.nan, sympy.zoo, sympy.oo):
+        return bool(sympy.simplify(left - right) == 0 and gold.signs == given.signs)
+    factor = right.subs(first) / denominator
+    if factor == 0 or not same(sympy.expand(factor * left), sympy.expand(right)):
+        return False
+    if gold.signs[0] == "=" or given.signs[0] == "=" or gold.signs[0] == "\\ne":
+        return gold.signs == given.signs
+    return (gold.signs[0] if factor > 0 else flip.get(gold.signs[0])) == given.signs[0]
+
+
+def _difference(relation: Relation) -> Expr:
+    left, right = relation.sides
+    assert isinstance(left, Value)
+    assert isinstance(right, Value)
+    return _sympy(left.node) - _sympy(right.node)
+
+
+def _sympy(node: Node) -> Expr:
+    """Turn a tree into sympy, refusing numbers too big to write down."""
+    kind = node[0]
+    if kind == "num":
+        value: Fraction = node[1]
+        return Rational(value.numerator, value.denominator)
+    if kind == "sym":
+        return Symbol(node[1], real=True)
+    if kind == "const":
+        return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[node[1]]
+    if kind == "call":
+        name, arguments = node[1], [_sympy(argument) for argument in node[2]]
+        return sympy.Function(name)(*arguments) if name.endswith("()") else _CALLS[name](*arguments)
+    children = [_sympy(child) for child in (node[1] if kind in ("add", "mul") else node[1:])]
+    if kind in ("pow", "root", "fact", "binom"):
+        _refuse_giants(kind, children)
+    match kind:
+        case "add":
+            return sympy.Add(*children)
+        case "mul":
+            return sympy.Mul(*children)
+        case "neg":
+            return -children[0]
+        case "div":
+            return children[0] / children[1]
+        case "pow":
+            return children[0] ** children[1]
+        case "root":
+            return (
+                sympy.real_root(children[1], children[0]) if children[0] == 3 else sympy.root(children[1], children[0])
+            )
+        case "log":
+            return sympy.log(children[1], children[0])
+        case "fact":
+            return sympy.factorial(children[0])
+        case "binom":
+            return sympy.binomial(*children)
+        case "deg":
+            return children[0] * sympy.pi / 180
+    raise Undecided(f"unknown node {kind}")
+
+
+def _refuse_giants(kind: str, children: list[Expr]) -> None:
+    if kind == "pow" and children[0].is_Rational and children[1].is_Rational:
+        size = int(children[0].p).bit_length() + int(children[0].q).bit_length()
+        if abs(children[0]) != 1 and size * abs(children[1]) > _MOST_BITS:
+            raise Undecided("a power too big")
+    if kind in ("fact", "binom") and any(child.is_Rational and child > 20_000 for child in children):
+        raise Undecided("a factorial too big")
+
+
+def judge_by_math_verify(gold: str, given: str) -> bool:
+    """Let math-verify compare what this package cannot read; its time-outs are off, the judge's own limit holds."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    parsed = []
+    for text in (gold, given):
+        found = parse(
+            f"\\boxed{{{text}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+        )
+        if not found:
+            raise Undecided("not parsed")
+        parsed.append(found)
+    # Decimals compare to 30 places instead of 6: 1e-7 is not 2e-7.
+    return bool(verify(parsed[0], parsed[1], float_rounding=30, numeric_precision=30, timeout_seconds=None))
+
+
+def is_open(answer: Answer) -> bool:
+    """Tell whether an answer could not be read."""
+    return isinstance(answer, Raw) or (isinstance(answer, Several) and any(is_open(item) for item in answer.items))

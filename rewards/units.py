@@ -1,0 +1,136 @@
+r"""Units, currencies, percent and degrees around a value: the explicit policy of the math rewards.
+
+- A unit may be left out on either side: gold `5\text{ cm}` is answered by 5, gold 18 by `\$18` or `18 dollars`.
+- Two units that are both known must be the same unit: 5 cm is not 5 m. Nothing is converted: 5 cm is not 50 mm here.
+- Words that are no known unit (`72 clips`) name what is counted and are not compared.
+- `million`, `dozen` and the like multiply.
+- `50\%` is 0.5; where only one side has the sign, 50 answers it too (graders' habit), if the bare value is at least 1.
+- `90^\circ` is 90 (the unit left out) and π/2 (mathematics).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_SAME = """
+mm millimeter millimetre; cm centimeter centimetre; dm decimeter; m meter metre; km kilometer kilometre
+in inch inches; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; lb lbs pound; oz ounce; ton tonne
+s sec second; min minute; h hr hour; day; week; month; yr year; ms millisecond
+l liter litre; ml milliliter millilitre; gal gallon; qt quart; pint; cup
+mph; kph kmh; m/s mps; km/h; n newton; j joule; w watt; kw kilowatt; v volt; pa pascal; hz hertz; mol mole; k kelvin
+acre; hectare ha; dollar usd buck; cent; euro eur; pence penny pennies; rupee rs inr; yen yuan
+degree deg; radian rad
+"""
+_CANONICAL = {
+    alias: group.split()[0]
+    for line in _SAME.strip().splitlines()
+    for group in line.split(";")
+    for alias in group.split()
+}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SIGNS = {
+    "\\USD": "dollar",
+    "€": "euro",
+    "£": "pound sterling",
+    "¥": "yen",
+    "₹": "rupee",
+    "\\euro": "euro",
+    "\\pounds": "pound sterling",
+}
+_NOT_A_UNIT = frozenset(
+    "or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly maybe either "
+    "equals is between through per percent negative positive squared cubed factorial base least most infinity none "
+    "remainder radians pi sqrt root with unknown wrong incorrect false".split()
+)
+_PREFIX = re.compile(r"(?P<minus>-?)\s*(?P<sign>\\USD|\\euro|\\pounds|[€£¥₹])\s*(?P<body>.*)", re.DOTALL)
+_SUFFIX_SIGN = re.compile(r"(?P<body>.*?[\d})])\s*(?P<sign>\\USD|[€£¥₹])", re.DOTALL)
+_POWER = r"(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
+_TEXT_UNIT = re.compile(r"(?P<body>.*\S)\s*\\text\{(?P<unit>[^{}]*)\}" + _POWER, re.DOTALL)
+_WORD_UNIT = re.compile(r"(?P<body>.*?[\d})!%])\s*-?\s*(?P<unit>[a-zA-Z][a-zA-Z.'/ -]*)" + _POWER, re.DOTALL)
+_DEGREE = re.compile(r"(?P<body>.*\S)\s*\\deg\s*(?:[CF](?![a-zA-Z])|\\text\{\s*[CF]\s*\})?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A body of mathematics with what stands around it."""
+
+    body: str
+    unit: str | None = None
+    percent: bool = False
+    scale: Fraction = Fraction(1)
+
+
+def split_unit(text: str) -> Measure:
+    r"""Split a cleaned text into its mathematics and its unit.
+
+    >>> split_unit(r"15 \text{cm}^2")
+    Measure(body='15', unit='cm^2', percent=False, scale=Fraction(1, 1))
+    >>> split_unit(r"\USD 3 million").scale, split_unit("72 clips").body, split_unit("41 or 42").unit
+    (Fraction(1000000, 1), '72', None)
+    """
+    unit: str | None = None
+    scale = Fraction(1)
+    prefix = _PREFIX.fullmatch(text)
+    if prefix is not None:
+        text, unit = prefix["minus"] + prefix["body"], _SIGNS[prefix["sign"]]
+    suffix = _SUFFIX_SIGN.fullmatch(text)
+    if suffix is not None and unit is None:
+        text, unit = suffix["body"], _SIGNS[suffix["sign"]]
+    if text.endswith("%"):
+        return Measure(text[:-1].rstrip(), None, True)
+    degree = _DEGREE.fullmatch(text)
+    if degree is not None and "\\deg" not in degree["body"]:
+        return Measure(degree["body"], "degree")
+    match = _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text)
+    if match is not None:
+        words = match["unit"].lower().replace(".", " ").split()
+        if words and words[0] in _SCALES and match["body"]:
+            scale, words = Fraction(_SCALES[words[0]]), words[1:]
+        named = _unit_name(words, match["power"], in_text="\\text" in text)
+        if named is not None or (scale != 1 and not words):
+            text, unit = match["body"].rstrip(), named or unit
+        else:
+            scale = Fraction(1)
+    return Measure(text, unit, False, scale)
+
+
+def _unit_name(words: list[str], power: str | None, *, in_text: bool) -> str | None:
+    """Return the unit's one name, the words themselves for a thing counted, or None if the words are no unit."""
+    if not words or len(words) > 6 or any(word in _NOT_A_UNIT for word in words if word != "per"):
+        return None
+    if not in_text and len(words[0]) == 1 and len(words) == 1:
+        return None  # 5 m may be five times m
+    degree = power
+    if words[0] in ("square", "sq") and len(words) > 1:
+        words, degree = words[1:], "2"
+    elif words[0] in ("cubic", "cu") and len(words) > 1:
+        words, degree = words[1:], "3"
+    elif words[-1] in ("squared", "cubed"):
+        words, degree = words[:-1], "2" if words[-1] == "squared" else "3"
+    name = " ".join(_canonical(word) for word in words)
+    return f"{name}^{degree}" if degree not in (None, "1") else name
+
+
+def _canonical(word: str) -> str:
+    for form in (word, word.removesuffix("s"), word.removesuffix("es")):
+        if form in _CANONICAL:
+            return _CANONICAL[form]
+    return word.removesuffix("s")
+
+
+def compatible(left: str | None, right: str | None) -> bool:
+    """Tell whether two units may stand on the two sides of one answer: one is missing, unknown, or they are the same.
+
+    >>> compatible("cm", None), compatible("cm", "m"), compatible("clip", "video clip"), compatible("cm", "cm^2")
+    (True, False, True, False)
+    """
+    if left is None or right is None or left == right:
+        return True
+    return not (_known(left) and _known(right))
+
+
+def _known(unit: str) -> bool:
+    words = unit.partition("^")[0].split()
+    return bool(words) and all(word in _CANONICAL.values() or word == "per" for word in words)
