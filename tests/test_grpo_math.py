@@ -17,6 +17,7 @@ from grpo_harness import (
     Group,
     assert_advantages_as_reference,
     assert_trained_as_reference,
+    lora_weights,
     make_trainer,
     snapshot,
 )
@@ -36,7 +37,7 @@ LOSS_TYPES = get_args(LossType)
 NAN = math.nan
 ONE_TOKEN: dict[str, Any] = {"loss_type": "grpo", "max_completion_length": 1, "window_tokens": 1}
 
-# Prompts and completions of different lengths; the third completion of the second group never ends, at full length 8.
+# Prompts and completions of different lengths, all below max_completion_length = 10; one completion never ends.
 GROUPS = [
     Group("a b c", ["d e <eos>", "f <eos>", "g h i j <eos>", "k l <eos>"], [[1.0], [0.0], [0.5], [0.0]]),
     Group("n o", ["p <eos>", "q r <eos>", "s t s t s t s t", "u v w x <eos>"], [[0.0], [0.0], [1.0], [0.25]]),
@@ -246,6 +247,27 @@ def test_second_iteration_clips_against_the_policy_that_generated(loss_type: str
     assert first.metrics["clip_ratio/region_mean"] == 0.0
     assert 0.0 < second.metrics["clip_ratio/low_mean"] < 1.0
     assert 0.0 < second.metrics["clip_ratio/high_mean"] < 1.0
+
+
+class DriftingTrainer(GRPOTrainer):
+    """Meets a policy that went anywhere since it generated, not only where the advantages pulled it."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        batch = super()._generate_and_score_completions(inputs)
+        generator = torch.Generator().manual_seed(2)
+        for weight in lora_weights(self.model).values():
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+        return batch
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_ratio_on_the_far_side_is_clipped_only_where_the_advantage_points_there(loss_type: str, tmp_path: Path) -> None:
+    # ε so small that every token left the trust region: with the advantage's sign it is clipped, against it it is not.
+    trainer = make_trainer(tmp_path, GROUPS, DriftingTrainer, loss_type=loss_type, num_iterations=2, epsilon=1e-4)
+    trainer.train()
+    (batch,) = assert_trained_as_reference(trainer)
+    assert 0.1 < batch.metrics["clip_ratio/low_mean"] < 0.4
+    assert 0.1 < batch.metrics["clip_ratio/high_mean"] < 0.4
 
 
 def test_kl_of_the_grpo_paper_is_one_option_away(tmp_path: Path) -> None:
