@@ -33,7 +33,7 @@ GROUPS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_garbage_collection() -> Iterator[None]:
-    """Halve the time of these tests: every `train()` collects garbage, and looks through all of torch for it (0.3 s)."""
+    """Halve the time of these tests: every `train()` collects garbage and searches all of torch for it, 0.3 s."""
     gc.freeze()
     yield
     gc.unfreeze()
