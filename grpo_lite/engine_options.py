@@ -1,0 +1,22 @@
+"""What the engine may do differently from plain TRL; torch-free, so that recipes and the CLI can import it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Switches of `PackedGRPOTrainer`; `compute="plain", rollout="generate"` with the other defaults is plain TRL."""
+
+    compute: Literal["packed", "plain"] = "packed"
+    """`packed`: each prompt is computed once per group, without padding. `plain`: TRL's own padded rows."""
+    tokens_per_microbatch: int | None = None
+    """Most tokens in one forward and backward; None takes `per_device_train_batch_size` rows at once, as TRL does."""
+    rollout: Literal["shared", "generate"] = "shared"
+    """`shared`: each prompt is prefilled once per group and finished rows leave the batch. `generate`: TRL's own."""
+    rollout_kv_tokens: int | None = None
+    """Most tokens whose keys and values are held during a rollout; None generates the whole batch in one wave."""
+    refill: int = 0
+    """Most extra groups generated per step to replace groups whose rewards are all equal."""
+    difficulty: bool = False
+    """Whether to favour prompts whose remembered solve rate lies in the middle."""
