@@ -39,10 +39,10 @@ check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold ans
 	@$(CLI) check $(RECIPE) $(ARGS)
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.ready-dev  ## Run the slow tests too
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q $(ARGS)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## Lint (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -81,7 +81,9 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
             f"spelling, run `hf auth login` for a private one, or give a local folder, or {EMBEDDED_MODEL}."
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"model.revision: {revision!r} does not exist in {model_id}. Remove it or correct it.") from None
+        raise ModelError(
+            f"model.revision: {revision!r} does not exist in {model_id}. Remove it or correct it."
+        ) from None
     except HFValidationError as error:
         raise ModelError(f"model.id: {model_id!r} is not a Hub id (owner/name) nor a local folder: {error}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:

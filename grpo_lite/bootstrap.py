@@ -1,4 +1,4 @@
-"""`make setup`: a virtual environment with this project in it. Standard library only; runs before anything is installed.
+"""`make setup`: a virtual environment with this project in it. Standard library only; runs before any install.
 
 A torch that is already there (Colab, Kaggle, your own) is used and never replaced; a machine without an NVIDIA driver
 gets the CPU build of torch and no CUDA packages.

@@ -32,8 +32,15 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("stopped.", err=True)
+            click.echo("stopped at once. Give the same command again to go on from the last checkpoint.", err=True)
             sys.exit(INTERRUPTED)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:  # a fault of ours or of a library: one line, and how to see the rest
+            if os.environ.get("GRPO_LITE_TRACEBACK"):
+                raise
+            click.echo(f"error: {_explain(error)}", err=True)
+            sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -44,6 +51,21 @@ class _Commands(click.Group):
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx) from None
+
+
+def _explain(error: Exception) -> str:
+    name = type(error).__name__
+    if name == "OutOfMemoryError":
+        return (
+            f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
+            "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What was saved is kept."
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename or ''}. What was saved before is kept."
+    return (
+        f"unexpected {name}: {str(error).strip()[:2000]}\nThis is a fault of grpo_lite or of a library below it. "
+        "GRPO_LITE_TRACEBACK=1 shows where."
+    )
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

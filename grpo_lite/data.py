@@ -224,4 +224,6 @@ def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -
     kwargs = recipe.grpo.get("chat_template_kwargs")
     kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, kwargs)) <= cap]
     dropped = len(rows) - len(kept)
-    return kept, [f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."] if dropped else []
+    return kept, [
+        f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."
+    ] if dropped else []

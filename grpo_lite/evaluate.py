@@ -1,4 +1,4 @@
-"""evaluate: base (adapter disabled) against trained on the same held-out prompts, strict and lenient, with intervals."""
+"""evaluate: base (adapter disabled) against trained on the same held-out prompts, strict and lenient."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from grpo_lite.base_model import resolve_base
 from grpo_lite.data import Prompts, load_prompts, prompt_text
+from grpo_lite.errors import ExportError
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
 from grpo_lite.model import load_tokenizer
@@ -34,6 +35,11 @@ def merge_run(
         ExportError: the merge or its verification failed.
     """
     recipe = run.load_recipe()
+    if run.merged.exists() and not overwrite:
+        raise ExportError(
+            f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
+            f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
+        )
     base = resolve_base(recipe.model.id, recipe.model.revision)
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite)

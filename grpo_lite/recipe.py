@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 TINY_MODEL = "tiny/random-llama"
 
-# What a recipe gets where it says nothing; written out in the resolved recipe. Why each differs from upstream: DECISIONS.md.
+# What a recipe gets where it says nothing; written out in the resolved recipe.
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
 GRPO_DEFAULTS: dict[str, Any] = {
     "num_generations": 8,
@@ -117,6 +117,24 @@ class ScoreSection(_Section):
     threshold: float = Field(1.0, description="The score from which a completion counts as right.")
 
 
+class MemorySection(_Section):
+    """Limits of the engine, in tokens."""
+
+    tokens_per_microbatch: int | None = Field(
+        None, ge=1, description="Most tokens in one forward and backward; null: per_device_train_batch_size rows."
+    )
+    rollout_kv_tokens: int | None = Field(
+        None, ge=1, description="Most tokens whose keys and values a rollout holds at once; null: the whole batch."
+    )
+
+
+class SamplingSection(_Section):
+    """Better use of each rollout."""
+
+    refill: int = Field(0, ge=0, description="Most extra groups generated a step to replace groups of equal rewards.")
+    difficulty: bool = Field(False, description="Favour prompts whose remembered solve rate lies in the middle.")
+
+
 class EvalSection(_Section):
     """Evaluation before and after, on held-out prompts."""
 
@@ -141,7 +159,9 @@ class LogSection(_Section):
 class Recipe(_Section):
     """One whole run. Frozen: a change is a new recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run; by default the file's name.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run; by default the file's name."
+    )
     description: str = Field(description="One line: what is trained on what.")
     least_gpu: str = Field(description="The smallest device it is meant for, e.g. `T4 16 GB` or `none (CPU)`.")
     seed: int = Field(42, ge=0, lt=2**32)
@@ -150,6 +170,14 @@ class Recipe(_Section):
     data: DataSection
     rewards: list[RewardSection] = Field(min_length=1)
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
+    compute: Literal["packed", "plain"] = Field(
+        "packed", description="packed: each prompt computed once a group, no padding; plain: TRL's own. Same gradient."
+    )
+    rollout: Literal["shared", "generate"] = Field(
+        "shared", description="shared: each prompt prefilled once a group, finished rows leave; generate: TRL's own."
+    )
+    memory: MemorySection = MemorySection()  # type: ignore[call-arg]
+    sampling: SamplingSection = SamplingSection()  # type: ignore[call-arg]
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     log: LogSection = LogSection()  # type: ignore[call-arg]
     merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")

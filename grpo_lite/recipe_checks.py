@@ -64,7 +64,7 @@ def upstream_section(section: Literal["lora", "grpo"] | str, given: Any) -> tupl
     owner = {"lora": "peft.LoraConfig", "grpo": "trl.GRPOConfig"}[section]
     if not isinstance(given, dict):
         return {}, [f"{section}: {given!r} is given; allowed is a mapping of {owner} keys."]
-    fields = config_fields(section)  # type: ignore[arg-type]
+    fields = config_fields(section)
     values: dict[str, Any] = {}
     faults = []
     for key, value in given.items():

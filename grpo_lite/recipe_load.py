@@ -19,6 +19,7 @@ _SOURCE_KINDS = {
     "path": ("hub", "generator", "kwargs", "config", "revision", "split"),
     "generator": ("hub", "path", "config", "revision", "split"),
 }
+_TEMPLATE_KEYS = ("prompt", "system", "gold_completion")  # `{question}` is a template here, not a YAML mapping
 
 
 def recipes_dir() -> Path:
@@ -102,7 +103,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -124,7 +125,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{path}{place}: not valid YAML: {problem}. Check the indentation and quotes there.") from None
+        raise RecipeError(
+            f"{path}{place}: not valid YAML: {problem}. Check the indentation and quotes there."
+        ) from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read: {error or 'nested too deeply'}.") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -142,10 +145,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     steps = [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
     if not equals or not steps:
         raise RecipeError(f"override {override!r}: write key.path=value, for example grpo.max_steps=50.")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text.strip() else None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    value = _override_value(steps[-1], text)
     target: Any = raw
     for i, step in enumerate(steps[:-1]):
         target = _descend(target, step, override, ".".join(steps[: i + 1]))
@@ -160,6 +160,16 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         target[last] = value
     else:
         raise RecipeError(f"override {override!r}: {'.'.join(steps[:-1])} is a plain value and has no {last!r}.")
+
+
+def _override_value(key: str, text: str) -> Any:
+    """Read an override's value as YAML; a template, or what is not YAML, is taken as it stands."""
+    if key in _TEMPLATE_KEYS and text not in ("", "null", "~"):
+        return text
+    try:
+        return yaml.load(text, Loader=_Loader) if text.strip() else None
+    except yaml.YAMLError:
+        return text
 
 
 def _follow_new_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -237,4 +247,3 @@ def _describe(loc: tuple[int | str, ...]) -> str:
     return (field.description if field and field.description else f"Add the key {loc[-1]!r}") + (
         "" if field and field.description and field.description.endswith(".") else "."
     )
-

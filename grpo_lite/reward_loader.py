@@ -101,7 +101,7 @@ def _import(reference: str, where: str) -> Callable[..., Any]:
         ) from None
     if not callable(function):
         raise RewardError(f"{where}.function: {reference!r} is a {type(function).__name__}, not a function.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _import_file(path: Path, where: str) -> Any:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -38,11 +38,11 @@ class RunDir:
     merged = property(lambda self: self.path / "merged")
     evaluation = property(lambda self: self.path / "evaluation")
 
-    def prepare(self, recipe: Recipe) -> str:
+    def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish"]:
         """Make the folder, or recognise an interrupted run of the same recipe.
 
         Returns:
-            "new" or "resume".
+            "new"; "resume" from a checkpoint; or "finish", trained but not yet evaluated and merged.
 
         Raises:
             RunDirError: finished already, another recipe, or not writable.
@@ -62,7 +62,10 @@ class RunDir:
             write_atomic(self.recipe_file, dump_recipe(recipe))
             return "new"
         self._refuse_changed(recipe)
-        if self.read_run().get("trained_at"):
+        record = self.read_run()
+        if record.get("trained_at") and not record.get("finished_at"):
+            return "finish"
+        if record.get("trained_at"):
             raise RunDirError(
                 f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
                 f"another with RUN=…, or remove it: rm -r {self.path}"
@@ -73,8 +76,8 @@ class RunDir:
         strange = sorted(p.name for p in self.path.iterdir() if p.name not in (".lock", ".writable"))
         if strange:
             raise RunDirError(
-                f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it is "
-                "not a run. Choose another with RUN=…"
+                f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it "
+                "is not a run. Choose another with RUN=…"
             )
 
     def _refuse_changed(self, recipe: Recipe) -> None:
@@ -195,7 +198,11 @@ def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

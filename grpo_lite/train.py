@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_lite.data import Prompts, load_prompts
+from grpo_lite.engine_options import EngineOptions
 from grpo_lite.errors import GRPOLiteError, RunDirError
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
-from grpo_lite.model import compute_dtype, load_model, load_tokenizer, lora_config, lora_to_float32
+from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
@@ -46,6 +47,11 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
         for note in prompts.notes:
             show(f"data: {note}")
         show(f"data: {len(prompts.train)} training prompts, {len(prompts.eval)} held out")
+        if state == "finish":
+            show("training had ended; evaluation and merge are made up for")
+            return finish_run(
+                run, show, _result_so_far(run), load_trained(recipe, device, run.adapter), prompts, device
+            )
         rewards, weights = load_rewards(recipe, _columns(prompts))
         args = grpo_config(recipe, run, device, weights)
         model = load_model(recipe, device)
@@ -76,7 +82,7 @@ def finish_run(
     del model
     if recipe.merge:
         begun = time.monotonic()
-        merge = merge_run(run, show, prompts)
+        merge = merge_run(run, show, prompts, overwrite=True)
         run.update_run(merge_seconds=round(time.monotonic() - begun, 1))
     run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
     return TrainResult(run, None, result.steps, result.reward_first, result.reward_last, scores, merge)
@@ -122,24 +128,41 @@ def build_trainer(
     """Return the trainer with its callbacks, the adapter in float32."""
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import GRPOTrainer
 
     from grpo_lite.progress import Completions, MetricsFile, ProgressLine
+    from grpo_lite.trainer import PackedGRPOTrainer
     from grpo_lite.trainer_rows import latest_completions
 
-    trainer = GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=list(rewards),
-        train_dataset=Dataset.from_list(_same_keys(prompts.train)),
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe),
-        callbacks=[MetricsFile(run), ProgressLine(show, device)],
-    )
+    peft_config = lora_config(recipe)
+    try:
+        trainer = PackedGRPOTrainer(
+            options=engine_options(recipe),
+            model=model,
+            args=args,
+            reward_funcs=list(rewards),
+            train_dataset=Dataset.from_list(_same_keys(prompts.train)),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[MetricsFile(run), ProgressLine(show, device)],
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:  # upstream's own refusals
+        raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Completions(run, show, recipe.log.sample_every, lambda: latest_completions(trainer)))
     lora_to_float32(trainer.model)
     return trainer
+
+
+def engine_options(recipe: Recipe) -> EngineOptions:
+    """Return what the engine may do differently from plain TRL."""
+    return EngineOptions(
+        compute=recipe.compute,
+        tokens_per_microbatch=recipe.memory.tokens_per_microbatch,
+        rollout=recipe.rollout,
+        rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
+        refill=recipe.sampling.refill,
+        difficulty=recipe.sampling.difficulty,
+    )
 
 
 def _fit(recipe: Recipe, run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
@@ -161,6 +184,11 @@ def _fit(recipe: Recipe, run: RunDir, show: Show, trainer: Any, state: str) -> T
     trainer.save_model(str(run.adapter))
     run.update_run(trained_at=now(), training_seconds=seconds, steps=done, reward_first=first, reward_last=last)
     return TrainResult(run, None, done, first, last)
+
+
+def _result_so_far(run: RunDir) -> TrainResult:
+    record = run.read_run()
+    return TrainResult(run, None, record["steps"], record.get("reward_first"), record.get("reward_last"))
 
 
 def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:

@@ -1,7 +1,7 @@
 """What `LoraConfig` and `GRPOConfig` accept, read from the installed sources without importing them.
 
-Importing TRL costs seconds and torch; validating a recipe must cost neither. The dataclass bodies are parsed with `ast`,
-so names, annotations and enum values always are those of the versions installed here.
+Importing TRL costs seconds and torch; validating a recipe must cost neither. The dataclass bodies are parsed with
+`ast`, so names, annotations and enum values always are those of the versions installed here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from grpo_lite.errors import RecipeError
 
-# Closed sets that upstream annotates as a bare `str` (read in trl 1.14 and 1.16; tests/test_upstream.py checks the source).
+# Closed sets that upstream annotates as a bare `str` (read in trl 1.14 and 1.16; a test checks).
 CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
@@ -84,8 +84,8 @@ def _class_annotations(package: str, file: str, class_name: str) -> Iterator[tup
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    if "ClassVar" not in ast.unparse(item.annotation):
-                        yield item.target.id, ast.unparse(item.annotation)
+                    annotation = ast.unparse(item.annotation)
+                    yield from () if "ClassVar" in annotation else ((item.target.id, annotation),)
             return
     raise RecipeError(
         f"{package} {importlib.metadata.version(package)} has no class {class_name} in {file}: this version is not "

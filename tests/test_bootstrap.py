@@ -38,7 +38,7 @@ def test_without_a_driver_only_cpu_builds_are_asked_for(bootstrap: ModuleType, m
     monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: False)
     monkeypatch.setattr(bootstrap.platform, "system", lambda: "Linux")
     for command in bootstrap.torch_commands():
-        assert any(part.endswith("+cpu") or part.endswith("/cpu") for part in command)
+        assert any(part.endswith(("+cpu", "/cpu")) for part in command)
 
 
 def test_with_a_driver_the_range_of_pyproject_is_asked_for(

@@ -90,7 +90,9 @@ def test_a_prompt_column_of_messages_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_braces_in_the_data_are_not_a_template(tmp_path: Path) -> None:
     rows = [{"question": "what is {gold}?", "gold": "1"}, {"question": "b", "gold": "2"}]
-    texts = {row["prompt"][0]["content"] for part in ("train", "eval") for row in getattr(load(tmp_path, rows=rows), part)}
+    texts = {
+        row["prompt"][0]["content"] for part in ("train", "eval") for row in getattr(load(tmp_path, rows=rows), part)
+    }
     assert "what is {gold}?" in texts
 
 
@@ -130,7 +132,7 @@ def test_all_file_kinds_hold_the_same_rows(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"question": "é, \"q\"", "answer": "1"}, {"question": "b\nc", "answer": "2"}]
+    rows = [{"question": 'é, "q"', "answer": "1"}, {"question": "b\nc", "answer": "2"}]
     write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.csv").write_text('question,answer\n"é, ""q""",1\n"b\nc",2\n', encoding="utf-8")

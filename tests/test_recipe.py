@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -43,9 +44,7 @@ def test_the_shipped_recipes_are_these(root: Path) -> None:
     assert recipe_names() == ["code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"]
 
 
-@pytest.mark.parametrize(
-    "name", ["code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"]
-)
+@pytest.mark.parametrize("name", ["code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"])
 def test_a_shipped_recipe_resolves_and_survives_a_round_trip(root: Path, name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -122,7 +121,9 @@ def test_a_fault_of_the_data_section_is_named(data: str, expected: str) -> None:
 
 
 def test_a_batch_that_the_group_does_not_divide_says_which_numbers_would_work() -> None:
-    text = faults_of(MINIMAL + "grpo: {per_device_train_batch_size: 4, gradient_accumulation_steps: 3, num_generations: 8}")
+    text = faults_of(
+        MINIMAL + "grpo: {per_device_train_batch_size: 4, gradient_accumulation_steps: 3, num_generations: 8}"
+    )
     assert "a round generates 12 completions" in text
     assert "num_generations may be 2, 3, 4, 6, 12" in text
     # 4 rows a device: 16 is the next multiple of 8, so 4 steps
@@ -211,7 +212,9 @@ def test_overriding_both_sources_keeps_both(root: Path) -> None:
     assert recipe.data.eval.path == "b.jsonl"
 
 
-@pytest.mark.parametrize("override", ["max_steps", "=3", "rewards[9].weight=1", "seed.x=1", "rewards.x.weight=1", "a=[1"])
+@pytest.mark.parametrize(
+    "override", ["max_steps", "=3", "rewards[9].weight=1", "seed.x=1", "rewards.x.weight=1", "a=[1"]
+)
 def test_an_override_that_cannot_be_applied_is_refused(root: Path, override: str) -> None:
     with pytest.raises(RecipeError, match=r"override|seed"):
         load_recipe("smoke", [override])
@@ -220,11 +223,9 @@ def test_an_override_that_cannot_be_applied_is_refused(root: Path, override: str
 @given(st.text(alphabet="abc.[]=01{}\n:-", max_size=30))
 def test_no_override_ends_in_anything_but_a_recipe_error(text: str) -> None:
     raw = yaml.safe_load(MINIMAL)
-    try:
+    with contextlib.suppress(RecipeError):
         apply_override(raw, text)
         build_recipe({"name": "x", **raw}, "x")
-    except RecipeError as error:
-        assert str(error)
 
 
 def test_the_schema_file_is_current(root: Path) -> None:
@@ -252,7 +253,9 @@ def test_upstream_fields_equal_the_real_dataclasses() -> None:
         "import dataclasses, json; from trl import GRPOConfig; from peft import LoraConfig;"
         "print(json.dumps([[f.name for f in dataclasses.fields(c)] for c in (GRPOConfig, LoraConfig)]))"
     )
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     grpo, lora = json.loads(out.splitlines()[-1])
     assert set(grpo) == set(config_fields("grpo"))
     assert set(lora) == set(config_fields("lora"))

@@ -41,6 +41,8 @@ def test_a_finished_run_is_never_overwritten(root: Path, tmp_path: Path) -> None
     run, recipe = RunDir(tmp_path / "r"), load_recipe("smoke")
     run.prepare(recipe)
     run.update_run(trained_at="2026-01-01")
+    assert run.prepare(recipe) == "finish"  # killed while it was evaluated or merged
+    run.update_run(finished_at="2026-01-01")
     with pytest.raises(RunDirError, match=r"holds a finished run, and it is not overwritten"):
         run.prepare(recipe)
 

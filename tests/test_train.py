@@ -1,0 +1,320 @@
+"""The straight line on the tiny model: trained, evaluated, merged; interrupted and resumed; killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from grpo_lite.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parent.parent
+GRPO_LITE = [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli"]
+
+
+def grpo_lite(*arguments: str, expect: int = 0, **environment: str) -> str:
+    result = subprocess.run(
+        [*GRPO_LITE, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    text = result.stdout + result.stderr
+    assert result.returncode == expect, text
+    assert "Traceback" not in text, text
+    return text
+
+
+def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*GRPO_LITE, "train", "smoke", "--run", str(run), *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came:\n{seen}")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def in_process(*arguments: str, expect: int = 0) -> str:
+    """Run a command that fails or ends before training, without paying a new interpreter's imports."""
+    from grpo_lite.cli import main
+
+    result = CliRunner().invoke(main, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # a traceback, where a user should have met a message
+    assert result.exit_code == expect, result.output
+    return result.output
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("runs") / "smoke"
+    return run, grpo_lite("train", "smoke", "--run", str(run))
+
+
+def test_a_run_ends_with_everything_in_its_directory(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "recipe.yaml", "run.json", "metrics.jsonl", "metrics.json", "completions", "evaluation", "adapter", "merged",
+        "checkpoint-2", "checkpoint-3",
+    }  # fmt: skip
+    assert (run / "merged" / "model.safetensors").is_file()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_screen_shows_progress_a_sample_and_the_result(finished: tuple[Path, str]) -> None:
+    text = finished[1]
+    assert "step 3/3 · reward" in text
+    assert "peak" in text
+    assert "prompt " in text
+    assert "held-out lenient score" in text
+    assert "verified on 8 held-out prompts" in text
+    assert str(finished[0] / "merged") in text
+    assert "make eval RUN=" in text
+    assert "Warning" not in text
+    assert "\r" not in text
+
+
+def test_metrics_keep_trl_s_keys_one_record_a_step(finished: tuple[Path, str]) -> None:
+    records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert set(records[0]) >= {
+        "reward", "reward_std", "loss", "grad_norm", "kl", "completions/mean_length", "completions/clipped_ratio",
+        "rewards/accuracy_reward/mean", "rewards/soft_overlong_punishment/mean", "frac_reward_zero_std",
+    }  # fmt: skip
+
+
+def test_run_json_says_with_what_and_on_what_it_ran(finished: tuple[Path, str]) -> None:
+    record = RunDir(finished[0]).read_run()
+    assert set(record["versions"]) >= {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"}
+    assert record["device"]["kind"] in ("cpu", "cuda")
+    assert record["seed"] == 42
+    assert record["steps"] == 3
+    assert record["peak_memory_bytes"] > 1 << 20
+    assert record["merge"]["passed"] is True
+    assert record["command"][1] == "train"
+    assert record["started_at"] <= record["trained_at"] <= record["finished_at"]
+
+
+def test_every_completion_is_kept_with_its_rewards(finished: tuple[Path, str]) -> None:
+    rows = [json.loads(line) for line in (finished[0] / "completions" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert set(row["rewards"]) == {"accuracy_reward", "soft_overlong_punishment"}
+        expected = row["rewards"]["accuracy_reward"] + 0.1 * row["rewards"]["soft_overlong_punishment"]
+        assert row["reward"] == pytest.approx(expected)
+
+
+def test_held_out_records_pair_base_and_trained(finished: tuple[Path, str]) -> None:
+    rows = [json.loads(line) for line in (finished[0] / "evaluation" / "records.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(isinstance(row[name]["completion"], str) for row in rows for name in ("base", "trained"))
+    trained_on = {
+        json.loads(line)["prompt"][0]["content"]
+        for path in (finished[0] / "completions").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    }
+    assert not trained_on & {row["prompt"][0]["content"] for row in rows}
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Path, str]) -> None:
+    before = (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes()
+    text = grpo_lite("train", "smoke", "--run", str(finished[0]), expect=1)
+    assert "holds a finished run, and it is not overwritten" in text
+    assert (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_changed_recipe_shows_the_difference(finished: tuple[Path, str]) -> None:
+    text = grpo_lite("train", "smoke", "grpo.beta=0.2", "--run", str(finished[0]), expect=1)
+    assert "-  beta: 0.01" in text
+    assert "+  beta: 0.2" in text
+
+
+def test_eval_alone_measures_the_same_again(finished: tuple[Path, str]) -> None:
+    before = json.loads((finished[0] / "metrics.json").read_text())
+    text = grpo_lite("eval", str(finished[0]))
+    after = json.loads((finished[0] / "metrics.json").read_text())
+    assert "held-out lenient score" in text
+    assert after["n"] == before["n"] == 8
+    for kind in ("lenient", "strict"):
+        assert after[kind]["base"] == before[kind]["base"]
+
+
+def test_merge_alone_asks_before_replacing(finished: tuple[Path, str]) -> None:
+    assert "overwrite" in grpo_lite("merge", str(finished[0]), expect=1)
+    assert "top-1 agreement" in grpo_lite("merge", str(finished[0]), "--overwrite")
+
+
+def test_export_checks_every_file(finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert "files intact" in grpo_lite("export", str(finished[0]))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_next_train_resumes_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    many = ("grpo.max_steps=40", "grpo.save_steps=100", "eval.enabled=false", "merge=false")
+    process = start(run, *many)
+    seen = read_until(process, "step 2/40")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    seen += out
+    assert process.returncode == 130, seen
+    assert "interrupted by SIGINT after step" in seen
+    assert "give the same command again" in seen
+    stopped = steps_of(run)[-1]
+    assert (run / f"checkpoint-{stopped}").is_dir()
+    text = grpo_lite("train", "smoke", "--run", str(run), *many)
+    assert f"resuming from step {stopped}" in text
+    assert steps_of(run) == list(range(1, 41))
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    many = ("grpo.max_steps=12", "grpo.save_steps=2", "eval.enabled=false", "merge=false")
+    process = start(run, *many)
+    read_until(process, "step 5/12")
+    kill(process)
+    text = grpo_lite("train", "smoke", "--run", str(run), *many)
+    assert "resuming from step 4" in text
+    assert steps_of(run) == list(range(1, 13))
+    assert RunDir(run).read_run()["steps"] == 12
+
+
+def test_a_run_killed_after_training_is_evaluated_and_merged_by_the_next_train(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run)
+    read_until(process, "evaluating base, greedy")
+    kill(process)
+    assert not (run / "merged").exists()
+    text = grpo_lite("train", "smoke", "--run", str(run))
+    assert "training had ended" in text
+    assert "verified on 8 held-out prompts" in text
+    assert RunDir(run).read_run()["finished_at"]
+
+
+def test_a_second_process_in_the_same_folder_is_refused(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "grpo.max_steps=60", "eval.enabled=false", "merge=false")
+    read_until(process, "step 1/60")
+    arguments = ("grpo.max_steps=60", "eval.enabled=false", "merge=false")
+    text = in_process("train", "smoke", "--run", str(run), *arguments, expect=1)
+    kill(process)
+    assert "another process is working in it" in text
+
+
+BAD_INPUT: list[tuple[list[str], str]] = [
+    (["train", "gsm9k"], "did you mean 'gsm8k'"),
+    (["train", "smoke", "grpo.num_generation=4"], "TRL's name is num_generations"),
+    (["train", "smoke", "grpo.num_generations=3"], "num_generations may be 2, 4, 8"),
+    (["train", "smoke", "data.train.path=nowhere.jsonl"], "there is no such file"),
+    (["train", "smoke", "data.prompt={q}="], "has no column 'q'. It has: question, answer"),
+    (["train", "smoke", "rewards[0].function=rewards.acuracy_reward"], "did you mean 'accuracy_reward'"),
+    (["train", "smoke", "rewards[0].function=no_module.f"], "does not import"),
+    (["train", "smoke", "model.id=./nowhere"], "there is no such folder"),
+    (["train", "smoke", "model.id=nobody/nothing"], "is not in the local cache and HF_HUB_OFFLINE is set"),
+    (["train", "smoke", "model.dtype=float16"], "a CPU cannot train in it"),
+    (["train", "smoke", "lora.target_modules=[nothing_here]"], "nothing_here"),
+    (["train", "smoke", "grpo.save_strategy=best"], "grpo"),
+    (["eval", "no/such/run"], "is not a run"),
+    (["merge", "recipes"], "is not a run"),
+    (["show", "smoke", "seed"], "write key.path=value"),
+    (["check", "smoke", "model.id=./nowhere"], "there is no such folder"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", BAD_INPUT, ids=[" ".join(a) for a, _ in BAD_INPUT])
+def test_bad_input_gets_one_clear_error(root: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    run = ["--run", str(tmp_path / "run")] if arguments[0] == "train" else []
+    assert expected in in_process(*arguments, *run, expect=1)
+
+
+def test_an_unwritable_output_folder_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "not writable" in in_process("train", "smoke", "--run", str(tmp_path / "file" / "run"), expect=1)
+
+
+def test_a_reward_that_breaks_its_contract_stops_with_its_name(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(completions, **kwargs):\n    return [1.0]\n")
+    reference = f"rewards[0].function={tmp_path / 'mine.py'}:short"
+    text = in_process("train", "smoke", reference, "rewards[0].kwargs={}", "--run", str(tmp_path / "r"), expect=1)
+    assert "returned 1 rewards for 8 completions" in text
+
+
+def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
+    """A reward that broke at step 3 cost nothing that was saved."""
+    reward = tmp_path / "mine.py"
+    broken = (
+        "def mine(completions, trainer_state=None, **kwargs):\n"
+        "    return [1.0] if trainer_state and trainer_state.global_step == 2 else [float(len(c[0]['content']) % 3) "
+        "for c in completions]\n"
+    )
+    reward.write_text(broken)
+    arguments = ["train", "smoke", f"rewards[0].function={reward}:mine", "rewards[0].kwargs={}", "eval.enabled=false"]
+    arguments += ["merge=false", "--run", str(tmp_path / "r")]
+    assert "returned 1 rewards" in grpo_lite(*arguments, expect=1)
+    reward.write_text(broken.replace("[1.0] if", "[0.5] * 8 if"))
+    assert "resuming from step 2" in grpo_lite(*arguments)
+    assert steps_of(tmp_path / "r") == [1, 2, 3]
+
+
+def test_check_shows_prompts_lengths_and_what_gold_earns(root: Path) -> None:
+    text = in_process("check", "smoke")
+    assert text.count("prompt: <|user|>") == 3
+    assert "prompt tokens: p50" in text
+    assert "accuracy_reward: gold completions earn 1.000" in text
+
+
+def test_recipes_lists_every_recipe_on_one_line(root: Path) -> None:
+    lines = in_process("recipes").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == sorted(p.stem for p in Path("recipes").glob("*.yaml"))
+
+
+def test_help_lists_the_commands() -> None:
+    text = in_process("--help")
+    assert all(f"  {verb} " in text for verb in ("train", "eval", "merge", "export", "recipes", "show", "check"))
+
+
+@pytest.mark.weights
+def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
+    shared_data: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    text = grpo_lite(
+        "train", "gsm8k", "--run", str(tmp_path / "gsm8k"),
+        "model.id=embedded/SmolLM2-135M-Instruct",
+        f"data.train.path={shared_data / 'gsm8k_train.jsonl'}",
+        "grpo.max_steps=2", "grpo.gradient_accumulation_steps=2", "grpo.max_completion_length=24",
+        "eval.limit=4", "eval.samples=0",
+    )  # fmt: skip
+    assert "data: 6725 training prompts, 748 held out" in text  # 7,473 rows, a tenth held out
+    assert "step 2/2" in text
+    record: dict[str, Any] = RunDir(tmp_path / "gsm8k").read_run()
+    assert record["merge"]["passed"] is True
