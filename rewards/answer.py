@@ -100,7 +100,14 @@ _BASED = re.compile(r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*(?:\{\s*(\d+|\\text\{[a-z
 _RATIO = re.compile(r"\s*([^:=]+)\s*:\s*([^:=]+)(?:\s*:\s*([^:=]+))?\s*")
 _MEMBER = re.compile(r"\s*(?:[a-zA-Z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\))\s*\\in(?![a-zA-Z])\s*(.*)", re.DOTALL)
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.&/-]*(?:[\s,]+[a-zA-Z0-9][a-zA-Z0-9'.&/-]*)*")
+_JOINED = re.compile(r",|\b(?:and|or)\b")
+_NO_SOLUTION = frozenset(["no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set"])
 _CHOICE = re.compile(r"\(\s*([A-Z])\s*\)?|([A-Z])\s*[.)]")
+_NAME = re.compile(
+    r"(?:m?\s*\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?\s*)?\\?[A-Za-z]+\s*\}?(?:_\s*(?:\{\w+\}|\w))?'*"
+    r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
+)
+_SET_BUILDER = re.compile(r"[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -131,8 +138,8 @@ def _parse(text: str, depth: int) -> Answer:
     text = text.strip()
     if depth > 12 or not text:
         return Raw(text)
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
+    if "," in text and _THOUSANDS.fullmatch(split_unit(text).body):
+        return _read_value(text)
     for reader in (
         _read_text,
         _read_matrix,
@@ -150,7 +157,7 @@ def _parse(text: str, depth: int) -> Answer:
 
 
 def _read_text(text: str, depth: int) -> Answer | None:
-    """Read words: `\\text{Evelyn}`, `east`, `(A)`; a number word is its number."""
+    r"""Read words: `\text{Evelyn}`, `east`, `(A)`; a number word is its number."""
     bare = _TEXT.sub(r" \1 ", text).strip()
     bare = bare[1:-1].strip() if bare.startswith("{") and bare.endswith("}") else bare
     choice = _CHOICE.fullmatch(bare)
@@ -158,15 +165,18 @@ def _read_text(text: str, depth: int) -> Answer | None:
         return Text(text, choice[1] or choice[2])
     if not _WORDS.fullmatch(bare):
         return None
-    words = " ".join(bare.lower().split())
+    in_text = "\\text" in text
+    words = " ".join(bare.lower().split()).strip(" .")
+    if _JOINED.search(words) and not (in_text and re.search(r"(?<!\\)(?!and\b|or\b)\b[a-z]{2,}", words)):
+        return _parse(bare, depth + 1) if in_text else None  # a list; in \text{} only words keep their order
     number = _number_word(words)
     if number is not None:
         return Value(text, ("num", number), number)
+    if words in _NO_SOLUTION:
+        return Several(text, "{}", ())
     if len(bare) == 1:
-        return Text(text, bare) if "\\text" in text or bare.isupper() else None
-    if "\\text" in text or len(bare) > 2:
-        return Text(text, words.strip(" ."))
-    return None
+        return Text(text, bare) if in_text or bare.isupper() else None
+    return Text(text, words) if in_text or len(bare) > 2 else None
 
 
 def _number_word(words: str) -> Fraction | None:
@@ -194,7 +204,6 @@ def _read_several(text: str, depth: int) -> Answer | None:
     """Read a bare list: commas, semicolons, `and`, `or` outside all brackets, and `±`."""
     if re.search(r",\s", text):
         text = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
-    text = text.replace("\\dots", "")
     parts = (
         _split(text, r"\s*;\s*")
         if ";" in text
@@ -241,12 +250,8 @@ def _share_variable(items: list[Answer]) -> list[Answer]:
 
 
 def is_name(side: Answer) -> bool:
-    """Tell whether one side of a relation is a variable or f(x), not an expression."""
-    if isinstance(side, Text):
-        return True
-    return isinstance(side, Value) and (
-        side.node[0] == "sym" or (side.node[0] == "call" and side.node[1].endswith("()"))
-    )
+    r"""Tell whether one side of a relation is a name: x, a_1, f(x), AB, `\angle A`, words; not an expression."""
+    return isinstance(side, Text) or _NAME.fullmatch(side.source) is not None
 
 
 def _read_union(text: str, depth: int) -> Answer | None:
@@ -284,9 +289,12 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
         if not text.endswith("\\rbrace") or _closing(text, 0) != len(text) - len("\\rbrace"):
             return None
         inner = text[len("\\lbrace") : -len("\\rbrace")].strip()
-        parsed = _parse(inner, depth + 1) if inner else None
-        if parsed is None:
+        if not inner:
             return Several(text, "{}", ())
+        builder = _SET_BUILDER.fullmatch(inner)
+        parsed = _parse(builder[1] if builder else inner, depth + 1)
+        if builder is not None:
+            return parsed
         items = parsed.items if isinstance(parsed, Several) and parsed.kind == "," else (parsed,)
         return Several(text, "{}", items)
     if text in ("\\emptyset",):

@@ -42,8 +42,6 @@ def equivalent(gold: Answer, given: Answer, leaf: Leaf = undecided, relations: P
     >>> equivalent(p("0.5"), p(r"\frac{2}{4}")), equivalent(p("42"), p("41 or 42")), equivalent(p("x+1"), p("1+x"))
     (True, False, None)
     """
-    if isinstance(gold, Raw) or isinstance(given, Raw):
-        return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
     if gold.source == given.source and type(gold) is type(given):
         return not _undefined(gold)
     walk = _Walk(leaf, relations)
@@ -73,11 +71,11 @@ class _Walk:
         self.relations = relations
 
     def answers(self, gold: Answer, given: Answer) -> bool | None:
-        if isinstance(gold, Raw) or isinstance(given, Raw):
-            return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
         if isinstance(gold, Relation) and isinstance(given, Relation) and _variable(gold) != _variable(given):
             return False
         gold, given = _as_interval(gold), _as_interval(given)
+        if isinstance(gold, Raw) or isinstance(given, Raw):
+            return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
         if isinstance(gold, Relation) or isinstance(given, Relation):
             return self.with_relation(gold, given)
         if isinstance(gold, Several) or isinstance(given, Several):
@@ -136,7 +134,10 @@ class _Walk:
             if isinstance(gold, Matrix):
                 vector = _vector(gold)
                 return self.in_order(vector, given.items) if given.kind == "()" and vector else False
-            return self.answers(gold, given.items[0]) if given.kind == "{}" and len(given.items) == 1 else False
+            if given.kind == "{}" and len(given.items) == 1:
+                return self.answers(gold, given.items[0])
+            # One value written twice ("15 39/40, or 639/40") is one value: every item must be the gold.
+            return _all(self.answers(gold, item) for item in given.items) if given.kind == "," else False
         return self.collections(gold, given)
 
     def collections(self, gold: Several, given: Several) -> bool | None:
@@ -149,6 +150,8 @@ class _Walk:
             return self.in_any_order(gold.items, given.items) if len(kinds) == 1 else False
         if len(kinds) == 1:
             return self.in_order(gold.items, given.items)
+        if gold.kind == "()" and given.kind == "," and (values := _assigned(given.items)):
+            return self.in_order(gold.items, values)
         plain = {",", "()"} if len(gold.items) == 2 else {",", "()", "[]"}
         return self.in_order(gold.items, given.items) if kinds <= plain else False
 
@@ -204,8 +207,7 @@ class _Walk:
         if isinstance(gold, Relation) and isinstance(given, Relation):
             return self.two_relations(gold, given)
         if isinstance(given, Relation):
-            value = self.single_value(given)
-            return False if value is None else self.answers(gold, value)
+            return self.single_value(gold, given)
         assert isinstance(gold, Relation)
         if set(gold.signs) <= {"=", "\\approx"} and _is_constant_chain(gold):  # gold "0.56 = 56%": either will do
             return _any(self.answers(side, given) for side in gold.sides)
@@ -213,28 +215,27 @@ class _Walk:
             return _any(self.answers(side, given) for side in gold.sides[1:])
         return False
 
-    def single_value(self, given: Relation) -> Answer | None:
-        """Return what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to; None for anything else."""
+    def single_value(self, gold: Answer, given: Relation) -> bool | None:
+        """Compare what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to; nothing else is one value."""
         if set(given.signs) != {"="}:
-            return None
+            return False
         sides = given.sides
         if is_name(sides[0]):
             sides = sides[1:]
         elif len(sides) == 2 and is_name(sides[1]):
             sides = sides[:1]
-        if len(sides) > 1 and not all(
-            self.answers(sides[-1], side) or self.equal_value(sides[-1], side) for side in sides[:-1]
-        ):
-            return None
-        return sides[-1]
+        if not all(isinstance(side, Value) for side in sides[:-1]):
+            return False
+        # The sides before the last may be calculations, so they are compared by value, not as answers.
+        true_chain = _all(self.same_value(sides[-1], side) for side in sides[:-1])
+        return _all([true_chain, self.answers(gold, sides[-1])])
 
-    def equal_value(self, left: Answer, right: Answer) -> bool:
-        return (
-            isinstance(left, Value)
-            and isinstance(right, Value)
-            and left.value is not None
-            and left.value == right.value
-        )
+    def same_value(self, left: Answer, right: Answer) -> bool | None:
+        if not isinstance(left, Value) or not isinstance(right, Value):
+            return False
+        if left.value is not None and right.value is not None:
+            return left.value == right.value
+        return self.leaf(left, right)
 
     def two_relations(self, gold: Relation, given: Relation) -> bool | None:
         gold_solved = gold.signs == ("=",) and is_name(gold.sides[0])
@@ -255,16 +256,12 @@ class _Walk:
 
 
 def is_number(node: Node) -> bool:
-    """Tell whether a tree is a number as one writes it down: 5, −1/2, 2.5 × 10³, 10⁶."""
+    """Tell whether a tree is a number as one writes it down: 5, -1/2, 2.5."""
     if node[0] == "neg":
         return is_number(node[1])
     if node[0] == "div":
-        return (
-            node[1][0] == "num"
-            and node[2][0] == "num"
-            or (node[1][0] == "neg" and is_number(("div", node[1][1], node[2])))
-        )
-    return node[0] == "num"
+        return all(is_number(part) and part[0] != "div" for part in node[1:])
+    return bool(node[0] == "num")
 
 
 def is_calculation(node: Node) -> bool:
@@ -300,6 +297,14 @@ def has_symbols(node: Node) -> bool:
         return False
     children = node[1] if node[0] in ("add", "mul") else node[2] if node[0] == "call" else node[1:]
     return any(has_symbols(child) for child in children)
+
+
+def _assigned(items: Sequence[Answer]) -> tuple[Answer, ...]:
+    """Return the values of `x = 3, y = 4`, variables in alphabetical order, to compare with the point (3, 4)."""
+    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0]) for item in items):
+        return ()
+    names = [item.sides[0].source for item in items if isinstance(item, Relation)]
+    return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
 
 
 def _radians(value: Value) -> Value:

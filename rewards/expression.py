@@ -428,6 +428,9 @@ def _mixed_number(text: str) -> Node:
 
 def _mixed(left: Node, right: Node) -> Node | None:
     r"""Return `3\frac{1}{2}` as 7/2: a whole number next to a proper fraction of whole numbers."""
+    if left[0] == "neg":  # -3 1/2 is -(3 + 1/2)
+        mixed = _mixed(left[1], right)
+        return None if mixed is None else ("neg", mixed)
     if left[0] != "num" or right[0] != "div" or left[1].denominator != 1:
         return None
     top, bottom = right[1], right[2]

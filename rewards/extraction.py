@@ -157,6 +157,8 @@ def _sentence(text: str, start: int) -> Found:
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening, start):
             close = text.find(closing, start + len(opening), limit)
+            while closing == "$" and 0 < close and text[close - 1] == "\\":
+                close = text.find(closing, close + 1, limit)
             rest = text[start + len(opening) : close] if close > 0 else ""
             if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
                 return _unbox(rest.strip()), close + len(closing)

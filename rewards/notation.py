@@ -70,10 +70,11 @@ _NOTHING = re.compile(
 _FONT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|rm|operatorname\*?)\s*\{([^{}]*)\}"
 )
+_REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar)\s*\{(\d{1,20})\}")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _RENAMED = re.compile(
     r"\\(leq|geq|neq|leqslant|geqslant|varnothing|degree|lbrack|rbrack|lparen|rparen|ast|star|"
-    r"thickapprox|simeq|cong|vert|lvert|rvert|mid|colon|land|lor|gt|lt|varphi|varepsilon|Reals|dots|ldots|cdots)(?![a-zA-Z])"
+    r"thickapprox|simeq|cong|vert|lvert|rvert|mid|colon|land|lor|gt|lt|varphi|varepsilon|Reals|ldots|cdots|langle|rangle)(?![a-zA-Z])"
 )
 _NEW_NAMES = {
     "leq": r"\le ",
@@ -104,9 +105,10 @@ _NEW_NAMES = {
     "varphi": r"\phi ",
     "varepsilon": r"\epsilon ",
     "Reals": r"\mathbb{R}",
-    "dots": r"\dots ",
     "ldots": r"\dots ",
     "cdots": r"\dots ",
+    "langle": "(",
+    "rangle": ")",
 }
 _BARE_WORD = re.compile(
     r"(?<![\\a-zA-Z{])(sqrt|pi|sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan|infinity|inf|oo|infty|theta|alpha|beta)"
@@ -147,6 +149,7 @@ def clean(text: str) -> str | None:
     text = _RENAMED.sub(lambda m: _NEW_NAMES[m.group(1)], text)
     for old, new in _PLAIN_SIGNS:
         text = text.replace(old, new)
+    text = _REPEATING.sub(_repeating, text)
     text = _DEGREES.sub(r" \\deg ", text)
     text = _PERCENT.sub("%", text)
     text = _BARE_WORD.sub(
@@ -201,6 +204,13 @@ def _strip_delimiters(text: str) -> str:
             return re.sub(r"(?<!\\)\$", r"\\$", text)
         text = re.sub(r"(?<!\\)\$", " ", text)
     return text
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""Write a repeating decimal as the fraction it is: 0.1\overline{6} is (16 - 1)/90."""
+    whole, fixed, period = match.groups()
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return f"\\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
 def _font_content(match: re.Match[str]) -> str:

@@ -107,7 +107,7 @@ def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
         real = [abs(sympy.im(value)) < sympy.Float("1e-20") for value in values]
         if not complex_numbers and not any(real):
             continue
-        if _differ(a, b, 30):
+        if (a != b) if a.is_Rational and b.is_Rational else _differ(a, b, 50):
             return False
         agreed += 1
     if agreed >= 5:

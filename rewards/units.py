@@ -21,7 +21,7 @@ s sec second; min minute; h hr hour; day; week; month; yr year; ms millisecond
 l liter litre; ml milliliter millilitre; gal gallon; qt quart; pint; cup
 mph; kph kmh; m/s mps; km/h; n newton; j joule; w watt; kw kilowatt; v volt; pa pascal; hz hertz; mol mole; k kelvin
 acre; hectare ha; dollar usd buck; cent; euro eur; pence penny pennies; rupee rs inr; yen yuan
-degree deg; radian rad
+degree deg; radian rad; am; pm
 """
 _CANONICAL = {
     alias: group.split()[0]
@@ -29,6 +29,7 @@ _CANONICAL = {
     for group in line.split(";")
     for alias in group.split()
 }
+_GLUED = frozenset("cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s".split())
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SIGNS = {
     "\\USD": "dollar",
@@ -42,13 +43,17 @@ _SIGNS = {
 _NOT_A_UNIT = frozenset(
     "or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly maybe either "
     "equals is between through per percent negative positive squared cubed factorial base least most infinity none "
-    "remainder radians pi sqrt root with unknown wrong incorrect false".split()
+    "remainder pi sqrt root with unknown wrong incorrect false sure sq cu one two three four five six seven eight nine "
+    "ten twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen".split()
 )
+_UNIT_WORD = re.compile(r"[a-z][a-z'/-]*")
+_ABBREVIATION = re.compile(r"\b([a-z])\.\s*([a-z])\b\.?")
 _PREFIX = re.compile(r"(?P<minus>-?)\s*(?P<sign>\\USD|\\euro|\\pounds|[€£¥₹])\s*(?P<body>.*)", re.DOTALL)
 _SUFFIX_SIGN = re.compile(r"(?P<body>.*?[\d})])\s*(?P<sign>\\USD|[€£¥₹])", re.DOTALL)
 _POWER = r"(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
 _TEXT_UNIT = re.compile(r"(?P<body>.*\S)\s*\\text\{(?P<unit>[^{}]*)\}" + _POWER, re.DOTALL)
 _WORD_UNIT = re.compile(r"(?P<body>.*?[\d})!%])\s*-?\s*(?P<unit>[a-zA-Z][a-zA-Z.'/ -]*)" + _POWER, re.DOTALL)
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREE = re.compile(r"(?P<body>.*\S)\s*\\deg\s*(?:[CF](?![a-zA-Z])|\\text\{\s*[CF]\s*\})?", re.DOTALL)
 
 
@@ -81,14 +86,15 @@ def split_unit(text: str) -> Measure:
     if text.endswith("%"):
         return Measure(text[:-1].rstrip(), None, True)
     degree = _DEGREE.fullmatch(text)
-    if degree is not None and "\\deg" not in degree["body"]:
+    if degree is not None and "\\deg" not in degree["body"] and not _TRIGONOMETRY.search(degree["body"]):
         return Measure(degree["body"], "degree")
     match = _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text)
     if match is not None:
-        words = match["unit"].lower().replace(".", " ").split()
+        glued = "\\text" not in match.group() and match.end("body") == match.start("unit")
+        words = _ABBREVIATION.sub(r"\1\2", match["unit"].lower()).replace(".", " ").split()
         if words and words[0] in _SCALES and match["body"]:
             scale, words = Fraction(_SCALES[words[0]]), words[1:]
-        named = _unit_name(words, match["power"], in_text="\\text" in text)
+        named = _unit_name(words, match["power"], in_text="\\text" in match.group(), glued=glued)
         if named is not None or (scale != 1 and not words):
             text, unit = match["body"].rstrip(), named or unit
         else:
@@ -96,12 +102,21 @@ def split_unit(text: str) -> Measure:
     return Measure(text, unit, False, scale)
 
 
-def _unit_name(words: list[str], power: str | None, *, in_text: bool) -> str | None:
-    """Return the unit's one name, the words themselves for a thing counted, or None if the words are no unit."""
-    if not words or len(words) > 6 or any(word in _NOT_A_UNIT for word in words if word != "per"):
+def _unit_name(words: list[str], power: str | None, *, in_text: bool, glued: bool) -> str | None:
+    """Return the unit's one name, the words themselves for a thing counted, or None if the words are no unit.
+
+    Outside `\\text{}` letters may be variables: `5 m`, `5xy`. There a unit of one letter, a short unknown word and
+    what sticks to the number without being a common unit are left to the mathematics.
+    """
+    if not words or len(words) > 6 or not all(_UNIT_WORD.fullmatch(word) for word in words):
         return None
-    if not in_text and len(words[0]) == 1 and len(words) == 1:
-        return None  # 5 m may be five times m
+    if any(word in _NOT_A_UNIT for word in words if word != "per"):
+        return None
+    if not in_text:
+        if glued and words[0] not in _GLUED:
+            return None
+        if len(words[0]) < 2 or (len(words[0]) < 4 and _canonical(words[0]) not in _CANONICAL.values()):
+            return None
     degree = power
     if words[0] in ("square", "sq") and len(words) > 1:
         words, degree = words[1:], "2"
