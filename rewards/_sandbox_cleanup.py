@@ -1,0 +1,126 @@
+"""Leaving nothing behind: ends every process a program may have started and empties its directory, however hostile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import time
+
+_SWEEP_S = 2.0
+
+
+def end_processes(pids: list[int], *, is_init: bool, uid: int | None, may_fork: bool) -> dict[int, int]:
+    """Kill the children and all their descendants, and wait for them.
+
+    Args:
+        pids: the children.
+        is_init: this process is process 1 of its namespace: one signal reaches everything in it.
+        uid: the user of the children, if it is theirs alone.
+        may_fork: nothing has forbidden them to start processes.
+
+    Returns:
+        Exit code by child; negative for a signal.
+    """
+    codes = reap(block=False)
+    for pid in pids:
+        if pid not in codes:
+            kill(pid)
+    if is_init and os.getpid() == 1:
+        kill(-1)
+    elif may_fork:
+        _kill_user(uid) if uid is not None else _sweep(codes)
+    if may_fork or any(pid not in codes for pid in pids):
+        codes |= reap(block=True)
+    return codes
+
+
+def reap(*, block: bool) -> dict[int, int]:
+    """Collect every child that has ended, or wait until none is left."""
+    codes: dict[int, int] = {}
+    try:
+        while True:
+            pid, status = os.waitpid(-1, 0 if block else os.WNOHANG)
+            if pid == 0:
+                return codes
+            codes[pid] = os.waitstatus_to_exitcode(status)
+    except ChildProcessError:
+        return codes
+
+
+def kill(pid: int) -> None:
+    """Send SIGKILL; nothing happens if the process is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _kill_user(uid: int) -> None:
+    """Kill every process of a user at once, atomically, by becoming that user."""
+    helper = os.fork()
+    if helper == 0:
+        try:
+            os.setresuid(uid, uid, uid)
+            os.kill(-1, signal.SIGKILL)  # spares itself
+        finally:
+            os._exit(0)
+
+
+def _sweep(codes: dict[int, int]) -> None:
+    """Kill the descendants generation by generation: as the nearest subreaper, this process inherits the orphans."""
+    deadline = time.monotonic() + _SWEEP_S
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+                living = [int(pid) for pid in file.read().split()]
+        except OSError:
+            return
+        if not living:
+            return
+        for pid in living:
+            kill(pid)
+        codes |= reap(block=False)
+
+
+def empty_directory(directory: str) -> None:
+    """Remove everything below a directory.
+
+    Iterative, and never deeper than two levels: a program can nest directories beyond any path or recursion limit.
+    """
+    top = os.fsencode(directory)
+    serial = 0
+    pending = [top]
+    while pending:
+        current = pending.pop()
+        for path in [os.path.join(current, name) for name in os.listdir(current)]:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                os.unlink(path)
+                continue
+            os.chmod(path, stat.S_IRWXU)  # the program may have closed it to itself, and so to us
+            if current != top:
+                path, nested = os.path.join(top, b"%d.moved" % serial), path
+                serial += 1
+                os.rename(nested, path)
+            pending.append(path)
+        if current != top:
+            os.rmdir(current)
+
+
+def within_quota(directory: str, most_bytes: int, most_entries: int) -> bool:
+    """Tell whether the files below a directory stay within the limits, looking at no more entries than allowed."""
+    total = seen = 0
+    pending = [os.fsencode(directory)]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    seen += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if total > most_bytes or seen > most_entries:
+                        return False
+        except OSError:
+            continue  # gone, or closed to us: removed at the end
+    return True
