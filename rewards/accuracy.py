@@ -13,10 +13,11 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from rewards.answer import Raw, parse_answer
 from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
-from rewards.equivalence import equivalent
 from rewards.extraction import DEFAULT_METHODS, extract_answer
+from rewards.math_answer import Raw
+from rewards.math_equivalence import equivalent
+from rewards.math_reading import parse_answer
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _LONGEST_RAW_GOLD_CHARS = 300
@@ -36,7 +37,8 @@ def accuracy_reward(
 
     Formula: 1 if extract(visible(completion)) ≡ gold, else 0. ≡ has no tolerance: numbers are compared as exact
     fractions, anything else by computer algebra in a killable process. What counts as committed is defined in
-    `rewards.extraction`, what counts as equal in `rewards.equivalence` and `rewards.units` (percent, units, currency).
+    `rewards.extraction`, what counts as equal in `rewards.math_equivalence`, and `rewards.math_units` for percent,
+    units and currency.
 
     Args:
         completions: text or chat messages.
@@ -57,7 +59,7 @@ def accuracy_reward(
     Source: the exact-match rewards of DeepSeekMath and TRL's `accuracy_reward`; comparison of its own, with math-verify
     0.9 for golds only that can read.
 
-    >>> accuracy_reward(["3 + 4 = 7\n#### 7", r"So \boxed{0.5}.", "41 or 42: the answer is 41 or 42."], [7, r"\frac{1}{2}", 42])
+    >>> accuracy_reward(["3 + 4 = 7\n#### 7", r"So \boxed{0.5}.", "The answer is 41 or 42."], [7, r"\frac{1}{2}", 42])
     [1.0, 1.0, 0.0]
     >>> accuracy_reward([r"\boxed{\sqrt{12}}", r"\boxed{3}"], [r"2\sqrt{3}", None])
     [1.0, None]
@@ -102,8 +104,8 @@ def accuracy_reward(
 def gold_answer(raw: Any) -> str | None:
     r"""Return the answer a gold states, from a value, a GSM8K solution or boxed text; None if it is unusable.
 
-    >>> gold_answer("48/2 = 24\n#### 72"), gold_answer(r"so $x = \boxed{\frac{1}{2}}$"), gold_answer(0.25), gold_answer(" ")
-    ('72', '\\frac{1}{2}', '0.25', None)
+    >>> gold_answer("48/2 = 24\n#### 72"), gold_answer(r"so $x = \boxed{1/2}$"), gold_answer(0.25), gold_answer(" ")
+    ('72', '1/2', '0.25', None)
     """
     if isinstance(raw, bool) or raw is None:
         return None

@@ -25,7 +25,7 @@ def completion_text(completion: Completion) -> str:
 
     >>> completion_text([{"role": "assistant", "content": "It is 4."}])
     'It is 4.'
-    >>> completion_text([{"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]}])
+    >>> completion_text({"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]})
     'It is 4.'
     """
     if completion is None:

@@ -31,10 +31,10 @@ def countdown_reward(
 ) -> list[float | None]:
     """Pay 1 for an expression that uses the given numbers, each at most once, and equals the target.
 
-    Formula: 1 if the committed expression consists of integers, + − × ÷ and parentheses, its integers are a sub-multiset
-    of `nums` (all of them with `use_all`) and its exact value is the target; `partial_credit` if only the value is wrong;
-    else 0. `(1+2)*3 = 9` counts as `(1+2)*3` if the right side is the target; an expression that is nothing but the
-    target itself needs the target among `nums`.
+    Formula: 1 if the committed expression consists of integers, + − × ÷ and parentheses, its integers are a
+    sub-multiset of `nums` (all of them with `use_all`) and its exact value is the target; `partial_credit` if only the
+    value is wrong; else 0. `(1+2)*3 = 9` counts as `(1+2)*3` if the right side is the target; the bare target needs the
+    target among `nums`.
 
     Args:
         completions: text or chat messages.
@@ -50,7 +50,7 @@ def countdown_reward(
 
     Source: TinyZero's countdown task; its reward evaluates the text and uses a tolerance of 1e-5.
 
-    >>> countdown_reward(["<answer>(20 - 16) * 1</answer>", "<answer>20-16</answer>", "20-16=4"], [[20, 16]] * 3, [4] * 3)
+    >>> countdown_reward(["<answer>(20-16)*1</answer>", "<answer>20-16</answer>", "4"], [[20, 16]] * 3, [4] * 3)
     [0.0, 1.0, 0.0]
     """
     if not 0 <= partial_credit <= 0.5:

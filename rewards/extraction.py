@@ -4,8 +4,8 @@ Methods, tried in the order given; the first that finds a committed answer decid
 (a correction is legitimate):
 
 - `answer_tag`   the last closed `<answer>…</answer>` (a box inside it is unwrapped)
-- `boxed`        the last `\boxed{…}` or `\fbox{…}`; boxes with nothing but commas, "and", "or" or blanks between them are
-                 one list, so `\boxed{41}, \boxed{42}` is not the answer 42
+- `boxed`        the last `\boxed{…}` or `\fbox{…}`; boxes with nothing but commas, "and", "or" or blanks between them
+                 are one list, so `\boxed{41}, \boxed{42}` is not the answer 42
 - `hash`         what follows the last `####` on its line (GSM8K)
 - `phrase`       the last "the answer is …", "answer: …", "final answer …", up to the end of the sentence
 - `first_line`   opt-in: the first line that is not blank (few-shot completions of a base model)
@@ -157,7 +157,7 @@ def _sentence(text: str, start: int) -> Found:
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening, start):
             close = text.find(closing, start + len(opening), limit)
-            while closing == "$" and 0 < close and text[close - 1] == "\\":
+            while closing == "$" and close > 0 and text[close - 1] == "\\":
                 close = text.find(closing, close + 1, limit)
             rest = text[start + len(opening) : close] if close > 0 else ""
             if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
@@ -178,10 +178,11 @@ def _unbox(content: str) -> str:
 
 
 def _first_line(text: str) -> Found | None:
-    for line in text.splitlines(keepends=True):
-        if line.strip():
-            return line.strip(), text.index(line) + len(line)
-    return None
+    stripped = text.lstrip()
+    line = stripped.partition("\n")[0].strip()
+    if not line or re.match(r"[^=]*\d[^=]*=", line):  # 2+3=5 repeats the few-shot lines; it answers nothing
+        return None
+    return line, len(text) - len(stripped) + len(line)
 
 
 def _last_number(text: str) -> Found | None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-YES, NO, TIMEOUT, UNDECIDED, CRASH = "yes", "no", "timeout", "undecided", "crash"
+YES, NO, TIMEOUT, UNDECIDED, CRASH, UNKNOWN = "yes", "no", "timeout", "undecided", "crash", "unknown"
 
 _SERVER = Path(__file__).with_name("judge_server.py")
 _START_LIMIT_S = 120.0
@@ -35,7 +35,7 @@ class JudgeError(RuntimeError):
 
 
 def ask(kind: str, items: Sequence[Sequence[str]], limit_s: float) -> list[str]:
-    """Return one verdict per item: yes, no, timeout, undecided, crash, or a decimal number for tasks that score.
+    """Return one verdict per item: yes, no, timeout, undecided, crash, unknown, or a number where the task scores.
 
     Args:
         kind: a task of `rewards.judge_server`.
@@ -84,7 +84,7 @@ class _Judge:
             self.start()
         deadline = time.monotonic() + patience_s
         self.write(request, deadline)
-        return json.loads(self.read_line(deadline))  # type: ignore[no-any-return]
+        return json.loads(self.read_line(deadline))
 
     def start(self) -> None:
         self.stop()

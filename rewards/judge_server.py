@@ -31,7 +31,8 @@ def serve() -> None:
     sys.path[:] = json.loads(stdin.readline())["path"]
     try:
         import math_verify  # noqa: F401  warm before the first fork
-        import rewards.symbolic  # noqa: F401
+
+        import rewards.math_symbolic  # noqa: F401
     except Exception as error:
         _send(replies, {"error": f"{type(error).__name__}: {error}"})
         return
@@ -55,7 +56,7 @@ def _send(fd: int, message: dict[str, Any]) -> None:
 
 def judge_math(gold: str, given: str) -> str:
     """Compare two committed answers with sympy."""
-    from rewards.symbolic import Undecided, judge
+    from rewards.math_symbolic import Undecided, judge
 
     try:
         return "yes" if judge(gold, given) else "no"
@@ -65,7 +66,7 @@ def judge_math(gold: str, given: str) -> str:
 
 def judge_math_verify(gold: str, given: str) -> str:
     """Compare two committed answers with math-verify alone, as an independent second opinion."""
-    from rewards.symbolic import Undecided, judge_by_math_verify
+    from rewards.math_symbolic import Undecided, judge_by_math_verify
 
     try:
         return "yes" if judge_by_math_verify(gold, given) else "no"

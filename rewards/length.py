@@ -43,7 +43,8 @@ def soft_overlong_punishment(
 
     Source: DAPO (arXiv 2503.14476), equation 13.
 
-    >>> soft_overlong_punishment([""] * 4, [[0] * n for n in (80, 90, 100, 101)], max_completion_length=100, cache_length=20)
+    >>> ids = [[0] * n for n in (80, 90, 100, 101)]
+    >>> soft_overlong_punishment([""] * 4, ids, max_completion_length=100, cache_length=20)
     [0.0, -0.5, -1.0, -1.0]
     """
     if not 0 < cache_length <= max_completion_length:

@@ -1,9 +1,14 @@
-"""Rewards for reasoning-gym tasks, judged by the library's own verifiers (optional dependency `reasoning-gym`)."""
+"""Rewards for reasoning-gym tasks, judged by the library's own verifiers (optional dependency `reasoning-gym`).
+
+The verifiers parse what the model wrote, some of them with sympy; they run in the judge process (`rewards.judge`), so a
+hanging one costs its limit and not the run.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
@@ -17,6 +22,8 @@ def reasoning_gym_reward(
     *,
     question: Sequence[str] | None = None,
     extract: Sequence[str] = DEFAULT_METHODS,
+    timeout_s: float = 2.0,
+    log_metric: Callable[[str, float], None] | None = None,
     prompts: Sequence[Completion] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
@@ -31,6 +38,9 @@ def reasoning_gym_reward(
         metadata: the row's `metadata` column, as a mapping or as JSON text (which survives `datasets`' column typing).
         question: the row's `question` column; a few verifiers read it.
         extract: methods of `rewards.extraction`, in order.
+        timeout_s: limit per answer, in seconds; over it the answer counts as wrong.
+        log_metric: passed by TRL. Gets the fractions of the batch that ran into the limit or broke the verifier, as
+            `reasoning_gym_reward/{timeout,broken}`.
         prompts: passed by TRL; shows whether the completion starts inside a thinking block.
 
     Returns:
@@ -39,28 +49,38 @@ def reasoning_gym_reward(
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
 
-    Source: reasoning-gym 0.1.25, `reasoning_gym.factory.get_score_answer_fn` and `ProceduralDataset.score_answer`.
+    Source: reasoning-gym 0.1.25, `get_score_answer_fn` and `ProceduralDataset.score_answer`.
+
+    >>> row = {"source_dataset": "basic_arithmetic"}
+    >>> reasoning_gym_reward(["<answer>7</answer>", "<answer>8</answer>"], ["7", "7"], [row, row])  # doctest: +SKIP
+    [1.0, 0.0]
     """
-    try:
-        from reasoning_gym.factory import get_score_answer_fn
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reasoning_gym_reward needs reasoning-gym: pip install 'grpo-lite[reasoning-gym]'"
-        ) from error
-    scores: list[float | None] = []
+    if find_spec("reasoning_gym") is None:
+        raise ModuleNotFoundError("reasoning_gym_reward needs reasoning-gym: pip install 'grpo-lite[reasoning-gym]'")
+    from rewards import judge
+
+    scores: list[float | None] = [0.0] * len(completions)
+    items: list[tuple[int, str, str]] = []
     for index, completion in enumerate(completions):
         raw = metadata[index]
         details = json.loads(raw) if isinstance(raw, str) else raw
-        task = (details or {}).get("source_dataset")
-        try:
-            verify = get_score_answer_fn(task) if task else None
-        except ValueError:  # an unknown task
-            verify = None
-        if verify is None:
-            scores.append(None)
+        if not details or not details.get("source_dataset"):
+            scores[index] = None
             continue
         prefilled = prompts is not None and prompt_prefills_think(prompts[index])
         given = extract_answer(visible_text(completion_text(completion), prefilled=prefilled), extract)
         entry = {"question": question[index] if question else "", "answer": answer[index], "metadata": details}
-        scores.append(float(verify(given, entry)) if given is not None else 0.0)
+        items.append((index, given or "", json.dumps(entry, default=str)))
+    verdicts = judge.ask("reasoning_gym", [(given, entry) for _, given, entry in items], timeout_s)
+    broken = 0
+    for (index, given, _), verdict in zip(items, verdicts, strict=True):
+        if verdict == judge.UNKNOWN:
+            scores[index] = None
+        elif verdict in (judge.TIMEOUT, judge.UNDECIDED, judge.CRASH):
+            broken += verdict != judge.TIMEOUT
+        elif given:
+            scores[index] = float(verdict)
+    if log_metric is not None and len(completions):
+        log_metric("reasoning_gym_reward/timeout", verdicts.count(judge.TIMEOUT) / len(completions))
+        log_metric("reasoning_gym_reward/broken", broken / len(completions))
     return scores

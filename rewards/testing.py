@@ -89,7 +89,8 @@ class Report:
             wants = "top" if line.must_win else "less"
             mark = "  <-- " if line.wrong else "  "
             rows.append(
-                f"{line.check:<{width}}  {wants:<5}  {line.tried:>5}  {line.wrong:>5}  {line.mean_score:>6.3f}{mark}{line.what}"
+                f"{line.check:<{width}}  {wants:<5}  {line.tried:>5}  {line.wrong:>5}  {line.mean_score:>6.3f}"
+                f"{mark}{line.what}"
             )
         if unused := [line.check for line in self.lines if not line.tried]:
             rows.append(f"not applicable to these rows: {', '.join(unused)}")
@@ -99,7 +100,8 @@ class Report:
         )
         for finding in self.findings[:most_findings]:
             rows.append(
-                f"  {finding.check}, row {finding.row}: score {_shown(finding.score)} of {finding.top:g}: {_clip(finding.text)}"
+                f"  {finding.check}, row {finding.row}: score {_shown(finding.score)} of {finding.top:g}: "
+                f"{_clip(finding.text)}"
             )
         if len(self.findings) > most_findings:
             rows.append(f"  … and {len(self.findings) - most_findings} more")

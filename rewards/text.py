@@ -26,8 +26,8 @@ def exact_match_reward(
 ) -> list[float | None]:
     """Pay 1 where the extracted answer and the gold are the same text after normalisation.
 
-    Formula: 1 if n(extract(completion)) = n(gold), else 0; n composes Unicode (NFKC), white space to single blanks, and,
-    if asked, lower case and no punctuation and articles (as SQuAD does).
+    Formula: 1 if n(extract(completion)) = n(gold), else 0; n composes Unicode (NFKC), white space to single blanks,
+    and, if asked, lower case and no punctuation and articles (as SQuAD does).
 
     Args:
         completions: text or chat messages.
@@ -66,8 +66,8 @@ def choice_reward(
 ) -> list[float | None]:
     r"""Pay 1 where the committed answer is the gold's letter, and only that letter.
 
-    Formula: 1 if letter(extract(completion)) = gold, else 0. `B`, `(B)`, `b.`, `\text{(B)}` and `B) 42 km` are the letter
-    B; `A or B`, `A, B` and a word are none.
+    Formula: 1 if letter(extract(completion)) = gold, else 0. `B`, `(B)`, `b.`, `\text{(B)}` and `B) 42 km` are the
+    letter B; `A or B`, `A, B` and a word are none.
 
     Args:
         completions: text or chat messages.

@@ -188,7 +188,7 @@ def _to_ascii(text: str) -> str:
 
 
 def _strip_delimiters(text: str) -> str:
-    r"""Remove `$…$`, `\(…\)`, `\[…\]` and Markdown emphasis around the whole text, and stray `$` that are no currency."""
+    r"""Remove `$…$`, `\(…\)`, `\[…\]` and emphasis around the whole text, and stray `$` that are no currency."""
     for _ in range(4):
         before = text
         text = text.strip()

@@ -29,7 +29,8 @@ _CANONICAL = {
     for group in line.split(";")
     for alias in group.split()
 }
-_GLUED = frozenset("cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s".split())
+_GLUED_NAMES = "cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s"
+_GLUED = frozenset(_GLUED_NAMES.split())
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SIGNS = {
     "\\USD": "dollar",
@@ -40,12 +41,11 @@ _SIGNS = {
     "\\euro": "euro",
     "\\pounds": "pound sterling",
 }
-_NOT_A_UNIT = frozenset(
-    "or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly maybe either "
-    "equals is between through per percent negative positive squared cubed factorial base least most infinity none "
-    "remainder pi sqrt root with unknown wrong incorrect false sure sq cu one two three four five six seven eight nine "
-    "ten twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen".split()
-)
+_NOT_UNITS = """or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly
+maybe either equals is between through per percent negative positive squared cubed factorial base least most infinity
+none remainder pi sqrt root with unknown wrong incorrect false sure sq cu zero one two three four five six seven eight
+nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion dozen"""
+_NOT_A_UNIT = frozenset(_NOT_UNITS.split())
 _UNIT_WORD = re.compile(r"[a-z][a-z'/-]*")
 _ABBREVIATION = re.compile(r"\b([a-z])\.\s*([a-z])\b\.?")
 _PREFIX = re.compile(r"(?P<minus>-?)\s*(?P<sign>\\USD|\\euro|\\pounds|[€£¥₹])\s*(?P<body>.*)", re.DOTALL)

@@ -1,8 +1,8 @@
 r"""Is one answer the other? Three verdicts: True, False, and None where only computer algebra can tell.
 
-`equivalent(gold, given)` walks the two structures (`rewards.answer`). Where two expressions are not plainly rational it
-asks `leaf`, which without computer algebra says None; `rewards.symbolic` runs the same walk with a leaf that decides.
-Nothing here has a tolerance: numbers are exact fractions.
+`equivalent(gold, given)` walks the two structures (`rewards.math_answer`). Where two expressions are not plainly
+rational it asks `leaf`, which without computer algebra says None; `rewards.math_symbolic` runs the same walk with a leaf
+that decides. Nothing here has a tolerance: numbers are exact fractions.
 
 What must match is decided by the gold: a plain number is answered by a number that was worked out (`123+456` is no
 answer to 579, `41=42` none to 42), a bare list in any order, a tuple in its own, an interval with its own ends.
@@ -13,16 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from rewards.answer import Answer, Based, Matrix, Ratio, Raw, Relation, Several, Text, Value, is_name
-from rewards.expression import Node, parse_expression
-from rewards.notation import same_spelling
-from rewards.units import compatible
+from rewards.math_answer import (
+    Answer,
+    Based,
+    Matrix,
+    Ratio,
+    Raw,
+    Relation,
+    Several,
+    Text,
+    Value,
+    assigned_values,
+    is_name,
+    vector_entries,
+)
+from rewards.math_arithmetic import divides_by_zero, has_symbols, is_calculation
+from rewards.math_expression import Node, parse_expression
+from rewards.math_intervals import FLIPPED, as_interval, bounded_variable
+from rewards.math_logic import all_of, any_of
+from rewards.math_notation import same_spelling
+from rewards.math_units import compatible
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]
-
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-_INFINITY = ("const", "oo")
 
 
 def undecided(gold: object, given: object) -> bool | None:
@@ -38,7 +51,7 @@ def equivalent(gold: Answer, given: Answer, leaf: Leaf = undecided, relations: P
         leaf: decides two expressions that are not both rational.
         relations: decides two equations or inequalities of more than one variable.
 
-    >>> from rewards.answer import parse_answer as p
+    >>> from rewards.math_reading import parse_answer as p
     >>> equivalent(p("0.5"), p(r"\frac{2}{4}")), equivalent(p("42"), p("41 or 42")), equivalent(p("x+1"), p("1+x"))
     (True, False, None)
     """
@@ -50,17 +63,7 @@ def equivalent(gold: Answer, given: Answer, leaf: Leaf = undecided, relations: P
 
 def _undefined(answer: Answer) -> bool:
     """Tell whether an expression divides by zero where that can be seen."""
-    return isinstance(answer, Value) and answer.value is None and _divides_by_zero(answer.node)
-
-
-def _divides_by_zero(node: Node) -> bool:
-    if node[0] == "div" and node[2] == ("num", Fraction(0)):
-        return True
-    children = node[1] if node[0] in ("add", "mul") else node[2] if node[0] == "call" else node[1:]
-    return any(
-        isinstance(child, tuple) and child and isinstance(child[0], str) and _divides_by_zero(child)
-        for child in children
-    )
+    return isinstance(answer, Value) and answer.value is None and divides_by_zero(answer.node)
 
 
 class _Walk:
@@ -71,9 +74,9 @@ class _Walk:
         self.relations = relations
 
     def answers(self, gold: Answer, given: Answer) -> bool | None:
-        if isinstance(gold, Relation) and isinstance(given, Relation) and _variable(gold) != _variable(given):
+        if bounded_variable(gold) and bounded_variable(given) and bounded_variable(gold) != bounded_variable(given):
             return False
-        gold, given = _as_interval(gold), _as_interval(given)
+        gold, given = as_interval(gold), as_interval(given)
         if isinstance(gold, Raw) or isinstance(given, Raw):
             return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
         if isinstance(gold, Relation) or isinstance(given, Relation):
@@ -107,9 +110,9 @@ class _Walk:
         return verdict
 
     def expressions(self, gold: Value, given: Value) -> bool | None:
-        if gold.value is not None and not is_calculation(gold.node):
-            if is_calculation(given.node) or has_symbols(given.node):
-                return False
+        worked_out = gold.value is not None and not is_calculation(gold.node)
+        if worked_out and (is_calculation(given.node) or has_symbols(given.node)):
+            return False
         if gold.value is not None and given.value is not None:
             if gold.value == given.value:
                 return True
@@ -118,26 +121,26 @@ class _Walk:
                 return bare.value is not None and abs(bare.value) >= 1 and sign.value == bare.value / 100
             return False
         if gold.node == given.node and gold.percent == given.percent:
-            return not _divides_by_zero(gold.node)
+            return not divides_by_zero(gold.node)
         return self.leaf(gold, given)
 
     def with_several(self, gold: Answer, given: Answer) -> bool | None:
         if not isinstance(given, Several):
             assert isinstance(gold, Several)
             if isinstance(given, Matrix):
-                vector = _vector(given)
+                vector = vector_entries(given)
                 return self.in_order(gold.items, vector) if gold.kind == "()" and vector else False
             if gold.kind in (",", "{}") and len(gold.items) == 1:
                 return self.answers(gold.items[0], given)
             return False
         if not isinstance(gold, Several):
             if isinstance(gold, Matrix):
-                vector = _vector(gold)
+                vector = vector_entries(gold)
                 return self.in_order(vector, given.items) if given.kind == "()" and vector else False
             if given.kind == "{}" and len(given.items) == 1:
                 return self.answers(gold, given.items[0])
             # One value written twice ("15 39/40, or 639/40") is one value: every item must be the gold.
-            return _all(self.answers(gold, item) for item in given.items) if given.kind == "," else False
+            return all_of(self.answers(gold, item) for item in given.items) if given.kind == "," else False
         return self.collections(gold, given)
 
     def collections(self, gold: Several, given: Several) -> bool | None:
@@ -145,27 +148,24 @@ class _Walk:
         if kinds <= {","}:
             return self.in_any_order(gold.items, given.items)
         if kinds <= {",", "{}"}:
-            return self.in_any_order(self.distinct(gold.items), self.distinct(given.items))
+            return all_of([self.all_among(gold.items, given.items), self.all_among(given.items, gold.items)])
         if "U" in kinds or "{}" in kinds:
             return self.in_any_order(gold.items, given.items) if len(kinds) == 1 else False
         if len(kinds) == 1:
             return self.in_order(gold.items, given.items)
-        if gold.kind == "()" and given.kind == "," and (values := _assigned(given.items)):
+        if gold.kind == "()" and given.kind == "," and (values := assigned_values(given.items)):
             return self.in_order(gold.items, values)
         plain = {",", "()"} if len(gold.items) == 2 else {",", "()", "[]"}
         return self.in_order(gold.items, given.items) if kinds <= plain else False
 
-    def distinct(self, items: Sequence[Answer]) -> list[Answer]:
-        kept: list[Answer] = []
-        for item in items:
-            if not any(self.answers(other, item) for other in kept):
-                kept.append(item)
-        return kept
+    def all_among(self, items: Sequence[Answer], others: Sequence[Answer]) -> bool | None:
+        """Tell whether every item is one of the others: as sets, {1, 1, 2} is {2, 1}."""
+        return all_of(any_of(self.answers(other, item) for other in others) for item in items)
 
     def in_order(self, gold: Sequence[Answer], given: Sequence[Answer]) -> bool | None:
         if len(gold) != len(given):
             return False
-        return _all(self.answers(a, b) for a, b in zip(gold, given, strict=True))
+        return all_of(self.answers(a, b) for a, b in zip(gold, given, strict=True))
 
     def in_any_order(self, gold: Sequence[Answer], given: Sequence[Answer]) -> bool | None:
         """Pair the items off; equality is transitive, so taking the first match loses nothing."""
@@ -187,9 +187,13 @@ class _Walk:
             return False
         if len(gold.rows) != len(given.rows):
             return False
-        return _all(self.in_order(a, b) for a, b in zip(gold.rows, given.rows, strict=True))
+        return all_of(self.in_order(a, b) for a, b in zip(gold.rows, given.rows, strict=True))
 
     def ratios(self, gold: Answer, given: Answer) -> bool | None:
+        if isinstance(gold, Ratio) and isinstance(given, Value):
+            return self.ratios(gold, _as_ratio(given))
+        if isinstance(gold, Value) and isinstance(given, Ratio):
+            return self.ratios(_as_ratio(gold), given)
         if not isinstance(gold, Ratio) or not isinstance(given, Ratio):
             return False
         if len(gold.parts) != len(given.parts):
@@ -198,9 +202,13 @@ class _Walk:
         numbers = [
             [p.value for p in r.parts if isinstance(p, Value) and p.value and p.unit is None] for r in (gold, given)
         ]
-        if same is False and all(len(side) == 2 for side in numbers) and not _may_be_time(gold):
+        if (
+            same is False
+            and all(len(side) == 2 for side in numbers)
+            and not (_may_be_time(gold) or _may_be_time(given))
+        ):
             (a, b), (c, d) = numbers
-            return a * d == b * c  # type: ignore[operator]
+            return bool(a and b and c and d and a * d == b * c)
         return same
 
     def with_relation(self, gold: Answer, given: Answer) -> bool | None:
@@ -210,13 +218,13 @@ class _Walk:
             return self.single_value(gold, given)
         assert isinstance(gold, Relation)
         if set(gold.signs) <= {"=", "\\approx"} and _is_constant_chain(gold):  # gold "0.56 = 56%": either will do
-            return _any(self.answers(side, given) for side in gold.sides)
+            return any_of(self.answers(side, given) for side in gold.sides)
         if gold.signs[0] == "=" and is_name(gold.sides[0]):
-            return _any(self.answers(side, given) for side in gold.sides[1:])
+            return any_of(self.answers(side, given) for side in gold.sides[1:])
         return False
 
     def single_value(self, gold: Answer, given: Relation) -> bool | None:
-        """Compare what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to; nothing else is one value."""
+        """Compare what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to: one value."""
         if set(given.signs) != {"="}:
             return False
         sides = given.sides
@@ -227,8 +235,8 @@ class _Walk:
         if not all(isinstance(side, Value) for side in sides[:-1]):
             return False
         # The sides before the last may be calculations, so they are compared by value, not as answers.
-        true_chain = _all(self.same_value(sides[-1], side) for side in sides[:-1])
-        return _all([true_chain, self.answers(gold, sides[-1])])
+        true_chain = all_of(self.same_value(sides[-1], side) for side in sides[:-1])
+        return all_of([true_chain, self.answers(gold, sides[-1])])
 
     def same_value(self, left: Answer, right: Answer) -> bool | None:
         if not isinstance(left, Value) or not isinstance(right, Value):
@@ -247,64 +255,12 @@ class _Walk:
                 return self.two_relations(gold, Relation(given.source, given.sides[::-1], given.signs))
             return False  # x = 5 is not answered by an equation that is still to be solved, nor by y = 5
         if len(gold.signs) == len(given.signs) and len(gold.signs) > 1:
+            flipped = tuple(FLIPPED.get(sign, sign) for sign in reversed(given.signs))
             same = gold.signs == given.signs and self.in_order(gold.sides, given.sides)
-            flipped = tuple(_FLIPPED.get(sign, sign) for sign in reversed(given.signs))
-            return same or (gold.signs == flipped and self.in_order(gold.sides, given.sides[::-1]))
+            return any_of([same, gold.signs == flipped and self.in_order(gold.sides, given.sides[::-1])])
         if len(gold.signs) != 1 or len(given.signs) != 1:
             return False
         return self.relations(gold, given)
-
-
-def is_number(node: Node) -> bool:
-    """Tell whether a tree is a number as one writes it down: 5, -1/2, 2.5."""
-    if node[0] == "neg":
-        return is_number(node[1])
-    if node[0] == "div":
-        return all(is_number(part) and part[0] != "div" for part in node[1:])
-    return bool(node[0] == "num")
-
-
-def is_calculation(node: Node) -> bool:
-    """Tell whether a tree still adds, multiplies or divides plain numbers; `a × 10ⁿ` is a way to write one."""
-    kind = node[0]
-    if kind in ("num", "sym", "const"):
-        return False
-    if kind == "mul":
-        scientific = len(node[1]) == 2 and node[1][1][0] == "pow" and node[1][1][1] == ("num", Fraction(10))
-        if not scientific and sum(_is_numeric(child) for child in node[1]) > 1:
-            return True
-    if kind == "add" and sum(_is_numeric(child) for child in node[1]) > 1:
-        return True
-    if kind == "div" and not is_number(node) and _is_numeric(node[1]) and _is_numeric(node[2]):
-        return True
-    children = node[1] if kind in ("add", "mul") else node[2] if kind == "call" else node[1:]
-    return any(is_calculation(child) for child in children)
-
-
-def _is_numeric(node: Node) -> bool:
-    if node[0] == "num":
-        return True
-    if node[0] in ("sym", "const", "root", "call"):
-        return False
-    return all(_is_numeric(child) for child in (node[1] if node[0] in ("add", "mul") else node[1:]))
-
-
-def has_symbols(node: Node) -> bool:
-    """Tell whether a tree has a variable, or a function that is not known."""
-    if node[0] == "sym" or (node[0] == "call" and node[1].endswith("()")):
-        return True
-    if node[0] in ("num", "const"):
-        return False
-    children = node[1] if node[0] in ("add", "mul") else node[2] if node[0] == "call" else node[1:]
-    return any(has_symbols(child) for child in children)
-
-
-def _assigned(items: Sequence[Answer]) -> tuple[Answer, ...]:
-    """Return the values of `x = 3, y = 4`, variables in alphabetical order, to compare with the point (3, 4)."""
-    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0]) for item in items):
-        return ()
-    names = [item.sides[0].source for item in items if isinstance(item, Relation)]
-    return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
 
 
 def _radians(value: Value) -> Value:
@@ -312,13 +268,6 @@ def _radians(value: Value) -> Value:
         return value
     factor: Node = ("div", ("const", "pi"), ("num", Fraction(180)))
     return Value(value.source + "*", ("mul", [value.node, factor]), None)
-
-
-def _vector(matrix: Matrix) -> tuple[Answer, ...]:
-    """Return the entries of a row or column vector, none for a wider matrix."""
-    if len(matrix.rows) == 1:
-        return matrix.rows[0]
-    return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
 
 
 def _letters(answer: Text | Value) -> str:
@@ -340,84 +289,13 @@ def _may_be_time(ratio: Ratio) -> bool:
     return len(minutes) == 2 and minutes.isdigit() and int(minutes) < 60
 
 
+def _as_ratio(value: Value) -> Answer:
+    """Read the fraction 2/3 as the ratio 2:3."""
+    if value.value is None or value.value.denominator == 1 or value.unit or value.percent:
+        return Raw(value.source)
+    parts = (value.value.numerator, value.value.denominator)
+    return Ratio(value.source, tuple(Value(str(n), ("num", Fraction(n)), Fraction(n)) for n in parts))
+
+
 def _is_constant_chain(relation: Relation) -> bool:
     return all(isinstance(side, Value) and not has_symbols(side.node) for side in relation.sides)
-
-
-def _as_interval(answer: Answer) -> Answer:
-    r"""Read `x \le 3`, `1 < x \le 2` and `x \ne 3` as the set they state."""
-    if isinstance(answer, Several) and answer.kind == "," and any(isinstance(item, Relation) for item in answer.items):
-        parts = [_interval(item) for item in answer.items]
-        if all(isinstance(part, Several) for part in parts):
-            return Several(answer.source, "U", tuple(parts))
-    if isinstance(answer, Relation):
-        return _interval(answer)
-    if isinstance(answer, Value | Raw) and same_spelling(answer.source, "\\mathbb{R}"):
-        return _between(answer.source, "(", _MINUS_INFINITY, _PLUS_INFINITY, ")")
-    return answer
-
-
-_PLUS_INFINITY = Value("\\infty", _INFINITY, None)
-_MINUS_INFINITY = Value("-\\infty", ("neg", _INFINITY), None)
-
-
-def _between(source: str, opening: str, low: Answer, high: Answer, closing: str) -> Several:
-    return Several(source, opening + closing, (low, high))
-
-
-def _interval(answer: Answer) -> Answer:
-    if not isinstance(answer, Relation):
-        return answer
-    sides, signs = answer.sides, answer.signs
-    if len(signs) == 2 and is_name(sides[1]) and _constant(sides[0]) and _constant(sides[2]):
-        if signs[0] in (">", "\\ge"):
-            sides, signs = sides[::-1], (_FLIPPED.get(signs[1], ""), _FLIPPED.get(signs[0], ""))
-        if set(signs) <= {"<", "\\le"}:
-            return _between(answer.source, "[("[signs[0] == "<"], sides[0], sides[2], "])"[signs[1] == "<"])
-    if len(signs) != 1:
-        return answer
-    sign = signs[0]
-    if is_name(sides[1]) and _constant(sides[0]):
-        sides, sign = sides[::-1], _FLIPPED.get(sign, sign)
-    if not is_name(sides[0]) or not _constant(sides[1]):
-        return answer
-    bound = sides[1]
-    if sign in ("<", "\\le"):
-        return _between(answer.source, "(", _MINUS_INFINITY, bound, ")" if sign == "<" else "]")
-    if sign in (">", "\\ge"):
-        return _between(answer.source, "(" if sign == ">" else "[", bound, _PLUS_INFINITY, ")")
-    if sign == "\\ne":
-        left = _between(answer.source, "(", _MINUS_INFINITY, bound, ")")
-        return Several(answer.source, "U", (left, _between(answer.source, "(", bound, _PLUS_INFINITY, ")")))
-    return answer
-
-
-def _variable(relation: Relation) -> str | None:
-    """Return the variable an inequality bounds, None for any other relation."""
-    if not isinstance(_interval(relation), Several):
-        return None
-    return next(side.source for side in relation.sides if is_name(side))
-
-
-def _constant(answer: Answer) -> bool:
-    return isinstance(answer, Value) and not has_symbols(answer.node)
-
-
-def _all(verdicts: object) -> bool | None:
-    result: bool | None = True
-    for verdict in verdicts:  # type: ignore[attr-defined]
-        if verdict is False:
-            return False
-        if verdict is None:
-            result = None
-    return result
-
-
-def _any(verdicts: object) -> bool | None:
-    result: bool | None = False
-    for verdict in verdicts:  # type: ignore[attr-defined]
-        if verdict:
-            return True
-        if verdict is None:
-            result = None
-    return result

@@ -14,9 +14,10 @@ from typing import Any
 import sympy
 from sympy import Expr, Rational, Symbol
 
-from rewards.answer import Answer, Raw, Relation, Several, Value, parse_answer
-from rewards.equivalence import equivalent
-from rewards.expression import Node
+from rewards.math_answer import Answer, Raw, Relation, Several, Value
+from rewards.math_equivalence import equivalent
+from rewards.math_expression import Node
+from rewards.math_reading import parse_answer
 
 _MOST_BITS = 2_000_000
 _POINTS = [Rational(n, d) for n, d in ((31, 17), (-22, 13), (5, 7), (-3, 11), (71, 23), (113, 41), (-9, 4), (2, 29))]
@@ -52,7 +53,7 @@ class Undecided(Exception):
 
 
 def judge(gold: str, given: str) -> bool:
-    """Tell whether a committed answer is the gold, with computer algebra. May take forever: run it where it can be killed.
+    """Tell whether a committed answer is the gold, with computer algebra; it may take forever: run it killable.
 
     Raises:
         Undecided: sympy cannot tell.

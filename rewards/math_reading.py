@@ -1,92 +1,22 @@
-r"""The structure of an answer: number or expression, list, set, tuple or interval, relation, matrix, text.
+"""From the text of a committed answer to its structure: one reader per kind of answer, tried in order.
 
-`parse_answer` reads a committed answer (`rewards.extraction`) in one spelling (`rewards.notation`) into nested frozen
-dataclasses; `rewards.equivalence` compares two of them. What cannot be read stays a `Raw`, equal only to itself.
+`rewards.math_notation` first brings the text into one spelling; `rewards.math_expression` reads what is left when no
+list, bracket, relation, matrix or word is found.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product as cartesian
 
-from rewards.expression import Node, NotAnExpression, parse_expression, rational
-from rewards.notation import clean
-from rewards.units import split_unit
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One mathematical expression; `value` where it is a plain rational number."""
-
-    source: str
-    node: Node
-    value: Fraction | None
-    unit: str | None = None
-    percent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Words, or a choice's letter."""
-
-    source: str
-    words: str
-
-
-@dataclass(frozen=True, slots=True)
-class Several:
-    """A list (`kind` ","), set ("{}"), union ("U") or bracketed pair or tuple ("()", "[)" …) of answers."""
-
-    source: str
-    kind: str
-    items: tuple[Answer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    r"""A chain of sides and signs: `x = 5`, `1 < x \le 2`, `41 = 42`."""
-
-    source: str
-    sides: tuple[Answer, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Rows of answers."""
-
-    source: str
-    rows: tuple[tuple[Answer, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Based:
-    """Digits in a number base: the form asked for is the answer, so nothing is converted."""
-
-    source: str
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """`a:b`, a ratio or a time of day."""
-
-    source: str
-    parts: tuple[Answer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """Something this module cannot read."""
-
-    source: str
-
-
-Answer = Value | Text | Several | Relation | Matrix | Based | Ratio | Raw
+from rewards.math_answer import Answer, Based, Matrix, Ratio, Raw, Relation, Several, Text, Value, is_name
+from rewards.math_arithmetic import rational
+from rewards.math_brackets import closing_place, depths, split_outside
+from rewards.math_expression import NotAnExpression, parse_expression
+from rewards.math_notation import clean
+from rewards.math_units import split_unit
 
 _SIGN = re.compile(r"\\(?:le|ge|ne|approx|equiv|sim|to|rightarrow|Rightarrow|implies|mapsto|iff)(?![a-zA-Z])|[=<>]")
 _MATRIX = re.compile(
@@ -101,29 +31,25 @@ _RATIO = re.compile(r"\s*([^:=]+)\s*:\s*([^:=]+)(?:\s*:\s*([^:=]+))?\s*")
 _MEMBER = re.compile(r"\s*(?:[a-zA-Z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\))\s*\\in(?![a-zA-Z])\s*(.*)", re.DOTALL)
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.&/-]*(?:[\s,]+[a-zA-Z0-9][a-zA-Z0-9'.&/-]*)*")
 _JOINED = re.compile(r",|\b(?:and|or)\b")
-_NO_SOLUTION = frozenset(["no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set"])
+_NO_SOLUTION = frozenset(["no solution", "no solutions", "no real solution", "no real solutions", "empty set"])
 _CHOICE = re.compile(r"\(\s*([A-Z])\s*\)?|([A-Z])\s*[.)]")
-_NAME = re.compile(
-    r"(?:m?\s*\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?\s*)?\\?[A-Za-z]+\s*\}?(?:_\s*(?:\{\w+\}|\w))?'*"
-    r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
-)
 _SET_BUILDER = re.compile(r"[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_OPEN, _CLOSE = "([{", ")]}"
-_TEENS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = {word: 10 * (n + 2) for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
-_NUMERALS = {word: n for n, word in enumerate(_TEENS)} | _TENS
-_BASES = {word: n for n, word in enumerate(_TEENS[:17])}
+_TEENS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_BASES = {word: n for n, word in enumerate(_TEENS.split())}
+_NUMERALS = _BASES | {word: 10 * n for n, word in enumerate(_TENS.split(), start=2)}
 
 
 @lru_cache(maxsize=4096)
 def parse_answer(text: str) -> Answer:
     r"""Read a committed answer.
 
-    >>> parse_answer("1,234").value, parse_answer(r"\{1, 2\}").kind, parse_answer("x = 5").signs, parse_answer("Evelyn").words
-    (Fraction(1234, 1), '{}', ('=',), 'evelyn')
+    >>> parse_answer("1,234").value, parse_answer(r"\{1, 2\}").kind, parse_answer("x = 5").signs
+    (Fraction(1234, 1), '{}', ('=',))
     """
     cleaned = clean(text)
     if cleaned is None:
@@ -166,7 +92,7 @@ def _read_text(text: str, depth: int) -> Answer | None:
     if not _WORDS.fullmatch(bare):
         return None
     in_text = "\\text" in text
-    words = " ".join(bare.lower().split()).strip(" .")
+    words = " ".join(bare.lower().split()).strip(" .").removeprefix("the ")
     if _JOINED.search(words) and not (in_text and re.search(r"(?<!\\)(?!and\b|or\b)\b[a-z]{2,}", words)):
         return _parse(bare, depth + 1) if in_text else None  # a list; in \text{} only words keep their order
     number = _number_word(words)
@@ -205,9 +131,9 @@ def _read_several(text: str, depth: int) -> Answer | None:
     if re.search(r",\s", text):
         text = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
     parts = (
-        _split(text, r"\s*;\s*")
+        split_outside(text, r"\s*;\s*")
         if ";" in text
-        else _split(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
+        else split_outside(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
     )
     if len(parts) > 1:
         if any(not part.strip() for part in parts):
@@ -222,13 +148,14 @@ def _read_several(text: str, depth: int) -> Answer | None:
     signs = re.findall(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
     if not signs or len(signs) > 3 or text.startswith(("(", "[", "\\lbrace")):
         return None
-    return Several(text, ",", tuple(_parse(choice, depth + 1) for choice in _plus_minus(text, signs)))
+    choices = [_parse(choice, depth + 1) for choice in _plus_minus(text, signs)]
+    return Several(text, ",", tuple(_share_variable(choices)))
 
 
 def _plus_minus(text: str, signs: list[str]) -> list[str]:
     pieces = re.split(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
     if "\\mp" in signs:  # linked: upper signs together, lower signs together
-        choices = [tuple("+-"["\\mp" == sign] for sign in signs), tuple("-+"["\\mp" == sign] for sign in signs)]
+        choices = [tuple("+-"[sign == "\\mp"] for sign in signs), tuple("-+"[sign == "\\mp"] for sign in signs)]
     else:
         choices = list(cartesian("+-", repeat=len(signs)))
     return ["".join(p + s for p, s in zip(pieces, (*choice, ""), strict=True)) for choice in choices]
@@ -249,13 +176,8 @@ def _share_variable(items: list[Answer]) -> list[Answer]:
     return items
 
 
-def is_name(side: Answer) -> bool:
-    r"""Tell whether one side of a relation is a name: x, a_1, f(x), AB, `\angle A`, words; not an expression."""
-    return isinstance(side, Text) or _NAME.fullmatch(side.source) is not None
-
-
 def _read_union(text: str, depth: int) -> Answer | None:
-    parts = _split(text, r"\s*\\cup(?![a-zA-Z])\s*")
+    parts = split_outside(text, r"\s*\\cup(?![a-zA-Z])\s*")
     if len(parts) < 2:
         return None
     return Several(text, "U", tuple(_parse(part, depth + 1) for part in parts))
@@ -269,7 +191,7 @@ def _read_relation(text: str, depth: int) -> Answer | None:
     signs: list[str] = []
     start = 0
     for match in _SIGN.finditer(text):
-        if _depth_at(text, match.start()) == 0:
+        if depths(text)[match.start()] == 0:
             pieces.append(text[start : match.start()])
             signs.append(match.group())
             start = match.end()
@@ -286,7 +208,7 @@ def _read_relation(text: str, depth: int) -> Answer | None:
 def _read_bracketed(text: str, depth: int) -> Answer | None:
     """Read what one pair of brackets encloses: a set, a tuple, an interval, or just parentheses."""
     if text.startswith("\\lbrace"):
-        if not text.endswith("\\rbrace") or _closing(text, 0) != len(text) - len("\\rbrace"):
+        if not text.endswith("\\rbrace") or closing_place(text, 0) != len(text) - len("\\rbrace"):
             return None
         inner = text[len("\\lbrace") : -len("\\rbrace")].strip()
         if not inner:
@@ -299,7 +221,7 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
         return Several(text, "{}", items)
     if text in ("\\emptyset",):
         return Several(text, "{}", ())
-    if text[0] not in "([{" or text[-1] not in ")]}" or _closing(text, 0) != len(text) - 1:
+    if text[0] not in "([{" or text[-1] not in ")]}" or closing_place(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1].strip()
     parsed = _parse(inner, depth + 1)
@@ -307,7 +229,7 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
         if isinstance(parsed, Value) and (text[0] == "[" or text[-1] == "]"):
             return None if text[0] + text[-1] == "[]" else Raw(text)
         return parsed
-    parts = _split(inner, r"\s*[,;]\s*")
+    parts = split_outside(inner, r"\s*[,;]\s*")
     if len(parts) < 2:
         return parsed if isinstance(parsed, Several) and text[0] == "(" else None
     return Several(text, text[0] + text[-1], tuple(_parse(part, depth + 1) for part in parts))
@@ -356,42 +278,3 @@ def _read_value(text: str) -> Answer:
             value /= 100
         node = ("div", node, ("num", Fraction(100)))
     return Value(text, node, value, measure.unit, measure.percent)
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at a separator outside all brackets and macros' braces."""
-    parts: list[str] = []
-    start = 0
-    for match in re.finditer(separator, text):
-        if match.end() > match.start() and _depth_at(text, match.start()) == 0:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
-
-
-@lru_cache(maxsize=64)
-def _depths(text: str) -> tuple[int, ...]:
-    depth, result, place = 0, [], 0
-    while place < len(text):
-        step = 7 if text.startswith(("\\lbrace", "\\rbrace"), place) else 1
-        opens = text[place] in _OPEN or text.startswith("\\lbrace", place)
-        closes = text[place] in _CLOSE or text.startswith("\\rbrace", place)
-        depth -= closes
-        result.extend([depth] * step)
-        depth += opens
-        place += step
-    return tuple(result)
-
-
-def _depth_at(text: str, place: int) -> int:
-    return _depths(text)[place]
-
-
-def _closing(text: str, place: int) -> int:
-    """Return where the bracket that opens at `place` closes, −1 if it does not."""
-    depths = _depths(text)
-    after = place + (7 if text.startswith("\\lbrace", place) else 1)
-    for index in range(after, len(text)):
-        if depths[index] <= depths[place]:
-            return index
-    return -1

@@ -1,8 +1,8 @@
 r"""A small strict parser for the mathematics of answers: LaTeX or plain text to a tree of tuples, exactly.
 
-Decimals become fractions, mixed numbers become numbers, two numbers side by side are an error (`42 41` is not 83), and
-a command that is not known is an error instead of a symbol. Evaluating needs no computer algebra as long as everything
-is rational (`rational`); the rest is for `rewards.symbolic`, which turns the same tree into sympy.
+Decimals become fractions, mixed numbers numbers; two numbers side by side are an error (`42 41` is not 83), and so is
+a command that is not known. What a tree is worth is `rewards.math_arithmetic`'s business as
+long as it is rational, else `rewards.math_symbolic`'s, which turns the same tree into sympy.
 
 A node is `("num", Fraction)`, `("sym", name)`, `("const", "pi" | "e" | "i" | "oo")`, `("add" | "mul", [nodes])`,
 `("div" | "pow" | "root" | "log" | "binom", a, b)`, `("neg" | "fact" | "deg", a)` or `("call", name, [nodes])`.
@@ -10,43 +10,27 @@ A node is `("num", Fraction)`, `("sym", name)`, `("const", "pi" | "e" | "i" | "o
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
-from math import comb, factorial, isqrt
 from typing import Any
+
+from rewards.math_tokens import (
+    CONSTANTS,
+    FUNCTIONS,
+    GREEK,
+    OVER,
+    TIMES,
+    UNDEFINED,
+    NotAnExpression,
+    decimal,
+    mixed_number,
+    tokens,
+)
 
 Node = tuple[Any, ...]
 
-MOST_TOKENS = 600
-_MOST_BITS = 40_000
-
-_TOKEN = re.compile(
-    r"(?P<mixed>\d+\s+\d+\s*/\s*\d+(?![\d.]))"
-    r"|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?)"
-    r"|(?P<cmd>\\(?:[a-zA-Z]+|[{}|]))"
-    r"|(?P<sym>[a-zA-Z])"
-    r"|(?P<op>[-+*/^_!()\[\]{}|,'])"
-    r"|(?P<space>\s+)"
-)
-_CONSTANTS = {"pi": "pi", "infty": "oo"}
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
-)
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln exp asin acos atan lg".split()
-)
-_UNDEFINED = frozenset("fghFGH")  # f(x) is an application; a(x) is a product
-_TIMES = frozenset(["\\times", "\\cdot", "*"])
-_OVER = frozenset(["\\div", "/"])
-
-
-class NotAnExpression(ValueError):
-    """The text is not an expression this parser knows."""
-
 
 def parse_expression(text: str) -> Node:
-    r"""Parse a cleaned text (`rewards.notation.clean`) into a tree.
+    r"""Parse a cleaned text (`rewards.math_notation.clean`) into a tree.
 
     Raises:
         NotAnExpression: unknown command, unbalanced brackets, two numbers side by side, too long.
@@ -56,7 +40,7 @@ def parse_expression(text: str) -> Node:
     >>> parse_expression("2x+1")
     ('add', [('mul', [('num', Fraction(2, 1)), ('sym', 'x')]), ('num', Fraction(1, 1))])
     """
-    parser = _Parser(_tokens(text))
+    parser = _Parser(tokens(text))
     try:
         node = parser.sum()
     except RecursionError:
@@ -64,119 +48,6 @@ def parse_expression(text: str) -> Node:
     if parser.place != len(parser.tokens):
         raise NotAnExpression(f"unexpected {parser.tokens[parser.place][1]!r}")
     return node
-
-
-def rational(node: Node) -> Fraction | None:
-    r"""Return the exact value of a tree without symbols, roots or constants; None if it is not plainly rational.
-
-    >>> rational(parse_expression(r"1.5 \times 10^3")), rational(parse_expression(r"\sqrt{2}"))
-    (Fraction(1500, 1), None)
-    """
-    kind = node[0]
-    if kind == "num":
-        return node[1]  # type: ignore[no-any-return]
-    if kind in ("sym", "const", "call", "deg"):
-        return None
-    values = [rational(child) for child in (node[1] if kind in ("add", "mul") else node[1:])]
-    if any(value is None for value in values):
-        return None
-    known: list[Fraction] = [value for value in values if value is not None]
-    if sum(_bits(value) for value in known) > _MOST_BITS:
-        return None
-    if kind == "add":
-        return sum(known, Fraction(0))
-    if kind == "mul":
-        product = Fraction(1)
-        for value in known:
-            product *= value
-        return product
-    return _RATIONAL[kind](*known)
-
-
-def _bits(value: Fraction) -> int:
-    return value.numerator.bit_length() + value.denominator.bit_length()
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1:
-        root = _root(Fraction(exponent.denominator), base) if base >= 0 else None
-        return None if root is None else _power(root, Fraction(exponent.numerator))
-    if base == 0 and exponent <= 0:
-        return None
-    if abs(base) != 1 and _bits(base) * abs(exponent) > _MOST_BITS:
-        return None
-    return base**exponent.numerator if abs(base) != 1 else base ** (exponent.numerator % 2)
-
-
-def _root(degree: Fraction, value: Fraction) -> Fraction | None:
-    """Return the exact real root, or None if it is irrational or not real."""
-    if degree.denominator != 1 or not 2 <= degree <= 64:
-        return None
-    n = degree.numerator
-    if value < 0:
-        root = _root(degree, -value) if n % 2 else None
-        return None if root is None else -root
-    parts = [_integer_root(part, n) for part in (value.numerator, value.denominator)]
-    return None if parts[0] is None or parts[1] is None else Fraction(parts[0], parts[1])
-
-
-def _integer_root(value: int, n: int) -> int | None:
-    low, high = 0, 1 << (value.bit_length() // n + 1)
-    if n == 2:
-        low = high = isqrt(value)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**n < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low**n == value else None
-
-
-def _log(base: Fraction, value: Fraction) -> Fraction | None:
-    if base <= 0 or base == 1 or value <= 0:
-        return None
-    power, count = Fraction(1), 0
-    grows = (base > 1) == (value >= 1)
-    while (power < value) == (value > 1) and power != value and count < 4096:
-        power = power * base if grows else power / base
-        count += 1
-    return Fraction(count if grows else -count) if power == value else None
-
-
-def _factorial(value: Fraction) -> Fraction | None:
-    return Fraction(factorial(value.numerator)) if value.denominator == 1 and 0 <= value <= 1000 else None
-
-
-def _binomial(n: Fraction, k: Fraction) -> Fraction | None:
-    whole = n.denominator == k.denominator == 1 and 0 <= k <= n <= 2000
-    return Fraction(comb(n.numerator, k.numerator)) if whole else None
-
-
-_RATIONAL: dict[str, Any] = {
-    "div": lambda a, b: a / b if b else None,
-    "neg": lambda a: -a,
-    "pow": _power,
-    "root": _root,
-    "log": _log,
-    "fact": _factorial,
-    "binom": _binomial,
-}
-
-
-def _tokens(text: str) -> list[tuple[str, str]]:
-    tokens: list[tuple[str, str]] = []
-    place = 0
-    while place < len(text):
-        match = _TOKEN.match(text, place)
-        if match is None or match.lastgroup is None:
-            raise NotAnExpression(f"unexpected {text[place]!r}")
-        if match.lastgroup != "space":
-            tokens.append((match.lastgroup, match.group()))
-        if len(tokens) > MOST_TOKENS:
-            raise NotAnExpression("too long")
-        place = match.end()
-    return tokens
 
 
 class _Parser:
@@ -209,12 +80,12 @@ class _Parser:
         node = self.signed()
         while True:
             kind, text = self.peek()
-            if text in _TIMES or text in _OVER:
+            if text in TIMES or text in OVER:
                 if argument:
                     return node
                 self.place += 1
                 right = self.signed()
-                node = ("div", node, right) if text in _OVER else _times(node, right)
+                node = ("div", node, right) if text in OVER else _times(node, right)
             elif self.starts_factor(kind, text):
                 if argument and text[1:] in FUNCTIONS | {"log"}:
                     return node
@@ -231,7 +102,7 @@ class _Parser:
         if text == "|":
             return self.bars == 0
         if kind == "cmd":
-            return text[1:] in _COMMANDS or text[1:] in FUNCTIONS or text[1:] in _GREEK or text[1:] in _CONSTANTS
+            return text[1:] in _COMMANDS or text[1:] in FUNCTIONS or text[1:] in GREEK or text[1:] in CONSTANTS
         return text in ("(", "[", "{")
 
     def signed(self) -> Node:
@@ -282,9 +153,9 @@ class _Parser:
         kind, text = self.peek()
         self.place += 1
         if kind == "num":
-            return ("num", _decimal(text))
+            return ("num", decimal(text))
         if kind == "mixed":
-            return _mixed_number(text)
+            return ("num", mixed_number(text))
         if kind == "sym":
             return self.symbol(text)
         if text in ("(", "[", "{"):
@@ -301,13 +172,13 @@ class _Parser:
             self.bars -= 1
             return ("call", "abs", [node])
         name = text[1:]
-        if kind == "cmd" and name in _CONSTANTS:
-            return ("const", _CONSTANTS[name])
+        if kind == "cmd" and name in CONSTANTS:
+            return ("const", CONSTANTS[name])
         if kind == "cmd" and name in FUNCTIONS:
             return self.function(name)
         if kind == "cmd" and name in _COMMANDS:
-            return getattr(self, f"read_{_COMMANDS[name]}")()  # type: ignore[no-any-return]
-        if kind == "cmd" and name in _GREEK:
+            return getattr(self, f"read_{_COMMANDS[name]}")()
+        if kind == "cmd" and name in GREEK:
             return self.symbol(text)
         raise NotAnExpression(f"unexpected {text!r}")
 
@@ -320,7 +191,7 @@ class _Parser:
             return ("const", "i")
         if name == "e":
             return ("const", "e")
-        if name in _UNDEFINED and self.peek()[1] == "(":
+        if name in UNDEFINED and self.peek()[1] == "(":
             return ("call", f"{name}()", [self.atom()])
         return ("sym", name)
 
@@ -410,22 +281,6 @@ _COMMANDS = {"frac": "frac", "sqrt": "sqrt", "binom": "binom", "dbinom": "binom"
 _COMMANDS |= {"lfloor": "floor", "lceil": "ceil"}
 
 
-def _decimal(text: str) -> Fraction:
-    mantissa, _, exponent = text.lower().partition("e")
-    if exponent and abs(int(exponent)) > 400:
-        raise NotAnExpression("exponent too large")
-    return Fraction(mantissa.rstrip(".") if not mantissa.startswith(".") else "0" + mantissa) * Fraction(10) ** int(
-        exponent or 0
-    )
-
-
-def _mixed_number(text: str) -> Node:
-    whole, top, bottom = (int(part) for part in re.split(r"[\s/]+", text.strip()))
-    if bottom == 0 or top >= bottom:
-        raise NotAnExpression("no mixed number")
-    return ("num", whole + Fraction(top, bottom))
-
-
 def _mixed(left: Node, right: Node) -> Node | None:
     r"""Return `3\frac{1}{2}` as 7/2: a whole number next to a proper fraction of whole numbers."""
     if left[0] == "neg":  # -3 1/2 is -(3 + 1/2)
@@ -434,12 +289,9 @@ def _mixed(left: Node, right: Node) -> Node | None:
     if left[0] != "num" or right[0] != "div" or left[1].denominator != 1:
         return None
     top, bottom = right[1], right[2]
-    if (
-        top[0] != "num"
-        or bottom[0] != "num"
-        or not 0 < top[1] < bottom[1]
-        or {top[1].denominator, bottom[1].denominator} != {1}
-    ):
+    if top[0] != "num" or bottom[0] != "num" or not 0 < top[1] < bottom[1]:
+        return None
+    if top[1].denominator != 1 or bottom[1].denominator != 1:
         return None
     return ("num", left[1] + top[1] / bottom[1])
 
