@@ -13,7 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
+from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
 from rewards.math_answer import Raw
 from rewards.math_equivalence import equivalent
@@ -31,6 +31,7 @@ def accuracy_reward(
     timeout_s: float = 2.0,
     log_metric: Callable[[str, float], None] | None = None,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""Pay 1 for the right answer: the last one committed to outside the thinking, mathematically equal to the gold.
@@ -48,6 +49,7 @@ def accuracy_reward(
         log_metric: passed by TRL. Gets the fractions of the batch that had no committed answer, could not be read, ran
             into the limit, or had an unusable gold, as `accuracy_reward/{no_answer,unparsed,timeout,unusable_gold}`.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold (missing, blank, cut off, or a text without a marked answer).
@@ -69,14 +71,13 @@ def accuracy_reward(
     verdicts: list[bool | None] = []
     hard: dict[tuple[str, str], list[int]] = {}
     counts = {"no_answer": 0, "unparsed": 0, "timeout": 0, "unusable_gold": 0}
-    for index, (completion, raw) in enumerate(zip(completions, answer, strict=True)):
+    for index, (text, raw) in enumerate(zip(visible_texts(completions, prompts, prefilled), answer, strict=True)):
         gold = gold_answer(raw)
         if gold is None:
             counts["unusable_gold"] += 1
             verdicts.append(None)
             continue
-        prefilled = prompts is not None and prompt_prefills_think(prompts[index])
-        given = extract_answer(visible_text(completion_text(completion), prefilled=prefilled), extract)
+        given = extract_answer(text, extract)
         if given is None:
             counts["no_answer"] += 1
             verdicts.append(False)

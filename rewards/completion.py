@@ -25,7 +25,7 @@ def completion_text(completion: Completion) -> str:
 
     >>> completion_text([{"role": "assistant", "content": "It is 4."}])
     'It is 4.'
-    >>> completion_text({"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]})
+    >>> completion_text({"role": "assistant", "content": [{"type": "text", "text": "It is 4."}]})
     'It is 4.'
     """
     if completion is None:
@@ -49,16 +49,37 @@ def _content_text(content: Any) -> str:
     raise TypeError(f"message content must be text or a list of parts, got {type(content).__name__}")
 
 
-def prompt_prefills_think(prompt: Completion) -> bool:
-    """Tell whether a prompt's text ends inside an open thinking tag, so that the completion starts with thinking.
+def prompt_end(prompt: Completion) -> str:
+    """Return the text a prompt ends with, as far as it leads into the completion.
 
-    A rendered prompt shows it. Chat messages show it only if their last message is a started assistant turn: what the
-    chat template appends is not in them (render the template and ask again, or say so to the reward).
+    A rendered prompt leads into it. Chat messages do so only if the last one is a started assistant turn: what the chat
+    template appends is not in them.
 
-    >>> prompt_prefills_think("<|im_start|>assistant\\n<think>\\n"), prompt_prefills_think("What is 2+2?")
-    (True, False)
+    >>> prompt_end("2+2?<think>"), prompt_end([{"role": "user", "content": "Write <think>"}])
+    ('2+2?<think>', '')
     """
-    return _OPEN_THINK_AT_END.search(completion_text(prompt)[-64:]) is not None
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    last = prompt if isinstance(prompt, Mapping) else prompt[-1] if prompt else {}
+    return _content_text(last.get("content")) if last.get("role") == "assistant" else ""
+
+
+def visible_texts(
+    completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, prefilled: bool | None = None
+) -> list[str]:
+    """Return what each completion says outside its thinking: the text that answers.
+
+    Args:
+        completions: text or chat messages.
+        prompts: their prompts, which may end inside a thinking block.
+        prefilled: whether all prompts do; None looks at `prompts`. With chat prompts, whose template is not visible
+            here, say it yourself.
+    """
+    texts = [completion_text(completion) for completion in completions]
+    if prefilled is not None or prompts is None:
+        return [visible_text(text, prefilled=bool(prefilled)) for text in texts]
+    opened = [_OPEN_THINK_AT_END.search(prompt_end(prompt)[-64:]) is not None for prompt in prompts]
+    return [visible_text(text, prefilled=inside) for text, inside in zip(texts, opened, strict=True)]
 
 
 def visible_text(text: str, *, prefilled: bool = False) -> str:

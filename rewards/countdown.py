@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
+from rewards.completion import Completion, visible_texts
 from rewards.extraction import extract_answer
 
 _LONGEST_CHARS = 300
@@ -27,6 +27,7 @@ def countdown_reward(
     use_all: bool = False,
     partial_credit: float = 0.0,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """Pay 1 for an expression that uses the given numbers, each at most once, and equals the target.
@@ -43,7 +44,8 @@ def countdown_reward(
         extract: methods of `rewards.extraction`, in order (`first_line` for plain few-shot completions).
         use_all: every number must be used.
         partial_credit: in [0, 0.5], for a well-formed expression over the right numbers with another value.
-        prompts: passed by TRL; shows whether the completion starts inside a thinking block.
+        prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
 
     Returns:
         One value in [0, 1] per completion; None where `nums` or `target` is missing or not integers.
@@ -56,12 +58,11 @@ def countdown_reward(
     if not 0 <= partial_credit <= 0.5:
         raise ValueError(f"countdown_reward: partial_credit is {partial_credit}; allowed: 0 to 0.5")
     scores: list[float | None] = []
-    for index, (completion, numbers, goal) in enumerate(zip(completions, nums, target, strict=True)):
+    for text, numbers, goal in zip(visible_texts(completions, prompts, prefilled), nums, target, strict=True):
         if not _usable(numbers, goal):
             scores.append(None)
             continue
-        prefilled = prompts is not None and prompt_prefills_think(prompts[index])
-        given = extract_answer(visible_text(completion_text(completion), prefilled=prefilled), extract)
+        given = extract_answer(text, extract)
         parsed = None if given is None else _parse(given)
         if parsed is None:
             scores.append(0.0)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rewards.completion import Completion, completion_text
+from rewards.completion import Completion, completion_text, prompt_end
 
 
 def format_reward(
@@ -67,7 +67,7 @@ def format_reward(
     for index, completion in enumerate(completions):
         opened = prefilled
         if opened is None:
-            opened = prompts is not None and ends_with_tag(completion_text(prompts[index]), tags[0])
+            opened = prompts is not None and ends_with_tag(prompt_end(prompts[index]), tags[0])
         text = (f"<{tags[0]}>" if opened else "") + completion_text(completion)
         right = _right_blocks(text, tags, marker, max_answer_chars)
         if right == len(tags) and _only_blocks(text, tags):

@@ -7,7 +7,8 @@ shapeless one. `gated(format_reward, by=accuracy_reward)` pays for form only whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Reward = Callable[..., list[float | None]]
@@ -57,6 +58,37 @@ def memoised(reward: Reward) -> Reward:
     ([1.0], [1.0], [1.0], [1, 1])
     """
     return reward if isinstance(reward, _Memo) else _Memo(reward)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of a weighted sum: its range, and whether it is the judge of correctness or gated by it."""
+
+    weight: float
+    low: float
+    high: float
+    gated: bool = False
+    judges: bool = False
+
+
+def composition_margin(parts: Sequence[Part]) -> float:
+    """Return by how much the worst correct completion beats the best wrong one; at or below 0 the sum can be gamed.
+
+    Formula: min(Σ w·r | correct) − max(Σ w·r | wrong), where the judge pays `high` if correct and `low` if wrong, a
+    gated reward pays 0 if wrong, and every other one may pay anything in its range in both cases.
+
+    >>> accuracy, shape = Part(1.0, 0.0, 1.0, judges=True), Part(1.0, 0.0, 1.0)
+    >>> composition_margin([accuracy, shape]), composition_margin([accuracy, Part(1.0, 0.0, 1.0, gated=True)])
+    (0.0, 1.0)
+    """
+    correct = sum(p.weight * p.high if p.judges else min(p.weight * p.low, p.weight * p.high) for p in parts)
+    wrong = 0.0
+    for part in parts:
+        if part.judges:
+            wrong += part.weight * part.low
+        elif not part.gated:
+            wrong += max(part.weight * part.low, part.weight * part.high)
+    return correct - wrong
 
 
 def reward_name(reward: Reward) -> str:

@@ -1,8 +1,8 @@
 r"""Is one answer the other? Three verdicts: True, False, and None where only computer algebra can tell.
 
 `equivalent(gold, given)` walks the two structures (`rewards.math_answer`). Where two expressions are not plainly
-rational it asks `leaf`, which without computer algebra says None; `rewards.math_symbolic` runs the same walk with a leaf
-that decides. Nothing here has a tolerance: numbers are exact fractions.
+rational it asks `leaf`, which without computer algebra says None; `rewards.math_symbolic` runs the same walk with a
+leaf that decides. Nothing here has a tolerance: numbers are exact fractions.
 
 What must match is decided by the gold: a plain number is answered by a number that was worked out (`123+456` is no
 answer to 579, `41=42` none to 42), a bare list in any order, a tuple in its own, an interval with its own ends.

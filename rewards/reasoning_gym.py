@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
+from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
 
 
@@ -25,6 +25,7 @@ def reasoning_gym_reward(
     timeout_s: float = 2.0,
     log_metric: Callable[[str, float], None] | None = None,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """Pay what the task's own verifier pays for the extracted answer.
@@ -41,7 +42,8 @@ def reasoning_gym_reward(
         timeout_s: limit per answer, in seconds; over it the answer counts as wrong.
         log_metric: passed by TRL. Gets the fractions of the batch that ran into the limit or broke the verifier, as
             `reasoning_gym_reward/{timeout,broken}`.
-        prompts: passed by TRL; shows whether the completion starts inside a thinking block.
+        prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
 
     Returns:
         One value in [0, 1] per completion; None where the metadata name no known task.
@@ -61,14 +63,13 @@ def reasoning_gym_reward(
 
     scores: list[float | None] = [0.0] * len(completions)
     items: list[tuple[int, str, str]] = []
-    for index, completion in enumerate(completions):
+    for index, text in enumerate(visible_texts(completions, prompts, prefilled)):
         raw = metadata[index]
         details = json.loads(raw) if isinstance(raw, str) else raw
         if not details or not details.get("source_dataset"):
             scores[index] = None
             continue
-        prefilled = prompts is not None and prompt_prefills_think(prompts[index])
-        given = extract_answer(visible_text(completion_text(completion), prefilled=prefilled), extract)
+        given = extract_answer(text, extract)
         entry = {"question": question[index] if question else "", "answer": answer[index], "metadata": details}
         items.append((index, given or "", json.dumps(entry, default=str)))
     verdicts = judge.ask("reasoning_gym", [(given, entry) for _, given, entry in items], timeout_s)

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.completion import Completion, completion_text, prompt_prefills_think, visible_text
+from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -22,6 +22,7 @@ def exact_match_reward(
     ignore_case: bool = True,
     ignore_punctuation: bool = True,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """Pay 1 where the extracted answer and the gold are the same text after normalisation.
@@ -34,7 +35,8 @@ def exact_match_reward(
         answer: gold texts; None or blank ones are unusable.
         extract: methods of `rewards.extraction`, in order; None compares the whole visible completion.
         ignore_case, ignore_punctuation: what normalisation forgives.
-        prompts: passed by TRL; shows whether the completion starts inside a thinking block.
+        prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold.
@@ -45,7 +47,7 @@ def exact_match_reward(
     [1.0, 0.0]
     """
     scores: list[float | None] = []
-    for text, gold in zip(_visible(completions, prompts), answer, strict=True):
+    for text, gold in zip(visible_texts(completions, prompts, prefilled), answer, strict=True):
         want = _plain(str(gold), ignore_case, ignore_punctuation) if gold is not None else ""
         if not want:
             scores.append(None)
@@ -62,6 +64,7 @@ def choice_reward(
     choices: str = "ABCDE",
     extract: Sequence[str] = DEFAULT_METHODS,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""Pay 1 where the committed answer is the gold's letter, and only that letter.
@@ -74,7 +77,8 @@ def choice_reward(
         answer: gold letters (`B`, `(B)`) or 0-based indices into `choices`; anything else is unusable.
         choices: the letters on offer.
         extract: methods of `rewards.extraction`, in order.
-        prompts: passed by TRL; shows whether the completion starts inside a thinking block.
+        prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold.
@@ -85,7 +89,7 @@ def choice_reward(
     [1.0, 0.0, 1.0]
     """
     scores: list[float | None] = []
-    for text, gold in zip(_visible(completions, prompts), answer, strict=True):
+    for text, gold in zip(visible_texts(completions, prompts, prefilled), answer, strict=True):
         if isinstance(gold, int) and not isinstance(gold, bool):
             want = choices[gold] if 0 <= gold < len(choices) else None
         else:
@@ -96,12 +100,6 @@ def choice_reward(
         given = extract_answer(text, extract)
         scores.append(1.0 if given is not None and _letter(given, choices) == want else 0.0)
     return scores
-
-
-def _visible(completions: Sequence[Completion], prompts: Sequence[Completion] | None) -> list[str]:
-    """Return what each completion says outside its thinking."""
-    opened = [False] * len(completions) if prompts is None else [prompt_prefills_think(prompt) for prompt in prompts]
-    return [visible_text(completion_text(c), prefilled=o) for c, o in zip(completions, opened, strict=True)]
 
 
 def _plain(text: str, ignore_case: bool, ignore_punctuation: bool) -> str:
