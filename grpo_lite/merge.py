@@ -1,40 +1,35 @@
 """Merge a LoRA adapter into its 16-bit base, a block of rows at a time.
 
-Each target weight becomes `W + scaling · B·A` in float32, rounded once to the base's dtype; all else is copied.
-Names, shards and index stay the base's. Memory stays at a few blocks however large the model is, and the finished
-folder appears under its name in one step, or not at all.
+Each target weight becomes `W + scaling · B·A` in float32, rounded once to the base's dtype; all else is copied. Where
+rounding to the nearest would undo the update, as it does for most of reinforcement learning's small ones in bfloat16,
+the rounding is stochastic (docs/measurements/merge.md). Names, shards and index stay the base's. Memory stays at a few
+blocks however large the model is, and the finished folder appears under its name in one step, or not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import Any
 
 import grpo_lite
 from grpo_lite.errors import ExportError
 from grpo_lite.export_folder import copy_files, replacing_folder
-from grpo_lite.lora_adapter import WEIGHTS_NAME, Adapter, open_adapter
+from grpo_lite.lora_adapter import WEIGHTS_NAME, open_adapter
 from grpo_lite.manifest import MANIFEST_NAME, read_manifest, sha256_of, write_manifest
-from grpo_lite.merge_math import merged_blocks
-from grpo_lite.merge_plan import Change, MergePlan, make_plan, read_base_config
-from grpo_lite.shards import FLOATS, INDEX_NAME, SINGLE_NAME, Shard, build_head, open_checkpoint
+from grpo_lite.merge_plan import MergePlan, make_plan, read_base_config
+from grpo_lite.merge_write import Progress, ShardWriter
+from grpo_lite.shards import INDEX_NAME, SINGLE_NAME, Shard, open_checkpoint
 
 RECORD_NAME = "merge.json"
-Progress = Callable[[str, int, int], None]  # shard's name, bytes written, bytes in all
-
 _MARGIN_BYTES = 64 << 20  # for tokenizer, config and manifest
-_COPY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ class MergeRecord:
     shards: int
     size_bytes: int
     relative_update: float  # ‖ΔW‖ / ‖W‖ over the changed tensors
-    rounding_share: float  # ‖rounding error‖ / ‖ΔW‖: how much of the update the base's dtype cannot hold
+    nearest_loss: float  # ‖nearest(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖: what rounding to the nearest would take of the update
+    tensors_dithered: int  # rounded stochastically, because their nearest_loss is above MAX_NEAREST_LOSS
     changed_share: float  # of the changed tensors' elements, those that differ from the base after rounding
     unchanged: tuple[str, ...]  # tensors whose whole update was lost to rounding, or was zero
     wall_s: float
@@ -60,17 +56,6 @@ class MergeRecord:
     def to_json(self) -> dict[str, Any]:
         """Return plain data for merge.json."""
         return dataclasses.asdict(self)
-
-
-@dataclass
-class _Tally:
-    """Sums over the changed tensors while they stream by."""
-
-    base_squares: float = 0.0
-    update_squares: float = 0.0
-    error_squares: float = 0.0
-    changed: int = 0
-    elements: int = 0
 
 
 def merge_adapter(
@@ -107,137 +92,51 @@ def merge_adapter(
     total += sum(change.source.end - change.source.start for change in plan.added.values())
     protected = [base_dir, adapter_dir, *([tokenizer_dir] if tokenizer_dir else [])]
     with replacing_folder(out_dir, total + _MARGIN_BYTES, overwrite, protected) as partial:
-        writer = _Writer(partial, plan, adapter, _expected_digests(base_dir), progress, total)
+        writer = ShardWriter(partial, plan, adapter, _expected_digests(base_dir), progress, total)
         for shard in shards:
             writer.write(shard)
         copy_files(base_dir, tokenizer_dir or base_dir, partial)
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
-        record = writer.record(shards, adapter_sha256, total, time.monotonic() - began)
+        record = _record(writer, shards, adapter_sha256, total, time.monotonic() - began)
         (partial / RECORD_NAME).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, writer.digests)
     return record
 
 
-class _Writer:
-    """Writes shard after shard, hashing what it reads and writes, and keeps the tally."""
-
-    def __init__(
-        self,
-        folder: Path,
-        plan: MergePlan,
-        adapter: Adapter,
-        expected: Mapping[str, str],
-        progress: Progress | None,
-        total: int,
-    ) -> None:
-        self.folder, self.plan, self.adapter, self.expected = folder, plan, adapter, expected
-        self.progress, self.total, self.done = progress, total, 0
-        self.digests: dict[str, str] = {}
-        self.tally = _Tally()
-        self.unchanged: list[str] = []
-
-    def write(self, shard: Shard) -> None:
-        """Write one shard with its changes applied and its added tensors at the end."""
-        name = shard.path.name
-        own = {spec.name for spec in shard.tensors.values()}
-        added = {key: change for key, change in self.plan.added.items() if change.source.name in own}
-        specs = [(spec.name, spec.dtype, spec.shape) for spec in shard.tensors.values()]
-        specs += [(key, change.source.dtype, change.source.shape) for key, change in added.items()]
-        head = build_head(specs, shard.metadata) if added else shard.head
-        read = hashlib.sha256(shard.head) if name in self.expected else None
-        written = hashlib.sha256()
-        with open(self.folder / name, "wb") as file:
-            self._put(file, written, head, name)
-            for spec in shard.tensors.values():
-                change = self.plan.changes.get(spec.name)
-                for source, block in self._blocks(shard, spec.name, change):
-                    if read:
-                        read.update(source)
-                    self._put(file, written, block, name)
-            for key, change in added.items():
-                for _, block in self._blocks(shard, key, change):
-                    self._put(file, written, block, name)
-        if read and read.hexdigest() != self.expected[name]:
-            raise ExportError(
-                f"{shard.path}: is corrupted: its sha256 is {read.hexdigest()[:16]}…, recorded is "
-                f"{self.expected[name][:16]}…. Nothing was merged: delete the file and fetch it again."
-            )
-        self.digests[name] = written.hexdigest()
-
-    def record(self, shards: list[Shard], adapter_sha256: str, size_bytes: int, wall_s: float) -> MergeRecord:
-        """Return the record, or refuse a merge that changed nothing."""
-        tally, changes = self.tally, {**self.plan.changes, **self.plan.added}
-        made = [change for change in changes.values() if change.lora or change.replacement]
-        dtypes = sorted({change.source.dtype for change in made})
-        if not tally.changed:
-            raise ExportError(
-                f"{self.adapter.folder}: the merged weights equal the base's: the whole update (relative size "
-                f"{math.sqrt(tally.update_squares / (tally.base_squares or 1)):.1e}) is lost in rounding to "
-                f"{'/'.join(dtypes)}. Train for more steps or with a higher learning rate, or use the adapter unmerged."
-            )
-        recorded = self.adapter.config.get("base_model_name_or_path")
-        return MergeRecord(
-            base=recorded if recorded and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded) else None,
-            adapter_sha256=adapter_sha256,
-            dtype="/".join(dtypes),
-            tensors=sum(len(shard.tensors) for shard in shards) + len(self.plan.added),
-            tensors_merged=sum(change.lora is not None for change in made),
-            tensors_replaced=sum(change.replacement is not None for change in made),
-            untied=self.plan.untied,
-            shards=len(shards),
-            size_bytes=size_bytes,
-            relative_update=math.sqrt(tally.update_squares / tally.base_squares) if tally.base_squares else 1.0,
-            rounding_share=math.sqrt(tally.error_squares / tally.update_squares),
-            changed_share=tally.changed / tally.elements,
-            unchanged=tuple(self.unchanged),
-            wall_s=round(wall_s, 2),
-            grpo_lite=grpo_lite.__version__,
+def _record(
+    writer: ShardWriter, shards: list[Shard], adapter_sha256: str, size_bytes: int, wall_s: float
+) -> MergeRecord:
+    """Return the record, or refuse a merge that changed nothing."""
+    plan, adapter = writer.plan, writer.adapter
+    tally, changes = writer.tally, {**plan.changes, **plan.added}
+    made = [change for change in changes.values() if change.lora or change.replacement]
+    dtypes = sorted({change.source.dtype for change in made})
+    if not tally.changed:
+        raise ExportError(
+            f"{adapter.folder}: the merged weights equal the base's: the whole update (relative size "
+            f"{math.sqrt(tally.update_squares / (tally.base_squares or 1)):.1e}) is lost in rounding to "
+            f"{'/'.join(dtypes)}. Train for more steps or with a higher learning rate, or use the adapter unmerged."
         )
-
-    def _blocks(self, shard: Shard, name: str, change: Change | None) -> Iterator[tuple[Any, Any]]:
-        """Yield (bytes read, bytes to write) of one tensor, in order."""
-        if change is None:
-            spec = shard.tensors[name]
-            for start in range(spec.start, spec.end, _COPY_BYTES):
-                data = shard.read_bytes(start, min(_COPY_BYTES, spec.end - start))
-                yield data, data
-            return
-        before = self.tally.changed
-        for base, merged in merged_blocks(change, self.adapter.shard):
-            rounded = merged.to(FLOATS[change.source.dtype])
-            if change.lora is not None or change.replacement is not None:
-                self._count(name, base, merged, rounded)
-            yield _bytes_of(base), _bytes_of(rounded)
-        if self.tally.changed == before and (change.lora or change.replacement):
-            self.unchanged.append(name)
-
-    def _count(self, name: str, base: torch.Tensor, merged: torch.Tensor, rounded: torch.Tensor) -> None:
-        base32 = base.float()
-        error = float((rounded.float() - merged).double().square().sum())
-        squares = float(base32.double().square().sum())
-        if not math.isfinite(error + squares):
-            whose = "the base" if not math.isfinite(squares) else "the merged weight"
-            raise ExportError(
-                f"{name}: {whose} holds NaN or infinity (in {rounded.dtype}). Only finite weights are merged: fetch "
-                "the base again, or merge an adapter trained with a lower learning rate."
-            )
-        self.tally.base_squares += squares
-        self.tally.update_squares += float((merged - base32).double().square().sum())
-        self.tally.error_squares += error
-        self.tally.changed += int((rounded != base).sum())
-        self.tally.elements += base.numel()
-
-    def _put(self, file: BinaryIO, digest: Any, data: Any, name: str) -> None:
-        file.write(data)
-        digest.update(data)
-        self.done += len(data)
-        if self.progress:
-            self.progress(name, min(self.done, self.total), self.total)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    recorded = adapter.config.get("base_model_name_or_path")
+    return MergeRecord(
+        base=recorded if recorded and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded) else None,
+        adapter_sha256=adapter_sha256,
+        dtype="/".join(dtypes),
+        tensors=sum(len(shard.tensors) for shard in shards) + len(plan.added),
+        tensors_merged=sum(change.lora is not None for change in made),
+        tensors_replaced=sum(change.replacement is not None for change in made),
+        untied=plan.untied,
+        shards=len(shards),
+        size_bytes=size_bytes,
+        relative_update=math.sqrt(tally.update_squares / tally.base_squares) if tally.base_squares else 1.0,
+        nearest_loss=math.sqrt(tally.error_squares / tally.update_squares),
+        tensors_dithered=writer.dithered,
+        changed_share=tally.changed / tally.elements,
+        unchanged=tuple(writer.unchanged),
+        wall_s=round(wall_s, 2),
+        grpo_lite=grpo_lite.__version__,
+    )
 
 
 def _check_not_merged_before(base_dir: Path, adapter_sha256: str) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: a base tensor and its change, in float32, a block of rows at a time."""
+"""The arithmetic of a merge: a base tensor and its change, in float32, a block of rows at a time; and its rounding."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ def _column_norms(change: Change, left: torch.Tensor, right: torch.Tensor, scali
         block = change.shard.read(change.source, start, end).float() + left[start:end] @ right * scaling
         squares += block.double().square().sum(dim=0)
     return squares.sqrt().float()
+
+
+def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Round float32 values to one of their two neighbours in a 16-bit dtype, the nearer one more often.
+
+    The chance of each neighbour makes the expected value exact, so an update smaller than the spacing of the dtype
+    survives in sum where rounding to the nearest would undo it element by element. Values that the dtype holds stay.
+    """
+    dropped_bits = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    noise = torch.randint(0, 1 << dropped_bits, values.shape, dtype=torch.int32, generator=generator)
+    bits = (values.contiguous().view(torch.int32) + noise) & -(1 << dropped_bits)
+    rounded = bits.view(torch.float32).to(dtype)
+    if dtype == torch.float16:  # its subnormals drop more bits; nearest is close enough there
+        return torch.where(values.abs() < 2.0**-14, values.to(dtype), rounded)
+    return rounded

@@ -21,15 +21,15 @@ from grpo_lite.errors import ExportError
 from grpo_lite.lora_adapter import open_adapter
 from grpo_lite.shards import open_checkpoint
 
-# Measured on SmolLM2-135M in bfloat16 (docs/measurements/merge.md): rounding each merged weight once costs a mean KL of
-# 1e-4 to 1e-3 nats and flips 0–2 % of the top-1 tokens, those at near ties. Wrong merges are off by whole nats.
+# Measured on SmolLM2-135M (docs/measurements/merge.md): wrong merges are off by whole nats, right ones by 1e-6 to 1e-4
+# where all computes in float32, and by the noise of 16-bit computing otherwise, which no merge can be blamed for.
+NOISE_KL = {"float32": 0.0, "bfloat16": 5e-3, "float16": 5e-4}
 MAX_MEAN_KL = 0.02
 MIN_TOP1_AGREEMENT = 0.98  # where the reference is decided
-# Of the KL between base and base + adapter. KL grows with the square of a change, so a quarter is half of the effect.
-MAX_SHARE_LOST = 0.25
-
 # A reference whose best token leads by less is at a tie: logits near 20 lie 0.125 apart in bfloat16.
 DECIDED_LEAD = 0.5
+# Of the KL between base and base + adapter. KL grows with the square of a change, so a quarter is half of the effect.
+MAX_SHARE_LOST = 0.25
 
 _KEPT_BYTES = 256 << 20  # for two sets of logits in float32
 
@@ -176,19 +176,20 @@ def _record(
 ) -> VerifyRecord:
     merged_agreement, base_agreement = agreement(reference, merged), agreement(reference, base)
     moved = max(float((ours - theirs).abs().max()) for ours, theirs in zip(merged, base, strict=True))
+    name = str(dtype).removeprefix("torch.")
     return VerifyRecord(
         prompts=len(reference),
         positions=sum(len(logits) for logits in reference),
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=name,
         merged=merged_agreement,
         base=base_agreement,
         merged_against_base=moved,
         training=agreement(training, merged) if training else None,
-        faults=tuple(_faults(merged_agreement, base_agreement, moved)),
+        faults=tuple(_faults(name, merged_agreement, base_agreement, moved)),
     )
 
 
-def _faults(merged: Agreement, base: Agreement, moved: float) -> Iterator[str]:
+def _faults(dtype: str, merged: Agreement, base: Agreement, moved: float) -> Iterator[str]:
     if not math.isfinite(merged.mean_kl + merged.max_logit_difference + moved):
         yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
         return
@@ -196,14 +197,15 @@ def _faults(merged: Agreement, base: Agreement, moved: float) -> Iterator[str]:
         yield "base + adapter equals the base: the adapter changes nothing"
     elif moved == 0:
         yield "the merged model equals the base: the update is not in it (lost in rounding, or never added)"
-    elif merged.mean_kl > MAX_SHARE_LOST * base.mean_kl:
+    elif merged.mean_kl - NOISE_KL.get(dtype, 0.0) > MAX_SHARE_LOST * base.mean_kl:
         yield (
             f"the update did not survive: the merged model is {merged.mean_kl:.1e} nats from base + adapter, the base "
-            f"alone {base.mean_kl:.1e}; at most {MAX_SHARE_LOST:.0%} of that is allowed. A small update is lost in rounding to the "
-            "base's dtype: train for more steps or with a higher learning rate, or use the adapter unmerged"
+            f"alone {base.mean_kl:.1e}; at most {MAX_SHARE_LOST:.0%} of that is allowed. A small update is lost in "
+            "rounding to the base's dtype: train for more steps or with a higher learning rate, or use the adapter "
+            "unmerged"
         )
     if merged.mean_kl > MAX_MEAN_KL:
-        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding alone costs about 1e-3"
+        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding and noise alone cost below 5e-3"
     if merged.decided_top1_agreement < MIN_TOP1_AGREEMENT:
         yield f"top-1 agreement away from ties {merged.decided_top1_agreement:.1%} is below {MIN_TOP1_AGREEMENT:.0%}"
 

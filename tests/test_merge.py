@@ -23,6 +23,7 @@ from merge_cases import (
 from grpo_lite.errors import ExportError
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
+from grpo_lite.merge_math import round_stochastically
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -228,11 +229,61 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
 
 def test_update_lost_in_rounding_is_refused_and_measured(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype=torch.bfloat16)
-    adapter = make_adapter(tmp_path / "adapter", base, scale=1e-9)
-    # B·A of about 1e-9 against weights of about 0.05, whose neighbours in bfloat16 lie 2e-4 apart.
+    adapter = make_adapter(tmp_path / "adapter", base, scale=1e-12)
+    # B·A of about 1e-12 against weights of about 0.05: lost in float32 already.
     with pytest.raises(ExportError, match=r"merged weights equal the base's: the whole update .* lost in rounding"):
         merge_adapter(base, adapter, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
+
+
+def test_update_below_the_spacing_of_bfloat16_survives_the_merge(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, scale=0.00003)
+    record = merge_adapter(base, adapter, tmp_path / "merged")
+    assert record.nearest_loss > 0.3
+    assert record.tensors_dithered == record.tensors_merged == 14
+    exact, before, merged = peft_merged(base, adapter, torch.float32), tensors(base), tensors(tmp_path / "merged")
+    update, ours, nearest = (
+        torch.cat([(values[name].float() - before[name].float()).flatten() for name in merged])
+        for values in (exact, merged, {name: value.bfloat16() for name, value in exact.items()})
+    )
+    for name, tensor in merged.items():  # one of the two neighbours: less than a unit in the last place away
+        assert ((tensor.float() - exact[name]).abs() < 2.0**-7 * exact[name].abs() + 1e-7).all(), name
+    # The merged update projected on the wanted one: 1 if all of it arrived.
+    assert float(ours @ update / (update @ update)) == pytest.approx(1, abs=0.2)
+    assert float(nearest @ update / (update @ update)) < 0.5
+
+
+def test_same_merge_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, scale=0.00003)
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + id(name))
+        merge_adapter(base, adapter, tmp_path / name)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(dtype: torch.dtype) -> None:
+    spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # between 1 and 2
+    generator = torch.Generator().manual_seed(0)
+    for part in (0.0, 0.1, 0.5, 0.9):
+        for sign in (1.0, -1.0):
+            values = torch.full((40_000,), sign * (1 + part * spacing))
+            rounded = round_stochastically(values, dtype, generator)
+            assert rounded.dtype == dtype
+            steps = (rounded.float() * sign - 1) / spacing
+            assert set(steps.tolist()) <= {0.0, 1.0}
+            # Standard deviation of the mean: at most 0.5 / sqrt(40000) = 0.0025.
+            assert float(steps.mean()) == pytest.approx(part, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_stochastic_rounding_keeps_what_the_dtype_holds(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.randn(10_000), torch.randn(1000) * 1e-6, torch.tensor([0.0, -0.0, 1.0, 2.0**-14, -2.0])])
+    held = values.to(dtype)
+    assert torch.equal(round_stochastically(held.float(), dtype, torch.Generator()), held)
 
 
 def test_record_tells_how_much_of_the_update_rounding_took(tmp_path: Path) -> None:
@@ -246,6 +297,6 @@ def test_record_tells_how_much_of_the_update_rounding_took(tmp_path: Path) -> No
         names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
         update = torch.cat([(exact[n] - before[n].float()).flatten() for n in names]).norm()
         error = torch.cat([(merged[n].float() - exact[n]).flatten() for n in names]).norm()
-        assert record.rounding_share == pytest.approx(float(error / update), rel=1e-3)
-        shares[scale] = record.rounding_share
+        assert record.nearest_loss == pytest.approx(float(error / update), rel=1e-3)
+        shares[scale] = record.nearest_loss
     assert shares[0.02] > 3 * shares[0.2]  # the rounding error is the same, the update smaller
