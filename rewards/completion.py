@@ -64,6 +64,15 @@ def prompt_end(prompt: Completion) -> str:
     return _content_text(last.get("content")) if last.get("role") == "assistant" else ""
 
 
+def prompt_prefills_think(prompt: Completion) -> bool:
+    """Tell whether a prompt ends inside an open thinking tag, so that the completion starts with thinking.
+
+    >>> prompt_prefills_think("<|im_start|>assistant\\n<think>\\n"), prompt_prefills_think("What is 2+2?")
+    (True, False)
+    """
+    return _OPEN_THINK_AT_END.search(prompt_end(prompt)[-64:]) is not None
+
+
 def visible_texts(
     completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, prefilled: bool | None = None
 ) -> list[str]:
@@ -78,8 +87,9 @@ def visible_texts(
     texts = [completion_text(completion) for completion in completions]
     if prefilled is not None or prompts is None:
         return [visible_text(text, prefilled=bool(prefilled)) for text in texts]
-    opened = [_OPEN_THINK_AT_END.search(prompt_end(prompt)[-64:]) is not None for prompt in prompts]
-    return [visible_text(text, prefilled=inside) for text, inside in zip(texts, opened, strict=True)]
+    return [
+        visible_text(text, prefilled=prompt_prefills_think(prompt)) for text, prompt in zip(texts, prompts, strict=True)
+    ]
 
 
 def visible_text(text: str, *, prefilled: bool = False) -> str:
