@@ -18,6 +18,7 @@ _NUMBER = re.compile(r"(-?)\s*(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\}|(\d{1,3}(?
 _DECORATION = re.compile(
     r"\\[$%!,;()\[\]]|[$%*]|\\d?text\{[^{}]*\}|\\mbox\{[^{}]*\}|\^\{?\\circ\}?|\\(?:left|right)(?![a-z])"
 )
+_JOINT = re.compile(r"(?:[\s,;$]|and|or)*")
 _SEPARATOR = re.compile(r"[=;<>]|\\(?:approx|pm|cup|text|le|ge)|\bor\b|\band\b")
 
 
@@ -85,7 +86,7 @@ def _gold(raw: Any) -> str | None:
     if "####" in text:
         return text.rsplit("####", 1)[1].strip()
     box = _last_box(text)
-    return text if box is None else box[1]
+    return text if box is None else box[1].strip()
 
 
 def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
@@ -104,7 +105,10 @@ def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
         if begin >= 0:
             found.append((end, text[begin + len("<answer>") : end]))
     if "boxed" in markers and (box := _last_box(text)) is not None:
-        found.append(box)
+        before = _last_box(text[: box[0]])
+        between = None if before is None else text[before[0] + len(before[1]) + len("\\boxed{}") : box[0]]
+        several = between is not None and before is not None and before[1] != box[1] and _JOINT.fullmatch(between)
+        found.append((box[0], "" if several else box[1]))
     if "hash" in markers and (place := text.rfind("####")) >= 0:
         found.append((place, text[place + 4 :].split("\n", 1)[0]))
     if "phrase" in markers and (place := max(lowered.rfind("answer is"), lowered.rfind("answer:"))) >= 0:

@@ -218,7 +218,11 @@ def judge_by_math_verify(gold: str, given: str) -> bool:
             raise Undecided("not parsed")
         parsed.append(found)
     # Decimals compare to 30 places instead of 6: 1e-7 is not 2e-7.
-    return bool(verify(parsed[0], parsed[1], float_rounding=30, numeric_precision=30, timeout_seconds=None))
+    if not verify(parsed[0], parsed[1], float_rounding=30, numeric_precision=30, timeout_seconds=None):
+        return False
+    left, right = parsed[0][0], parsed[1][0]
+    numbers = isinstance(left, Expr) and isinstance(right, Expr) and left.is_number and right.is_number
+    return not numbers or not _differ(left.doit(), right.doit(), 50)
 
 
 def is_open(answer: Answer) -> bool:

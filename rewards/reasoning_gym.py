@@ -17,9 +17,10 @@ from rewards.extraction import DEFAULT_METHODS, extract_answer
 
 def reasoning_gym_reward(
     completions: Sequence[Completion],
-    answer: Sequence[Any],
-    metadata: Sequence[Mapping[str, Any] | str | None],
+    entry: Sequence[Mapping[str, Any] | str | None] | None = None,
     *,
+    answer: Sequence[Any] | None = None,
+    metadata: Sequence[Mapping[str, Any] | str | None] | None = None,
     question: Sequence[str] | None = None,
     extract: Sequence[str] = DEFAULT_METHODS,
     timeout_s: float = 2.0,
@@ -35,9 +36,9 @@ def reasoning_gym_reward(
 
     Args:
         completions: text or chat messages.
-        answer: the row's `answer` column.
-        metadata: the row's `metadata` column, as a mapping or as JSON text (which survives `datasets`' column typing).
-        question: the row's `question` column; a few verifiers read it.
+        entry: the whole row as reasoning-gym made it, as a mapping or as JSON text (which survives `datasets`' column
+            typing).
+        answer, metadata, question: the row's columns instead, where `entry` is not given; metadata like entry.
         extract: methods of `rewards.extraction`, in order.
         timeout_s: limit per answer, in seconds; over it the answer counts as wrong.
         log_metric: passed by TRL. Gets the fractions of the batch that ran into the limit or broke the verifier, as
@@ -50,29 +51,28 @@ def reasoning_gym_reward(
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
+        ValueError: neither `entry` nor `answer` and `metadata` are given.
 
     Source: reasoning-gym 0.1.25, `get_score_answer_fn` and `ProceduralDataset.score_answer`.
 
-    >>> row = {"source_dataset": "basic_arithmetic"}
-    >>> reasoning_gym_reward(["<answer>7</answer>", "<answer>8</answer>"], ["7", "7"], [row, row])  # doctest: +SKIP
+    >>> row = {"question": "3 + 4 =", "answer": "7", "metadata": {"source_dataset": "basic_arithmetic"}}
+    >>> reasoning_gym_reward(["<answer>7</answer>", "<answer>8</answer>"], [row, row])  # doctest: +SKIP
     [1.0, 0.0]
     """
     if find_spec("reasoning_gym") is None:
         raise ModuleNotFoundError("reasoning_gym_reward needs reasoning-gym: pip install 'grpo-lite[reasoning-gym]'")
     from rewards import judge
 
+    rows = _entries(len(completions), entry, answer, metadata, question)
     scores: list[float | None] = [0.0] * len(completions)
     items: list[tuple[int, str, str]] = []
     for index, text in enumerate(visible_texts(completions, prompts, prefilled)):
-        raw = metadata[index]
-        details = json.loads(raw) if isinstance(raw, str) else raw
-        if not details or not details.get("source_dataset"):
+        row = rows[index]
+        if not (row.get("metadata") or {}).get("source_dataset"):
             scores[index] = None
             continue
-        given = extract_answer(text, extract)
-        entry = {"question": question[index] if question else "", "answer": answer[index], "metadata": details}
-        items.append((index, given or "", json.dumps(entry, default=str)))
-    verdicts = judge.ask("reasoning_gym", [(given, entry) for _, given, entry in items], timeout_s)
+        items.append((index, extract_answer(text, extract) or "", json.dumps(row, default=str)))
+    verdicts = judge.ask("reasoning_gym", [(given, row) for _, given, row in items], timeout_s)
     broken = 0
     for (index, given, _), verdict in zip(items, verdicts, strict=True):
         if verdict == judge.UNKNOWN:
@@ -85,3 +85,27 @@ def reasoning_gym_reward(
         log_metric("reasoning_gym_reward/timeout", verdicts.count(judge.TIMEOUT) / len(completions))
         log_metric("reasoning_gym_reward/broken", broken / len(completions))
     return scores
+
+
+def _entries(
+    count: int,
+    entry: Sequence[Mapping[str, Any] | str | None] | None,
+    answer: Sequence[Any] | None,
+    metadata: Sequence[Mapping[str, Any] | str | None] | None,
+    question: Sequence[str] | None,
+) -> list[Mapping[str, Any]]:
+    """Return one reasoning-gym row per completion, from whichever columns the dataset has; {} where it is missing."""
+    if entry is not None:
+        return [_mapping(row) for row in entry]
+    if answer is None or metadata is None:
+        raise ValueError("reasoning_gym_reward: needs the column `entry`, or the columns `answer` and `metadata`")
+    questions = question if question is not None else [""] * count
+    return [
+        {"question": q, "answer": a, "metadata": _mapping(m)}
+        for q, a, m in zip(questions, answer, metadata, strict=True)
+    ]
+
+
+def _mapping(raw: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    value = json.loads(raw) if isinstance(raw, str) and raw.strip() else raw
+    return value if isinstance(value, Mapping) else {}
