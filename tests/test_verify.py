@@ -11,9 +11,10 @@ import pytest
 import torch
 from merge_cases import edit_tensors, load_with_adapter, make_adapter, make_base
 
+from grpo_lite.agreement import agreement, update_carried
 from grpo_lite.errors import ExportError
 from grpo_lite.merge import merge_adapter
-from grpo_lite.verify import agreement, verify_merge
+from grpo_lite.verify import verify_merge
 
 PROMPTS = ["abcdef", "a quick test", "zzz"]
 
@@ -84,7 +85,7 @@ def test_merge_of_another_adapter_fails(folder: Path) -> None:
     shutil.rmtree(folder / "merged")
     other = make_adapter(folder / "other", folder / "base", scale=0.2, init_lora_weights=False)
     merge_adapter(folder / "base", other, folder / "merged")
-    assert any("did not survive" in fault for fault in verify(folder).faults)
+    assert any("of the adapter's update; right is 1" in fault for fault in verify(folder).faults)
 
 
 def test_adapter_merged_twice_fails(folder: Path) -> None:
@@ -163,3 +164,16 @@ def test_agreement_of_known_distributions() -> None:
     assert result.top1_agreement == 0.5  # the best of a tie is the first, so the first position disagrees
     assert result.decided_top1_agreement == 1  # only the second leads, by ln 4
     assert result.max_logit_difference == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("times", [0.0, 0.5, 1.0, 2.0])
+def test_share_of_the_update_is_measured_through_noise(times: float) -> None:
+    torch.manual_seed(0)
+    base = [torch.randn(50, 1000) for _ in range(4)]
+    updates = [0.1 * torch.randn(50, 1000) for _ in base]
+    reference = [logits + update for logits, update in zip(base, updates, strict=True)]
+    merged = [
+        logits + times * update + 0.3 * torch.randn(50, 1000) + 7 for logits, update in zip(base, updates, strict=True)
+    ]
+    # Standard deviation of the estimate: 0.3 / 0.1 / sqrt(200,000 values) = 0.007.
+    assert update_carried(reference, base, merged) == pytest.approx(times, abs=0.03)

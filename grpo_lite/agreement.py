@@ -1,0 +1,165 @@
+"""How far two models' next-token distributions lie apart, and whether a merge is proven by it. Pure tensor code."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_lite.errors import ExportError
+
+# All measured on SmolLM2-135M (docs/measurements/merge.md).
+# KL that is no merge's fault, by what the models compute in: 16-bit weights' own rounding, then 16-bit computing's.
+NOISE_KL = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 5e-3}
+MAX_MEAN_KL = 0.02  # wrong merges are off by tenths of nats and more
+MIN_TOP1_AGREEMENT = 0.98  # where the reference is decided
+# A reference whose best token leads by less is at a tie: logits near 20 lie 0.125 apart in bfloat16.
+DECIDED_LEAD = 0.5
+# Of the KL between base and base + adapter. KL grows with the square of a change, so a quarter is half of the effect.
+MAX_SHARE_LOST = 0.25
+# Right merges carry all of the update, within a few per cent where its KL is ten times the noise; a lost one 0, a
+# doubled one 2. Weaker updates cannot be told from rounding, and are judged by KL alone.
+CARRIED = (0.8, 1.25)
+RESOLVED = 10
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one model's next-token distributions stand to the reference's."""
+
+    mean_kl: float  # KL(reference ‖ model), nats a token
+    max_kl: float
+    top1_agreement: float  # share of positions with the same most likely token
+    decided_top1_agreement: float  # the same where the reference leads by DECIDED_LEAD; 1 if nowhere
+    max_logit_difference: float
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return (
+            f"top-1 agreement {self.top1_agreement:.2%} ({self.decided_top1_agreement:.2%} away from ties), "
+            f"mean KL {self.mean_kl:.1e} nats, largest logit difference {self.max_logit_difference:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """The measured agreement of a merge. The reference is 16-bit base + adapter, not merged."""
+
+    prompts: int
+    positions: int
+    compute_dtype: str
+    merged: Agreement  # must be close
+    base: Agreement  # must be further away than merged
+    update_carried: float  # how much of the adapter's change of the logits the merged model has; 1 is all of it
+    effect_resolved: bool  # the adapter's effect stands out from rounding, so that update_carried is exact
+    merged_against_base: float  # largest logit difference; 0 means the merge changed nothing
+    training: Agreement | None  # reference: the training-time model (4-bit base + adapter), against the merged
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with `passed`."""
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+    def require_passed(self, merged_dir: Path) -> None:
+        """Raise an ExportError that says what is wrong, if anything is."""
+        if self.faults:
+            raise ExportError(
+                f"{merged_dir}: the merge is not proven right ({self.merged.describe()}):\n"
+                + "\n".join(f"  {fault}" for fault in self.faults)
+                + "\nDo not use or publish it. Merge again onto the base that the adapter was trained on."
+            )
+
+
+def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
+    """Compare logits of two models at the same positions; each item is (T, V)."""
+    kl, same, decided, largest = [], [], [], 0.0
+    for expected, given in zip(reference, other, strict=True):
+        log_p, log_q = expected.double().log_softmax(-1), given.double().log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
+        best = log_p.topk(2, dim=-1)
+        same.append(best.indices[:, 0] == given.argmax(-1))
+        decided.append(best.values[:, 0] - best.values[:, 1] >= DECIDED_LEAD)
+        largest = max(largest, float((expected - given).abs().max()))
+    all_kl, all_same, all_decided = torch.cat(kl), torch.cat(same).double(), torch.cat(decided)
+    return Agreement(
+        mean_kl=float(all_kl.mean()),
+        max_kl=float(all_kl.max()),
+        top1_agreement=float(all_same.mean()),
+        decided_top1_agreement=float(all_same[all_decided].mean()) if all_decided.any() else 1.0,
+        max_logit_difference=largest,
+    )
+
+
+def update_carried(
+    reference: Sequence[torch.Tensor], base: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]
+) -> float:
+    """Project the merged model's change of the logits on the adapter's: 0 if it is lost, 1 if all arrived, 2 if twice.
+
+    Rounding noise points nowhere in particular and mostly averages out here, where it adds up in KL.
+    """
+    along = wanted = 0.0
+    for with_adapter, without, given in zip(reference, base, merged, strict=True):
+        change, made = (logits.double() - without.double() for logits in (with_adapter, given))
+        change -= change.mean(-1, keepdim=True)  # a constant added to all logits changes nothing
+        along += float((change * made).sum())
+        wanted += float((change * change).sum())
+    return along / wanted if wanted else 0.0
+
+
+def judge(
+    compute_dtype: str,
+    reference: list[torch.Tensor],
+    base: list[torch.Tensor],
+    merged: list[torch.Tensor],
+    training: list[torch.Tensor] | None = None,
+) -> VerifyRecord:
+    """Compare a merged model's logits with those of base + adapter (the reference) and base, and say what is wrong."""
+    base_agreement = agreement(reference, base)
+    record = VerifyRecord(
+        prompts=len(reference),
+        positions=sum(len(logits) for logits in reference),
+        compute_dtype=compute_dtype,
+        merged=agreement(reference, merged),
+        base=base_agreement,
+        update_carried=update_carried(reference, base, merged),
+        effect_resolved=base_agreement.mean_kl >= RESOLVED * NOISE_KL.get(compute_dtype, 0.0),
+        merged_against_base=max(float((ours - b).abs().max()) for ours, b in zip(merged, base, strict=True)),
+        training=agreement(training, merged) if training else None,
+        faults=(),
+    )
+    return dataclasses.replace(record, faults=tuple(_faults(record)))
+
+
+def _faults(record: VerifyRecord) -> Iterator[str]:
+    merged, base = record.merged, record.base
+    if not math.isfinite(merged.mean_kl + merged.max_logit_difference + record.merged_against_base):
+        yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
+        return
+    if base.max_logit_difference == 0:
+        yield "base + adapter equals the base: the adapter changes nothing"
+    elif record.merged_against_base == 0:
+        yield "the merged model equals the base: the update is not in it (lost in rounding, or never added)"
+    elif record.effect_resolved and not CARRIED[0] <= record.update_carried <= CARRIED[1]:
+        yield (
+            f"the merged model carries {record.update_carried:.2f} of the adapter's update; right is 1, allowed "
+            f"{CARRIED[0]} to {CARRIED[1]} (0: lost; 2: merged twice)"
+        )
+    if merged.mean_kl - NOISE_KL.get(record.compute_dtype, 0.0) > MAX_SHARE_LOST * base.mean_kl:
+        yield (
+            f"the merged model is {merged.mean_kl:.1e} nats from base + adapter, the base alone {base.mean_kl:.1e}: "
+            f"more than {MAX_SHARE_LOST:.0%} of the update's effect is lost"
+        )
+    if merged.mean_kl > MAX_MEAN_KL:
+        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding and noise alone cost below 7e-3"
+    if (same := merged.decided_top1_agreement) < MIN_TOP1_AGREEMENT:
+        yield f"top-1 agreement away from ties is {same:.1%}, below {MIN_TOP1_AGREEMENT:.0%}"
