@@ -1,0 +1,195 @@
+"""The Modelfile: what makes Ollama answer as the model was trained, and stop.
+
+Ollama does not run a GGUF's Jinja template; it looks for a similar one among its own and falls back to none. So the
+template is taken apart here into what stands before and after each role's text, put together again as Ollama's Go
+template, and compared with the original on several conversations.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_lite.errors import ExportError
+from grpo_lite.gguf_tokenizer import TokenizerFacts
+
+logger = logging.getLogger(__name__)
+
+_MARKS = {"system": "SYSTEM-MARK", "user": "USER-MARK", "assistant": "ASSISTANT-MARK"}
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """A chat template as fixed text around each role's content."""
+
+    start: str  # before everything
+    default_system: str  # between start and the first turn, where no system message is given
+    before: dict[str, str]
+    after: dict[str, str]
+    prompt: str  # after the last turn, to make the model speak
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the conversation as text that makes the model speak next, as the Jinja template would."""
+        text = self.start if messages and messages[0]["role"] == "system" else self.start + self.default_system
+        for message in messages:
+            text += self.before[message["role"]] + message["content"] + self.after[message["role"]]
+        return text + self.prompt
+
+    def to_go(self, strip_start: str | None = None) -> str:
+        """Return Ollama's Go template.
+
+        Args:
+            strip_start: the begin token where the runner adds it itself; it must not come twice.
+        """
+        start = self.start.removeprefix(strip_start) if strip_start else self.start
+        default = ""
+        if self.default_system:
+            default = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(self.default_system)}{{{{ end }}}}'
+        branches = [
+            f'if eq .Role "{role}" }}}}{_go(self.before[role])}{{{{ .Content }}}}{_go(self.after[role])}'
+            for role in ("system", "user", "assistant")
+            if role in self.before
+        ]
+        turns = "{{ else ".join(branches)
+        return f"{_go(start)}{default}{{{{ range .Messages }}}}{{{{ {turns}{{{{ end }}}}{{{{ end }}}}{_go(self.prompt)}"
+
+
+def take_apart(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> TurnTemplate | None:
+    """Return the tokenizer's chat template as turns, or None where fixed text around each content is not all it does.
+
+    Args:
+        kwargs: the recipe's `chat_template_kwargs`.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def jinja(messages: Sequence[Message], prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **(kwargs or {})
+            )
+        )
+
+    try:
+        template = _pieces(jinja, tokenizer.bos_token)
+        alike = template and all(template.render(case) == jinja(case, True) for case in _cases(template))
+    except Exception:  # templates raise what they like (roles that must alternate, no system role)
+        return None
+    return template if alike else None
+
+
+def _pieces(jinja: Callable[[Sequence[Message], bool], str], bos: str | None) -> TurnTemplate | None:
+    user, assistant = ({"role": role, "content": _MARKS[role]} for role in ("user", "assistant"))
+    after_user = jinja([user], False).rpartition(_MARKS["user"])[2]
+    after_assistant = jinja([user, assistant], False).rpartition(_MARKS["assistant"])[2]
+    lead, middle, second, last = _between(jinja([user, assistant, user], True), ["user", "assistant", "user"])
+    if not (middle.startswith(after_user) and second.startswith(after_assistant) and last.startswith(after_user)):
+        return None
+    before = {"user": second.removeprefix(after_assistant), "assistant": middle.removeprefix(after_user)}
+    after = {"user": after_user, "assistant": after_assistant}
+    if not lead.endswith(before["user"]):
+        return None
+    lead = lead.removesuffix(before["user"])
+    start = bos if bos and lead.startswith(bos) and bos not in before["user"] else ""  # ChatML opens each turn so
+    try:
+        system = {"role": "system", "content": _MARKS["system"]}
+        head, gap = _between(jinja([system, user], False), ["system", "user"])[:2]
+    except Exception:  # no system role
+        head, gap = "", None
+    if gap is not None and gap.endswith(before["user"]) and head.startswith(start):
+        before["system"], after["system"] = head.removeprefix(start), gap.removesuffix(before["user"])
+    return TurnTemplate(start, lead.removeprefix(start), before, after, last.removeprefix(after_user))
+
+
+def _between(text: str, roles: Sequence[str]) -> list[str]:
+    pieces = []
+    for role in roles:
+        piece, mark, text = text.partition(_MARKS[role])
+        if not mark:
+            raise ValueError(f"the chat template drops the {role} message")
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _cases(template: TurnTemplate) -> list[list[Message]]:
+    def turns(*texts: str) -> list[Message]:
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    said = [turns("2+2="), turns("a b", "c", "d"), turns("{{ x }} \" '", "1\n2", "?", "!", "so")]
+    if "system" in template.before:
+        said += [[{"role": "system", "content": "Be brief."}, *case] for case in said]
+    return said
+
+
+def _go(text: str) -> str:
+    """Return text that Go's template engine prints as it is."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a run made prompts, which is how its model wants to be asked."""
+
+    format: str = "chat"  # or "text"
+    system: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()  # question, answer
+    question: str = "{prompt}"  # the recipe's data.prompt
+    template_kwargs: Mapping[str, Any] | None = None
+    max_completion_tokens: int = 256
+
+
+def modelfile(
+    gguf_name: str, tokenizer: Any, facts: TokenizerFacts, prompting: Prompting, context_tokens: int, licence: str = ""
+) -> str:
+    """Return the text of a Modelfile beside the GGUF.
+
+    Args:
+        context_tokens: what the model was made for; Ollama's own default is 4096 whatever the model.
+
+    Raises:
+        ExportError: a text holds three double quotes in a row, which a Modelfile cannot.
+    """
+    lines = [f"FROM ./{gguf_name}"]
+    if prompting.question != "{prompt}":
+        lines.insert(0, "# Trained on questions of this form: " + json.dumps(prompting.question, ensure_ascii=False))
+    if prompting.format == "text":
+        shots = "".join(f"{question}{answer}\n" for question, answer in prompting.examples)
+        lead = (f"{prompting.system}\n" if prompting.system else "") + shots
+        lines.append("TEMPLATE " + _quoted(_go(lead) + "{{ .Prompt }}", "data.system or data.examples"))
+    else:
+        template = take_apart(tokenizer, prompting.template_kwargs)
+        bos = facts.tokens[facts.bos_id] if facts.add_bos and facts.bos_id is not None else None
+        if template:
+            lines.append("TEMPLATE " + _quoted(template.to_go(bos), "the chat template"))
+        else:
+            lines.append("# No TEMPLATE: this chat template is more than text around turns; Ollama looks for its own.")
+            logger.warning("The chat template could not be turned into Ollama's: compare its answers before use.")
+        if prompting.system:
+            lines.append("SYSTEM " + _quoted(prompting.system, "data.system"))
+        for question, answer in prompting.examples:
+            lines.append("MESSAGE user " + _quoted(question, "data.examples"))
+            lines.append("MESSAGE assistant " + _quoted(answer, "data.examples"))
+    lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in facts.stop_tokens]
+    context = min(context_tokens, max(4096, 2 * prompting.max_completion_tokens))
+    lines += [
+        "# Greedy, as the scores were measured; the rest switches off what Ollama adds to sampling by itself.",
+        "PARAMETER temperature 0",
+        "PARAMETER top_p 1",
+        "PARAMETER top_k 0",
+        "PARAMETER min_p 0",
+        "PARAMETER repeat_penalty 1",
+        f"PARAMETER num_ctx {context}",
+    ]
+    if licence:
+        lines.append("LICENSE " + _quoted(licence, "the licence"))
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str, what: str) -> str:
+    if '"""' in text or text.endswith('"'):
+        raise ExportError(f'{what}: has """ or ends in a double quote, which a Modelfile cannot hold. Change it.')
+    return f'"""{text}"""'
