@@ -9,6 +9,7 @@ GRPOLiteError                 the CLI prints it and exits 1; never a traceback
 ├── RunDirError               the run directory is locked, finished, changed or not writable
 ├── EvaluationError           base and trained cannot be compared
 └── ExportError               the merge or an export is wrong or unproven
+    └── NothingToMerge        the adapter changes nothing that the merged weights could hold
 
 A message has four parts: where, what was given, what is allowed, what to do.
 """
@@ -48,3 +49,7 @@ class EvaluationError(GRPOLiteError):
 
 class ExportError(GRPOLiteError):
     """The merge or an export is wrong, or not proven right."""
+
+
+class NothingToMerge(ExportError):
+    """The adapter changes nothing that the merged weights could hold."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 from grpo_lite.base_model import resolve_base
 from grpo_lite.data import Prompts, load_prompts, prompt_text
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
 from grpo_lite.model import load_tokenizer
 from grpo_lite.run_dir import RunDir
-from grpo_lite.verify import verify_merge
+from grpo_lite.verify import VerifyRecord, verify_merge
 
 VERIFY_PROMPTS = 16
 
@@ -41,6 +42,7 @@ def merge_run(
             f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
         )
     base = resolve_base(recipe.model.id, recipe.model.revision)
+    _refuse_untrained(run)
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite)
     tokenizer = load_tokenizer(recipe)
@@ -61,9 +63,37 @@ def merge_run(
         "passed": proof.passed,
         "size_bytes": record.size_bytes,
     }
+    if proof.faults and _lost_in_rounding(proof):
+        shutil.rmtree(run.merged)
+        raise NothingToMerge(
+            f"the update is too small for {record.dtype} weights to hold (mean KL to the base {proof.base.mean_kl:.1e} "
+            "nats, and rounding costs as much), so a merge would return the base. Train for more steps or with a "
+            "higher learning rate, or use the adapter as it is"
+        )
     run.update_run(merge=summary)
     proof.require_passed(run.merged)
     return summary
+
+
+def _refuse_untrained(run: RunDir) -> None:
+    """Raise NothingToMerge for an adapter whose B factors are all zero, as they are before the first gradient."""
+    from safetensors import safe_open
+
+    with safe_open(run.adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        factors = [name for name in names if ".lora_B." in name or ".lora_embedding_B" in name]
+        others = [name for name in names if ".lora_" not in name]
+        moved = others or any(bool(file.get_tensor(name).any()) for name in factors)
+    if not moved:
+        raise NothingToMerge(
+            "the adapter is zero, it still equals the base: no gradient ever flowed. Every group's rewards were equal "
+            "in every step (see what earns a reward with `grpo-lite check`), or the learning rate was 0 (warm-up)"
+        )
+
+
+def _lost_in_rounding(proof: VerifyRecord) -> bool:
+    """Return whether the merged model is as near to base + adapter as the base itself is, and both are near."""
+    return proof.merged.mean_kl <= 2 * proof.base.mean_kl < 0.02
 
 
 def export_run(run: RunDir, show: Callable[[str], None]) -> int:

@@ -56,6 +56,8 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
 
 def merge_line(record: Mapping[str, Any]) -> str:
     """Return one line on the merge's verification."""
+    if "skipped" in record:
+        return f"not merged: {record['skipped']}."
     return (
         f"merged onto the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.engine_options import EngineOptions
-from grpo_lite.errors import GRPOLiteError, RunDirError
+from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
 from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
 from grpo_lite.recipe import Recipe
@@ -21,15 +22,11 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to."""
+    """How a training run ended."""
 
     run: RunDir
+    steps: int
     stopped_by: str | None = None  # the signal's name when it was interrupted
-    steps: int = 0
-    reward_first: float | None = None
-    reward_last: float | None = None
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    merge: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
@@ -49,43 +46,46 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
         show(f"data: {len(prompts.train)} training prompts, {len(prompts.eval)} held out")
         if state == "finish":
             show("training had ended; evaluation and merge are made up for")
-            return finish_run(
-                run, show, _result_so_far(run), load_trained(recipe, device, run.adapter), prompts, device
-            )
-        rewards, weights = load_rewards(recipe, _columns(prompts))
-        args = grpo_config(recipe, run, device, weights)
-        model = load_model(recipe, device)
-        trainer = build_trainer(recipe, run, show, device, model, tokenizer, prompts, rewards, args)
-        _record_start(recipe, run, device, state)
-        result = _fit(recipe, run, show, trainer, state)
-        if result.stopped_by:
-            return result
-        trained = trainer.model
-        del trainer  # frees the optimizer before evaluation
-        return finish_run(run, show, result, trained, prompts, device)
+            result = TrainResult(run, run.read_run()["steps"])
+            model = load_trained(recipe, device, run.adapter)
+        else:
+            rewards, weights = load_rewards(recipe, _columns(prompts))
+            args = grpo_config(recipe, run, device, weights)
+            base = load_model(recipe, device)
+            trainer = build_trainer(recipe, run, show, device, base, tokenizer, prompts, rewards, args)
+            _record_start(recipe, run, device, state)
+            result = _fit(run, show, trainer, state)
+            if result.stopped_by:
+                return result
+            model = trainer.model
+            del trainer, base  # the optimizer's memory
+        _evaluate(recipe, run, show, model, prompts)
+        del model
+        gc.collect()
+        _merge(recipe, run, show, prompts)
+        run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
+        return result
 
 
-def finish_run(
-    run: RunDir, show: Show, result: TrainResult, model: Any, prompts: Prompts, device: Device
-) -> TrainResult:
-    """Evaluate and merge a trained run, as its recipe says."""
-    from grpo_lite.evaluate import evaluate_run
-    from grpo_lite.merge_run import merge_run
-
-    recipe = run.load_recipe()
-    scores: Mapping[str, Any] = {}
-    merge: Mapping[str, Any] = {}
+def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:
     if recipe.eval.enabled:
+        from grpo_lite.evaluate import evaluate_run
+
         begun = time.monotonic()
-        scores = evaluate_run(run, show, model, prompts)
+        evaluate_run(run, show, model, prompts)
         run.update_run(evaluation_seconds=round(time.monotonic() - begun, 1))
-    del model
+
+
+def _merge(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts) -> None:
     if recipe.merge:
+        from grpo_lite.merge_run import merge_run
+
         begun = time.monotonic()
-        merge = merge_run(run, show, prompts, overwrite=True)
+        try:
+            merge_run(run, show, prompts, overwrite=True)
+        except NothingToMerge as error:  # an honest outcome of a short run, not a fault of it
+            run.update_run(merge={"skipped": str(error)})
         run.update_run(merge_seconds=round(time.monotonic() - begun, 1))
-    run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
-    return TrainResult(run, None, result.steps, result.reward_first, result.reward_last, scores, merge)
 
 
 def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float]) -> Any:
@@ -140,7 +140,7 @@ def build_trainer(
             model=model,
             args=args,
             reward_funcs=list(rewards),
-            train_dataset=Dataset.from_list(_same_keys(prompts.train)),
+            train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, show))),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[MetricsFile(run), ProgressLine(show, device)],
@@ -165,7 +165,7 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     )
 
 
-def _fit(recipe: Recipe, run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
+def _fit(run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
     from grpo_lite.progress import StopCleanly, latest_checkpoint_step, read_metrics
 
     checkpoint = run.last_checkpoint() if state == "resume" else None
@@ -180,15 +180,10 @@ def _fit(recipe: Recipe, run: RunDir, show: Show, trainer: Any, state: str) -> T
     rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
     first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
     if stop.signal_name and done < trainer.state.max_steps:
-        return TrainResult(run, stop.signal_name, done, first, last)
+        return TrainResult(run, done, stop.signal_name)
     trainer.save_model(str(run.adapter))
     run.update_run(trained_at=now(), training_seconds=seconds, steps=done, reward_first=first, reward_last=last)
-    return TrainResult(run, None, done, first, last)
-
-
-def _result_so_far(run: RunDir) -> TrainResult:
-    record = run.read_run()
-    return TrainResult(run, None, record["steps"], record.get("reward_first"), record.get("reward_last"))
+    return TrainResult(run, done)
 
 
 def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:
@@ -202,6 +197,15 @@ def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> No
 
 def _columns(prompts: Prompts) -> list[str]:
     return sorted({key for row in prompts.train for key in row if key != "prompt"})
+
+
+def fill_a_round(rows: list[dict[str, Any]], recipe: Recipe, show: Show) -> list[dict[str, Any]]:
+    """Repeat the rows until they fill one round of generation; TRL's sampler would silently drop what does not."""
+    needed = recipe.generation_batch // recipe.num_generations
+    if len(rows) >= needed:
+        return rows
+    show(f"data: a round takes {needed} prompts and there are {len(rows)}; they are repeated")
+    return [rows[i % len(rows)] for i in range(needed)]
 
 
 def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

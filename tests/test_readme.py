@@ -1,0 +1,121 @@
+"""Every command of the README runs. Those that need the Hub run with model and data overridden, all else as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+
+# What a Hub recipe is given so that it runs here: the tiny model, rows of its own columns, few steps.
+TINY = (
+    "model.id=tiny/random-llama data.train.path=rows.jsonl data.max_prompt_tokens=null grpo.max_steps=2 eval.limit=4 "
+    "grpo.learning_rate=1e-2 "
+    "eval.samples=0 grpo.gradient_accumulation_steps=2 grpo.max_completion_length=8 "
+    "rewards[0].function=varied.py:varied rewards[0].kwargs={}"  # a random model never earns an accuracy reward
+)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+    return [line for line in lines if line.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Makefile and recipes whose environment is the one the tests run in."""
+    place = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "Makefile", place)
+    shutil.copy(ROOT / "pyproject.toml", place)
+    shutil.copytree(ROOT / "recipes", place / "recipes")
+    (place / "env" / "bin").mkdir(parents=True)
+    script = place / "env" / "bin" / "grpo-lite"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -W ignore -m grpo_lite.cli "$@"\n')
+    script.chmod(0o755)
+    for stamp in (".ready", ".ready-dev"):
+        (place / "env" / stamp).touch()
+    (place / "varied.py").write_text(
+        "def varied(completions, **kwargs):\n    return [len(c[0]['content']) % 3 / 3 for c in completions]\n"
+    )
+    rows = "".join(f'{{"question": "What is {i} + {i}?", "answer": "So #### {2 * i}"}}\n' for i in range(40))
+    (place / "rows.jsonl").write_text(rows)
+    return place
+
+
+def shell(place: Path, command: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VENV": "env", "MAKEFLAGS": ""}
+    command = command.replace("make ", "make VENV=env ", 1) if command.startswith("make ") else command
+    result = subprocess.run(
+        ["bash", "-ec", command], cwd=place, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def overridden(command: str) -> str:
+    """Give a Hub recipe's command the overrides, behind its own ARGS."""
+    parts = shlex.split(command)
+    own = next((part.removeprefix("ARGS=") for part in parts if part.startswith("ARGS=")), "")
+    parts = [part for part in parts if not part.startswith("ARGS=")]
+    return shlex.join([*parts, f"ARGS={TINY} {own}".replace("data.train.path=my.jsonl", "").strip()])
+
+
+def test_the_two_commands_stand_first() -> None:
+    assert [command.split("  ")[0] for command in commands()[:2]] == ["make train", "make test"]
+
+
+def test_every_command_of_the_readme_is_one_that_runs_below() -> None:
+    known = r"make (train|test|recipes|check|show|eval|merge|export|push|chat|plan|rewards-check)\b"
+    for command in commands():
+        assert re.match(known, command), command
+
+
+def test_make_alone_prints_every_target(workplace: Path) -> None:
+    out = shell(workplace, "make ")
+    for target in ("setup", "train", "eval", "merge", "export", "recipes", "test", "lint", "clean"):
+        assert f"make {target} " in out, target
+
+
+def test_the_gsm8k_commands_run_in_the_readme_s_order(workplace: Path) -> None:
+    ran = []
+    for command in commands():
+        if "gsm8k" not in command or command in ran:
+            continue
+        if command.startswith("make train") and "ARGS" in command:
+            # the same recipe again, longer: into a folder of its own
+            shell(workplace, overridden(command).replace("grpo.max_steps=50", "grpo.max_steps=2") + " RUN=runs/again")
+        elif command.split()[1] in ("train", "check", "show"):
+            shell(workplace, overridden(command))
+        else:
+            shell(workplace, command)
+        ran.append(command)
+    assert (workplace / "runs" / "gsm8k" / "merged" / "model.safetensors").is_file()
+    assert (workplace / "runs" / "again" / "merged" / "model.safetensors").is_file()
+    assert len(ran) >= 7
+
+
+def test_recipes_lists_what_the_readme_s_table_lists(workplace: Path) -> None:
+    listed = {line.split()[0] for line in shell(workplace, "make recipes").splitlines()[1:]}
+    assert listed == set(re.findall(r"^\| `([a-z0-9-]+)` \|", README, flags=re.MULTILINE))
+
+
+def test_the_walk_through_of_ones_own_task_runs_as_written(workplace: Path) -> None:
+    (block,) = [block for block in BLOCKS if "my_rewards.py" in block]
+    small = " model.id=tiny/random-llama grpo.max_steps=1 eval.samples=0 grpo.max_completion_length=8"
+    block = re.sub(r'(ARGS="data\.holdout=1[^"]*)"', rf'\1{small}"', block).replace("make ", "make VENV=env ")
+    shell(workplace, block)
+    assert (workplace / "runs" / "custom" / "metrics.json").is_file()
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
