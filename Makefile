@@ -7,10 +7,10 @@ VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export recipes show check test test-all lint clean
+.PHONY: help setup setup-dev train eval merge export recipes show check check-rewards test test-all lint clean
 
 help:  ## Print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' $(RECIPE) $(RUN) $(VENV)
 
 setup: $(VENV)/.ready  ## Make .venv with everything a run needs (done by the other targets when missing)
@@ -37,6 +37,9 @@ show: $(VENV)/.ready  ## Print RECIPE as it resolves, with ARGS
 
 check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold answers; trains nothing
 	@$(CLI) check $(RECIPE) $(ARGS)
+
+check-rewards: $(VENV)/.ready  ## Try the gold answer and a battery of cheats on RECIPE's rewards
+	@$(CLI) rewards check $(RECIPE) $(ARGS)
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)

@@ -76,8 +76,10 @@ def gold_completion(recipe: Recipe, row: Row) -> str:
     Raises:
         DataError: the template names a column that is not there.
     """
-    answer = row.get("answer")
-    final = str(answer if answer is not None else "").rpartition("####")[2].strip()
+    from rewards.extraction import extract_answer
+
+    answer = str("" if row.get("answer") is None else row["answer"])
+    final = extract_answer(answer, ("hash", "boxed")) or answer.strip()
     try:
         return recipe.data.gold_completion.format_map({**row, "gold": final})
     except (KeyError, IndexError, ValueError) as error:

@@ -229,6 +229,28 @@ def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
         click.echo(line)
 
 
+@main.group("rewards")
+def rewards_group() -> None:
+    """Rewards: do they pay the right answer, and nothing else?"""
+
+
+@rewards_group.command("check")
+@recipe_argument
+def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Try the gold answer and a battery of cheats on a recipe's own rows; exits 1 when the gold does not score."""
+    from grpo_lite.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _set_environment()
+    from grpo_lite.data import load_prompts
+    from grpo_lite.reward_check import check_recipe_rewards
+
+    report = check_recipe_rewards(loaded, load_prompts(loaded))
+    click.echo(report.table())
+    if not report.gold_scores:
+        sys.exit(1)
+
+
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 def schema(path: Path | None) -> None:

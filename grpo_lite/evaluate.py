@@ -60,8 +60,8 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     """Generate greedy and sampled completions for held-out rows and score them.
 
     Returns:
-        One record per row: `completion` (greedy), `lenient`, `strict` (bool, None without a usable gold), and
-        `samples_right`, how many of `eval.samples` sampled completions are leniently right.
+        One record per row: `completion` (greedy); `lenient`, `strict` and, for accuracy_reward, `honest` (bool, None
+        without a usable gold); `samples_right`, how many of `eval.samples` sampled completions are leniently right.
     """
     section = recipe.eval
     kwargs = recipe.grpo.get("chat_template_kwargs")
@@ -78,6 +78,11 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
         {"completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight}
         for c, loose, tight in zip(greedy, lenient, strict, strict=True)
     ]
+    honest = honest_section(recipe)
+    if honest is not None:
+        scores = _scores(honest, "eval.honest", tokenizer, rows, [c[0] for c in greedy])
+        for record, score in zip(records, scores, strict=True):
+            record["honest"] = None if record["lenient"] is None else score == 1.0
     if section.samples:
         sampled = generate_completions(
             model, tokenizer, ids, samples=section.samples, temperature=section.temperature, seed=recipe.seed,
@@ -89,6 +94,15 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
             group = right[i * section.samples : (i + 1) * section.samples]
             record["samples_right"] = None if None in group else sum(bool(r) for r in group)
     return records
+
+
+def honest_section(recipe: Recipe) -> ScoreSection | None:
+    """Return the second, independent judgement of an accuracy_reward recipe: never trained on, by other code."""
+    trained_on = recipe.rewards[0]
+    if trained_on.function != "rewards.accuracy_reward":
+        return None
+    kwargs = {key: value for key, value in trained_on.kwargs.items() if key in ("extract", "timeout_s")}
+    return ScoreSection(function="rewards.honest_accuracy", kwargs=kwargs, threshold=1.0)
 
 
 def score_completions(
@@ -132,7 +146,7 @@ def compare(recipe: Recipe, base: list[Row], trained: list[Row]) -> dict[str, An
     if not usable:
         raise EvaluationError("eval: no held-out row has a usable gold answer. Check data.answer and eval.lenient.")
     result: dict[str, Any] = {"n": len(usable), "unusable_golds": len(base) - len(usable), "measured_at": now()}
-    for kind in ("lenient", "strict"):
+    for kind in ("lenient", "strict", *(["honest"] if "honest" in base[usable[0]] else [])):
         before = [bool(base[i][kind]) for i in usable]
         after = [bool(trained[i][kind]) for i in usable]
         difference = paired_bootstrap(before, after, seed=recipe.seed)

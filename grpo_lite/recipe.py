@@ -150,6 +150,14 @@ class EvalSection(_Section):
     )
 
 
+class CheckSection(_Section):
+    """The check of the rewards before every training: gold must earn the top score."""
+
+    enabled: bool = True
+    rows: int = Field(16, ge=2, description="Training rows that the gold and the cheats are tried on.")
+    skip: list[str] = Field(default_factory=list, description="Checks that do not apply, by name.")
+
+
 class LogSection(_Section):
     """What is shown while it runs."""
 
@@ -179,6 +187,7 @@ class Recipe(_Section):
     memory: MemorySection = MemorySection()  # type: ignore[call-arg]
     sampling: SamplingSection = SamplingSection()  # type: ignore[call-arg]
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
+    check: CheckSection = CheckSection()  # type: ignore[call-arg]
     log: LogSection = LogSection()  # type: ignore[call-arg]
     merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
 

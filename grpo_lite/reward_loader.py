@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_lite.errors import RewardError
-from grpo_lite.recipe import Recipe
+from grpo_lite.recipe import Recipe, RewardSection
 from grpo_lite.recipe_checks import nearest
 
 # What TRL 1.14-1.16 passes to every reward besides the dataset's columns.
@@ -50,15 +50,39 @@ def load_rewards(recipe: Recipe, columns: Iterable[str]) -> tuple[list[Reward], 
         if function.__name__ in taken:
             function.__name__ = f"{function.__name__}_{i}"
         functions.append(function)
+    functions[0] = _with_honest_metric(functions[0], recipe.rewards[0])
     gated = [i for i, section in enumerate(recipe.rewards) if section.gate]
     if gated:
         from rewards.gate import gated as gate
+        from rewards.gate import memoised
 
+        name = functions[0].__name__
+        functions[0] = memoised(functions[0])  # judged once a batch, for the trainer and every gate
+        functions[0].__name__ = name
         for i in gated:
-            name = functions[i].__name__
             functions[i] = gate(functions[i], by=functions[0])
-            functions[i].__name__ = name
     return functions, [section.weight for section in recipe.rewards]
+
+
+def _with_honest_metric(function: Reward, section: RewardSection) -> Reward:
+    """Log a second, independent judgement of the same completions beside accuracy_reward; it is never trained on."""
+    if section.function not in ("rewards.accuracy_reward", "rewards.accuracy.accuracy_reward"):
+        return function
+    from rewards import honest_accuracy
+
+    options = {key: value for key, value in section.kwargs.items() if key in ("extract", "timeout_s")}
+
+    @functools.wraps(function)
+    def judged_twice(completions: list[Any], **kwargs: Any) -> list[float | None]:
+        scores = function(completions=completions, **kwargs)
+        if log_metric := kwargs.get("log_metric"):
+            honest = honest_accuracy(completions, kwargs["answer"], **options)
+            paid = [score for score in honest if score is not None]
+            if paid:
+                log_metric("honest_accuracy", sum(paid) / len(paid))
+        return scores
+
+    return judged_twice
 
 
 def load_function(section: _Scored, where: str, columns: Sequence[str]) -> Reward:

@@ -47,6 +47,9 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     lines = [scores["lenient"]["verdict"]["sentence"]]
     if scores["strict"]["difference"] != scores["lenient"]["difference"]:
         lines.append(scores["strict"]["verdict"]["sentence"])
+    if "honest" in scores:
+        honest = scores["honest"]["difference"]
+        lines.append(f"by an independent second judgement: {honest['before']:.3f} → {honest['after']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
     if scores.get("unusable_golds"):

@@ -14,6 +14,7 @@ from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
 from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
 from grpo_lite.recipe import Recipe
+from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
 
@@ -50,6 +51,8 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
             model = load_trained(recipe, device, run.adapter)
         else:
             rewards, weights = load_rewards(recipe, _columns(prompts))
+            if recipe.check.enabled:
+                require_paid_gold(recipe, prompts, show)
             args = grpo_config(recipe, run, device, weights)
             base = load_model(recipe, device)
             trainer = build_trainer(recipe, run, show, device, base, tokenizer, prompts, rewards, args)

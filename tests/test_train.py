@@ -166,7 +166,7 @@ def test_eval_alone_measures_the_same_again(finished: tuple[Path, str]) -> None:
     after = json.loads((finished[0] / "metrics.json").read_text())
     assert "held-out lenient score" in text
     assert after["n"] == before["n"] == 8
-    for kind in ("lenient", "strict"):
+    for kind in ("lenient", "strict", "honest"):
         assert after[kind]["base"] == before[kind]["base"]
 
 
@@ -225,7 +225,7 @@ def test_a_run_in_which_no_reward_ever_differed_says_so_and_merges_nothing(tmp_p
     (tmp_path / "flat.py").write_text("def flat(completions, **kwargs):\n    return [0.5 for _ in completions]\n")
     text = grpo_lite(
         "train", "smoke", "--run", str(tmp_path / "run"), "grpo.max_steps=1", "eval.samples=0",
-        f"rewards=[{{function: '{tmp_path / 'flat.py'}:flat'}}]",
+        f"rewards=[{{function: '{tmp_path / 'flat.py'}:flat'}}]", "check.enabled=false",
     )  # fmt: skip
     assert "not merged: the adapter is zero" in text
     assert not (tmp_path / "run" / "merged").exists()
@@ -275,7 +275,16 @@ def test_an_unwritable_output_folder_is_named(root: Path, tmp_path: Path) -> Non
 def test_a_reward_that_breaks_its_contract_stops_with_its_name(root: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def short(completions, **kwargs):\n    return [1.0]\n")
     reference = f"rewards[0].function={tmp_path / 'mine.py'}:short"
-    text = in_process("train", "smoke", reference, "rewards[0].kwargs={}", "--run", str(tmp_path / "r"), expect=1)
+    text = in_process(
+        "train",
+        "smoke",
+        "check.enabled=false",
+        reference,
+        "rewards[0].kwargs={}",
+        "--run",
+        str(tmp_path / "r"),
+        expect=1,
+    )
     assert "returned 1 rewards for 8 completions" in text
 
 
@@ -289,7 +298,7 @@ def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
     )
     reward.write_text(broken)
     arguments = ["train", "smoke", f"rewards[0].function={reward}:mine", "rewards[0].kwargs={}", "eval.enabled=false"]
-    arguments += ["merge=false", "--run", str(tmp_path / "r")]
+    arguments += ["check.enabled=false", "merge=false", "--run", str(tmp_path / "r")]
     assert "returned 1 rewards" in grpo_lite(*arguments, expect=1)
     reward.write_text(broken.replace("[1.0] if", "[0.5] * 8 if"))
     assert "resuming from step 2" in grpo_lite(*arguments)

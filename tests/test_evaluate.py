@@ -1,0 +1,117 @@
+"""Base against trained: paired, strict and lenient apart, unusable golds left out, pass@k from the samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_lite.errors import EvaluationError
+from grpo_lite.evaluate import compare, honest_section, score_completions
+from grpo_lite.generate import generate_completions
+from grpo_lite.recipe import Recipe
+from grpo_lite.recipe_load import load_recipe
+from grpo_lite.summary import score_lines
+
+
+@pytest.fixture
+def recipe(root: Path) -> Recipe:
+    return load_recipe("smoke", ["eval.samples=4"])
+
+
+def record(lenient: bool | None, strict: bool | None = None, right: int = 0) -> dict[str, Any]:
+    return {"lenient": lenient, "strict": lenient if strict is None else strict, "samples_right": right}
+
+
+def test_a_clear_gain_is_called_one(recipe: Recipe) -> None:
+    base = [record(i < 10) for i in range(100)]
+    trained = [record(i < 60) for i in range(100)]
+    result = compare(recipe, base, trained)
+    assert result["lenient"]["difference"]["difference"] == pytest.approx(0.5)
+    assert result["lenient"]["mcnemar"]["c"] == 50
+    assert result["lenient"]["verdict"]["label"] == "significant gain"
+    assert score_lines(result)[0].endswith("significant gain.")
+
+
+def test_no_gain_is_said_to_be_none(recipe: Recipe) -> None:
+    base = [record(i % 2 == 0) for i in range(40)]
+    trained = [record(i % 2 == 0 or i == 1) for i in range(40)]
+    assert compare(recipe, base, trained)["lenient"]["verdict"]["label"] == "no significant gain"
+
+
+def test_strict_and_lenient_stand_apart(recipe: Recipe) -> None:
+    base = [record(True, False) for _ in range(30)]
+    trained = [record(True, True) for _ in range(30)]
+    result = compare(recipe, base, trained)
+    assert result["lenient"]["difference"]["difference"] == 0
+    assert result["strict"]["difference"]["difference"] == 1
+    assert len([line for line in score_lines(result) if "score" in line]) == 2
+
+
+def test_unusable_golds_are_left_out_and_counted(recipe: Recipe) -> None:
+    base = [record(None), record(False), record(True)]
+    result = compare(recipe, base, [record(None), record(True), record(True)])
+    assert (result["n"], result["unusable_golds"]) == (2, 1)
+    with pytest.raises(EvaluationError, match="no held-out row has a usable gold"):
+        compare(recipe, [record(None)], [record(None)])
+
+
+def test_pass_at_k_is_the_unbiased_estimate(recipe: Recipe) -> None:
+    # 4 samples, 2 right: pass@1 = 1/2, pass@2 = 1 - C(2,2)/C(4,2) = 5/6, pass@4 = 1
+    result = compare(recipe, [record(False, right=2)] * 3, [record(False, right=4)] * 3)
+    assert result["pass_at_k"]["pass@1"]["base"] == pytest.approx(0.5)
+    assert result["pass_at_k"]["pass@2"]["base"] == pytest.approx(5 / 6)
+    assert result["pass_at_k"]["pass@4"] == {"base": pytest.approx(1.0), "trained": pytest.approx(1.0)}
+
+
+def test_the_result_is_plain_json(recipe: Recipe) -> None:
+    json.dumps(compare(recipe, [record(False)], [record(True)]), allow_nan=False)
+
+
+def test_format_is_required_for_strict_only(root: Path, tiny_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    recipe = load_recipe("gsm8k")
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "answer": "so #### 72"}] * 3
+    texts = ["<think>\nx\n</think>\n<answer>\n72\n</answer>", "The answer is 72.", "<answer>71</answer>"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    lenient, strict = score_completions(tokenizer, recipe, rows, ids)
+    assert lenient == [True, True, False]
+    assert strict == [True, False, False]
+
+
+def test_the_honest_judgement_reads_the_recipe_s_own_contract(root: Path) -> None:
+    section = honest_section(load_recipe("smoke"))
+    assert section is not None
+    assert section.kwargs == {"extract": ["first_line"]}
+    assert honest_section(load_recipe("countdown")) is None
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_dir: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(tiny_dir), AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    prompts = [tokenizer("x" * n)["input_ids"] for n in (3, 9, 5, 1, 7)]
+    alone = [generate_completions(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=2) == alone
+
+
+def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(tiny: tuple[Any, Any]) -> None:
+    import torch
+
+    model, tokenizer = tiny
+    prompts = [tokenizer("ab")["input_ids"], tokenizer("abcd")["input_ids"]]
+    state = torch.random.get_rng_state()
+    first = generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(group) for group in first] == [3, 3]
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=1) == first
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=2) != first
