@@ -6,7 +6,7 @@ are untouched. The layout travels as a keyword argument because gradient checkpo
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,13 @@ IMPLEMENTATION = "grpo_lite"
 DENSE_TOKENS = 192
 
 
+class Layout(Protocol):
+    """What a packed call carries: it knows which keys each query may see."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Return the attention `(B, L, heads, D)` of queries `(B, heads, L, D)`."""
+
+
 class PackedLayout:
     """How the flat row is cut into groups, and the index tensors and masks its attention needs (built once)."""
 
@@ -35,6 +42,11 @@ class PackedLayout:
         self._masks: dict[torch.dtype, Tensor] = {}
         if self.dense:
             self._index_dense(group_lengths)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Compute `packed_attention` for one layer."""
+        del layer
+        return packed_attention(query, key, value, self, scaling)
 
     def _index_dense(self, group_lengths: list[int]) -> None:
         count, width = len(group_lengths), max(group_lengths)
@@ -129,7 +141,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_layout: PackedLayout | None = None,
+    packed_layout: Layout | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -139,7 +151,8 @@ def attention_forward(
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or kwargs.get("dropout"):
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
-    return packed_attention(query, key, value, packed_layout, scaling).contiguous(), None
+    layer = cast(int, module.layer_idx)
+    return packed_layout.attend(layer, query, key, value, scaling).contiguous(), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from trl.trainer.utils import split_tensor_dict
 from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
 from grpo_lite.scoring import Scoring, base_model, score, self_check
+from grpo_lite.shadow import dequantized, keep_weights_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,53 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
         self.options = options or EngineOptions()
-        self._packable: dict[int, bool] = {}  # per model (policy, reference), decided at first use
+        self._supported: dict[int, bool] = {}  # per model (policy, reference), decided at first use
+        self._told_decoding_obstacle = False
         self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
+        self._rollout: Rollout | None = None  # of the last generation
         super().__init__(*args, **kwargs)
+        keep_weights_unpacked(self.model)
+
+    # Rollouts
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        self._rollout = None
+        if self.options.rollout == "generate" or not self._can_share_rollout(prompt_ids, args, kwargs):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        inner = base_model(self.accelerator.unwrap_model(self.model))
+        decoder = GroupDecoder(self.accelerator.autocast, self.options.rollout_kv_tokens)
+        inner.generate = partial(inner.generate, custom_generate=decoder)
+        try:
+            with dequantized(inner):
+                generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        finally:
+            del inner.__dict__["generate"]
+        if [len(ids) for ids in generated[0]] == [len(row) for row in decoder.rollout.entropies]:
+            self._rollout = decoder.rollout
+        return generated
+
+    def _can_share_rollout(self, prompt_ids: list[list[int]], args: Any, kwargs: Any) -> bool:
+        if self.use_vllm or self.use_transformers_continuous_batching or not self._is_supported(self.model):
+            return False
+        images, multimodal = (*args, None, None)[:2]
+        if images is not None or multimodal or kwargs.get("images") or kwargs.get("multimodal_fields"):
+            return False
+        window = attention.sliding_window(base_model(self.accelerator.unwrap_model(self.model)))
+        reason = decoding_obstacle(self.generation_config)
+        if reason and not self._told_decoding_obstacle:
+            self._told_decoding_obstacle = True
+            logger.warning("Shared rollouts are off, `generate` is used: %s.", reason)
+        return reason is None and (window is None or max(map(len, prompt_ids)) + self.max_completion_length <= window)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        entropies = [] if self._rollout is None or self.tools else self._rollout.entropies
+        if entropies:
+            padded = torch.zeros(output["completion_ids"].shape)
+            for row, values in enumerate(entropies):
+                padded[row, : len(values)] = torch.tensor(values)
+            output["rollout_entropies"] = padded.to(output["completion_ids"].device)
+        return output
 
     # Scoring
 
@@ -118,17 +165,18 @@ class PackedGRPOTrainer(GRPOTrainer):
         return batch if longest <= window else None
 
     def _is_packable(self, model: nn.Module) -> bool:
-        """Decide once per model whether packed compute is right for it; say why not in one line."""
+        return self.options.compute == "packed" and self._is_supported(model)
+
+    def _is_supported(self, model: nn.Module) -> bool:
+        """Decide once per model whether its attention can be packed; say why not in one line."""
         unwrapped = self.accelerator.unwrap_model(model)
         inner = base_model(unwrapped)
-        if id(inner) not in self._packable:
-            reason = None
-            if self.options.compute == "packed":
-                reason = self._obstacle(unwrapped)
-                if reason:
-                    logger.warning("Packed compute is off, TRL's padded compute is used: %s.", reason)
-            self._packable[id(inner)] = self.options.compute == "packed" and reason is None
-        return self._packable[id(inner)]
+        if id(inner) not in self._supported:
+            reason = self._obstacle(unwrapped)
+            if reason:
+                logger.warning("Packed compute and shared rollouts are off, TRL's own are used: %s.", reason)
+            self._supported[id(inner)] = reason is None
+        return self._supported[id(inner)]
 
     def _obstacle(self, model: nn.Module) -> str | None:
         if self.accelerator.num_processes > 1 or self.accelerator.distributed_type != DistributedType.NO:
@@ -172,9 +220,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         microbatches = plan_microbatches(batch, live, budget)
         rest = plan_microbatches(batch, sorted(set(rows) - set(live)), budget)
         logps, entropies = self._blank(batch)
-        with torch.no_grad(), self._no_checkpointing(model):
-            for pieces in rest:  # no gradient, but the entropy metric counts them
-                logps, entropies = self._score_into(model, batch, pieces, logps, entropies)
+        if self._sampled_by_this_policy(inputs):
+            entropies = inputs["rollout_entropies"]  # all that TRL still asks of rows without a gradient
+        else:
+            with torch.no_grad(), self._no_checkpointing(model):
+                for pieces in rest:
+                    logps, entropies = self._score_into(model, batch, pieces, logps, entropies)
         if len(microbatches) == 1:
             return self._trl_loss(model, inputs, *self._score_into(model, batch, microbatches[0], logps, entropies))
         if not microbatches:
@@ -229,6 +280,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         if self.beta != 0.0 or self._entropy_bonus_enabled:
             return [True] * advantages.size(0)
         return (advantages.view(advantages.size(0), -1) != 0).any(1).tolist()
+
+    def _sampled_by_this_policy(self, inputs: dict[str, Any]) -> bool:
+        """Say whether the entropies noted during the rollout are the policy's, so that they need no forward."""
+        return (
+            "rollout_entropies" in inputs and "old_per_token_logps" not in inputs and self.top_entropy_quantile == 1.0
+        )
 
     def _connected_zero(self, model: nn.Module) -> Tensor:
         """A zero that gives every trained parameter a zero gradient, as TRL's loss would, so that optimizers step."""

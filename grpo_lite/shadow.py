@@ -1,0 +1,69 @@
+"""Keep 4-bit weights dequantised for the length of a rollout, where memory allows.
+
+A decoding step multiplies few rows with every weight, so bitsandbytes' dequantisation is paid again for each token.
+The shadow is what each call would dequantise to, so the numbers do not change; adapters stay separate (folding a small
+LoRA delta into 16-bit weights rounds it away). It is rebuilt for every rollout and the base is never touched.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import psutil
+from torch import Tensor, nn
+
+# The shadow may take this share of the free memory.
+MEMORY_SHARE = 0.25
+
+
+@contextmanager
+def dequantized(model: nn.Module) -> Iterator[bool]:
+    """Run `model`'s 4-bit layers from dequantised copies inside the context; yields whether it does.
+
+    On CPU only: on CUDA bitsandbytes has fused kernels for few rows, and what is faster there is not yet measured.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_dequantizable(module)]
+    needed = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    if not layers or needed > MEMORY_SHARE * psutil.virtual_memory().available:
+        yield False
+        return
+    for layer in layers:
+        layer.__dict__["forward"] = _shadow_forward(layer)
+    try:
+        yield True
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    It does so on the first forward in eval mode, for good, and its kernel for that layout has no backward: an
+    evaluation in the middle of training would cut the gradient without an error (bitsandbytes 0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = cast(Any, False)
+
+
+def _is_dequantizable(layer: nn.Linear) -> bool:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or layer.weight.device.type != "cpu" or len(state.shape) != 2:
+        return False
+    return not getattr(state, "packing_format_for_cpu", False)
+
+
+def _shadow_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    import bitsandbytes.functional
+
+    dtype = getattr(layer, "compute_dtype", None)
+    state = cast(Any, layer.weight).quant_state
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
+    weight = weight if dtype is None else weight.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    return forward
