@@ -24,7 +24,7 @@ from grpo_lite.gguf_arch import add_architecture_keys, architecture
 from grpo_lite.gguf_tensors import Progress, plan_tensors, write_tensors
 from grpo_lite.gguf_tokenizer import add_tokenizer_keys, read_tokenizer
 from grpo_lite.manifest import MANIFEST_NAME, verify_manifest, write_manifest
-from grpo_lite.ollama import Prompting, modelfile
+from grpo_lite.ollama import Prompting, ollama_settings
 
 RECORD_NAME = "gguf.json"
 WRITTEN_HERE = ("f16", "bf16", "q8_0")
@@ -94,9 +94,9 @@ def export_gguf(
         if tool:
             _quantise(tool, first, partial / file_name, kind)
             first.unlink()
-        tokenizer = _tokenizer(merged_dir)
-        text = modelfile(file_name, tokenizer, facts, prompting, int(config["max_position_embeddings"]))
-        (partial / "Modelfile").write_text(text, encoding="utf-8")
+        settings = ollama_settings(_tokenizer(merged_dir), facts, prompting, int(config["max_position_embeddings"]))
+        for file, text in {"Modelfile": settings.modelfile(file_name), **settings.hub_files()}.items():
+            (partial / file).write_text(text, encoding="utf-8")
         for path in [*merged_dir.glob("LICEN?E*"), *merged_dir.glob("NOTICE*")]:
             shutil.copyfile(path, partial / path.name)
         record = GgufRecord(

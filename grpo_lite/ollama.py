@@ -142,51 +142,81 @@ class Prompting:
     max_completion_tokens: int = 256
 
 
-def modelfile(
-    gguf_name: str, tokenizer: Any, facts: TokenizerFacts, prompting: Prompting, context_tokens: int, licence: str = ""
-) -> str:
-    """Return the text of a Modelfile beside the GGUF.
+@dataclass(frozen=True)
+class OllamaSettings:
+    """What Ollama is told of a model besides its weights."""
+
+    template: str | None  # None: Ollama looks for one itself
+    system: str | None
+    examples: tuple[tuple[str, str], ...]
+    parameters: dict[str, Any]
+    note: str
+
+    def modelfile(self, gguf_name: str) -> str:
+        """Return the text of a Modelfile beside the GGUF.
+
+        Raises:
+            ExportError: a text holds three double quotes in a row, which a Modelfile cannot.
+        """
+        lines = [*([f"# {self.note}"] if self.note else []), f"FROM ./{gguf_name}"]
+        if self.template is None:
+            lines.append("# No TEMPLATE: this chat template is more than text around turns; Ollama looks for its own.")
+        else:
+            lines.append("TEMPLATE " + _quoted(self.template, "the chat template"))
+        if self.system:
+            lines.append("SYSTEM " + _quoted(self.system, "data.system"))
+        for question, answer in self.examples:
+            lines.append("MESSAGE user " + _quoted(question, "data.examples"))
+            lines.append("MESSAGE assistant " + _quoted(answer, "data.examples"))
+        lines.append("# Greedy, as the scores were measured, and nothing that Ollama adds to sampling by itself.")
+        for name, value in self.parameters.items():
+            for one in value if isinstance(value, list) else [value]:
+                lines.append(f"PARAMETER {name} {json.dumps(one, ensure_ascii=False)}")
+        return "\n".join(lines) + "\n"
+
+    def hub_files(self) -> dict[str, str]:
+        """Return the files by which `ollama run hf.co/user/name` learns the same from a repository on the Hub."""
+        files = {"params": json.dumps(self.parameters, indent=2, ensure_ascii=False) + "\n"}
+        if self.template is not None:
+            files["template"] = self.template
+        if self.system:
+            files["system"] = self.system
+        return files
+
+
+def ollama_settings(tokenizer: Any, facts: TokenizerFacts, prompting: Prompting, context_tokens: int) -> OllamaSettings:
+    """Return the settings under which Ollama asks the model as the run did.
 
     Args:
         context_tokens: what the model was made for; Ollama's own default is 4096 whatever the model.
-
-    Raises:
-        ExportError: a text holds three double quotes in a row, which a Modelfile cannot.
     """
-    lines = [f"FROM ./{gguf_name}"]
-    if prompting.question != "{prompt}":
-        lines.insert(0, "# Trained on questions of this form: " + json.dumps(prompting.question, ensure_ascii=False))
+    bos = facts.tokens[facts.bos_id] if facts.add_bos and facts.bos_id is not None else None
+    template: str | None
     if prompting.format == "text":
         shots = "".join(f"{question}{answer}\n" for question, answer in prompting.examples)
-        lead = (f"{prompting.system}\n" if prompting.system else "") + shots
-        lines.append("TEMPLATE " + _quoted(_go(lead) + "{{ .Prompt }}", "data.system or data.examples"))
+        template = _go((f"{prompting.system}\n" if prompting.system else "") + shots) + "{{ .Prompt }}"
     else:
-        template = take_apart(tokenizer, prompting.template_kwargs)
-        bos = facts.tokens[facts.bos_id] if facts.add_bos and facts.bos_id is not None else None
-        if template:
-            lines.append("TEMPLATE " + _quoted(template.to_go(bos), "the chat template"))
-        else:
-            lines.append("# No TEMPLATE: this chat template is more than text around turns; Ollama looks for its own.")
+        turns = take_apart(tokenizer, prompting.template_kwargs)
+        template = turns.to_go(bos) if turns else None
+        if template is None:
             logger.warning("The chat template could not be turned into Ollama's: compare its answers before use.")
-        if prompting.system:
-            lines.append("SYSTEM " + _quoted(prompting.system, "data.system"))
-        for question, answer in prompting.examples:
-            lines.append("MESSAGE user " + _quoted(question, "data.examples"))
-            lines.append("MESSAGE assistant " + _quoted(answer, "data.examples"))
-    lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in facts.stop_tokens]
-    context = min(context_tokens, max(4096, 2 * prompting.max_completion_tokens))
-    lines += [
-        "# Greedy, as the scores were measured; the rest switches off what Ollama adds to sampling by itself.",
-        "PARAMETER temperature 0",
-        "PARAMETER top_p 1",
-        "PARAMETER top_k 0",
-        "PARAMETER min_p 0",
-        "PARAMETER repeat_penalty 1",
-        f"PARAMETER num_ctx {context}",
-    ]
-    if licence:
-        lines.append("LICENSE " + _quoted(licence, "the licence"))
-    return "\n".join(lines) + "\n"
+    chat = prompting.format == "chat"
+    asked = json.dumps(prompting.question, ensure_ascii=False)
+    return OllamaSettings(
+        template=template,
+        system=prompting.system if chat else None,
+        examples=prompting.examples if chat else (),
+        parameters={
+            "stop": facts.stop_tokens,
+            "temperature": 0,
+            "top_p": 1,
+            "top_k": 0,
+            "min_p": 0,
+            "repeat_penalty": 1,
+            "num_ctx": min(context_tokens, max(4096, 2 * prompting.max_completion_tokens)),
+        },
+        note="" if prompting.question == "{prompt}" else f"Trained on questions of this form: {asked}",
+    )
 
 
 def _quoted(text: str, what: str) -> str:

@@ -1,0 +1,181 @@
+"""Prove a GGUF: load the file with another program and compare it with the merged model on held-out prompts.
+
+llama-cpp-python is used where it is installed, since that is what Ollama runs, tokenizer and stopping included;
+otherwise transformers' GGUF loader, which proves the weights and the end token but not llama.cpp's text splitting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_lite.errors import ExportError
+from grpo_lite.generate import stop_ids
+
+# Least share of positions at which the file and the merged model agree on the next token, given the same text before.
+# Wrong weights or orders agree on a few per cent. Measured: docs/measurements/export.md.
+LEAST_AGREEMENT = {"f16": 0.97, "bf16": 0.97, "q8_0": 0.9, "q6_k": 0.85}
+LEAST_AGREEMENT_K = 0.7
+
+
+@dataclass(frozen=True)
+class GgufProof:
+    """How a GGUF file answers, beside the merged model it was made from."""
+
+    loader: str
+    prompts: int
+    tokens: int  # of the merged model's greedy answers, over all prompts
+    top1_agreement: float  # over those tokens
+    same_answers: int  # greedy answers that are equal to the last character
+    stopped_merged: int  # greedy answers that ended by an end token before the cap
+    stopped: int
+    tokenised_alike: bool | None  # None: the loader has no tokenizer of llama.cpp's
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with `passed`."""
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return (
+            f"{self.loader}: next-token agreement {self.top1_agreement:.1%} over {self.tokens} tokens, "
+            f"{self.same_answers} of {self.prompts} greedy answers identical, {self.stopped} stopped by themselves "
+            f"(merged model: {self.stopped_merged})"
+        )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    ids: list[int]  # with the end token, if it came
+    text: str
+    stopped: bool
+
+
+def prove_gguf(
+    gguf_file: Path, kind: str, merged_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 32, loader: str = ""
+) -> GgufProof:
+    """Compare a GGUF file with the merged model it was made from.
+
+    Args:
+        prompts: held-out prompts as rendered text (special tokens are not added again).
+        max_new_tokens: cap of the greedy answers.
+        loader: "llama_cpp" or "transformers"; by default the first that is installed.
+
+    Raises:
+        ExportError: no prompts, or the file does not load.
+    """
+    if not prompts:
+        raise ExportError("gguf: no prompts to prove the file on are given. Give held-out prompts as text.")
+    loader = loader or ("llama_cpp" if importlib.util.find_spec("llama_cpp") else "transformers")
+    tokenizer, ids, answers = _merged_answers(merged_dir, prompts, max_new_tokens)
+    compare = _by_llama_cpp if loader == "llama_cpp" else _by_transformers
+    try:
+        best, given, alike = compare(gguf_file, tokenizer, list(prompts), ids, answers, max_new_tokens)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ExportError(f"{gguf_file}: {loader} does not load it: {str(error).splitlines()[0]}") from error
+    hits = [a == b for answer, row in zip(answers, best, strict=True) for a, b in zip(answer.ids, row, strict=True)]
+    agreement = sum(hits) / max(1, len(hits))
+    stopped, stopped_merged = sum(a.stopped for a in given), sum(a.stopped for a in answers)
+    faults = []
+    least = LEAST_AGREEMENT.get(kind, LEAST_AGREEMENT_K)
+    if agreement < least:
+        faults.append(f"agrees with the merged model on {agreement:.1%} of the next tokens, {least:.0%} are the least")
+    if alike is False:
+        faults.append("llama.cpp splits the prompts into other tokens than the tokenizer that the model was trained on")
+    if stopped_merged and not stopped:
+        faults.append(f"never stops: the merged model ended {stopped_merged} of {len(prompts)} answers, it none")
+    version = _version(loader)
+    return GgufProof(
+        loader=f"{loader} {version}".strip(),
+        prompts=len(prompts),
+        tokens=len(hits),
+        top1_agreement=agreement,
+        same_answers=sum(a.text == b.text for a, b in zip(answers, given, strict=True)),
+        stopped_merged=stopped_merged,
+        stopped=stopped,
+        tokenised_alike=alike,
+        faults=tuple(faults),
+    )
+
+
+def _version(loader: str) -> str:
+    return importlib.metadata.version({"llama_cpp": "llama-cpp-python"}.get(loader, loader))
+
+
+def _merged_answers(merged_dir: Path, prompts: Sequence[str], cap: int) -> tuple[Any, list[list[int]], list[_Answer]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged_dir)
+    model = AutoModelForCausalLM.from_pretrained(merged_dir, dtype="auto").eval()
+    ids = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    answers = [_greedy(model, tokenizer, row, cap) for row in ids]
+    del model
+    gc.collect()
+    return tokenizer, ids, answers
+
+
+@torch.inference_mode()
+def _greedy(model: Any, tokenizer: Any, prompt: list[int], cap: int) -> _Answer:
+    from transformers import GenerationConfig
+
+    stops = stop_ids(model, tokenizer)
+    config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
+    inputs = torch.tensor([prompt])
+    out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    new = out[0, len(prompt) :].tolist()
+    return _Answer(new, tokenizer.decode(new, skip_special_tokens=True), bool(new) and new[-1] in stops)
+
+
+Compared = tuple[list[list[int]], list[_Answer], bool | None]  # best next tokens, own answers, tokenised alike
+
+
+def _by_transformers(
+    path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
+) -> Compared:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
+    own = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model.generation_config.eos_token_id = None  # the file's own end token has to stop it
+    best = []
+    with torch.inference_mode():
+        for prompt, answer in zip(ids, answers, strict=True):
+            logits = model(input_ids=torch.tensor([prompt + answer.ids])).logits[0]
+            best.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
+    given = [_greedy(model, own, prompt, cap) for prompt in ids]
+    return best, given, None
+
+
+def _by_llama_cpp(
+    path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
+) -> Compared:
+    Llama = importlib.import_module("llama_cpp").Llama
+    longest = max(len(prompt) for prompt in ids) + cap + 8
+    model = Llama(model_path=str(path), n_ctx=longest, n_batch=longest, logits_all=True, n_gpu_layers=0, verbose=False)
+    best, given = [], []
+    for prompt, answer in zip(ids, answers, strict=True):
+        model.reset()
+        model.eval(prompt + answer.ids)
+        first, last = len(prompt) - 1, len(prompt) + len(answer.ids) - 1
+        best.append([int(row.argmax()) for row in model.scores[first:last]])
+        model.reset()
+        out = model.create_completion(prompt, max_tokens=cap, temperature=0.0, repeat_penalty=1.0)["choices"][0]
+        given.append(_Answer([], out["text"], out["finish_reason"] == "stop"))
+    own = [model.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in prompts]
+    model.close()
+    return best, given, own == ids
