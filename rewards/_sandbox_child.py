@@ -120,7 +120,11 @@ def _answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], kee
         return len(kept) - 1
 
     def restore(number: int | str, _: str) -> Any:
-        return space[number] if isinstance(number, str) else kept[number]
+        if isinstance(number, int):
+            return kept[number]
+        if number not in space:
+            raise NameError(f"the program does not define {number!r}")
+        return space[number]
 
     target = restore(request["on"], "")
     if request["do"] == "get":

@@ -88,6 +88,7 @@ def empty_directory(directory: str) -> None:
     Iterative, and never deeper than two levels: a program can nest directories beyond any path or recursion limit.
     """
     top = os.fsencode(directory)
+    fresh = os.urandom(8).hex().encode()  # no name that a program could have taken
     serial = 0
     pending = [top]
     while pending:
@@ -98,7 +99,7 @@ def empty_directory(directory: str) -> None:
                 continue
             os.chmod(path, stat.S_IRWXU)  # the program may have closed it to itself, and so to us
             if current != top:
-                path, nested = os.path.join(top, b"%d.moved" % serial), path
+                path, nested = os.path.join(top, b"%s.%d" % (fresh, serial)), path
                 serial += 1
                 os.rename(nested, path)
             pending.append(path)

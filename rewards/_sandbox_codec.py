@@ -21,6 +21,7 @@ from typing import Any
 MAX_FRAME_BYTES = 4 << 20
 _ITERATOR_ITEMS = 10_000  # an endless generator must not fill the memory
 _JSON_INT = 1 << 63
+_INT_DIGITS = 20  # of the longest integer below it, with its sign
 
 Keep = Callable[[Any], int]
 Restore = Callable[[int, str], Any]
@@ -42,9 +43,16 @@ def loads(text: bytes) -> Any:
         CodecError: not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_short_int if len(text) > _INT_DIGITS else None)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"not JSON: {type(error).__name__}") from None
+
+
+def _short_int(digits: str) -> int:
+    """Read an integer; `encode` writes long ones otherwise, and reading digits takes quadratic time."""
+    if len(digits) > _INT_DIGITS:
+        raise ValueError("an integer with too many digits")
+    return int(digits)
 
 
 def encode(value: Any, keep: Keep | None = None) -> Any:

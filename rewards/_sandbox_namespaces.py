@@ -1,7 +1,7 @@
 """The namespace layer: own processes, network, mounts and IPC, entered once by the worker; or bubblewrap instead.
 
-Inside, the file system is an empty one that shows the interpreter's library read-only and holds a small /tmp in memory;
-the network has no interface up; the worker is process 1, so that one signal ends whatever a program left behind.
+Inside, the file system is an empty one that shows the interpreter's library read-only and holds a small directory in
+memory; the network has no interface up; the worker is process 1, so that one signal ends whatever a program left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rewards import _sandbox_limits as limits
 from rewards import _sandbox_linux as linux
 from rewards._sandbox_files import DEVICES, LibraryFiles
 
-WORK_ROOT = "/tmp"  # inside
+WORK_ROOT = "/grpo-lite-sandbox"  # inside; no path that a library could lie under
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (1 << n for n in (17, 26, 27, 28, 29, 30))
 _OTHERS = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET

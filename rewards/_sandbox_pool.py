@@ -18,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rewards._sandbox_cleanup import empty_directory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,6 +30,7 @@ Result = TypeVar("Result")
 _MOST_WORKERS = 8
 _START_S = 60.0  # an interpreter starts in 0.05 s; a loaded machine may need far longer
 _REPLY_S = 30.0  # beyond what a worker was asked to wait for
+_REMOVE_TRIES, _REMOVE_PAUSE_S = 20, 0.05
 
 # The worker's modules are those of this package, without running its __init__.
 _BOOTSTRAP = """
@@ -41,6 +44,10 @@ importlib.import_module(sys.argv[2]).main(int(sys.argv[3]), json.loads(sys.argv[
 
 class SandboxError(RuntimeError):
     """The sandbox itself failed; says nothing about the program."""
+
+
+class WorkerLostError(SandboxError):
+    """A worker died or does not answer in the middle of a session: a program may have done that."""
 
 
 class Worker:
@@ -75,14 +82,14 @@ class Worker:
         """Send a message with descriptors and return the reply.
 
         Raises:
-            SandboxError: the worker died or does not answer.
+            WorkerLostError: the worker died or does not answer.
         """
         try:
             data = json.dumps(message).encode("ascii")
             self.control.settimeout(_REPLY_S)
             socket.send_fds(self.control, [data], descriptors)
         except OSError as error:
-            raise SandboxError(f"a sandbox worker is gone: {error}") from error
+            raise WorkerLostError(f"a sandbox worker is gone: {error}") from error
         return self.reply(wait_s + _REPLY_S)
 
     def reply(self, timeout_s: float) -> dict[str, Any]:
@@ -94,10 +101,10 @@ class Worker:
                 self.control.settimeout(max(0.001, deadline - time.monotonic()))
                 part = self.control.recv(1 << 16)
                 if not part:
-                    raise SandboxError(f"a sandbox worker ended: {self._last_words()}")
+                    raise WorkerLostError(f"a sandbox worker ended: {self._last_words()}")
                 data += part
         except OSError as error:
-            raise SandboxError(f"a sandbox worker does not answer: {error}") from error
+            raise WorkerLostError(f"a sandbox worker does not answer: {error}") from error
         reply: dict[str, Any] = json.loads(data)
         return reply
 
@@ -125,16 +132,19 @@ class Worker:
 
     def kill(self) -> None:
         """End a worker that does not answer, and remove its directory in its place."""
-        from rewards._sandbox_cleanup import empty_directory
-
         self.control.close()
         self.process.kill()
         self.process.wait()
         if self.process.stderr:
             self.process.stderr.close()
-        if self.directory and os.path.isdir(self.directory):
-            empty_directory(self.directory)
-            os.rmdir(self.directory)
+        for _ in range(_REMOVE_TRIES):  # its last program may take a moment to die
+            if not self.directory or not os.path.isdir(self.directory):
+                return
+            with suppress(OSError):
+                empty_directory(self.directory)
+                os.rmdir(self.directory)
+                return
+            time.sleep(_REMOVE_PAUSE_S)
 
     def forget(self) -> None:
         """Let go of a worker that belongs to the process this one was forked from."""
@@ -177,9 +187,9 @@ class Pool:
         worker = Worker("_sandbox_worker", {"layers": self.layers, "temporary": tempfile.gettempdir()}, self.prefix)
         try:
             hello = worker.reply(_START_S)
-        except SandboxError:
+        except WorkerLostError as error:
             worker.kill()
-            raise
+            raise SandboxError(str(error)) from error
         if "failed" in hello:
             worker.kill()
             raise SandboxError(f"a sandbox worker cannot put on its layers {self.layers}: {hello['failed']}")

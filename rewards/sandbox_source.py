@@ -53,7 +53,7 @@ def fenced_blocks(text: str) -> list[Block]:
     blocks: list[Block] = []
     fence, language = "", ""
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):
         bare = line.strip()
         if not fence:
             if bare.startswith(_FENCES):
