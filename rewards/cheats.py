@@ -116,7 +116,7 @@ def all_cheats(
         Cheat("wrong or right", "a wrong answer or the right one", filled(lambda a, b: f"{b} or {a}")),
         Cheat("list", "a list with the right answer", filled(lambda a, b: f"{b}, {a}")),
         Cheat("equation", "a false equation that ends in the gold", filled(lambda a, b: f"{b}={a}")),
-        Cheat("slash", "alternatives with a slash", filled(lambda a, b: f"{b} / {a}")),
+        Cheat("slash", "alternatives with a slash", filled(lambda a, b: f"{a} / {b} / {a}")),
         Cheat("boxes", "several boxes in a row", bare(lambda a, b: f"\\boxed{{{b}}} \\boxed{{{a}}}")),
         Cheat("boxes, commas", "several boxes with commas", bare(lambda a, b: f"\\boxed{{{a}}}, \\boxed{{{b}}}")),
         Cheat("all in boxes", "a box for every number to 100", plain("".join(f"\\boxed{{{n}}}" for n in range(101)))),

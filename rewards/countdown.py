@@ -15,6 +15,8 @@ from rewards.extraction import extract_answer
 _LONGEST_CHARS = 300
 _LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("×", "*"), ("·", "*"))
 _SIGNS = (("÷", "/"), ("−", "-"), ("–", "-"), ("[", "("), ("]", ")"), ("$", ""), ("`", ""))
+_CROSS = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
+_ARITHMETIC = re.compile(r"[0-9+\-*/()=\s.]+")  # keeps Python's other literals out: 1_6, 0x10, True
 _FRAC = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
@@ -93,6 +95,9 @@ def _parse(text: str) -> tuple[Fraction, Counter[int], Fraction | None] | None:
         text = text.replace(old, new)
     for _ in range(4):
         text = _FRAC.sub(r"((\1)/(\2))", text)
+    text = _CROSS.sub("*", text)
+    if not _ARITHMETIC.fullmatch(text):
+        return None
     sides = [side.strip() for side in text.strip().rstrip(".").split("=")]
     if len(sides) > 2:
         return None

@@ -180,7 +180,8 @@ def _unbox(content: str) -> str:
 def _first_line(text: str) -> Found | None:
     stripped = text.lstrip()
     line = stripped.partition("\n")[0].strip()
-    if not line or re.match(r"[^=]*\d[^=]*=", line):  # 2+3=5 repeats the few-shot lines; it answers nothing
+    left, equals, _ = line.partition("=")
+    if not line or (equals and any(char.isdigit() for char in left)):  # 2+3=5 repeats the few-shot lines, no answer
         return None
     return line, len(text) - len(stripped) + len(line)
 

@@ -33,8 +33,8 @@ def honest_accuracy(
     r"""Return 1 where the very last commitment of a completion is the gold, strictly; the held-out metric.
 
     Formula: 1 if last(completion) = gold, else 0: the last of the markers in `extract` by position, after the last
-    `</think>`; a plain number for a number, math-verify's verdict for the rest. No words around a number, no retraction
-    in prose, no lists of boxes.
+    `</think>`; a plain number for a number, math-verify's verdict for the rest. No words around a number, and of
+    several boxes side by side none.
 
     Args:
         completions: text or chat messages.
@@ -48,7 +48,7 @@ def honest_accuracy(
     Source: the strict-match metric of lm-evaluation-harness (GSM8K), and math-verify 0.9.
 
     >>> honest_accuracy(["so\n#### 1,000", r"\boxed{41}, \boxed{42}", r"\boxed{41} or 42"], [1000, 42, 42])
-    [1.0, 1.0, 0.0]
+    [1.0, 0.0, 0.0]
     """
     scores: list[float | None] = []
     open_cases: list[tuple[int, str, str]] = []

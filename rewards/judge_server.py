@@ -40,6 +40,9 @@ def serve() -> None:
     pool = _Pool()
     while line := stdin.readline():
         request = json.loads(line)
+        if request["kind"] not in TASKS:
+            _send(replies, {"error": f"there is no such task; the tasks are {', '.join(TASKS)}"})
+            continue
         try:
             reply: dict[str, Any] = {"verdicts": pool.judge(request["kind"], request["items"], request["limit_s"])}
         except ImportError as error:

@@ -11,6 +11,7 @@ from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_LONGEST_CHOICE_CHARS = 500
 _CHOICE = re.compile(r"\W*(?:option|choice|answer)?\W*([A-Za-z])(?:\W*|[).:]\s.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -115,6 +116,8 @@ def _plain(text: str, ignore_case: bool, ignore_punctuation: bool) -> str:
 
 def _letter(text: str, choices: str) -> str | None:
     """Return the one choice a committed answer names, or None."""
+    if len(text) > _LONGEST_CHOICE_CHARS:
+        return None
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*|[{}$*]|\\[()]", "", text).strip()
     match = _CHOICE.fullmatch(text)
     if match is None:

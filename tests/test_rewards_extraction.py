@@ -1,0 +1,286 @@
+"""Which answer a completion commits to: classes of texts that must give one and the same answer, or none."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.completion import completion_text, prompt_end, visible_text, visible_texts
+from rewards.extraction import extract_answer
+
+# Each class: texts that commit to the same answer, and that answer.
+CLASSES = {
+    "42": [
+        "<answer>42</answer>",
+        "<answer>\n42\n</answer>",
+        "<ANSWER>42</ANSWER>",
+        "<answer>\\boxed{42}</answer>",
+        "<answer>The answer is 42.</answer>",
+        "<answer>41</answer> No: <answer>42</answer>",
+        "\\boxed{41} <answer>42</answer>",
+        "\\boxed{42}",
+        "\\boxed {42}",
+        "\\fbox{42}",
+        "$$\\boxed{42}$$",
+        "\\[ \\boxed{ 42 } \\]",
+        "\\boxed{\\boxed{42}}",
+        "\\boxed{42} \\boxed{42}",
+        "First \\boxed{41}. Then \\boxed{42}.",
+        "#### 41\n\\boxed{42}",
+        "\\boxed{\\boxed{42}",
+        "\\boxed{42} and then \\boxed{43",
+        "{ \\boxed{42} and a stray brace",
+        "48/2 = 24\n#### 42",
+        "####42",
+        "#### Answer: 42",
+        "so 6 * 7 = 42 #### 42",
+        "The answer is 42.",
+        "the answer is: 42",
+        "The final answer is 42",
+        "Answer: 42",
+        "**Answer:** 42",
+        "**Final answer: 42**",
+        "Final answer:\n\n42",
+        "The answer is $42$.",
+        "The answer is \\(42\\).",
+        "The answer is\n$$42$$",
+        "The answer is **42**.",
+        "The answer is \\boxed{42}.",
+        "The answer is 41. Wait. The answer is 42.",
+        "The answer is 42 because 6 * 7 = 42.",
+        "The answer is 42, which is 6 * 7.",
+        "The answer to this question is 42.",
+        "I get \\boxed{41}. Hmm no, the answer is 42.",
+        "The answer is 42!",
+    ],
+    "3.5": ["The answer is 3.5.", "The answer is 3.5", "#### 3.5", "\\boxed{3.5}"],
+    "\\frac{1}{2}": [
+        "\\boxed{\\frac{1}{2}}",
+        "The answer is $\\frac{1}{2}$.",
+        "<answer>$x$ \\boxed{\\frac{1}{2}}</answer>",
+    ],
+    "\\{1, 2\\}": ["\\boxed{\\{1, 2\\}}", "The answer is $\\{1, 2\\}$."],
+    "1, 2": [
+        "\\boxed{1} and \\boxed{2}",
+        "\\boxed{1}, \\boxed{2}",
+        "\\boxed{1} or \\boxed{2}",
+        "$\\boxed{1}$, $\\boxed{2}$",
+    ],
+    None: [
+        "",
+        "42",
+        "It is 42.",
+        "\\boxed{42",
+        "\\boxed{}",
+        "<answer>42",
+        "<answer></answer>",
+        "</answer>42<answer>",
+        "answer 42",
+        "answers: 42",
+        "####",
+        "#### ",
+        "##### 42",
+        "boxed{42}",
+        "\\boxedtimes{42}",
+        "The answer is",
+    ],
+}
+FLAT = [(text, want) for want, texts in CLASSES.items() for text in texts]
+
+
+@pytest.mark.parametrize(("text", "want"), FLAT, ids=[repr(text) for text, _ in FLAT])
+def test_texts_of_one_class_commit_to_one_answer(text: str, want: str | None) -> None:
+    assert extract_answer(text) == want
+
+
+def test_the_recipe_s_order_decides_between_markers() -> None:
+    text = "\\boxed{1} <answer>2</answer>\n#### 3"
+    assert extract_answer(text, ["boxed", "answer_tag", "hash"]) == "1"
+    assert extract_answer(text, ["hash", "boxed"]) == "3"
+    assert extract_answer(text, ["phrase"]) is None
+
+
+def test_a_later_number_in_prose_takes_a_marked_answer_back_and_chatter_does_not() -> None:
+    assert extract_answer("\\boxed{42}. No, the answer is 41.") == "41"
+    assert extract_answer("\\boxed{42}. So the answer is clear.") == "42"
+    assert extract_answer("The answer is 41. So \\boxed{42}.") == "42"
+    assert extract_answer("\\boxed{42}. No, the answer is 41.", ["boxed"]) == "42"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("15\n4+4=8", "15"),
+        ("\n\n 15 \n16", "15"),
+        ("15", "15"),
+        ("", None),
+        ("2+3=5\n4+4=8", None),
+        ("x = 5\n", "x = 5"),
+    ],
+)
+def test_the_first_line_is_the_answer_of_a_few_shot_completion(text: str, want: str | None) -> None:
+    assert extract_answer(text, ["first_line"]) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("so 1,234 apples", "1,234"), ("it is -3.5", "-3.5"), ("1 then 2/3", "2/3"), ("none", None), ("x2 and .5", ".5")],
+)
+def test_the_last_number_is_found_on_request(text: str, want: str | None) -> None:
+    assert extract_answer(text, ["last_number"]) == want
+
+
+@given(st.text(max_size=300))
+def test_no_text_breaks_extraction(text: str) -> None:
+    for methods in (("answer_tag", "boxed", "hash", "phrase"), ("first_line",), ("last_number",)):
+        found = extract_answer(text, methods)
+        assert found is None or found.strip()
+
+
+@given(st.text(alphabet="ab{}\\ $", max_size=40), st.integers(-999, 999))
+def test_the_last_closed_box_wins_whatever_stands_before_it(before: str, number: int) -> None:
+    before = before.replace("\\", "/")  # no escape may swallow the box
+    assert extract_answer(f"{before} x \\boxed{{{number}}}", ["boxed"]) == str(number)
+
+
+THINKING = [
+    ("42", "42"),
+    ("<think>41</think>42", "42"),
+    ("<THINK>41</THINK>42", "42"),
+    ("<thinking>41</thinking>42", "42"),
+    ("<reasoning>41</reasoning>42", "42"),
+    ("41</think>42", "42"),
+    ("42<think>41", "42"),
+    ("<think>41", ""),
+    ("<think>a<think>b</think>42", "42"),
+    ("<think>a</think>4<think>b</think>2", "42"),
+    ("a</think>b</think>42", "42"),
+    ("42<think>a</think>", "42"),
+    ("<thinker>42", "<thinker>42"),
+]
+
+
+@pytest.mark.parametrize(("text", "want"), THINKING)
+def test_thinking_is_left_out(text: str, want: str) -> None:
+    assert visible_text(text) == want
+
+
+def test_a_prompt_that_opens_the_thinking_hides_what_comes_before_its_end() -> None:
+    assert visible_texts(["41</think>42", "42"], ["2?<think>\n", "2?<think>"]) == ["42", ""]
+    assert visible_texts(["41</think>42", "42"], prefilled=True) == ["42", ""]
+    assert visible_texts(["42"], ["2?"]) == ["42"]
+    assert visible_texts(["42"], ["2?<think>"], prefilled=False) == ["42"]
+
+
+def test_a_chat_prompt_leads_into_the_completion_only_by_a_started_assistant_turn() -> None:
+    assert prompt_end([{"role": "user", "content": "Use <think>"}]) == ""
+    assert prompt_end([{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>"}]) == "<think>"
+    assert prompt_end([]) == prompt_end(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("completion", "want"),
+    [
+        (None, ""),
+        ("text", "text"),
+        ([{"role": "assistant", "content": "a"}], "a"),
+        ([{"content": "a"}], "a"),
+        (
+            [
+                {"role": "assistant", "content": "a"},
+                {"role": "tool", "content": "t"},
+                {"role": "assistant", "content": "b"},
+            ],
+            "b",
+        ),
+        ([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": None}], "a"),
+        ([{"role": "assistant", "content": "b", "reasoning_content": "42"}], "b"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}], "a"),
+        ([], ""),
+    ],
+    ids=repr,
+)
+def test_the_text_of_a_completion_is_found_in_every_shape(completion: object, want: str) -> None:
+    assert completion_text(completion) == want  # type: ignore[arg-type]
+
+
+def test_content_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="got int"):
+        completion_text([{"role": "assistant", "content": 42}])
+
+
+REPEATED = [
+    "1",
+    "1,",
+    "a ",
+    "(",
+    "{",
+    "\\{",
+    "\\frac{",
+    "\\text{",
+    "-",
+    "=",
+    "\\boxed{",
+    "$",
+    "$\\boxed{",
+    "\\(",
+    "**",
+    "1{,}",
+    "or ",
+]
+REPEATED += [
+    ",",
+    "\\boxed{1} ",
+    "\\boxed{1} or ",
+    "answer ",
+    "answer is ",
+    "answer: 1 ",
+    "#",
+    "####",
+    "#### 1",
+    "\n",
+    "\\",
+    "½",
+    "é",
+]
+REPEATED += [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<answer>1",
+    "x_",
+    "^",
+    "!",
+    "|",
+    "\\deg",
+    "5 cm ",
+    " because",
+    ". ",
+    "1 1/2 ",
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("piece", REPEATED, ids=repr)
+def test_no_repeated_pattern_makes_a_scan_quadratic(piece: str) -> None:
+    """60,000 characters: linear work takes a tenth of a second here, quadratic work far more than the limit."""
+    from rewards import (
+        accuracy_reward,
+        choice_reward,
+        countdown_reward,
+        exact_match_reward,
+        format_reward,
+        honest_accuracy,
+    )
+
+    text = (piece * 60_000)[:60_000]
+    texts = [text, f"\\boxed{{{text[:3900]}}}", f"<answer>{text}</answer>", f"The answer is {text}", f"#### {text}"]
+    for methods in (["first_line"], ["last_number"], ["answer_tag", "boxed", "hash", "phrase"]):
+        accuracy_reward(texts, ["12345"] * 5, extract=methods)
+    honest_accuracy(texts, ["12345"] * 5)
+    exact_match_reward(texts, ["12345"] * 5)
+    choice_reward(texts, ["A"] * 5)
+    countdown_reward(texts, [[1, 2]] * 5, [3] * 5)
+    format_reward(texts, mode="soft")
