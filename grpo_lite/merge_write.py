@@ -113,8 +113,9 @@ class ShardWriter:
     def _count(self, name: str, base: torch.Tensor, merged: torch.Tensor, rounded: torch.Tensor) -> float:
         """Add a block to the tally; return the share of its update that rounding to the nearest loses."""
         base32 = base.float()
-        error = float((rounded.float() - merged).double().square().sum())
-        squares = float(base32.double().square().sum())
+        error, squares, update = (
+            float(torch.linalg.vector_norm(part)) ** 2 for part in (rounded.float() - merged, base32, merged - base32)
+        )
         if not math.isfinite(error + squares):
             whose = "the base" if not math.isfinite(squares) else "the merged weight"
             raise ExportError(
@@ -122,7 +123,6 @@ class ShardWriter:
                 "the base again, or merge an adapter trained with a lower learning rate."
             )
         self.tally.base_squares += squares
-        update = float((merged - base32).double().square().sum())
         self.tally.update_squares += update
         self.tally.error_squares += error
         self.tally.elements += base.numel()

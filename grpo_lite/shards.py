@@ -132,7 +132,7 @@ def build_head(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str
     return len(text).to_bytes(8, "little") + text
 
 
-def row_blocks(shape: tuple[int, ...], max_elements: int = 1 << 22) -> Iterator[tuple[int, int]]:
+def row_blocks(shape: tuple[int, ...], max_elements: int = 1 << 19) -> Iterator[tuple[int, int]]:
     """Yield ranges of rows of at most `max_elements` elements (at least one row) that cover a tensor."""
     if not shape:
         yield 0, 1

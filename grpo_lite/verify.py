@@ -54,36 +54,41 @@ def verify_merge(
     open_adapter(adapter_dir)  # refuses zero, NaN and unsupported ones by name
     open_checkpoint(merged_dir)  # and truncated or missing shards
     dtype = dtype or _compute_dtype(base_dir, device)
-    tokenizer = tokenizer or _load_tokenizer(merged_dir)
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    sequences = [torch.tensor([ids]) for ids in encoded if len(ids)]
-    if not sequences:
-        raise ExportError("verify: no prompts with at least one token are given. Give held-out prompts as text.")
+    sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
     report = progress or (lambda stage, done, total: None)
 
     model = _with_adapter(base_dir, adapter_dir, dtype, device)
     dtype = model.dtype
-    keep = _positions_kept(model.config.get_text_config().vocab_size, len(sequences), max_new_tokens)
+    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), max_new_tokens)
     reference, base = [], []
     for number, prompt in enumerate(sequences):
         sequences[number] = _continue(model, prompt, max_new_tokens)
-        reference.append(_last_logits(model, sequences[number], keep))
+        reference.append(last_logits(model, sequences[number], keep))
         with model.disable_adapter():
-            base.append(_last_logits(model, sequences[number], keep))
+            base.append(last_logits(model, sequences[number], keep))
         report("base + adapter", number + 1, len(sequences))
     del model
     gc.collect()
 
-    model = _load(merged_dir, dtype, device)
+    model = load_whole(merged_dir, dtype, device)
     merged = []
     for number, sequence in enumerate(sequences):
-        merged.append(_last_logits(model, sequence, keep))
+        merged.append(last_logits(model, sequence, keep))
         report("merged", number + 1, len(sequences))
     del model
     gc.collect()
 
     training = [training_logits(ids)[0, -keep:].float().cpu() for ids in sequences] if training_logits else None
     return judge(str(dtype).removeprefix("torch."), reference, base, merged, training)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """Return the ids, each (1, T), of the prompts that have any; none at all is an ExportError."""
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    sequences = [torch.tensor([ids]) for ids in encoded if len(ids)]
+    if not sequences:
+        raise ExportError("No prompts with at least one token are given. Give held-out prompts as text.")
+    return sequences
 
 
 @torch.no_grad()
@@ -102,11 +107,13 @@ def _continue(model: Any, prompt: torch.Tensor, max_new_tokens: int) -> torch.Te
 
 
 @torch.no_grad()
-def _last_logits(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
+def last_logits(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return the logits of the last `keep` positions of ids (1, T) as float32 on the CPU, (keep, V)."""
     return model(input_ids=ids.to(model.device), use_cache=False).logits[0, -keep:].float().cpu()
 
 
-def _positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
+def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
+    """Return how many positions of each prompt can be compared within the memory kept for logits."""
     fits = _KEPT_BYTES // (2 * 4 * vocab_size * prompts)
     return max(1, min(fits, max(2 * max_new_tokens, 32)))
 
@@ -122,7 +129,8 @@ def _compute_dtype(base_dir: Path, device: str) -> torch.dtype | None:
     return torch.float32 if 4 * parameters * 1.3 + (1 << 30) < free else None
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_saved_tokenizer(folder: Path) -> Any:
+    """Load an exported folder's own tokenizer; one that does not load is an ExportError."""
     from transformers import AutoTokenizer
 
     try:
@@ -136,13 +144,14 @@ def _load_tokenizer(folder: Path) -> Any:
 def _with_adapter(base_dir: Path, adapter_dir: Path, dtype: torch.dtype | None, device: str) -> Any:
     from peft import PeftModel
 
-    model = _load(base_dir, dtype, device)
+    model = load_whole(base_dir, dtype, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie")  # PEFT's advice on tied embeddings; this compares unmerged
         return PeftModel.from_pretrained(model, adapter_dir).eval()
 
 
-def _load(folder: Path, dtype: torch.dtype | None, device: str) -> Any:
+def load_whole(folder: Path, dtype: torch.dtype | None, device: str) -> Any:
+    """Load a model folder in eval mode; weights that are missing or of another shape are an ExportError."""
     from transformers import AutoModelForCausalLM
 
     try:

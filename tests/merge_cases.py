@@ -18,6 +18,7 @@ _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embe
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, **_HEADS),
     "llama-tied": LlamaConfig(**_SIZES, **_HEADS, tie_word_embeddings=True),
+    "wide": LlamaConfig(**(_SIZES | {"hidden_size": 128, "intermediate_size": 256}), **_HEADS),
     "qwen2": Qwen2Config(**_SIZES, **_HEADS),  # with biases on q, k, v
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24),  # Conv1D, tied
 }

@@ -129,7 +129,7 @@ def test_truncated_merged_weights_are_named(folder: Path) -> None:
 
 
 def test_no_prompts_is_an_error(folder: Path) -> None:
-    with pytest.raises(ExportError, match="no prompts"):
+    with pytest.raises(ExportError, match="No prompts"):
         verify(folder, prompts=["", ""])
 
 

@@ -1,0 +1,52 @@
+"""The NF4 export loads by itself and tells its own loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from merge_cases import edit_config, make_adapter, make_base
+from test_verify import PROMPTS, ByteTokenizer
+from transformers import AutoModelForCausalLM
+
+from grpo_lite.errors import ExportError
+from grpo_lite.manifest import verify_manifest
+from grpo_lite.merge import merge_adapter
+from grpo_lite.nf4 import export_nf4
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    base = make_base(tmp_path / "base", "wide", torch.bfloat16)
+    merge_adapter(base, make_adapter(tmp_path / "adapter", base, scale=0.05), tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_nf4_export_is_smaller_loads_in_4_bit_and_records_its_loss(merged: Path, tmp_path: Path) -> None:
+    record = export_nf4(merged, tmp_path / "nf4", PROMPTS, ByteTokenizer())
+    # Linear layers at 4 bits and their scales instead of 16; embedding and head stay.
+    assert record.size_bytes < 0.6 * record.merged_bytes
+    assert 0 < record.agreement.mean_kl < 0.5
+    assert json.loads((tmp_path / "nf4/nf4.json").read_text())["agreement"]["mean_kl"] == record.agreement.mean_kl
+    verify_manifest(tmp_path / "nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.bfloat16)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+    assert (tmp_path / "nf4/model.safetensors").stat().st_mode == (tmp_path / "nf4/config.json").stat().st_mode
+
+
+def test_nf4_export_of_a_quantised_folder_is_refused(merged: Path, tmp_path: Path) -> None:
+    edit_config(merged, "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ExportError, match="the base is quantised"):
+        export_nf4(merged, tmp_path / "nf4", PROMPTS, ByteTokenizer())
+    assert not (tmp_path / "nf4").exists()
+
+
+def test_nf4_export_without_prompts_is_refused(merged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="No prompts"):
+        export_nf4(merged, tmp_path / "nf4", [], ByteTokenizer())
