@@ -75,8 +75,9 @@ def tiny_model(
         "pad_token_id": 2,
     }
     config = getattr(transformers, f"{names[kind]}Config")(**(settings | overrides))
+    head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, f"{names[kind]}ForCausalLM")(config).to(dtype)
+    model: PreTrainedModel = getattr(transformers, f"{names[kind]}{head}")(config).to(dtype)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 2
     return model
@@ -159,6 +160,8 @@ def train_fixed(
     lengths: list[int] | None = None,
     reward: Any = parity_reward,
     prompts: Dataset | None = None,
+    same_completions: bool = False,
+    resume: str | None = None,
     **kwargs: Any,
 ) -> tuple[GRPOTrainer, Gradients]:
     """Train with made-up completions instead of generated ones, so that two trainers see the same data."""
@@ -167,7 +170,7 @@ def train_fixed(
 
     class Fixed(trainer_class):  # type: ignore[misc, valid-type]
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-            calls[0] += 1
+            calls[0] = 1 if same_completions else calls[0] + 1
             return fixed_completions(len(prompt_ids), args.max_completion_length, calls[0], lengths), None
 
     gradients = Gradients()
@@ -180,7 +183,7 @@ def train_fixed(
         callbacks=[gradients],
         **kwargs,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, gradients
 
 
