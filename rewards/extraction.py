@@ -39,6 +39,9 @@ _SENTENCE_END = re.compile(r"[.!?](?:[*_\"'’)]*)(?=\s|\Z)|\n|\Z")
 _REASON = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|but|thus|therefore|hence|given|for)\b.*", re.I | re.S
 )
+_LEAD_IN = re.compile(
+    r"(?:(?:therefore|thus|then|hence|simply|just|clearly|exactly|equal to|given by)\b[ \t,:]*)+", re.IGNORECASE
+)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
 _NUMERIC = re.compile(
     r"(?:[$€£¥]|\\\$)?\s*[-−+]?(?:[$€£¥]|\\\$)?\s*(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s*(?:\\?%|[a-zA-Z°]*)\s*\.?"
@@ -163,7 +166,7 @@ def _sentence(text: str, start: int) -> Found:
             if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
                 return _unbox(rest.strip()), close + len(closing)
             break
-    content = _REASON.sub("", content).strip().strip("*_").strip()
+    content = _LEAD_IN.sub("", _REASON.sub("", content).strip().strip("*_").strip())
     return _unbox(content), end
 
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from rewards.math_expression import Node
 
+_DENIALS = frozenset(["not", "no", "never", "isn't", "cannot", "wrong", "false"])
 _NAME = re.compile(
     r"(?:m?\s*\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?\s*)?\\?[A-Za-z]+\s*\}?(?:_\s*(?:\{\w+\}|\w))?'*"
     r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
@@ -95,7 +96,9 @@ def is_name(side: Answer) -> bool:
     r"""Tell whether one side of a relation is a name: x, a_1, f(x), AB, `\angle A`, words; not an expression."""
     if isinstance(side, Several):  # (x, y) = (1, 2)
         return side.kind == "()" and all(is_name(item) for item in side.items)
-    return isinstance(side, Text) or _NAME.fullmatch(side.source) is not None
+    if isinstance(side, Text):
+        return _DENIALS.isdisjoint(side.words.split())
+    return _NAME.fullmatch(side.source) is not None
 
 
 def assigned_values(items: Sequence[Answer]) -> tuple[Answer, ...]:

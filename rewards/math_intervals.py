@@ -2,12 +2,16 @@ r"""Inequalities as the sets they state: `x \le 3` is (-∞, 3], `1 < x \le 2` i
 
 from __future__ import annotations
 
-from rewards.math_answer import Answer, Raw, Relation, Several, Value, is_name
+import re
+from itertools import pairwise
+
+from rewards.math_answer import Answer, Raw, Relation, Several, Text, Value, is_name
 from rewards.math_arithmetic import has_symbols
 from rewards.math_notation import same_spelling
 
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _INFINITY = ("const", "oo")
+_OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
 
 
 def as_interval(answer: Answer) -> Answer:
@@ -15,12 +19,26 @@ def as_interval(answer: Answer) -> Answer:
     if isinstance(answer, Several) and answer.kind == "," and any(isinstance(item, Relation) for item in answer.items):
         parts = [_interval(item) for item in answer.items]
         if all(isinstance(part, Several) for part in parts):
-            return Several(answer.source, "U", tuple(parts))
+            if _OR.search(answer.source):
+                return Several(answer.source, "U", tuple(parts))
+            return _intersection(answer, parts)
     if isinstance(answer, Relation):
         return _interval(answer)
-    if isinstance(answer, Value | Raw) and same_spelling(answer.source, "\\mathbb{R}"):
+    if _is_all_reals(answer):
         return _between(answer.source, "(", _MINUS_INFINITY, _PLUS_INFINITY, ")")
+    if isinstance(answer, Several) and answer.kind == "\\setminus":
+        return _without_points(answer)
     return answer
+
+
+def _intersection(answer: Several, parts: list[Answer]) -> Answer:
+    """Return the interval between two half lines: `x > 1, x < 5`, without an "or", holds both."""
+    lines = [part for part in parts if isinstance(part, Several) and len(part.items) == 2]
+    below = [line for line in lines if line.items[0] == _MINUS_INFINITY]
+    above = [line for line in lines if line.items[1] == _PLUS_INFINITY]
+    if len(parts) != 2 or len(below) != 1 or len(above) != 1:
+        return answer
+    return _between(answer.source, above[0].kind[0], above[0].items[0], below[0].items[1], below[0].kind[1])
 
 
 _PLUS_INFINITY = Value("\\infty", _INFINITY, None)
@@ -67,3 +85,24 @@ def bounded_variable(answer: Answer) -> str | None:
 
 def _constant(answer: Answer) -> bool:
     return isinstance(answer, Value) and not has_symbols(answer.node)
+
+
+def _is_all_reals(answer: Answer) -> bool:
+    if isinstance(answer, Text):
+        return answer.words in ("all real numbers", "all reals", "real numbers", "reals")
+    return isinstance(answer, Value | Raw) and same_spelling(answer.source, "\\mathbb{R}")
+
+
+def _without_points(answer: Several) -> Answer:
+    r"""Return `\mathbb{R} \setminus \{a, b\}` as the intervals between the points, if these are plain numbers."""
+    whole, points = answer.items
+    if not _is_all_reals(whole) or not isinstance(points, Several) or points.kind != "{}":
+        return answer
+    values = sorted(
+        ((p.value, p) for p in points.items if isinstance(p, Value) and p.value is not None), key=lambda pair: pair[0]
+    )
+    if len(values) != len(points.items) or not values:
+        return answer
+    ends: list[Answer] = [_MINUS_INFINITY, *(point for _, point in values), _PLUS_INFINITY]
+    pieces = tuple(_between(answer.source, "(", a, b, ")") for a, b in pairwise(ends))
+    return Several(answer.source, "U", pieces)

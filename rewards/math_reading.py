@@ -177,6 +177,9 @@ def _share_variable(items: list[Answer]) -> list[Answer]:
 
 
 def _read_union(text: str, depth: int) -> Answer | None:
+    removed = split_outside(text, r"\s*\\(?:setminus|backslash)(?![a-zA-Z])\s*")
+    if len(removed) == 2:
+        return Several(text, "\\setminus", tuple(_parse(part, depth + 1) for part in removed))
     parts = split_outside(text, r"\s*\\cup(?![a-zA-Z])\s*")
     if len(parts) < 2:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from sympy import Expr, Rational, Symbol
 
-from rewards.math_answer import Answer, Raw, Relation, Several, Value
+from rewards.math_answer import Relation, Value
 from rewards.math_equivalence import equivalent
 from rewards.math_expression import Node
 from rewards.math_reading import parse_answer
@@ -207,24 +207,26 @@ def _refuse_giants(kind: str, children: list[Expr]) -> None:
 
 def judge_by_math_verify(gold: str, given: str) -> bool:
     """Let math-verify compare what this package cannot read; its time-outs are off, the judge's own limit holds."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import verify
 
-    parsed = []
-    for text in (gold, given):
-        found = parse(
-            f"\\boxed{{{text}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
-        )
-        if not found:
-            raise Undecided("not parsed")
-        parsed.append(found)
+    left, right = _read_by_math_verify(gold), _read_by_math_verify(given)
     # Decimals compare to 30 places instead of 6: 1e-7 is not 2e-7.
-    if not verify(parsed[0], parsed[1], float_rounding=30, numeric_precision=30, timeout_seconds=None):
+    if not verify(left, right, float_rounding=30, numeric_precision=30, timeout_seconds=None):
         return False
-    left, right = parsed[0][0], parsed[1][0]
     numbers = isinstance(left, Expr) and isinstance(right, Expr) and left.is_number and right.is_number
     return not numbers or not _differ(left.doit(), right.doit(), 50)
 
 
-def is_open(answer: Answer) -> bool:
-    """Tell whether an answer could not be read."""
-    return isinstance(answer, Raw) or (isinstance(answer, Several) and any(is_open(item) for item in answer.items))
+def _read_by_math_verify(text: str) -> Any:
+    """Parse a whole text with math-verify's parser. Its own `parse` would search the text for anything that parses."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    latex = normalize_latex(text, config)
+    try:
+        return latex2sympy(
+            latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None
+        )
+    except Exception as error:  # its grammar's errors are bare Exceptions
+        raise Undecided("not parsed") from error
