@@ -37,7 +37,7 @@ def nf4(base: Path, compute: torch.dtype = torch.bfloat16) -> Any:
 
 def gradients(trainer_class: type[GRPOTrainer], tmp_path: Path, model: Any, **settings: Any) -> dict[str, torch.Tensor]:
     extra = {"options": EngineOptions(tokens_per_microbatch=60)} if trainer_class is PackedGRPOTrainer else {}
-    _, kept = train_fixed(trainer_class, model, tiny_args(tmp_path, loss_type="grpo", **settings), **extra)
+    trainer, kept = train_fixed(trainer_class, model, tiny_args(tmp_path, loss_type="grpo", **settings), **extra)
     if isinstance(trainer, PackedGRPOTrainer):
         assert set(trainer._supported.values()) == {True}
     return kept.steps[0]
