@@ -1,0 +1,213 @@
+"""Layers are found by trying them, missing ones are named, and without enough of them nothing runs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rewards import sandbox
+from rewards._sandbox_cleanup import empty_directory, within_quota
+from rewards._sandbox_files import library_files
+from rewards._sandbox_landlock import build_ruleset
+from rewards.sandbox import Call, Calls, IsolationError, SandboxError, run_tests
+
+_ADD = Calls((Call("add", [1, 2], 3),))
+_RIGHT = "def add(a, b): return a + b"
+_ALL = ["process", "rlimits", "uid", "landlock", "seccomp", "namespaces", "bubblewrap"]
+
+
+def test_every_layer_is_listed_with_its_reason() -> None:
+    found = sandbox.layers()
+    assert [layer.name for layer in found] == _ALL
+    assert all(layer.why for layer in found)
+
+
+@pytest.mark.parametrize(
+    ("without", "files", "network"),
+    [
+        ("namespaces,bubblewrap", True, True),  # Landlock and seccomp are the portable core
+        ("namespaces,bubblewrap,seccomp", False, False),  # Landlock alone: datagrams, modes of files
+        ("namespaces,bubblewrap,landlock", False, True),  # seccomp alone: files
+        ("namespaces,bubblewrap,landlock,seccomp", False, False),
+        ("landlock,seccomp", True, True),  # an own file system and network
+    ],
+)
+def test_what_is_isolated_follows_from_the_layers(
+    without: str, files: bool, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sandbox.WITHOUT, "")
+    available = {layer.name for layer in sandbox.layers() if layer.available}
+    if not {"landlock", "seccomp", "namespaces"} <= available:
+        pytest.skip(f"this machine has only {sorted(available)}")
+    monkeypatch.setenv(sandbox.WITHOUT, without)
+    found = sandbox.isolation()
+    assert (found.files, found.network) == (files, network)
+    assert not set(without.split(",")) & set(found.layers)
+    assert found.weak is not (files and network)
+
+
+@pytest.mark.parametrize(
+    ("without", "reach"),
+    [
+        ("namespaces,bubblewrap,landlock", "files"),
+        ("namespaces,bubblewrap,seccomp", "files and network"),
+        ("namespaces,bubblewrap,landlock,seccomp,rlimits", "files and network"),
+    ],
+)
+def test_weak_isolation_is_refused_with_what_is_missing(
+    without: str, reach: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sandbox.WITHOUT, without)
+    with pytest.raises(IsolationError) as caught:
+        run_tests([_RIGHT], _ADD)
+    message = str(caught.value)
+    assert f"reach this machine's {reach}." in message
+    assert all(f"{name}: left out by" in message for name in without.split(","))
+    assert "allow_weak_isolation: true" in message
+
+
+def test_refusal_runs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(sandbox.WITHOUT, "namespaces,bubblewrap,landlock,seccomp")
+    with pytest.raises(IsolationError):
+        run_tests([f"open({str(tmp_path / 'ran')!r}, 'w').close()"], _ADD)
+    assert not (tmp_path / "ran").exists()
+
+
+_BREEDING = """
+import os, time
+try:
+    if os.fork() == 0:
+        os.setsid()
+        while True:
+            try:
+                if os.fork() == 0: time.sleep(60)
+            except OSError: time.sleep(0.001)
+except OSError: pass
+def add(a, b): return a + b
+"""
+
+
+def test_portable_layers_alone_run_programs_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What macOS and old kernels have. The daemon is either forbidden (limit on processes) or killed at the end.
+    monkeypatch.setenv(sandbox.WITHOUT, "namespaces,bubblewrap,landlock,seccomp")
+    programs = [_RIGHT, "def add(a, b): return 0", _BREEDING, "def add(a, b):\n    while True: pass"]
+    outcomes = run_tests(programs, _ADD, timeout_s=3.0, allow_weak_isolation=True)
+    assert [outcome.fraction for outcome in outcomes] == [1.0, 0.0, 1.0, 0.0]
+    from rewards._sandbox_pool import pool_for
+
+    for worker in pool_for(sandbox.isolation().layers, ()).workers:
+        assert Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text() == ""
+    sandbox.close_all()
+
+
+def test_processes_end_with_their_program_inside_namespaces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sandbox.WITHOUT, "landlock,seccomp,bubblewrap")
+    if "namespaces" not in sandbox.isolation().layers:
+        pytest.skip("no namespaces here")
+    assert [o.fraction for o in run_tests([_BREEDING] * 4, _ADD, timeout_s=30.0)] == [1.0] * 4
+    from rewards._sandbox_pool import pool_for
+
+    for worker in pool_for(sandbox.isolation().layers, ()).workers:
+        pid = worker.process.pid
+        (init,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert Path(f"/proc/{init}/task/{init}/children").read_text() == ""
+    sandbox.close_all()
+
+
+def test_layer_that_fails_after_probing_stops_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rules that no child can apply: better no verdict than an unconfined program.
+    from rewards._sandbox_pool import Pool
+
+    monkeypatch.setenv(sandbox.WITHOUT, "")
+    if "landlock" not in sandbox.isolation().layers:
+        pytest.skip("no Landlock here")
+    broken = Pool(["landlock", "seccomp", "rlimits", "uid"] if sys.platform == "linux" else [])
+    monkeypatch.setattr(sandbox, "_pool", lambda allow: broken)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc")  # where no directory can be made
+    with pytest.raises(SandboxError, match="cannot put on its layers"):
+        run_tests([_RIGHT], _ADD)
+
+
+def test_landlock_rules_cover_the_library_but_no_packages() -> None:
+    files = library_files()
+    assert not [path for path in files.readable if path.endswith(("site-packages", "dist-packages"))]
+    assert any(path.endswith("/json") for path in files.readable)
+    assert all(not path.startswith(("/home", "/etc/passwd", "/proc")) for path in files.binds)
+
+
+def test_landlock_rule_set_leaves_out_what_does_not_exist() -> None:
+    try:
+        descriptor = build_ruleset(library_files(), ("/dev/null", "/dev/of-no-machine"), None)
+    except OSError as error:
+        pytest.skip(f"no Landlock here: {error}")
+    assert descriptor > 2
+
+
+def test_directory_nested_beyond_any_path_is_emptied(tmp_path: Path) -> None:
+    import os
+
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1500):  # a path of 6,000 characters, and more levels than Python recurses
+            os.mkdir("deep")
+            os.chdir("deep")
+        Path("f").write_text("x")
+    finally:
+        os.chdir(here)
+    empty_directory(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_linked_and_oddly_named_entries_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    import os
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    inside = tmp_path / "inside"
+    (inside / "a" / "b").mkdir(parents=True)
+    (inside / "a" / "b" / "\n\udcff").write_text("x")
+    (inside / "link").symlink_to(outside)
+    (inside / "a" / "loop").symlink_to(inside)
+    os.link(outside / "kept", inside / "a" / "hard")
+    (inside / "a" / "b").chmod(0)
+    (inside / "a").chmod(0)
+    empty_directory(str(inside))
+    assert list(inside.iterdir()) == []
+    assert (outside / "kept").read_text() == "x"
+
+
+def test_quota_counts_bytes_and_entries(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "f").write_bytes(b"x" * 100_000)
+    assert within_quota(str(tmp_path), 1_000_000, 2)
+    assert not within_quota(str(tmp_path), 50_000, 2)
+    assert not within_quota(str(tmp_path), 1_000_000, 1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rewards").glob("*sandbox*.py")), ids=lambda path: path.stem)
+def test_sandbox_imports_only_the_standard_library_and_itself(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names or top == "rewards", f"{path.name} imports {name}"
+
+
+def test_workers_modules_do_not_import_the_rest_of_the_package() -> None:
+    # The worker loads them without running rewards/__init__.py; anything more would slow every start and fork.
+    for path in (ROOT / "rewards").glob("_sandbox_*.py"):
+        if path.stem in ("_sandbox_pool", "_sandbox_session", "_sandbox_programs"):
+            continue  # the parent's side
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rewards."):
+                assert (node.module or "").startswith("rewards._sandbox_"), path.name
