@@ -75,7 +75,7 @@ def replacing_folder(
             _swap(partial, out_dir)
         except OSError as error:
             raise ExportError(
-                f"{out_dir}: writing failed: {error}. The partial result was removed: have {_gib(need_bytes)} free, "
+                f"{out_dir}: the export failed: {error}. The partial result was removed: have {_gib(need_bytes)} free, "
                 "and run again."
             ) from error
     except BaseException:
@@ -122,6 +122,8 @@ def _check_name(out_dir: Path, overwrite: bool, protected: Sequence[Path]) -> No
         if target == other or target in other.parents or (other in target.parents and (other / "config.json").exists()):
             raise ExportError(f"{out_dir}: is, holds or lies in {path}, which is read. Give another output folder.")
     previous = _previous(out_dir)
+    if previous.exists() and not (previous / MANIFEST_NAME).is_file():
+        raise ExportError(f"{previous}: is in the way (it is not grpo_lite's). Move it, or give another output folder.")
     if previous.exists() and not out_dir.exists():  # killed between the two renames of _swap
         os.rename(previous, out_dir)
     if not (out_dir.exists() or out_dir.is_symlink()):
@@ -141,6 +143,8 @@ def _lock(descriptor: int, partial: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ExportError(f"{partial}: another process writes there. Wait for it, or give another folder.") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.info("%s cannot be locked: %s", partial, error)
 
 
 def _locked_by_other(descriptor: int) -> bool:
@@ -148,6 +152,8 @@ def _locked_by_other(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return False
     return False
 
 
@@ -179,12 +185,13 @@ def _sync(folder: Path) -> None:
 
 def _swap(partial: Path, out_dir: Path) -> None:
     previous = _previous(out_dir)
-    shutil.rmtree(previous, ignore_errors=True)
     if out_dir.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
         os.rename(out_dir, previous)
     try:
         os.rename(partial, out_dir)
-    except OSError:
+    except BaseException:
         if previous.exists():
             os.rename(previous, out_dir)
         raise

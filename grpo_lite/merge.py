@@ -29,6 +29,7 @@ from grpo_lite.merge_write import Progress, ShardWriter
 from grpo_lite.shards import INDEX_NAME, SINGLE_NAME, Shard, open_checkpoint
 
 RECORD_NAME = "merge.json"
+_FLOAT32_NOISE = 2e-7  # relative; an untrained DoRA's norms and magnitudes differ by about 5e-8
 _MARGIN_BYTES = 64 << 20  # for tokenizer, config and manifest
 
 
@@ -112,11 +113,12 @@ def _record(
     tally, changes = writer.tally, {**plan.changes, **plan.added}
     made = [change for change in changes.values() if change.lora or change.replacement]
     dtypes = sorted({change.source.dtype for change in made})
-    if not tally.changed:
+    relative_update = math.sqrt(tally.update_squares / tally.base_squares) if tally.base_squares else 1.0
+    if not tally.changed or relative_update < _FLOAT32_NOISE:
         raise ExportError(
-            f"{adapter.folder}: the merged weights equal the base's: the whole update (relative size "
-            f"{math.sqrt(tally.update_squares / (tally.base_squares or 1)):.1e}) is lost in rounding to "
-            f"{'/'.join(dtypes)}. Train for more steps or with a higher learning rate, or use the adapter unmerged."
+            f"{adapter.folder}: the merged weights equal the base's to rounding: the update's relative size is "
+            f"{relative_update:.1e}, below what float32 tells apart. Expected: a trained adapter. Train for more steps "
+            "or with a higher learning rate."
         )
     recorded = adapter.config.get("base_model_name_or_path")
     return MergeRecord(
@@ -129,7 +131,7 @@ def _record(
         untied=plan.untied,
         shards=len(shards),
         size_bytes=size_bytes,
-        relative_update=math.sqrt(tally.update_squares / tally.base_squares) if tally.base_squares else 1.0,
+        relative_update=relative_update,
         nearest_loss=math.sqrt(tally.error_squares / tally.update_squares),
         tensors_dithered=writer.dithered,
         changed_share=tally.changed / tally.elements,

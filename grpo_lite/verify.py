@@ -51,6 +51,7 @@ def verify_merge(
     Raises:
         ExportError: no prompts, or a folder that does not load completely.
     """
+    base_dir, adapter_dir, merged_dir = Path(base_dir), Path(adapter_dir), Path(merged_dir)
     open_adapter(adapter_dir)  # refuses zero, NaN and unsupported ones by name
     open_checkpoint(merged_dir)  # and truncated or missing shards
     dtype = dtype or _compute_dtype(base_dir, device)

@@ -400,7 +400,7 @@ def test_disk_that_fills_up_while_writing_leaves_nothing(case: Case) -> None:
         if done > total / 2:
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(ExportError, match=r"writing failed: .*No space left on device"):
+    with pytest.raises(ExportError, match=r"the export failed: .*No space left on device"):
         merge_adapter(*case, progress=fail)
     assert not list(case.out.parent.glob("merged*"))
 
@@ -456,6 +456,14 @@ def test_kill_between_the_renames_of_an_overwrite_loses_nothing(case: Case) -> N
     with pytest.raises(ExportError, match="already there"):
         merge_adapter(*case)
     verify_manifest(case.out)
+
+
+def test_folder_beside_the_output_that_is_not_ours_is_never_removed(case: Case) -> None:
+    (case.out.parent / "merged.previous").mkdir()
+    (case.out.parent / "merged.previous/thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"merged\.previous: is in the way"):
+        merge_adapter(*case)
+    assert (case.out.parent / "merged.previous/thesis.txt").read_text() == "mine"
 
 
 def test_missing_tokenizer_folder_content_is_named(case: Case, tmp_path: Path) -> None:
