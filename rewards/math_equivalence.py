@@ -101,7 +101,7 @@ class _Walk:
         return False
 
     def values(self, gold: Value, given: Value) -> bool | None:
-        if not compatible(gold.unit, given.unit):
+        if not compatible("%" if gold.percent else gold.unit, "%" if given.percent else given.unit):
             return False
         verdict = self.expressions(gold, given)
         if verdict is not True and "degree" in (gold.unit, given.unit) and gold.unit != given.unit:

@@ -2,7 +2,7 @@ r"""Units, currencies, percent and degrees around a value: the explicit policy o
 
 - A unit may be left out on either side: gold `5\text{ cm}` is answered by 5, gold 18 by `\$18` or `18 dollars`.
 - Two units that are both known must be the same unit: 5 cm is not 5 m. Nothing is converted: 5 cm is not 50 mm here.
-- Words that are no known unit (`72 clips`) name what is counted and are not compared.
+- Words that are no unit of measurement (`72 clips`) name what is counted; two of them are not compared.
 - `million`, `dozen` and the like multiply.
 - `50\%` is 0.5; where only one side has the sign, 50 answers it too (graders' habit), if the bare value is at least 1.
 - `90^\circ` is 90 (the unit left out) and π/2 (mathematics).
@@ -29,8 +29,10 @@ _CANONICAL = {
     for group in line.split(";")
     for alias in group.split()
 }
+_UNITS = frozenset([*_CANONICAL.values(), "%", "pound sterling"])
 _GLUED_NAMES = "cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s"
-_GLUED = frozenset(_GLUED_NAMES.split())
+_GLUED = frozenset(_UNITS = frozenset([*_CANONICAL.values(), "%", "pound sterling"])
+_GLUED_NAMES.split())
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SIGNS = {
     "\\USD": "dollar",
@@ -116,7 +118,7 @@ def _unit_name(words: list[str], power: str | None, *, in_text: bool, glued: boo
     if not in_text:
         if glued and words[0] not in _GLUED:
             return None
-        if len(words[0]) < 2 or (len(words[0]) < 4 and _canonical(words[0]) not in _CANONICAL.values()):
+        if len(words[0]) < 2 or (len(words[0]) < 4 and _canonical(words[0]) not in _UNITS):
             return None
     degree = power
     if words[0] in ("square", "sq") and len(words) > 1:
@@ -137,16 +139,22 @@ def _canonical(word: str) -> str:
 
 
 def compatible(left: str | None, right: str | None) -> bool:
-    """Tell whether two units may stand on the two sides of one answer: one is missing, unknown, or they are the same.
+    """Tell whether two units may stand on the two sides of one answer.
 
-    >>> compatible("cm", None), compatible("cm", "m"), compatible("clip", "video clip"), compatible("cm", "cm^2")
-    (True, False, True, False)
+    A missing unit fits any. Things counted may be named differently, a unit of measurement may not; `day` and
+    `school day` share a word and will do.
+
+    >>> compatible("cm", None), compatible("clip", "video"), compatible("cm", "m"), compatible("cm", "cm^2")
+    (True, True, False, False)
     """
     if left is None or right is None or left == right:
         return True
-    return not (_known(left) and _known(right))
+    (left_words, left_power), (right_words, right_power) = _parts(left), _parts(right)
+    if left_words & right_words and left_power == right_power:
+        return True
+    return not any(word in _UNITS for word in left_words | right_words)
 
 
-def _known(unit: str) -> bool:
-    words = unit.partition("^")[0].split()
-    return bool(words) and all(word in _CANONICAL.values() or word == "per" for word in words)
+def _parts(unit: str) -> tuple[set[str], str]:
+    name, _, power = unit.partition("^")
+    return set(name.split()) - {"per"}, power
