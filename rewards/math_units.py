@@ -31,8 +31,7 @@ _CANONICAL = {
 }
 _UNITS = frozenset([*_CANONICAL.values(), "%", "pound sterling"])
 _GLUED_NAMES = "cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s"
-_GLUED = frozenset(_UNITS = frozenset([*_CANONICAL.values(), "%", "pound sterling"])
-_GLUED_NAMES.split())
+_GLUED = frozenset(_GLUED_NAMES.split())
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SIGNS = {
     "\\USD": "dollar",
