@@ -44,7 +44,7 @@ _SIGNS = {
 }
 _NOT_UNITS = """or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly
 maybe either equals is between through per percent negative positive squared cubed factorial base least most infinity
-none remainder pi sqrt root with unknown wrong incorrect false sure sq cu zero one two three four five six seven eight
+none remainder pi sqrt root with unknown wrong incorrect false sure zero one two three four five six seven eight
 nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion
 dozen"""
 _NOT_A_UNIT = frozenset(_NOT_UNITS.split())
