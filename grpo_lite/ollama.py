@@ -207,16 +207,24 @@ def ollama_settings(tokenizer: Any, facts: TokenizerFacts, prompting: Prompting,
         system=prompting.system if chat else None,
         examples=prompting.examples if chat else (),
         parameters={
-            "stop": facts.stop_tokens,
+            "stop": facts.stop_tokens + _text_stops(prompting),
             "temperature": 0,
             "top_p": 1,
             "top_k": 0,
             "min_p": 0,
             "repeat_penalty": 1,
             "num_ctx": min(context_tokens, max(4096, 2 * prompting.max_completion_tokens)),
+            # Plain text has no end of a turn: what was trained is an answer within this many tokens.
+            **({} if chat else {"num_predict": prompting.max_completion_tokens}),
         },
         note="" if prompting.question == "{prompt}" else f"Trained on questions of this form: {asked}",
     )
+
+
+def _text_stops(prompting: Prompting) -> list[str]:
+    """Return the line break that ends every example's answer in text format, and so the model's."""
+    lines = [text for example in prompting.examples for text in example]
+    return ["\n"] if prompting.format == "text" and lines and not any("\n" in line for line in lines) else []
 
 
 def _quoted(text: str, what: str) -> str:

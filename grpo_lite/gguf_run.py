@@ -1,0 +1,90 @@
+"""export_run_gguf: a run's merged model as GGUF, proven on held-out prompts and recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.data import load_prompts, prompt_text
+from grpo_lite.errors import ExportError
+from grpo_lite.gguf_export import RECORD_NAME, export_gguf
+from grpo_lite.gguf_proof import GgufProof, prove_gguf
+from grpo_lite.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify_manifest
+from grpo_lite.model import load_tokenizer
+from grpo_lite.ollama import Prompting
+from grpo_lite.recipe import Recipe
+from grpo_lite.run_dir import RunDir, write_atomic
+
+PROOF_PROMPTS = 8
+PROOF_TOKENS = 64  # of each answer, or as many as were trained
+LEAST_PROOF_TOKENS = 16
+
+
+def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwrite: bool = False) -> list[str]:
+    """Write `gguf/<kind>/` in a run, prove the file against the merged model, and return lines for people.
+
+    Raises:
+        ExportError: it cannot be written, or the proof failed; a failed file stays for inspection, marked as such.
+    """
+    recipe = run.load_recipe()
+    out = run.path / "gguf" / kind.lower()
+    merged_sha256 = sha256_of(run.merged / MANIFEST_NAME)
+    made = _record(out)
+    fit = (made.get("proof") or {}).get("passed") and made.get("merged_sha256") == merged_sha256
+    if fit and not overwrite:
+        return [
+            f"{out / made['file']}: is there already, of this merge and proven ({verify_manifest(out)} files intact)"
+        ]
+    show(f"writing {out}")
+    prompting = prompting_of(recipe)
+    record = export_gguf(
+        run.merged, out, kind, name=recipe.name, prompting=prompting, overwrite=overwrite or bool(made)
+    )
+    proof = _prove(run, recipe, out / record.file, record.kind)
+    added = record.to_json() | {"merged_sha256": merged_sha256, "proof": proof.to_json()}
+    write_atomic(out / RECORD_NAME, json.dumps(added, indent=2) + "\n")
+    update_manifest(out, [RECORD_NAME])
+    if not proof.passed:
+        raise ExportError(
+            f"{out / record.file}: is not proven right:\n"
+            + "\n".join(f"  {fault}" for fault in proof.faults)
+            + "\nDo not use or publish it. Try bf16, or convert the merged folder with llama.cpp's own converter."
+        )
+    name = recipe.name.lower()
+    return [
+        f"{out / record.file}: {record.size_bytes / 2**20:.0f} MiB in {record.wall_s:.0f} s. {proof.describe()}",
+        f"  ollama create {name} -f {out / 'Modelfile'} && ollama run {name}",
+    ]
+
+
+def prompting_of(recipe: Recipe) -> Prompting:
+    """Return how a recipe makes its prompts, for a Modelfile."""
+    data = recipe.data
+    return Prompting(
+        format=data.format,
+        system=data.system,
+        examples=tuple((example.prompt, example.answer) for example in data.examples),
+        question=data.prompt,
+        template_kwargs=recipe.grpo.get("chat_template_kwargs"),
+        max_completion_tokens=recipe.eval.max_new_tokens or recipe.max_completion_length,
+    )
+
+
+def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
+    tokenizer = load_tokenizer(recipe)
+    loaded = load_prompts(recipe, tokenizer)
+    rows = (loaded.eval or loaded.train)[:PROOF_PROMPTS]
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    texts = [prompt_text(row["prompt"], tokenizer, kwargs) for row in rows]
+    trained = recipe.eval.max_new_tokens or recipe.max_completion_length
+    cap = max(LEAST_PROOF_TOKENS, min(PROOF_TOKENS, trained))
+    return prove_gguf(file, kind, run.merged, texts, max_new_tokens=cap)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
