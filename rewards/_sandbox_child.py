@@ -27,6 +27,7 @@ from rewards._sandbox_judge import GoneError, UnusableError, judge
 CHANNEL, SETUP = 3, 4  # descriptors in the child
 HIGH, ABOVE_ALL = 32, 512  # where the worker keeps its own, out of the way
 _LOAD_FAILED = 1
+_NOTHING = compile("", "", "exec").co_code
 
 
 class Confinement(NamedTuple):
@@ -92,7 +93,7 @@ def _serve_calls() -> None:
     first = read_message(CHANNEL)
     module = _fresh("solution")
     try:
-        code = compile(first["program"], "<program>", "exec", dont_inherit=True)
+        code = _compiled(first["program"])
         write_message(CHANNEL, {"compiled": True})
         exec(code, module.__dict__)
         write_message(CHANNEL, {"loaded": True})
@@ -110,6 +111,14 @@ def _serve_calls() -> None:
         except CodecError as error:  # the value is too large to be sent
             write_message(CHANNEL, _failure(error))
     os._exit(0)
+
+
+def _compiled(program: str) -> types.CodeType:
+    """Compile a program; one without any statement is none."""
+    code = compile(program, "<program>", "exec", dont_inherit=True)
+    if code.co_code == _NOTHING:
+        raise SyntaxError("the program is empty")
+    return code
 
 
 def _answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
@@ -151,7 +160,7 @@ def _serve_program() -> None:
     program = read_message(CHANNEL)["program"]
     module = _fresh("__main__")
     try:
-        compiled = compile(program, "<program>", "exec", dont_inherit=True)
+        code = _compiled(program)
     except BaseException as error:
         write_message(CHANNEL, _failure(error))
         os._exit(_LOAD_FAILED)
@@ -161,13 +170,13 @@ def _serve_program() -> None:
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "surrogateescape")
     vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout)
     atexit._clear()
-    code = 0
+    status = 0
     try:
-        exec(compiled, module.__dict__)
+        exec(code, module.__dict__)
     except SystemExit as leave:
-        code = 0 if leave.code is None else leave.code & 0xFF if isinstance(leave.code, int) else 1
+        status = 0 if leave.code is None else leave.code & 0xFF if isinstance(leave.code, int) else 1
     except BaseException:
-        code = 1
+        status = 1
     try:
         for thread in threading.enumerate():  # a common idiom runs main() in a thread with a larger stack
             if thread is not threading.current_thread() and not thread.daemon:
@@ -175,8 +184,8 @@ def _serve_program() -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
-        code = code or 1
-    os._exit(code)
+        status = status or 1
+    os._exit(status)
 
 
 def _serve_judge() -> None:
