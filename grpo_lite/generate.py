@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
+
+from grpo_lite import attention
+from grpo_lite.rollout import GroupDecoder, decoding_obstacle
+from grpo_lite.scoring import base_model
+from grpo_lite.shadow import dequantized
 
 
 def generate_completions(
@@ -45,14 +51,17 @@ def generate_completions(
     was_training = model.training
     model.eval()
     per_batch = max(1, batch_size // count)
+    decoder = _group_decoder(model, config, max(map(len, prompt_ids), default=0) + max_new_tokens)
+    engine = dequantized(base_model(model)) if decoder else nullcontext()
     try:
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(), engine:
             torch.manual_seed(seed)
             for start in range(0, len(order), per_batch):
                 chosen = order[start : start + per_batch]
-                ids, mask = _left_padded([prompt_ids[i] for i in chosen], tokenizer.pad_token_id, model.device)
+                rows = [prompt_ids[i] for i in chosen for _ in range(count)]
+                ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
                 out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config, num_return_sequences=count
+                    input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder
                 )
                 for j, row in enumerate(out[:, ids.shape[1] :].tolist()):
                     results[chosen[j // count]].append(_until_stop(row, stops))
@@ -61,6 +70,16 @@ def generate_completions(
     finally:
         model.train(was_training)
     return results
+
+
+def _group_decoder(model: Any, config: Any, longest: int) -> Any:
+    """Return the decoder that prefills a repeated prompt once, for a model the trainer has made ready for it."""
+    inner = base_model(model)
+    window = attention.sliding_window(inner)
+    ready = inner.config._attn_implementation == attention.IMPLEMENTATION
+    if not ready or decoding_obstacle(config) or (window is not None and longest > window):
+        return None
+    return GroupDecoder(nullcontext)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -11,10 +11,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from grpo_lite import attention
 from grpo_lite.base_model import resolve_base
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import Device, DtypeName
 from grpo_lite.recipe import ModelSection, Recipe
+from grpo_lite.shadow import keep_weights_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,9 @@ def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
     if not (adapter / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: there is no trained adapter. Train first: make train RUN={adapter.parent}")
     model = load_model(recipe, device)
+    keep_weights_unpacked(model)
+    if recipe.rollout == "shared" and attention.obstacle(model) is None:
+        attention.install(model)  # the same decoding as right after training
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

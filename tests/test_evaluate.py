@@ -104,6 +104,22 @@ def test_greedy_answers_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> Non
     assert generate_completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=2) == alone
 
 
+def test_sharing_the_prompt_changes_no_greedy_answer(tiny_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_lite import attention
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5)]
+    plain = generate_completions(model, tokenizer, prompts, max_new_tokens=12)
+    attention.install(model)
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=12) == plain
+    assert [len(group) for group in generate_completions(model, tokenizer, prompts, max_new_tokens=4, samples=3)] == [
+        3
+    ] * 3
+
+
 def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(tiny: tuple[Any, Any]) -> None:
     import torch
 
