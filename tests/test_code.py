@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_blank_and_commented_out_programs_earn_no_tier() -> None:
         {"test": "def check(", "entry_point": "add"},
         {"test": _CHECK, "test_list": _ASSERTS, "entry_point": "add"},
     ],
-    ids=repr,
+    ids=lambda row: re.sub(r" at 0x[0-9a-f]+", "", repr(row)),
 )
 def test_row_whose_tests_judge_nothing_is_none_and_reported(
     row: dict[str, Any], caplog: pytest.LogCaptureFixture
