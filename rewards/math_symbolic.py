@@ -1,9 +1,9 @@
 r"""The leaf that decides: two expressions, compared exactly with sympy. Runs only inside the killable judge process.
 
-Equal means: the same number at every precision, or the same function wherever both are real. A difference is *refuted*
-numerically with 50 digits (cheap, and right: the digits are correct), and *proven* zero by simplification; where sympy
-proves nothing, agreement to 200 digits, or at every sample point, counts. Answers that this package's own parser cannot
-read are compared by math-verify, and only where the gold is such an answer.
+Equal means: the same number, or the same function wherever one of the two is real. Rational numbers are compared
+exactly; others on 50 correct digits, which refutes, and then on as many as rule out chance for numbers of that size,
+which confirms. There is no tolerance: `\pi + 10^{-400}` is not π. Functions are compared at rational points. Answers
+that this package's own parser cannot read are compared by math-verify, and only where the gold is such an answer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rewards.math_expression import Node
 from rewards.math_reading import parse_answer
 
 _MOST_BITS = 2_000_000
+_LARGEST_EXPONENT = 10_000
 _POINTS = [Rational(n, d) for n, d in ((31, 17), (-22, 13), (5, 7), (-3, 11), (71, 23), (113, 41), (-9, 4), (2, 29))]
 _CALLS: dict[str, Any] = {
     "sin": sympy.sin,
@@ -80,23 +81,36 @@ def same(left: Expr, right: Expr) -> bool:
         return False
     if left.is_Rational and right.is_Rational:
         return False
+    left, right = _without_functions(left), _without_functions(right)
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    if left.atoms(sympy.core.function.AppliedUndef) or right.atoms(sympy.core.function.AppliedUndef):
-        return bool(sympy.simplify(left - right) == 0)
     return _same_functions(left, right, symbols) if symbols else _same_numbers(left, right)
 
 
+def _without_functions(expression: Expr) -> Expr:
+    """Replace f(x + 1) by a symbol of that name: nothing is known of f, so its values are free."""
+    calls = expression.atoms(sympy.core.function.AppliedUndef)
+    names = {call: f"{call.func}({','.join(str(sympy.expand(argument)) for argument in call.args)})" for call in calls}
+    return expression.xreplace({call: Symbol(name, real=True) for call, name in names.items()})
+
+
 def _same_numbers(left: Expr, right: Expr) -> bool:
-    if _differ(left, right, 50):
-        return False
-    difference = left - right
-    if sympy.simplify(difference) == 0 or difference.equals(0):
-        return True
-    return not _differ(left, right, 200)
+    """Compare two numbers on 50 digits to refute, and on as many as their size calls for to confirm."""
+    return not _differ(left, right, 50) and not _differ(left, right, _enough_digits(left, right))
+
+
+def _enough_digits(left: Expr, right: Expr) -> int:
+    """Return a number of digits at which two different short expressions cannot agree by chance.
+
+    Closed forms in roots that differ, differ at a place bounded by the size of their numbers (root separation); four
+    times all their digits is far beyond it for the nesting that fits in an answer.
+    """
+    numbers = [*left.atoms(Rational), *right.atoms(Rational)]
+    bits = sum(int(number.p).bit_length() + int(number.q).bit_length() for number in numbers)
+    return min(20_000, 200 + bits * 4 // 3)
 
 
 def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
-    """Compare at rational points; where both sides are real there they must agree, and often enough be real."""
+    """Compare at rational points; where one side is real they must agree, and often enough one must be real."""
     complex_numbers = left.has(sympy.I) or right.has(sympy.I)
     agreed = 0
     for shift in range(len(_POINTS)):
@@ -108,7 +122,7 @@ def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
         real = [abs(sympy.im(value)) < sympy.Float("1e-20") for value in values]
         if not complex_numbers and not any(real):
             continue
-        if (a != b) if a.is_Rational and b.is_Rational else _differ(a, b, 50):
+        if (a != b) if a.is_Rational and b.is_Rational else not _same_numbers(a, b):
             return False
         agreed += 1
     if agreed >= 5:
@@ -117,12 +131,19 @@ def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
 
 
 def _differ(left: Expr, right: Expr, digits: int) -> bool:
-    """Tell whether two numbers differ, judged on that many correct digits."""
-    a, b = sympy.N(left, digits + 10), sympy.N(right, digits + 10)
-    if not a.is_number or not b.is_number or not a.is_finite or not b.is_finite:
+    """Tell whether two numbers differ on that many digits."""
+    a, b = _digits_of(left, digits), _digits_of(right, digits)
+    return bool(abs(a - b) > (abs(a) + abs(b)) * Rational(1, 10 ** (digits - 20)))
+
+
+def _digits_of(number: Expr, digits: int) -> Expr:
+    """Return a number to that many digits, parts of it that vanish at that precision set to zero."""
+    value = sympy.N(number, digits, maxn=2 * digits + 200)
+    if not value.is_number or not value.is_finite:
         raise Undecided("not a finite number")
-    gap = abs(sympy.N(left - right, digits, maxn=1000))
-    return bool(gap > (abs(a) + abs(b)) * Rational(1, 10 ** (digits - 8)))
+    smallest = Rational(1, 10 ** (digits - 10))
+    real, imaginary = (part if abs(part) > smallest else sympy.Integer(0) for part in value.as_real_imag())
+    return real + sympy.I * imaginary
 
 
 def same_relation(gold: Relation, given: Relation) -> bool:
@@ -140,7 +161,7 @@ def same_relation(gold: Relation, given: Relation) -> bool:
     if denominator == 0 or denominator.has(sympy.nan, sympy.zoo, sympy.oo):
         return bool(sympy.simplify(left - right) == 0 and gold.signs == given.signs)
     factor = right.subs(first) / denominator
-    if factor == 0 or not same(sympy.expand(factor * left), sympy.expand(right)):
+    if factor == 0 or not same(factor * left, right):
         return False
     if gold.signs[0] == "=" or given.signs[0] == "=" or gold.signs[0] == "\\ne":
         return gold.signs == given.signs
@@ -182,9 +203,8 @@ def _sympy(node: Node) -> Expr:
         case "pow":
             return children[0] ** children[1]
         case "root":
-            return (
-                sympy.real_root(children[1], children[0]) if children[0] == 3 else sympy.root(children[1], children[0])
-            )
+            odd = children[0].is_Integer and children[0] % 2 == 1
+            return sympy.real_root(children[1], children[0]) if odd else sympy.root(children[1], children[0])
         case "log":
             return sympy.log(children[1], children[0])
         case "fact":
@@ -201,6 +221,9 @@ def _refuse_giants(kind: str, children: list[Expr]) -> None:
         size = int(children[0].p).bit_length() + int(children[0].q).bit_length()
         if abs(children[0]) != 1 and size * abs(children[1]) > _MOST_BITS:
             raise Undecided("a power too big")
+    # Digits grow with the exponent: e^{e^{e^3}} has two hundred million before the point.
+    elif kind == "pow" and all(c.is_number for c in children) and abs(sympy.N(children[1], 15)) > _LARGEST_EXPONENT:
+        raise Undecided("a power too big")
     if kind in ("fact", "binom") and any(child.is_Rational and child > 20_000 for child in children):
         raise Undecided("a factorial too big")
 

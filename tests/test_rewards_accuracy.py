@@ -12,6 +12,7 @@ from rewards import accuracy_reward, honest_accuracy
 from rewards.accuracy import gold_answer
 from rewards.math_notation import same_spelling
 
+HANGING, HANGING_GOLD = "\\boxed{\\prod_{n=2}^{10^{8}} n}", "\\prod_{n=1}^{10^{8}} n"
 CASES = Path(__file__).resolve().parent.parent.parent / "shared" / "cases"
 
 
@@ -104,8 +105,8 @@ def test_a_gold_may_be_a_number_latex_or_a_solution(gold: object, want: str) -> 
 
 def test_metrics_say_why_completions_were_not_paid() -> None:
     seen: dict[str, float] = {}
-    completions = ["no idea", "\\boxed{42 (mod 5)}", "\\boxed{\\sin(\\sin(e^{e^{e^{3}}}+3))}", "\\boxed{42}"]
-    scores = accuracy_reward(completions, [42] * 4, timeout_s=0.2, log_metric=seen.__setitem__)
+    completions = ["no idea", "\\boxed{42 (mod 5)}", HANGING, "\\boxed{42}"]
+    scores = accuracy_reward(completions, [42, 42, HANGING_GOLD, 42], timeout_s=0.2, log_metric=seen.__setitem__)
     assert scores == [0.0, 0.0, 0.0, 1.0]
     assert seen == {
         "accuracy_reward/no_answer": 0.25,
@@ -116,9 +117,9 @@ def test_metrics_say_why_completions_were_not_paid() -> None:
 
 
 def test_a_hanging_answer_does_not_take_its_batch_with_it() -> None:
-    hanging = "\\boxed{\\sin(\\sin(e^{e^{e^{3}}}+3))}"
-    good = "\\boxed{\\sqrt{12}}"
-    scores = accuracy_reward([good, hanging, good, hanging, good], ["2\\sqrt{3}"] * 5, timeout_s=0.3)
+    good, gold = "\\boxed{\\sqrt{12}}", "2\\sqrt{3}"
+    golds = [gold, HANGING_GOLD, gold, HANGING_GOLD, gold]
+    scores = accuracy_reward([good, HANGING, good, HANGING + " ", good], golds, timeout_s=0.3)
     assert scores == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 

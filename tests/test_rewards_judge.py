@@ -18,7 +18,7 @@ from rewards import accuracy_reward, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 SURD = ("\\boxed{\\sqrt{12}}", "2\\sqrt{3}")  # needs computer algebra
-HANGING = "\\boxed{\\sin(\\sin(e^{e^{e^{3}}}+3))}"
+HANGING, HANGING_GOLD = "\\boxed{\\prod_{n=2}^{10^{8}} n}", "\\prod_{n=1}^{10^{8}} n"
 
 
 def surd() -> list[float | None]:
@@ -60,7 +60,7 @@ def test_verdicts_are_the_same_in_a_thread() -> None:
 def test_a_time_limit_holds_in_a_thread() -> None:
     results: list[list[float | None]] = []
     thread = threading.Thread(
-        target=lambda: results.append(accuracy_reward([HANGING, SURD[0]], ["42", SURD[1]], timeout_s=0.2))
+        target=lambda: results.append(accuracy_reward([HANGING, SURD[0]], [HANGING_GOLD, SURD[1]], timeout_s=0.2))
     )
     thread.start()
     thread.join(60)
@@ -150,10 +150,10 @@ def test_the_judge_sees_no_environment_of_its_caller(monkeypatch: pytest.MonkeyP
 
 @linux
 def test_many_batches_and_time_outs_leak_no_descriptor_and_no_process() -> None:
-    accuracy_reward([HANGING] * 2, ["42"] * 2, timeout_s=0.05)
+    accuracy_reward([HANGING] * 2, [HANGING_GOLD] * 2, timeout_s=0.05)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        accuracy_reward([HANGING, SURD[0]], ["42", SURD[1]], timeout_s=0.05)
+        accuracy_reward([HANGING, SURD[0]], [HANGING_GOLD, SURD[1]], timeout_s=0.05)
     assert len(os.listdir("/proc/self/fd")) == before
     server = judge_pid()
     assert len(children_of(server)) <= 4
