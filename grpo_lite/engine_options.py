@@ -20,3 +20,9 @@ class EngineOptions:
     """Most extra groups generated per step to replace groups whose rewards are all equal."""
     difficulty: bool = False
     """Whether to favour prompts whose remembered solve rate lies in the middle."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything is left to TRL."""
+        engine = self.compute == "packed" or self.rollout == "shared"
+        return not (engine or self.refill or self.difficulty)

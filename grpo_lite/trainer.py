@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
@@ -24,13 +23,15 @@ from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
 from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
+from grpo_lite.sampling import shuffle_groups
 from grpo_lite.scoring import Scoring, base_model, score, self_check
 from grpo_lite.shadow import dequantized, keep_weights_unpacked
+from grpo_lite.trainer_sampling import SamplingGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class PackedGRPOTrainer(GRPOTrainer):
+class PackedGRPOTrainer(SamplingGRPOTrainer):
     """GRPOTrainer whose compute is group-packed; see `EngineOptions` for the switches."""
 
     # TRL's own attributes that we also write
@@ -41,12 +42,11 @@ class PackedGRPOTrainer(GRPOTrainer):
     _entropy_window_stats: Tensor | None
 
     def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
-        self.options = options or EngineOptions()
         self._supported: dict[int, bool] = {}  # per model (policy, reference), decided at first use
         self._told_decoding_obstacle = False
         self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
         self._rollout: Rollout | None = None  # of the last generation
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, options=options, **kwargs)
         keep_weights_unpacked(self.model)
 
     # Rollouts
@@ -80,8 +80,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             logger.warning("Shared rollouts are off, `generate` is used: %s.", reason)
         return reason is None and (window is None or max(map(len, prompt_ids)) + self.max_completion_length <= window)
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+    def _score_generation(self, inputs: Any) -> dict[str, Any]:
+        output = super()._score_generation(inputs)
         entropies = [] if self._rollout is None or self.tools else self._rollout.entropies
         if entropies:
             padded = torch.zeros(output["completion_ids"].shape)
@@ -315,16 +315,5 @@ class PackedGRPOTrainer(GRPOTrainer):
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             scored = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(_shuffle_groups(scored, self.num_generations), steps)
+            self._buffered_inputs = split_tensor_dict(shuffle_groups(scored, self.num_generations), steps)
         return self._buffered_inputs[self._step % steps]
-
-
-def _shuffle_groups(batch: dict[str, Any], num_generations: int) -> dict[str, Any]:
-    """Permute whole groups, so that each micro-step packs as many completions per prompt as possible."""
-    count = len(batch["prompt_ids"]) // num_generations
-    order = torch.randperm(count).unsqueeze(1) * num_generations + torch.arange(num_generations)
-    rows = order.reshape(-1)
-    return {
-        key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim > 0 else value
-        for key, value in batch.items()
-    }
