@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from fractions import Fraction
+from numbers import Rational, Real
 from typing import Any
 
 from rewards.completion import Completion, visible_texts
@@ -110,10 +110,10 @@ def gold_answer(raw: Any) -> str | None:
     """
     if isinstance(raw, bool) or raw is None:
         return None
-    if isinstance(raw, int | Fraction | Decimal):
-        return str(raw) if not isinstance(raw, Decimal) or raw.is_finite() else None
-    if isinstance(raw, float):
-        return repr(raw) if math.isfinite(raw) else None
+    if isinstance(raw, Rational):  # numpy's integers are among them
+        return str(raw)
+    if isinstance(raw, Decimal | Real):
+        return str(raw) if math.isfinite(raw) else None
     if not isinstance(raw, str):
         return None
     if _INTEGER.fullmatch(raw):

@@ -28,6 +28,8 @@ def honest_accuracy(
     *,
     extract: Sequence[str] = ("answer_tag", "boxed", "hash", "phrase"),
     timeout_s: float = 2.0,
+    prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""Return 1 where the very last commitment of a completion is the gold, strictly; the held-out metric.
@@ -41,6 +43,8 @@ def honest_accuracy(
         answer: golds, as for `accuracy_reward`.
         extract: the markers to look for, by the names `rewards.extraction` uses; here their order does not matter.
         timeout_s: limit per answer that needs math-verify, in seconds.
+        prompts: passed by TRL; shows whether a completion starts inside a thinking block.
+        prefilled: whether every completion does; None looks at `prompts`.
 
     Returns:
         1 or 0 per completion, None for an unusable gold.
@@ -57,7 +61,9 @@ def honest_accuracy(
         if not gold:
             scores.append(None)
             continue
-        given = _last_commitment(completion_text(completion), extract)
+        inside = prefilled if prefilled is not None else prompts is not None and _ends_in_thinking(prompts[index])
+        text = completion_text(completion)
+        given = None if inside and "</think>" not in text.lower() else _last_commitment(text, extract)
         wanted, got = _number(gold), None if given is None else _number(given)
         if given is None or (wanted is not None) != (got is not None):
             scores.append(0.0)
@@ -76,6 +82,11 @@ def honest_accuracy(
         for (index, _, _), verdict in zip(open_cases, verdicts, strict=True):
             scores[index] = float(verdict == judge.YES)
     return scores
+
+
+def _ends_in_thinking(prompt: Completion) -> bool:
+    """Tell whether a text prompt ends with an opening `<think>`."""
+    return isinstance(prompt, str) and prompt.rstrip().lower().endswith("<think>")
 
 
 def _gold(raw: Any) -> str | None:

@@ -34,7 +34,7 @@ def serve() -> None:
 
         import rewards.math_symbolic  # noqa: F401
     except Exception as error:
-        _send(replies, {"error": f"{type(error).__name__}: {error}"})
+        _send(replies, {"error": f"{type(error).__name__}: {error} (pip install math-verify brings what it needs)"})
         return
     _send(replies, {"ready": True})
     pool = _Pool()
@@ -110,7 +110,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.children: list[_Child] = []
-        self.most = min(_MOST_CHILDREN, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        self.most = min(_MOST_CHILDREN, os.cpu_count() or 1)
 
     def judge(self, kind: str, items: list[list[str]], limit_s: float) -> list[str]:
         if kind == "reasoning_gym" and "reasoning_gym" not in sys.modules:

@@ -57,8 +57,7 @@ def equivalent(gold: Answer, given: Answer, leaf: Leaf = undecided, relations: P
     """
     if gold.source == given.source and type(gold) is type(given):
         return not _undefined(gold)
-    walk = _Walk(leaf, relations)
-    return walk.answers(gold, given)
+    return _Walk(leaf, relations).answers(gold, given)
 
 
 def _undefined(answer: Answer) -> bool:

@@ -187,10 +187,8 @@ class _Parser:
         if self.peek()[1] == "_":
             self.place += 1
             name += "_" + self.subscript()
-        if name == "i":
-            return ("const", "i")
-        if name == "e":
-            return ("const", "e")
+        if name in ("i", "e"):
+            return ("const", name)
         if name in UNDEFINED and self.peek()[1] == "(":
             return ("call", f"{name}()", [self.atom()])
         return ("sym", name)

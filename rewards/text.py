@@ -49,7 +49,7 @@ def exact_match_reward(
     """
     scores: list[float | None] = []
     for text, gold in zip(visible_texts(completions, prompts, prefilled), answer, strict=True):
-        want = _plain(str(gold), ignore_case, ignore_punctuation) if gold is not None else ""
+        want = _plain(str(gold), ignore_case, ignore_punctuation) if isinstance(gold, str | int | float) else ""
         if not want:
             scores.append(None)
             continue

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from rewards import accuracy_reward, honest_accuracy
@@ -92,6 +95,10 @@ def test_an_unusable_gold_gives_none_and_is_counted(gold: object) -> None:
         (-3, "-3"),
         (0.1, "0.1"),
         (1e-7, "1e-07"),
+        (Fraction(1, 3), "1/3"),
+        (Decimal("2.50"), "2.50"),
+        (numpy.int64(72), "72"),
+        (numpy.float64(0.5), "0.5"),
         ("72", "72"),
         ("a\n#### 1,000", "1,000"),
         ("so $x = \\boxed{\\frac12}$", "\\frac12"),
@@ -175,6 +182,13 @@ HONEST = [
 @pytest.mark.parametrize(("text", "gold", "want"), HONEST)
 def test_the_honest_metric_judges_the_last_commitment_strictly(text: str, gold: str | None, want: float | None) -> None:
     assert honest_accuracy([text], [gold]) == [want]
+
+
+def test_the_honest_metric_looks_outside_thinking_that_the_prompt_opened() -> None:
+    texts = ["so \\boxed{42}", "so \\boxed{41}</think>\\boxed{42}"]
+    assert honest_accuracy(texts, [42, 42], prompts=["2?<think>\n"] * 2) == [0.0, 1.0]
+    assert honest_accuracy(texts, [42, 42], prefilled=True) == [0.0, 1.0]
+    assert honest_accuracy(texts, [42, 42]) == [1.0, 1.0]
 
 
 def test_the_honest_metric_knows_the_first_line_contract() -> None:

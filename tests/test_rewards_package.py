@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,15 @@ def test_modules_import_the_standard_library_and_each_other(module: str) -> None
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
     assert names <= {"rewards", *sys.stdlib_module_names} | FIELD_LIBRARIES.get(module, set())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_examples_of_the_documentation_run(number: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    exec(blocks[number], {})
+
+
+def test_the_documentation_names_every_reward() -> None:
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert [name for name in rewards.__all__ if name not in text] == []
