@@ -115,6 +115,7 @@ def all_cheats(
         Cheat("or", "the right answer or a wrong one", filled(lambda a, b: f"{a} or {b}")),
         Cheat("wrong or right", "a wrong answer or the right one", filled(lambda a, b: f"{b} or {a}")),
         Cheat("list", "a list with the right answer", filled(lambda a, b: f"{b}, {a}")),
+        Cheat("but", "the right answer, then a doubt", filled(lambda a, b: f"{a}, but it could be {b}")),
         Cheat("equation", "a false equation that ends in the gold", filled(lambda a, b: f"{b}={a}")),
         Cheat("slash", "alternatives with a slash", filled(lambda a, b: f"{a} / {b} / {a}")),
         Cheat("boxes", "several boxes in a row", bare(lambda a, b: f"\\boxed{{{b}}} \\boxed{{{a}}}")),

@@ -37,11 +37,15 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?](?:[*_\"'’)]*)(?=\s|\Z)|\n|\Z")
 _REASON = re.compile(
-    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|but|thus|therefore|hence|given|for)\b.*", re.I | re.S
+    r"[,;]?\s+(?:because|since|as|so|which|where|thus|therefore|hence)\b(?!.*\b(?:or|maybe|perhaps|could|might)\b).*",
+    re.IGNORECASE | re.DOTALL,
 )
 _LEAD_IN = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|clearly|exactly|equal to|given by)\b[ \t,:]*)+", re.IGNORECASE
 )
+_OR_BEFORE = re.compile(r"(-?[\d.,/]*\d)[\s$]*(?:\\[()\[\]])?\s*\bor[\s$]*(?:\\[()\[\]])?\s*\Z", re.IGNORECASE)
+_OR_AFTER = re.compile(r"[\s$]*(?:\\[()\[\]])?\s*or[\s$]*(?:\\[()\[\]])?\s*(-?\d[\d.,/]*)", re.IGNORECASE)
+_GOES_ON = re.compile(r"\s*(?:[,;/=<>]|or\b|and\b|to\b|\\(?:approx|pm|text))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
 _NUMERIC = re.compile(
     r"(?:[$€£¥]|\\\$)?\s*[-−+]?(?:[$€£¥]|\\\$)?\s*(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s*(?:\\?%|[a-zA-Z°]*)\s*\.?"
@@ -58,9 +62,10 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
     >>> extract_answer("15\n4+4=", ["first_line"]), extract_answer(r"\boxed{4") is None
     ('15', True)
     """
+    if not _METHODS.keys() >= set(methods):
+        unknown = next(method for method in methods if method not in _METHODS)
+        raise ValueError(f"extract names {unknown!r}; allowed: a list of {', '.join(_METHODS)}")
     for index, method in enumerate(methods):
-        if method not in _METHODS:
-            raise ValueError(f"extract names {method!r}; allowed: {', '.join(_METHODS)}")
         found = _METHODS[method](text)
         if found is None:
             continue
@@ -86,8 +91,8 @@ def _answer_tag(text: str) -> Found | None:
                 found = (content, tag.end())
     if found is None:
         return None
-    inner = _boxed(found[0]) or _phrase(found[0])
-    return (inner[0], found[1]) if inner is not None else found
+    inner = _phrase(found[0])
+    return _unbox(inner[0] if inner is not None else found[0]), found[1]
 
 
 def _boxed(text: str) -> Found | None:
@@ -100,7 +105,12 @@ def _boxed(text: str) -> Found | None:
             break
         group.append(box)
     contents = list(dict.fromkeys(_unbox(box[2]) for box in reversed(group)))
-    return ", ".join(contents), boxes[-1][1]
+    first, last = group[-1][0], boxes[-1][1]
+    if before := _OR_BEFORE.search(text, max(0, first - 60), first):  # `41 or \boxed{42}` commits to neither
+        contents.insert(0, before[1])
+    if after := _OR_AFTER.match(text, last):
+        contents.append(after[1])
+    return ", ".join(contents), last
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -164,19 +174,35 @@ def _sentence(text: str, start: int) -> Found:
                 close = text.find(closing, close + 1, limit)
             rest = text[start + len(opening) : close] if close > 0 else ""
             if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
-                return _unbox(rest.strip()), close + len(closing)
+                after = close + len(closing)
+                if not _GOES_ON.match(text, after):
+                    return _unbox(rest.strip()), after
+                end_match = _SENTENCE_END.search(text, after, limit)  # $41$ or $42$: the whole sentence is the answer
+                end = end_match.start() if end_match else limit
+                content = text[start:end].strip()
             break
     content = _LEAD_IN.sub("", _REASON.sub("", content).strip().strip("*_").strip())
     return _unbox(content), end
 
 
 def _unbox(content: str) -> str:
-    """Return what a box in the content holds; boxes in boxes are followed a few levels deep, the rest is nonsense."""
+    """Return the content with its boxes opened, a few levels deep: `6 * 7 = \\boxed{42}` is `6 * 7 = 42`.
+
+    Words around a single box say nothing; numbers around it do, and stay.
+    """
     for _ in range(3):
         boxes = _boxes(content)
         if not boxes:
             break
-        content = boxes[-1][2]
+        pieces, place = [], 0
+        for start, end, inner in boxes:
+            pieces += [content[place:start], inner]
+            place = end
+        outside = "".join([*pieces[::2], content[place:]])
+        if len(boxes) == 1 and not any(char.isdigit() for char in outside):
+            content = boxes[0][2]
+        else:
+            content = "".join([*pieces, content[place:]])
     return content
 
 

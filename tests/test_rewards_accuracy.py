@@ -131,7 +131,7 @@ def test_a_hanging_answer_does_not_take_its_batch_with_it() -> None:
 
 
 def test_an_unknown_extraction_method_is_refused_with_the_allowed_ones() -> None:
-    with pytest.raises(ValueError, match=r"bocks.*answer_tag, boxed, hash, phrase, first_line, last_number"):
+    with pytest.raises(ValueError, match=r"bocks.*list of answer_tag, boxed, hash, phrase, first_line, last_number"):
         accuracy_reward(["\\boxed{1}"], [1], extract=["bocks"])
 
 

@@ -94,6 +94,56 @@ def test_texts_of_one_class_commit_to_one_answer(text: str, want: str | None) ->
     assert extract_answer(text) == want
 
 
+HEDGES = [
+    "The answer is $42$ or $41$.",
+    "The answer is $41$, $42$.",
+    "The answer is \\(41\\) or \\(42\\).",
+    "The answer is 42 or 41.",
+    "The answer is 42, but it could be 41.",
+    "The answer is 42, which could also be 41 or 40.",
+    "The answer is 42 if n is even.",
+    "The answer is 42 when x = 1 and 41 otherwise.",
+    "The answer is 41 or \\boxed{42}.",
+    "It is \\boxed{42} or 41.",
+    "It is \\boxed{42} or \\boxed{41}.",
+    "It is $41$ or $\\boxed{42}$.",
+    "<answer>41 or \\boxed{42}</answer>",
+    "<answer>\\boxed{41} \\boxed{42}</answer>",
+    "<answer>The answer is 41 or 42.</answer>",
+    "<answer>41\n42</answer>",
+    "<answer>42; 41</answer>",
+    "<answer>42/41</answer>",
+    "#### 42 or 41",
+    "#### 42, 41",
+    "\\boxed{42}\\boxed{41}",
+    "\\boxed{42 \\text{ or } 41}",
+    "\\boxed{42\\lor 41}",
+    "\\boxed{42 \\vee 41}",
+    "\\boxed{42 | 41}",
+    "\\boxed{42 \\quad 41}",
+    "\\boxed{42 \\\\ 41}",
+    "\\boxed{\\begin{matrix}42\\\\41\\end{matrix}}",
+    "\\boxed{42?}",
+    "\\boxed{[42, 41]}",
+    "\\boxed{42 \\to 41}",
+    "\\boxed{42-ish, say 41}",
+    "\\boxed{40 < 42}",
+]
+
+
+@pytest.mark.parametrize("text", HEDGES, ids=repr)
+def test_a_hedge_is_no_answer(text: str) -> None:
+    from rewards import accuracy_reward
+
+    assert accuracy_reward([text], ["42"]) == [0.0]
+    assert accuracy_reward([text], ["41"]) == [0.0]
+
+
+def test_working_in_front_of_a_box_inside_the_answer_tag_is_read_as_a_chain() -> None:
+    assert extract_answer("<answer>6 * 7 = \\boxed{42}</answer>") == "6 * 7 = 42"
+    assert extract_answer("<answer>We get $\\boxed{42}$ apples.</answer>") == "42"
+
+
 def test_the_recipe_s_order_decides_between_markers() -> None:
     text = "\\boxed{1} <answer>2</answer>\n#### 3"
     assert extract_answer(text, ["boxed", "answer_tag", "hash"]) == "1"
