@@ -1,78 +1,15 @@
-"""The straight line on the tiny model: trained, evaluated, merged; interrupted and resumed; killed and resumed."""
+"""The straight line on the tiny model: trained, evaluated, merged; bad input met with one clear message."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from command_line import grpo_lite, in_process
 
 from grpo_lite.run_dir import RunDir
-
-ROOT = Path(__file__).resolve().parent.parent
-GRPO_LITE = [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli"]
-
-
-def grpo_lite(*arguments: str, expect: int = 0, **environment: str) -> str:
-    result = subprocess.run(
-        [*GRPO_LITE, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
-    text = result.stdout + result.stderr
-    assert result.returncode == expect, text
-    assert "Traceback" not in text, text
-    return text
-
-
-def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*GRPO_LITE, "train", "smoke", "--run", str(run), *overrides],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-
-
-def read_until(process: subprocess.Popen[str], text: str) -> str:
-    seen = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"{text!r} never came:\n{seen}")
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=60)
-
-
-def in_process(*arguments: str, expect: int = 0) -> str:
-    """Run a command that fails or ends before training, without paying a new interpreter's imports."""
-    from grpo_lite.cli import main
-
-    result = CliRunner().invoke(main, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception  # a traceback, where a user should have met a message
-    assert result.exit_code == expect, result.output
-    return result.output
-
-
-def steps_of(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -179,48 +116,6 @@ def test_export_checks_every_file(finished: tuple[Path, str], tmp_path: Path) ->
     assert "files intact" in grpo_lite("export", str(finished[0]))
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_next_train_resumes_it(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    many = ("grpo.max_steps=40", "grpo.save_steps=100", "eval.enabled=false", "merge=false")
-    process = start(run, *many)
-    seen = read_until(process, "step 2/40")
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    seen += out
-    assert process.returncode == 130, seen
-    assert "interrupted by SIGINT after step" in seen
-    assert "give the same command again" in seen
-    stopped = steps_of(run)[-1]
-    assert (run / f"checkpoint-{stopped}").is_dir()
-    text = grpo_lite("train", "smoke", "--run", str(run), *many)
-    assert f"resuming from step {stopped}" in text
-    assert steps_of(run) == list(range(1, 41))
-
-
-def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    many = ("grpo.max_steps=12", "grpo.save_steps=2", "eval.enabled=false", "merge=false")
-    process = start(run, *many)
-    read_until(process, "step 5/12")
-    kill(process)
-    text = grpo_lite("train", "smoke", "--run", str(run), *many)
-    assert "resuming from step 4" in text
-    assert steps_of(run) == list(range(1, 13))
-    assert RunDir(run).read_run()["steps"] == 12
-
-
-def test_a_run_killed_after_training_is_evaluated_and_merged_by_the_next_train(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run)
-    read_until(process, "evaluating base, greedy")
-    kill(process)
-    assert not (run / "merged").exists()
-    text = grpo_lite("train", "smoke", "--run", str(run))
-    assert "training had ended" in text
-    assert "verified on 8 held-out prompts" in text
-    assert RunDir(run).read_run()["finished_at"]
-
-
 def test_a_run_in_which_no_reward_ever_differed_says_so_and_merges_nothing(tmp_path: Path) -> None:
     (tmp_path / "flat.py").write_text("def flat(completions, **kwargs):\n    return [0.5 for _ in completions]\n")
     text = grpo_lite(
@@ -229,16 +124,6 @@ def test_a_run_in_which_no_reward_ever_differed_says_so_and_merges_nothing(tmp_p
     )  # fmt: skip
     assert "not merged: the adapter is zero" in text
     assert not (tmp_path / "run" / "merged").exists()
-
-
-def test_a_second_process_in_the_same_folder_is_refused(root: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run, "grpo.max_steps=60", "eval.enabled=false", "merge=false")
-    read_until(process, "step 1/60")
-    arguments = ("grpo.max_steps=60", "eval.enabled=false", "merge=false")
-    text = in_process("train", "smoke", "--run", str(run), *arguments, expect=1)
-    kill(process)
-    assert "another process is working in it" in text
 
 
 BAD_INPUT: list[tuple[list[str], str]] = [
@@ -286,23 +171,6 @@ def test_a_reward_that_breaks_its_contract_stops_with_its_name(root: Path, tmp_p
         expect=1,
     )
     assert "returned 1 rewards for 8 completions" in text
-
-
-def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
-    """A reward that broke at step 3 cost nothing that was saved."""
-    reward = tmp_path / "mine.py"
-    broken = (
-        "def mine(completions, trainer_state=None, **kwargs):\n"
-        "    return [1.0] if trainer_state and trainer_state.global_step == 2 else [float(len(c[0]['content']) % 3) "
-        "for c in completions]\n"
-    )
-    reward.write_text(broken)
-    arguments = ["train", "smoke", f"rewards[0].function={reward}:mine", "rewards[0].kwargs={}", "eval.enabled=false"]
-    arguments += ["check.enabled=false", "merge=false", "--run", str(tmp_path / "r")]
-    assert "returned 1 rewards" in grpo_lite(*arguments, expect=1)
-    reward.write_text(broken.replace("[1.0] if", "[0.5] * 8 if"))
-    assert "resuming from step 2" in grpo_lite(*arguments)
-    assert steps_of(tmp_path / "r") == [1, 2, 3]
 
 
 def test_check_shows_prompts_lengths_and_what_gold_earns(root: Path) -> None:
