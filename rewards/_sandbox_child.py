@@ -10,7 +10,6 @@ import builtins
 import fcntl
 import io
 import os
-import random
 import sys
 import threading
 import types
@@ -34,9 +33,10 @@ class Confinement(NamedTuple):
     """What a child puts on before it runs anything."""
 
     uid: int | None  # become this user (the worker is root)
+    limited: bool  # by resource limits
     tasks: int | None  # limit on processes and threads
     ruleset: int | None  # descriptor of the Landlock rules
-    seccomp: bool
+    filter: seccomp.Filter | None
     directory: str  # where the program starts
 
 
@@ -74,7 +74,8 @@ def confine(confinement: Confinement, timeout_s: float) -> None:
     os.setsid()
     os.chdir(confinement.directory)
     os.umask(0o077)
-    limits.set_rlimits(timeout_s, confinement.tasks)
+    if confinement.limited:
+        limits.set_own_limits(timeout_s, confinement.tasks)
     if confinement.uid is not None:
         limits.become(confinement.uid)
     if linux.LINUX:
@@ -84,8 +85,8 @@ def confine(confinement: Confinement, timeout_s: float) -> None:
     if confinement.ruleset is not None:
         landlock.restrict_self(confinement.ruleset)
     os.closerange(SETUP + 1, ABOVE_ALL)
-    if confinement.seccomp:
-        seccomp.restrict_self()
+    if confinement.filter is not None:
+        confinement.filter.restrict_self()
 
 
 def _serve_calls() -> None:
@@ -215,10 +216,6 @@ _SERVE = {"calls": _serve_calls, "program": _serve_program, "judge": _serve_judg
 
 def _fresh(name: str) -> types.ModuleType:
     """Return an empty module under a name, in an interpreter that looks newly started."""
-    import _sitebuiltins
-
-    vars(builtins)["exit"] = vars(builtins)["quit"] = _sitebuiltins.Quitter("exit", "exit()")
-    random.seed(0)
     sys.argv = ["program.py"]
     module = types.ModuleType(name)
     module.__dict__["__builtins__"] = builtins

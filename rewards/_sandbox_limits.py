@@ -19,29 +19,32 @@ _FIRST_SANDBOX_UID = 1_900_000_000  # far above the ids that systems, users and 
 NOBODY = 65534  # shared with other services
 
 
-def set_rlimits(timeout_s: float, tasks: int | None) -> None:
-    """Lower this process's limits for good.
-
-    Args:
-        timeout_s: wall-clock limit of the program; its CPU time may exceed it by at most two seconds.
-        tasks: processes and threads of the user; None leaves the limit (it would count the whole user's).
-    """
-    cpu_s = math.ceil(timeout_s) + 1
+def set_shared_limits() -> None:
+    """Lower the limits that are the same for every program; the worker does it once, and its children inherit them."""
     limits = {
         "RLIMIT_AS": MEMORY_BYTES,
         "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": cpu_s,
         "RLIMIT_FSIZE": FILE_BYTES,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_NOFILE": OPEN_FILES,
         "RLIMIT_SIGPENDING": TASKS,  # timers and queued signals are counted per user: leave the trainer its share
     }
-    if tasks is not None:
-        limits["RLIMIT_NPROC"] = tasks
     for name, value in limits.items():
         if hasattr(resource, name):
             _lower(name, value)
+
+
+def set_own_limits(timeout_s: float, tasks: int | None) -> None:
+    """Lower the limits of one program.
+
+    Args:
+        timeout_s: its wall-clock limit; its CPU time may exceed it by at most two seconds.
+        tasks: processes and threads of the user; None leaves the limit (it would count the whole user's).
+    """
+    _lower("RLIMIT_CPU", math.ceil(timeout_s) + 1)
+    if tasks is not None:
+        _lower("RLIMIT_NPROC", tasks)
 
 
 def _lower(name: str, value: int) -> None:

@@ -57,7 +57,8 @@ def _in_fork(probe: Callable[[], str]) -> str:
 
 
 def _try_rlimits() -> str:
-    limits.set_rlimits(60.0, None)
+    limits.set_shared_limits()
+    limits.set_own_limits(60.0, None)
     try:
         bytearray(2 * limits.MEMORY_BYTES)
     except MemoryError:
@@ -87,7 +88,7 @@ def _try_seccomp() -> str:
     if not seccomp.machine_is_known():
         return f"no table of system calls for {os.uname().machine}"
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-    seccomp.restrict_self()
+    seccomp.Filter().restrict_self()
     return _first_success(socket.socket, os.fork, lambda: os.chmod("/", 0o755), lambda: os.kill(os.getppid(), 0))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewards._sandbox_codec import CodecError, encode, matches
+from rewards._sandbox_codec import CodecError, matches
 from rewards._sandbox_pool import Worker
 from rewards._sandbox_session import Channel, GoneError, Session, message
-from rewards.sandbox_forms import Call, Calls, Streams, TestCode, Tests
+from rewards.sandbox_forms import Calls, Streams, TestCode, Tests
 
 _AT_ONCE_BYTES = 64 << 10  # sent without waiting for answers; the socket holds more
 _SHOWN_CHARACTERS = 2000
@@ -47,18 +47,21 @@ def run_program(worker: Worker, program: str, tests: Tests, timeout_s: float) ->
         first = message({"program": program, "keep": isinstance(tests, TestCode)})
     except CodecError as error:
         return Outcome(passed=(False,), error=f"the program is too long: {error}")
-    if isinstance(tests, Streams):
-        return _run_streams(worker, first, tests, timeout_s)
-    with Session(worker, timeout_s) as session:
-        channel = session.start("calls")
-        if isinstance(tests, Calls):
-            return _run_calls(channel, first, tests)
-        return _run_code(session, channel, first, tests)
+    try:
+        if isinstance(tests, Streams):
+            return _run_streams(worker, first, tests, timeout_s)
+        with Session(worker, timeout_s) as session:
+            channel = session.start("calls")
+            if isinstance(tests, Calls):
+                return _run_calls(channel, first, tests)
+            return _run_code(session, channel, first, tests)
+    except CodecError as error:
+        return Outcome(unusable=f"the tests are too large to be sent: {error}")
 
 
 def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
     """Ask for every call's value and compare it here."""
-    requests = [_request(call) for call in tests.calls]
+    requests = tests.requests
     outcome = Outcome(passed=(False,) * len(requests))
     passed: list[bool] = []
     shown: list[str] = []
@@ -87,11 +90,6 @@ def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
         errors.append(str(error))
     missing = (False,) * (len(requests) - len(passed))
     return replace(outcome, passed=(*passed, *missing), error=next(iter(errors), None), output=tuple(shown))
-
-
-def _request(call: Call) -> bytes:
-    kwargs = {name: encode(value) for name, value in call.kwargs.items()}
-    return message({"do": "call", "on": call.function, "args": encode(list(call.args)), "kwargs": kwargs})
 
 
 def _load(channel: Channel, outcome: Outcome) -> Outcome:

@@ -15,7 +15,6 @@ import platform
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 from rewards import _sandbox_linux as linux
 
@@ -96,21 +95,25 @@ def machine_is_known() -> bool:
     return platform.machine() in _MACHINES and sys.maxsize > 2**32
 
 
-def prepare() -> None:
-    """Build what all filters have in common, so that children forked from here need not."""
-    _template(platform.machine())
+class Filter:
+    """The filter, ready to be put on by any process forked from here."""
 
+    def __init__(self) -> None:
+        program = _template(platform.machine())
+        self._buffer = ctypes.create_string_buffer(program, len(program))
+        self._sock_fprog = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(self._buffer))
+        self._places = [place for place in range(len(program)) if program.startswith(_PID_HERE, place)]
 
-def restrict_self() -> None:
-    """Put this process, and all that it starts, under the filter for good (needs no_new_privs)."""
-    program = build_filter(platform.machine(), os.getpid())
-    buffer = ctypes.create_string_buffer(program, len(program))
-    sock_fprog = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(buffer))
-    linux.prctl(linux.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, sock_fprog)
+    def restrict_self(self) -> None:
+        """Put this process, and all that it starts, under the filter for good (needs no_new_privs)."""
+        pid = os.getpid().to_bytes(4, "little")
+        for place in self._places:
+            self._buffer[place : place + 4] = pid
+        linux.prctl(linux.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._sock_fprog)
 
 
 def build_filter(machine: str, pid: int) -> bytes:
-    """Return the filter as BPF instructions of 8 bytes each, for a process with this id.
+    """Return the filter of a process as BPF instructions of 8 bytes each.
 
     First the allowed calls, by a bit each (a short filter: it is installed for every program); then one block for every
     call whose arguments are checked; then the refusal.
@@ -118,7 +121,6 @@ def build_filter(machine: str, pid: int) -> bytes:
     return _template(machine).replace(_PID_HERE, pid.to_bytes(4, "little"))
 
 
-@cache
 def _template(machine: str) -> bytes:
     """Return the filter with a mark where the process id belongs."""
     _, arch, foreign = _MACHINES[machine]

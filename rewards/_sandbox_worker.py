@@ -7,12 +7,15 @@ answers how each child ended. When its socket closes, the trainer is gone, and t
 
 from __future__ import annotations
 
+import _sitebuiltins
+import builtins
 import contextlib
 import fcntl
 import gc
 import importlib
 import json
 import os
+import random
 import select
 import socket
 import time
@@ -27,6 +30,7 @@ from rewards import _sandbox_seccomp as seccomp
 from rewards._sandbox_files import DEVICES, library_files
 from rewards._sandbox_namespaces import WORK_ROOT, enter_namespaces
 
+_COMMON = "bisect collections copy datetime functools heapq itertools math operator re string typing"
 _GRACE_S = 1.0  # the parent ends a session in time; the worker steps in if the parent is stuck
 _WATCH_S = 0.025  # how often a running program's threads and files are counted
 _TICK_S = 0.002  # how often to look for a child's end where the kernel cannot announce it
@@ -64,7 +68,7 @@ def main(descriptor: int, options: dict[str, Any]) -> NoReturn:
     os.umask(0o022)
     try:
         setting = prepare(set(options["layers"]), options["temporary"])
-        _import_common_modules()
+        _prepare_interpreter()
     except BaseException as error:
         _send(control, {"failed": f"{type(error).__name__}: {error}"})
         os._exit(1)
@@ -104,14 +108,15 @@ def prepare(layers: set[str], temporary: str) -> Setting:
             ruleset = landlock.build_ruleset(library, DEVICES, writable)
             rules[kind] = fcntl.fcntl(ruleset, fcntl.F_DUPFD_CLOEXEC, child.HIGH)
             os.close(ruleset)
-    if "seccomp" in layers:
-        seccomp.prepare()
+    if "rlimits" in layers:
+        limits.set_shared_limits()
     private_count = own_user or uid not in (None, limits.NOBODY)
     program = child.Confinement(
         uid=uid,
+        limited="rlimits" in layers,
         tasks=limits.TASKS if private_count else None if "seccomp" in layers else 0,
         ruleset=rules["program"],
-        seccomp="seccomp" in layers,
+        filter=seccomp.Filter() if "seccomp" in layers else None,
         directory=os.path.join(root, "work"),
     )
     judge = program._replace(uid=None if uid is None else uid - 1, ruleset=rules["judge"], directory="/")
@@ -119,11 +124,12 @@ def prepare(layers: set[str], temporary: str) -> Setting:
     return Setting(root, is_init, "seccomp" not in layers, confinement)
 
 
-def _import_common_modules() -> None:
-    """Load what programs import most, once for all children."""
-    names = "bisect collections copy datetime functools heapq itertools math operator re string typing _sitebuiltins"
-    for name in names.split():
+def _prepare_interpreter() -> None:
+    """Load what programs import most, and make what is random or left out by `-S` the same for all children."""
+    for name in _COMMON.split():
         importlib.import_module(name)
+    random.seed(0)
+    vars(builtins)["exit"] = vars(builtins)["quit"] = _sitebuiltins.Quitter("exit", "exit()")
 
 
 class Session:

@@ -85,7 +85,7 @@ def unit_test_reward(
         if column is not None and len(column) != count:
             raise ValueError(f"unit_test_reward: {name} has {len(column)} rows, completions has {count}")
     rows = [{name: column[i] for name, column in columns.items() if column is not None} for i in range(count)]
-    jobs = [_job(completion, row) for completion, row in zip(completions, rows, strict=True)]
+    jobs = _jobs(completions, rows)
     outcomes = _run(jobs, timeout_s, allow_weak_isolation)
     if log_metric is not None and count:
         _log(log_metric, outcomes)
@@ -104,16 +104,25 @@ def _weights(mode: str, tiers: Mapping[str, float] | None) -> tuple[float, ...]:
     return weights
 
 
-def _job(completion: Completion, row: Mapping[str, Any]) -> tuple[str, Tests] | str:
-    """Return the program and its tests, or why the tests are unusable."""
-    prompt = row.get("prompts")
-    try:
-        tests, stub = _tests_of(row, prompt)
-    except TestsError as error:
-        return str(error)
-    entry = entry_of(tests)
-    program = program_of(completion, entry, prefilled=prompt is not None and prompt_prefills_think(prompt))
-    return (complete(program, stub, entry) if entry else program), tests
+def _jobs(completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tests] | str]:
+    """Return each program with its tests, or why the tests are unusable; a group's tests are read once."""
+    jobs: list[tuple[str, Tests] | str] = []
+    text, stub = "", ""
+    tests: Tests | str = ""
+    for completion, row in zip(completions, rows, strict=True):
+        prompt = row.get("prompts")
+        if text != (text := repr(row)):
+            try:
+                tests, stub = _tests_of(row, prompt)
+            except TestsError as error:
+                tests = str(error)
+        if isinstance(tests, str):
+            jobs.append(tests)
+            continue
+        entry = entry_of(tests)
+        program = program_of(completion, entry, prefilled=prompt is not None and prompt_prefills_think(prompt))
+        jobs.append((complete(program, stub, entry) if entry else program, tests))
+    return jobs
 
 
 def _tests_of(row: Mapping[str, Any], prompt: Completion) -> tuple[Tests, str]:

@@ -12,9 +12,11 @@ import builtins
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from rewards._sandbox_codec import encode
+from rewards._sandbox_codec import dumps, encode
+from rewards._sandbox_frames import pack
 
 
 class TestsError(ValueError):
@@ -39,6 +41,16 @@ class Calls:
     """Calls made in order in one process."""
 
     calls: tuple[Call, ...]
+
+    @cached_property
+    def requests(self) -> list[bytes]:
+        """The calls as messages to a program; the same for all completions of a row."""
+        return [_request(call) for call in self.calls]
+
+
+def _request(call: Call) -> bytes:
+    kwargs = {name: encode(value) for name, value in call.kwargs.items()}
+    return pack(dumps({"do": "call", "on": call.function, "args": encode(list(call.args)), "kwargs": kwargs}))
 
 
 @dataclass(frozen=True)
