@@ -7,7 +7,6 @@ stays a `Raw`, equal only to itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -99,18 +98,3 @@ def is_name(side: Answer) -> bool:
     if isinstance(side, Text):
         return _DENIALS.isdisjoint(side.words.split())
     return _NAME.fullmatch(side.source) is not None
-
-
-def assigned_values(items: Sequence[Answer]) -> tuple[Answer, ...]:
-    """Return the values of `x = 3, y = 4`, variables in alphabetical order, to compare with the point (3, 4)."""
-    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0]) for item in items):
-        return ()
-    names = [item.sides[0].source for item in items if isinstance(item, Relation)]
-    return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
-
-
-def vector_entries(matrix: Matrix) -> tuple[Answer, ...]:
-    """Return the entries of a row or column vector, none for a wider matrix."""
-    if len(matrix.rows) == 1:
-        return matrix.rows[0]
-    return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()

@@ -11,7 +11,7 @@ answer to 579, `41=42` none to 42), a bare list in any order, a tuple in its own
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from typing import TypeGuard
 
 from rewards.math_answer import (
     Answer,
@@ -23,16 +23,14 @@ from rewards.math_answer import (
     Several,
     Text,
     Value,
-    assigned_values,
     is_name,
-    vector_entries,
 )
 from rewards.math_arithmetic import divides_by_zero, has_symbols, is_calculation
-from rewards.math_expression import Node, parse_expression
 from rewards.math_intervals import FLIPPED, as_interval, bounded_variable
 from rewards.math_logic import all_of, any_of
 from rewards.math_notation import same_spelling
 from rewards.math_units import compatible
+from rewards.math_views import as_product, as_ratio, assigned_values, in_radians, letters, may_be_time, vector_entries
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]
@@ -75,6 +73,8 @@ class _Walk:
     def answers(self, gold: Answer, given: Answer) -> bool | None:
         if bounded_variable(gold) and bounded_variable(given) and bounded_variable(gold) != bounded_variable(given):
             return False
+        if _is_inequality(gold) and _is_inequality(given) and not bounded_variable(given):
+            return self.relations(gold, given)  # -x > -1 says x < 1
         gold, given = as_interval(gold), as_interval(given)
         if isinstance(gold, Raw) or isinstance(given, Raw):
             return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
@@ -93,9 +93,9 @@ class _Walk:
         if isinstance(gold, Ratio) or isinstance(given, Ratio):
             return self.ratios(gold, given)
         if isinstance(gold, Text | Value) and isinstance(given, Text | Value):
-            if _letters(gold) == _letters(given):
+            if letters(gold) == letters(given):
                 return True
-            gold, given = _as_product(gold), _as_product(given)
+            gold, given = as_product(gold), as_product(given)
             return self.values(gold, given) if isinstance(gold, Value) and isinstance(given, Value) else False
         return False
 
@@ -104,8 +104,8 @@ class _Walk:
             return False
         verdict = self.expressions(gold, given)
         if verdict is not True and "degree" in (gold.unit, given.unit) and gold.unit != given.unit:
-            in_radians = self.expressions(_radians(gold), _radians(given))
-            verdict = True if in_radians else None if None in (in_radians, verdict) else False
+            as_angle = self.expressions(in_radians(gold), in_radians(given))
+            verdict = True if as_angle else None if None in (as_angle, verdict) else False
         return verdict
 
     def expressions(self, gold: Value, given: Value) -> bool | None:
@@ -190,9 +190,9 @@ class _Walk:
 
     def ratios(self, gold: Answer, given: Answer) -> bool | None:
         if isinstance(gold, Ratio) and isinstance(given, Value):
-            return self.ratios(gold, _as_ratio(given))
+            return self.ratios(gold, as_ratio(given))
         if isinstance(gold, Value) and isinstance(given, Ratio):
-            return self.ratios(_as_ratio(gold), given)
+            return self.ratios(as_ratio(gold), given)
         if not isinstance(gold, Ratio) or not isinstance(given, Ratio):
             return False
         if len(gold.parts) != len(given.parts):
@@ -201,11 +201,7 @@ class _Walk:
         numbers = [
             [p.value for p in r.parts if isinstance(p, Value) and p.value and p.unit is None] for r in (gold, given)
         ]
-        if (
-            same is False
-            and all(len(side) == 2 for side in numbers)
-            and not (_may_be_time(gold) or _may_be_time(given))
-        ):
+        if same is False and all(len(side) == 2 for side in numbers) and not (may_be_time(gold) or may_be_time(given)):
             (a, b), (c, d) = numbers
             return bool(a and b and c and d and a * d == b * c)
         return same
@@ -224,6 +220,8 @@ class _Walk:
 
     def single_value(self, gold: Answer, given: Relation) -> bool | None:
         """Compare what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to: one value."""
+        if given.signs == ("\\approx",) and is_name(given.sides[0]):
+            return self.answers(gold, given.sides[1])
         if set(given.signs) != {"="}:
             return False
         sides = given.sides
@@ -262,38 +260,8 @@ class _Walk:
         return self.relations(gold, given)
 
 
-def _radians(value: Value) -> Value:
-    if value.unit != "degree":
-        return value
-    factor: Node = ("div", ("const", "pi"), ("num", Fraction(180)))
-    return Value(value.source + "*", ("mul", [value.node, factor]), None)
-
-
-def _letters(answer: Text | Value) -> str:
-    """Return an answer's letters, so that the name `A` and the symbol `A` compare equal."""
-    return answer.source.strip("() ").removeprefix("\\text{").removesuffix("}")
-
-
-def _as_product(answer: Text | Value) -> Answer:
-    """Read a short run of letters as a product of variables: `abc` next to `a b c`."""
-    letters = answer.source
-    if isinstance(answer, Value) or not 1 <= len(letters) <= 4 or not letters.isalpha():
-        return answer
-    return Value(letters, parse_expression(letters), None)
-
-
-def _may_be_time(ratio: Ratio) -> bool:
-    """Tell whether `a:b` could be a time of day, which is not to be reduced: 2:30 is not 1:15."""
-    minutes = ratio.parts[1].source
-    return len(minutes) == 2 and minutes.isdigit() and int(minutes) < 60
-
-
-def _as_ratio(value: Value) -> Answer:
-    """Read the fraction 2/3 as the ratio 2:3."""
-    if value.value is None or value.value.denominator == 1 or value.unit or value.percent:
-        return Raw(value.source)
-    parts = (value.value.numerator, value.value.denominator)
-    return Ratio(value.source, tuple(Value(str(n), ("num", Fraction(n)), Fraction(n)) for n in parts))
+def _is_inequality(answer: Answer) -> TypeGuard[Relation]:
+    return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in FLIPPED
 
 
 def _is_constant_chain(relation: Relation) -> bool:

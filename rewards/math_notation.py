@@ -71,6 +71,7 @@ _FONT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|rm|operatorname\*?)\s*\{([^{}]*)\}"
 )
 _REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar)\s*\{(\d{1,20})\}")
+_ELLIPSIS = re.compile(r"\.{2,}|…")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _RENAMED = re.compile(
     r"\\(leq|geq|neq|leqslant|geqslant|varnothing|degree|lbrack|rbrack|lparen|rparen|ast|star|"
@@ -117,7 +118,7 @@ _BARE_WORD = re.compile(
 _DEGREES = re.compile(
     r"\^\s*\{\s*\\(?:circ|deg)\s*\}|\^\s*\\(?:circ|deg)(?![a-zA-Z])|\\text\{degrees?\}|(?<=\d)\s*\bdegrees?\b"
 )
-_PERCENT = re.compile(r"\\%|\\text\{(?:\\?%|per ?cent)\}|(?<=\d)\s*\bper ?cent\b")
+_PERCENT = re.compile(r"\\%|\\text\{(?:\\?%|per ?cent(?:age)?|pct)\}|(?<=\d)\s*(?:per ?cent(?:age)?|pct)\b")
 _PLAIN_SIGNS = (("**", "^"), ("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("\\&", "&"), ("==", "="), ("\\#", "#"))
 _ASCII_FAST = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -147,6 +148,7 @@ def clean(text: str) -> str | None:
     text = _FONT.sub(_font_content, text)
     text = _SPACING.sub(" ", text)
     text = _RENAMED.sub(lambda m: _NEW_NAMES[m.group(1)], text)
+    text = _ELLIPSIS.sub(r"\\dots ", text)
     for old, new in _PLAIN_SIGNS:
         text = text.replace(old, new)
     text = _REPEATING.sub(_repeating, text)
@@ -221,6 +223,8 @@ def _font_content(match: re.Match[str]) -> str:
         return f" {content} "
     if re.search(r"[a-zA-Z]{2,}", content):
         return f"\\text{{{' '.join(content.split())}}}"
+    if bare in ("e", "i", "d"):  # upright constants
+        return content
     if len(bare) == 1 and bare.isalpha() and match.start() > 0:
         return f"\\text{{{content}}}"  # after something: a unit (5\text{ m}); alone: a name
     return match.group(1)

@@ -1,0 +1,59 @@
+"""Other ways to look at an answer: degrees in radians, letters as a product, a fraction as a ratio, a point's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from rewards.math_answer import Answer, Matrix, Ratio, Raw, Relation, Text, Value, is_name
+from rewards.math_expression import Node, parse_expression
+
+
+def in_radians(value: Value) -> Value:
+    """Return an angle in degrees as the number it is."""
+    if value.unit != "degree":
+        return value
+    factor: Node = ("div", ("const", "pi"), ("num", Fraction(180)))
+    return Value(value.source + "*", ("mul", [value.node, factor]), None)
+
+
+def letters(answer: Text | Value) -> str:
+    """Return an answer's letters, so that the name `A` and the symbol `A` compare equal."""
+    return answer.source.strip("() ").removeprefix("\\text{").removesuffix("}")
+
+
+def as_product(answer: Text | Value) -> Answer:
+    """Read a short run of letters as a product of variables: `abc` next to `a b c`."""
+    word = answer.source
+    if isinstance(answer, Value) or not 1 <= len(word) <= 4 or not word.isalpha():
+        return answer
+    return Value(word, parse_expression(word), None)
+
+
+def as_ratio(value: Value) -> Answer:
+    """Read the fraction 2/3 as the ratio 2:3."""
+    if value.value is None or value.value.denominator == 1 or value.unit or value.percent:
+        return Raw(value.source)
+    parts = (value.value.numerator, value.value.denominator)
+    return Ratio(value.source, tuple(Value(str(n), ("num", Fraction(n)), Fraction(n)) for n in parts))
+
+
+def may_be_time(ratio: Ratio) -> bool:
+    """Tell whether `a:b` could be a time of day, which is not to be reduced: 2:30 is not 1:15."""
+    minutes = ratio.parts[1].source
+    return len(minutes) == 2 and minutes.isdigit() and int(minutes) < 60
+
+
+def assigned_values(items: Sequence[Answer]) -> tuple[Answer, ...]:
+    """Return the values of `x = 3, y = 4`, variables in alphabetical order, to compare with the point (3, 4)."""
+    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0]) for item in items):
+        return ()
+    names = [item.sides[0].source for item in items if isinstance(item, Relation)]
+    return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
+
+
+def vector_entries(matrix: Matrix) -> tuple[Answer, ...]:
+    """Return the entries of a row or column vector, none for a wider matrix."""
+    if len(matrix.rows) == 1:
+        return matrix.rows[0]
+    return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
