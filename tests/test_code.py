@@ -127,6 +127,8 @@ def test_blank_and_commented_out_programs_earn_no_tier() -> None:
         {"test": _CHECK},
         {"test": "def check(", "entry_point": "add"},
         {"test": _CHECK, "test_list": _ASSERTS, "entry_point": "add"},
+        {"tests": [{"args": ["x" * 5_000_000, ""], "want": ""}], "entry_point": "add"},
+        {"test": _CHECK_CODE + "#" * 5_000_000, "entry_point": "add"},
     ],
     ids=lambda row: re.sub(r" at 0x[0-9a-f]+", "", repr(row)),
 )
