@@ -252,6 +252,22 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
+def doctor() -> None:
+    """Say what this machine has: device, versions, and what isolates the code that models write."""
+    _set_environment()
+    from grpo_lite.hardware import detect_device
+    from grpo_lite.run_dir import environment_record
+    from rewards.sandbox import layers
+
+    record = environment_record()
+    click.echo(f"device: {detect_device().describe()}")
+    click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
+    click.echo("sandbox for model-written code:")
+    for layer in layers():
+        click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 def schema(path: Path | None) -> None:
     """Write the recipes' JSON Schema (for completion in editors), to PATH or the screen."""

@@ -196,6 +196,12 @@ def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> No
         run.update_run(resumed_at=resumed)
     else:
         run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json())
+    if any(reward.function.endswith("unit_test_reward") for reward in recipe.rewards):
+        from rewards.sandbox import layers
+
+        weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)
+        found = {layer.name: layer.available for layer in layers()}
+        run.update_run(sandbox={"layers": found, "allow_weak_isolation": weak})
 
 
 def _columns(prompts: Prompts) -> list[str]:

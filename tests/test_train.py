@@ -207,3 +207,30 @@ def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
     assert record["finished_at"]
     # two steps of a model that solves none of it: merged and verified, or an update too small to merge
     assert record["merge"].get("passed") is True or "skipped" in record["merge"]
+
+
+@pytest.mark.weights
+def test_the_code_recipe_trains_on_unit_tests_run_in_the_sandbox(
+    shared_data: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "code"
+    text = grpo_lite(
+        "train", "code", "--run", str(run),
+        "model.id=embedded/SmolLM2-135M-Instruct",
+        f"data.train.path={shared_data / 'mbpp_train.jsonl'}", "data.train.limit=40",
+        "grpo.max_steps=2", "grpo.gradient_accumulation_steps=2", "grpo.max_completion_length=48",
+        "rewards[0].kwargs.allow_weak_isolation=true", "check.rows=4", "eval.limit=4", "eval.samples=0",
+    )  # fmt: skip
+    assert "rewards: gold completions earn 1" in text
+    assert "step 2/2" in text
+    record: dict[str, Any] = RunDir(run).read_run()
+    assert record["sandbox"]["layers"]["process"] is True
+    assert record["sandbox"]["allow_weak_isolation"] is True
+
+
+def test_doctor_names_device_versions_and_every_layer_of_isolation(root: Path) -> None:
+    text = in_process("doctor")
+    assert "device: " in text
+    assert "trl 1." in text
+    for layer in ("process", "rlimits", "landlock", "seccomp", "namespaces"):
+        assert layer in text
