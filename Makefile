@@ -7,7 +7,7 @@ VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export recipes show check check-rewards test test-all lint clean
+.PHONY: help setup setup-dev train eval merge export recipes show check check-rewards doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold ans
 
 check-rewards: $(VENV)/.ready  ## Try the gold answer and a battery of cheats on RECIPE's rewards
 	@$(CLI) rewards check $(RECIPE) $(ARGS)
+
+doctor: $(VENV)/.ready  ## Say what this machine has: device, versions, isolation of model-written code
+	@$(CLI) doctor
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)

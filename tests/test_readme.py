@@ -76,7 +76,7 @@ def test_the_two_commands_stand_first() -> None:
 
 
 def test_every_command_of_the_readme_is_one_that_runs_below() -> None:
-    known = r"make (train|test|recipes|check|check-rewards|show|eval|merge|export|push|chat|plan)\b"
+    known = r"make (train|test|recipes|check|check-rewards|doctor|show|eval|merge|export|push|chat|plan)\b"
     for command in commands():
         assert re.match(known, command), command
 
@@ -103,6 +103,10 @@ def test_the_gsm8k_commands_run_in_the_readme_s_order(workplace: Path) -> None:
     assert (workplace / "runs" / "gsm8k" / "merged" / "model.safetensors").is_file()
     assert (workplace / "runs" / "again" / "merged" / "model.safetensors").is_file()
     assert len(ran) >= 7
+
+
+def test_doctor_runs(workplace: Path) -> None:
+    assert "sandbox for model-written code" in shell(workplace, "make doctor")
 
 
 def test_recipes_lists_what_the_readme_s_table_lists(workplace: Path) -> None:
