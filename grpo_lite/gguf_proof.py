@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def prove_gguf(
     compare = _by_llama_cpp if loader == "llama_cpp" else _by_transformers
     try:
         best, given, alike = compare(gguf_file, tokenizer, list(prompts), ids, answers, max_new_tokens)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, struct.error) as error:  # readers' faults on damaged files
         raise ExportError(f"{gguf_file}: {loader} does not load it: {str(error).splitlines()[0]}") from error
     hits = [a == b for answer, row in zip(answers, best, strict=True) for a, b in zip(answer.ids, row, strict=True)]
     agreement = sum(hits) / max(1, len(hits))
@@ -147,9 +148,13 @@ Compared = tuple[list[list[int]], list[_Answer], bool | None]  # best next token
 def _by_transformers(
     path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
 ) -> Compared:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
+    known: dict[str, Any] = {}
+    config = AutoConfig.from_pretrained(tokenizer.name_or_path)  # the merged folder's
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
+        known["config"] = config  # transformers 5.23 does not read rope_freqs.weight, which llama.cpp applies
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **known).eval()
     own = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model.generation_config.eos_token_id = None  # the file's own end token has to stop it
     best = []
@@ -164,9 +169,12 @@ def _by_transformers(
 def _by_llama_cpp(
     path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
 ) -> Compared:
-    Llama = importlib.import_module("llama_cpp").Llama
+    lib = importlib.import_module("llama_cpp")
     longest = max(len(prompt) for prompt in ids) + cap + 8
-    model = Llama(model_path=str(path), n_ctx=longest, n_batch=longest, logits_all=True, n_gpu_layers=0, verbose=False)
+    model = lib.Llama(
+        model_path=str(path), n_ctx=longest, n_batch=longest, logits_all=True, n_gpu_layers=0, verbose=False
+    )
+    vocabulary = lib.llama_model_get_vocab(model.model)
     best, given = [], []
     for prompt, answer in zip(ids, answers, strict=True):
         model.reset()
@@ -174,8 +182,14 @@ def _by_llama_cpp(
         first, last = len(prompt) - 1, len(prompt) + len(answer.ids) - 1
         best.append([int(row.argmax()) for row in model.scores[first:last]])
         model.reset()
-        out = model.create_completion(prompt, max_tokens=cap, temperature=0.0, repeat_penalty=1.0)["choices"][0]
-        given.append(_Answer([], out["text"], out["finish_reason"] == "stop"))
+        new: list[int] = []
+        # Not create_completion: it waits for whole characters, past every cap if a model never completes one.
+        for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            new.append(int(token))
+            if len(new) == cap or lib.llama_vocab_is_eog(vocabulary, token):
+                break
+        stopped = bool(lib.llama_vocab_is_eog(vocabulary, new[-1]))
+        given.append(_Answer(new, tokenizer.decode(new, skip_special_tokens=True), stopped))
     own = [model.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in prompts]
     model.close()
     return best, given, own == ids
