@@ -1,0 +1,128 @@
+"""Where a base model comes from, and what is said when it cannot: by a real HTTP server on loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from grpo_lite.base_model import cache_dir, resolve_base
+from grpo_lite.errors import ModelError
+from grpo_lite.model import load_model, load_tokenizer
+from grpo_lite.recipe_load import load_recipe
+
+ANSWERS = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound"), "old": (404, "RevisionNotFound")}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status, code = next((ANSWERS[name] for name in ANSWERS if f"/{name}" in self.path), (500, ""))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def resolve(model_id: str, endpoint: str, home: Path, revision: str = "None") -> str:
+    code = (
+        "from grpo_lite.base_model import resolve_base; from grpo_lite.errors import ModelError\n"
+        f"try: resolve_base({model_id!r}, {revision})\nexcept ModelError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_a_gated_model_without_a_token_says_how_to_get_in(hub: str, tmp_path: Path) -> None:
+    text = resolve("owner/gated", hub, tmp_path)
+    assert "owner/gated is gated" in text
+    assert "hf auth login" in text
+
+
+def test_a_model_that_does_not_exist_is_told_from_one_that_cannot_be_reached(hub: str, tmp_path: Path) -> None:
+    assert "was not found on the Hub" in resolve("owner/missing", hub, tmp_path)
+    assert "revision: 'v9' does not exist" in resolve("owner/old", hub, tmp_path, "'v9'")
+
+
+def test_an_unreachable_hub_is_said_with_the_way_out(tmp_path: Path) -> None:
+    text = resolve("owner/model", "http://127.0.0.1:9", tmp_path)  # nothing listens on the discard port
+    assert "the Hub cannot be reached" in text
+    assert "model.id=embedded/SmolLM2-135M-Instruct" in text
+
+
+@pytest.mark.parametrize(
+    "model_id, expected",
+    [
+        ("./nowhere", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("bad name!", "not a Hub id|not in the local cache"),
+    ],
+)
+def test_an_id_that_names_nothing_is_refused(model_id: str, expected: str) -> None:
+    with pytest.raises(ModelError, match=expected):
+        resolve_base(model_id)
+
+
+def test_a_folder_without_a_model_is_named(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", [f"model.id={tmp_path}"])
+    with pytest.raises(ModelError, match="has no usable tokenizer"):
+        load_tokenizer(recipe)
+
+
+def test_four_bits_without_bitsandbytes_names_the_way_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite import model as module
+    from grpo_lite.hardware import Device
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"4bit is given, but bitsandbytes is not installed.*model.load_in=16bit"):
+        load_model(load_recipe("smoke"), Device("cpu", "x", 1 << 30, bfloat16=True))
+
+
+def test_the_cache_is_where_the_environment_says_and_else_somewhere_writable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert os.access(cache_dir(), os.W_OK)
+
+
+@pytest.mark.weights
+def test_the_embedded_model_knows_its_end_and_answers(smollm2_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.dtype == torch.bfloat16
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
