@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,7 +216,7 @@ def _training(facts: RunFacts) -> str:
         "finished": record.get("finished_at"),
     }
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
-    recipe = _without_paths(dump_recipe(facts.recipe))
+    recipe = dump_recipe(_without_paths(facts.recipe))
     return "\n".join(["## Training", "", "| | |", "|---|---|", *table, "", "```yaml", recipe.rstrip(), "```", ""])
 
 
@@ -229,9 +228,18 @@ def _gib(size: int | None) -> str | None:
     return None if size is None else f"{size / 2**30:.2f} GiB"
 
 
-def _without_paths(text: str) -> str:
+def _without_paths(recipe: Recipe) -> Recipe:
     """Shorten paths of the training machine to their last part."""
-    return re.sub(r"(?m)(^\s*(?:- )?\w+: ['\"]?)(?:~|\.{0,2})/(?:[^\s/:]+/)*", r"\1", text)
+
+    def shorten(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: shorten(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item, key) for item in value]
+        local = key == "path" or (key in ("id", "function") and str(value).startswith(("/", "~", ".")))
+        return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if local and isinstance(value, str) else value
+
+    return Recipe.model_validate(shorten(recipe.model_dump()))
 
 
 def _not_measured(facts: RunFacts, what: str) -> str:

@@ -1,0 +1,199 @@
+"""Asking a trained run: how questions are put, answers shown, and what happens without a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from finished_run import make_recipe, make_run
+
+from grpo_lite.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
+from grpo_lite.cli_export import register
+from grpo_lite.errors import DataError
+from grpo_lite.run_dir import RunDir
+
+BASE = Path("base")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def both(run: RunDir) -> Chat:
+    return Chat(run, Sampling(max_new_tokens=6), compare=True)
+
+
+@click.group()
+def main() -> None:
+    """Stand in for the command line."""
+
+
+register(main)
+
+
+def command(*arguments: str, stdin: str = "") -> str:
+    result = CliRunner().invoke(main, [*arguments], input=stdin, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "template, typed, asked",
+    [
+        ("{prompt}", "2+3=", "2+3="),
+        ("{question}=", "2+3", "2+3="),
+        ("{question}=", "2+3=", "2+3="),
+        ("Q: {question}\nA:", "why?", "Q: why?\nA:"),
+        ("{a}+{b}", "2+3", "2+3"),  # two columns: nothing can be filled in
+        ("{q} {{x}}", "a", "a {x}"),
+        ("{q.text!r:>5}", "a", "a"),
+    ],
+)
+def test_question_is_put_into_the_recipes_template(template: str, typed: str, asked: str) -> None:
+    assert fill_template(make_recipe(BASE, prompt=template).data, typed) == asked
+
+
+def test_system_prompt_examples_and_history_come_before_the_question() -> None:
+    recipe = make_recipe(BASE, system="Add.", examples=[{"prompt": "1+1=", "answer": "2"}])
+    messages = build_prompt(recipe, "2+3", [("5+5", "10")])
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "Add."), ("user", "1+1="), ("assistant", "2"),
+        ("user", "5+5="), ("assistant", "10"), ("user", "2+3="),
+    ]  # fmt: skip
+
+
+def test_text_recipe_asks_in_text_as_training_did() -> None:
+    from grpo_lite.data import render_row
+
+    recipe = make_recipe(BASE, system="Add.", examples=[{"prompt": "1+1=", "answer": "2"}], format="text")
+    trained = render_row(recipe.data, {"question": "2+3", "answer": 5}, "here", 0)["prompt"]
+    assert build_prompt(recipe, "2+3") == trained == "Add.\n1+1=2\n2+3="
+
+
+def test_chat_recipe_asks_as_training_did() -> None:
+    from grpo_lite.data import render_row
+
+    recipe = make_recipe(BASE, system="Add.")
+    trained = render_row(recipe.data, {"question": "2+3", "answer": 5}, "here", 0)["prompt"]
+    assert build_prompt(recipe, "2+3") == trained
+
+
+def test_base_and_trained_answer_by_their_own_weights(both: Chat, run: RunDir) -> None:
+    answers = both.ask("2+3")
+    assert list(answers) == ["base", "trained"]
+    alone = Chat(run, Sampling(max_new_tokens=6))
+    assert alone.ask("2+3") == {"trained": answers["trained"]}
+    assert answers["base"] != answers["trained"]  # the adapter is far from zero
+
+
+def test_greedy_answers_repeat_and_sampled_ones_repeat_with_their_seed(run: RunDir) -> None:
+    drawn = [Chat(run, Sampling(temperature=1.5, seed=seed, max_new_tokens=12)).ask("2+3") for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_answer_comes_in_pieces_that_make_up_the_whole(run: RunDir) -> None:
+    pieces: list[str] = []
+    answer = Chat(run, Sampling(max_new_tokens=6)).ask("2+3", stream=pieces.append)["trained"]
+    assert "".join(pieces).strip() == answer
+
+
+def test_conversation_is_kept_until_it_is_forgotten(run: RunDir) -> None:
+    chat = Chat(run, Sampling(max_new_tokens=4))
+    chat.ask("2+3", remember=True)
+    assert [question for question, _ in chat.histories["trained"]] == ["2+3"]
+    chat.forget()
+    assert chat.histories == {"trained": []}
+
+
+class Echo:
+    """Answers at once; keeps what it was asked."""
+
+    sides = ("trained",)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.forgot = 0
+
+    def ask(self, question: str, remember: bool = False, stream: Any = None) -> dict[str, str]:
+        self.asked.append((question, remember))
+        return {"trained": f"answer to {question}"}
+
+    def forget(self) -> None:
+        self.forgot += 1
+
+
+def test_piped_lines_are_questions_of_their_own() -> None:
+    echo, shown = Echo(), list[str]()
+    assert talk(echo, ["a\n", "\n", "/exit\n", "b"], shown.append, interactive=False) == 3  # type: ignore[arg-type]
+    assert echo.asked == [("a", False), ("/exit", False), ("b", False)]
+    assert shown == ["answer to a", "answer to /exit", "answer to b"]
+
+
+def test_terminal_knows_new_help_and_exit() -> None:
+    echo, shown = Echo(), list[str]()
+    lines = ["a", "/new", "/help", "/exit", "never"]
+    assert talk(echo, lines, shown.append, interactive=True) == 1  # type: ignore[arg-type]
+    assert (echo.asked, echo.forgot) == ([("a", True)], 1)
+    assert "/exit ends it" in shown[1]
+
+
+def test_two_answers_stand_side_by_side_where_there_is_room() -> None:
+    lines = answer_lines({"base": "one two", "trained": "three\nfour"}, width=100)
+    assert lines[0].split() == ["base", "|", "trained"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["three", "four"]
+    assert all(len(line) <= 100 for line in answer_lines({"base": "x " * 200, "trained": "y " * 90}, width=100))
+
+
+def test_two_answers_stand_one_under_the_other_where_it_is_narrow() -> None:
+    assert answer_lines({"base": "one", "trained": "two"}, width=60) == ["base:", "one", "", "trained:", "two"]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+        ({"top_k": -1}, "--top-k -1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Sampling(**values)
+
+
+def test_command_answers_one_question(run: RunDir, both: Chat) -> None:
+    expected = both.ask("2+3")["trained"]
+    assert command("chat", str(run.path), "2+3", "--max-new-tokens", "6") == expected + "\n"
+
+
+def test_command_answers_what_is_piped_in_without_a_terminal(run: RunDir, both: Chat) -> None:
+    expected = [both.ask(question)["trained"] for question in ("2+3", "4+4")]
+    assert command("chat", str(run.path), "--max-new-tokens", "6", stdin="2+3\n4+4\n") == "\n".join(expected) + "\n"
+
+
+def test_command_with_nothing_piped_in_says_nothing(run: RunDir) -> None:
+    assert command("chat", str(run.path), stdin="") == ""
+
+
+def test_command_compares(run: RunDir) -> None:
+    output = command("chat", str(run.path), "2+3", "--compare", "--max-new-tokens", "3")
+    assert "base" in output
+    assert "trained" in output
+
+
+def test_verify_command_counts_files(run: RunDir) -> None:
+    assert "files intact" in command("verify", str(run.merged))
+
+
+def test_dry_run_command_prints_the_card(run: RunDir) -> None:
+    output = command("push", str(run.path), "me/sums", "--dry-run")
+    assert "dry run: nothing is sent" in output
+    assert "model-index:" in output
