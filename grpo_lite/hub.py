@@ -30,6 +30,7 @@ Show = Callable[[str], None]
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_*")
+_SCRATCH = ".push-"
 _OWN_NAMES = {".gitattributes", "README.md"}  # what the Hub makes by itself, or a card alone
 
 
@@ -64,13 +65,18 @@ class Staged:
 def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
     """Lay out what a push would send, in a temporary folder of hard links inside the run directory.
 
+    Args:
+        run: nobody else pushes it meanwhile (`run.locked()`).
+
     Raises:
         ExportError: nothing of that kind in the run, a file was altered, or the repository's name is not one.
     """
     _check_repo_id(repo_id)
     base = base_facts(run.load_recipe().model)
     sources, records = _sources(run, what)
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=run.path) as scratch:
+    for stale in run.path.glob(f"{_SCRATCH}*"):  # of a push that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=run.path) as scratch:
         folder = Path(scratch)
         known: dict[str, str] = {}
         for name, path in sources.items():

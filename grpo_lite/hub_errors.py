@@ -17,6 +17,11 @@ def hub_message(error: BaseException, repo_id: str) -> str | None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
             return _by_status(status, repo_id, _server_words(cause))
+    for cause in chain:
+        if isinstance(cause, ValueError) and str(cause).startswith(
+            "LFS batch API"
+        ):  # a file is refused, with status 200
+            return f"the Hub refused a file: {str(cause).partition(':')[2].strip()[:500]}. Mend it and push again."
     if any(isinstance(cause, httpx.TransportError | ConnectionError | TimeoutError) for cause in chain):
         return (
             "the connection to the Hub broke. Nothing is visible there yet, and what was sent is kept: give the same "

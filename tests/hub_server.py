@@ -38,6 +38,7 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)  # what came as Authorization
     status: dict[str, int] = field(default_factory=dict)  # part of a path -> the status it gets
+    refuse_files: str = ""  # the batch endpoint's word against every file, as for a full account
     cut_uploads_after: int | None = None  # uploads that go through before the line breaks
 
     def uploads(self) -> int:
@@ -146,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for item in asked["objects"]:
             entry: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
-            if item["oid"] not in self.state.stored:
+            if self.state.refuse_files:
+                entry["error"] = {"code": 403, "message": self.state.refuse_files}
+            elif item["oid"] not in self.state.stored:
                 entry["actions"] = {
                     "upload": {"href": f"{self.state.url}/upload/{item['oid']}?X-Signature=secret"},
                     "verify": {"href": f"{self.state.url}/lfs-verify"},

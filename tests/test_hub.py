@@ -127,6 +127,18 @@ def test_refusal_of_the_hub_is_said_in_one_message(
     assert "X-Signature" not in str(refusal.value)
 
 
+def test_file_that_the_hub_does_not_take_is_said(run: RunDir, server: Hub) -> None:
+    server.refuse_files = "Your storage is full"
+    with pytest.raises(ExportError, match=r"refused a file:.*Your storage is full"):
+        push(run)
+
+
+def test_leftover_of_a_killed_push_is_cleared(run: RunDir, server: Hub) -> None:
+    (run.path / ".push-killed").mkdir()
+    push(run)
+    assert not list(run.path.glob(".push-*"))
+
+
 def test_wrong_token_is_refused_and_not_shown(run: RunDir, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrongwrong")
     with pytest.raises(ExportError, match=r"does not accept your token \(401\).*hf auth login") as refusal:
