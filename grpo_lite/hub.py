@@ -171,7 +171,8 @@ def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, A
         records.append(json.loads((folder / "gguf.json").read_text(encoding="utf-8")))
         for name in read_manifest(folder):
             own = name in ("Modelfile", "gguf.json") and len(folders) > 1
-            sources[f"{name}-{folder.name}" if own else name] = folder / name
+            stem, suffix = Path(name).stem, Path(name).suffix
+            sources[f"{stem}-{folder.name}{suffix}" if own else name] = folder / name
     return sources, records
 
 

@@ -85,6 +85,24 @@ def test_adapter_names_its_base_without_a_path_of_this_machine(run: RunDir, serv
     assert "training_args.bin" not in server.repos[REPO].files
 
 
+def test_several_gguf_files_go_together_and_each_must_be_proven(run: RunDir, server: Hub) -> None:
+    from grpo_lite.gguf_run import export_run_gguf
+
+    for kind in ("bf16", "q8_0"):
+        export_run_gguf(run, kind, lambda line: None)
+    push(run, "gguf")
+    assert {"sums-bf16.gguf", "sums-q8_0.gguf", "Modelfile-q8_0", "gguf-bf16.json", "params", "template"} <= set(
+        server.repos[REPO].files
+    )
+    record = json.loads((run.path / "gguf/q8_0/gguf.json").read_text())
+    (run.path / "gguf/q8_0/gguf.json").write_text(json.dumps(record | {"proof": None}))
+    from grpo_lite.manifest import update_manifest
+
+    update_manifest(run.path / "gguf/q8_0", ["gguf.json"])
+    with pytest.raises(ExportError, match=r"sums-q8_0\.gguf is not proven"):
+        push(run, "gguf")
+
+
 def test_interrupted_push_shows_nothing_and_resumes_with_what_is_missing(run: RunDir, server: Hub) -> None:
     server.cut_uploads_after = 1  # of two large files: model.safetensors, tokenizer.json
     with pytest.raises(ExportError, match=r"connection to the Hub broke.*same command again.*files had been sent"):
