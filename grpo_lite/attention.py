@@ -20,6 +20,8 @@ IMPLEMENTATION = "grpo_lite"
 # Up to this many tokens per group (prompt and all its completions) one masked call over whole groups is cheaper than
 # a call per completion; see docs/measurements/compare_trl.md.
 DENSE_TOKENS = 192
+# Below this mean length a completion's attention is computed in fp32 on CPU.
+SHORT_COMPLETION = 128
 
 
 class Layout(Protocol):
@@ -38,8 +40,10 @@ class PackedLayout:
         self.calls = 0  # attention calls served; the trainer's self-check compares it with the number of layers
         group_lengths = [prompt + sum(completions) for prompt, completions in segments]
         self.dense = max(group_lengths) <= DENSE_TOKENS
+        completion_lengths = [length for _, completions in segments for length in completions]
+        self.short = self.dense or sum(completion_lengths) < SHORT_COMPLETION * len(completion_lengths)
         self.lengths = [length for prompt, completions in segments for length in (prompt, *completions)]
-        self._masks: dict[torch.dtype, Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         if self.dense:
             self._index_dense(group_lengths)
 
@@ -69,13 +73,24 @@ class PackedLayout:
 
     def causal_mask(self, queries: int, prompt: int, dtype: torch.dtype) -> Tensor:
         """Return the additive mask `(queries, prompt + queries)` of a completion behind its prompt."""
+        if self.device.type != "cpu":  # CUDA kernels want masks aligned; a view into a larger one is not
+            key = (queries, prompt, dtype)
+            if key not in self._masks:
+                self._masks[key] = suffix_mask(queries, prompt, dtype, self.device)
+            return self._masks[key]
         widest = max(prompt for prompt, _ in self.segments)
-        if dtype not in self._masks:
-            longest = max((length for _, completions in self.segments for length in completions), default=0)
-            mask = torch.full((longest, widest + longest), float("-inf"), device=self.device, dtype=dtype)
-            self._masks[dtype] = mask.triu_(widest + 1)
+        longest = max(length for _, completions in self.segments for length in completions)
+        key = (longest, widest, dtype)
+        if key not in self._masks:
+            self._masks[key] = suffix_mask(longest, widest, dtype, self.device)
         shift = widest - prompt
-        return self._masks[dtype][:queries, shift : shift + prompt + queries]
+        return self._masks[key][:queries, shift : shift + prompt + queries]
+
+
+def suffix_mask(queries: int, prompt: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the mask `(queries, prompt + queries)` that lets the last `queries` tokens see all before them."""
+    mask = torch.full((queries, prompt + queries), float("-inf"), device=device, dtype=dtype)
+    return mask.triu_(prompt + 1)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:
@@ -93,8 +108,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     """
     layout.calls += 1
     dtype = query.dtype
-    if query.device.type == "cpu" and (dtype == torch.float16 or (layout.dense and dtype == torch.bfloat16)):
-        # PyTorch 2.13's CPU flash kernel is 2-10 times slower in 16 bit than in fp32 on small blocks and in fp16.
+    if query.device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and layout.short)):
+        # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in bf16 as in fp32 on short blocks, and in fp16
+        # on all.
         query, key, value = query.float(), key.float(), value.float()
     attend = _dense if layout.dense else _segmented
     return attend(query, key, value, layout, scaling).to(dtype)

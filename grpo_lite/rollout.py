@@ -77,8 +77,9 @@ class GroupDecoder:
         self.rollout.entropies = [[] for _ in range(input_ids.size(0))]
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
-        for wave in plan_waves(prompts, longest, self.kv_tokens):
-            finished |= self._decode(model, input_ids, wave, logits_processor, stopping_criteria, generation_config)
+        with self.autocast():  # once, so that the adapter's weights are cast once
+            for wave in plan_waves(prompts, longest, self.kv_tokens):
+                finished |= self._decode(model, input_ids, wave, logits_processor, stopping_criteria, generation_config)
         width = max(len(ids) for ids in finished.values())
         out = input_ids.new_full((input_ids.size(0), width), 0 if pad is None else int(pad))
         for row, ids in finished.items():
@@ -108,8 +109,10 @@ class GroupDecoder:
         ids, positions = input_ids[rows], lengths[groups]
         live = torch.ones(len(rows), dtype=torch.bool, device=device)
         finished: dict[int, Tensor] = {}
+        noted: list[tuple[Tensor, Tensor]] = []  # rows, entropies; read at the end, as reading waits for the device
         while True:
-            tokens = self._choose(ids, logits, processors, config, rows, live)
+            tokens, entropies = self._choose(ids, logits, processors, config, rows)
+            noted.append((rows[live], entropies[live]))
             ids = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
             stopped = criteria(ids, None) & live
             for index in stopped.nonzero().squeeze(1).tolist():
@@ -117,7 +120,7 @@ class GroupDecoder:
             live = live & ~stopped
             count = int(live.sum())
             if count == 0:
-                return finished
+                break
             if len(live) - count >= max(1, COMPACT_SHARE * len(live)):
                 keep = live.nonzero().squeeze(1)
                 cache.keep_rows(keep)
@@ -126,43 +129,37 @@ class GroupDecoder:
             self.rollout.decode_tokens += len(tokens)
             logits = self._logits(model, hidden)
             positions = positions + 1
+        for step_rows, values in noted:
+            for row, value in zip(step_rows.tolist(), values.tolist(), strict=True):
+                self.rollout.entropies[row].append(value)
+        return finished
 
     def _forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
         no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device)  # see scoring.score
-        with self.autocast():
-            out = model.base_model(
-                input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, packed_layout=cache
-            )
+        out = model.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, packed_layout=cache
+        )
         hidden: Tensor = out.last_hidden_state
         cache.advance()
         return hidden
 
     def _logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         head = cast(Callable[[Tensor], Tensor], model.get_output_embeddings())
-        with self.autocast():
-            return head(hidden).float()
+        return head(hidden).float()
 
     def _choose(
-        self,
-        ids: Tensor,
-        logits: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        rows: Tensor,
-        live: Tensor,
-    ) -> Tensor:
-        """Choose the next token of every row, and note the entropies of those still generating."""
+        self, ids: Tensor, logits: Tensor, processors: LogitsProcessorList, config: GenerationConfig, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next token of every row, and the entropies of the distributions at the temperature."""
         sampling = bool(config.do_sample)
         temperature = config.temperature if sampling and config.temperature else 1.0
         log_p = torch.log_softmax(logits / temperature, dim=-1)
         p = log_p.exp()
         entropies = -(p * log_p).sum(-1)
-        for row, value in zip(rows[live].tolist(), entropies[live].tolist(), strict=True):
-            self.rollout.entropies[row].append(value)
         if all(type(processor) is TemperatureLogitsWarper for processor in processors):
-            return draw(p) if sampling else logits.argmax(-1)
+            return draw(p) if sampling else logits.argmax(-1), entropies
         scores = process(ids, logits, processors, rows, len(self.rollout.entropies))
-        return draw(torch.softmax(scores, dim=-1)) if sampling else scores.argmax(-1)
+        return draw(torch.softmax(scores, dim=-1)) if sampling else scores.argmax(-1), entropies
 
 
 def process(ids: Tensor, logits: Tensor, processors: LogitsProcessorList, rows: Tensor, batch_size: int) -> Tensor:

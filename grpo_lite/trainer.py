@@ -1,4 +1,7 @@
-"""`PackedGRPOTrainer`: TRL's GRPOTrainer with our compute under it; the only seam to TRL's internals.
+"""`PackedGRPOTrainer`: TRL's GRPOTrainer with our compute under it; the seam to TRL's internals.
+
+Three layers, each a subclass: which prompts (`trainer_sampling.py`), how completions are generated
+(`trainer_rollout.py`), and here how log-probabilities and gradients are computed.
 
 TRL keeps the algorithm: sampling, rewards, advantages, every loss type, metrics. Replaced are how log-probabilities
 are computed (`_get_per_token_logps_and_entropies`), how a batch is cut into forward and backward passes
@@ -6,32 +9,24 @@ are computed (`_get_per_token_logps_and_entropies`), how a batch is cut into for
 `tests/test_trainer_contract.py` fails when these methods change.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
 from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
-from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
 from grpo_lite.sampling import shuffle_groups
-from grpo_lite.scoring import Scoring, base_model, score, self_check
-from grpo_lite.shadow import dequantized, keep_weights_unpacked
-from grpo_lite.trainer_sampling import SamplingGRPOTrainer
-
-logger = logging.getLogger(__name__)
+from grpo_lite.scoring import Scoring, base_model, score
+from grpo_lite.trainer_rollout import RolloutGRPOTrainer
 
 
-class PackedGRPOTrainer(SamplingGRPOTrainer):
+class PackedGRPOTrainer(RolloutGRPOTrainer):
     """GRPOTrainer whose compute is group-packed; see `EngineOptions` for the switches."""
 
     # TRL's own attributes that we also write
@@ -42,53 +37,8 @@ class PackedGRPOTrainer(SamplingGRPOTrainer):
     _entropy_window_stats: Tensor | None
 
     def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
-        self._supported: dict[int, bool] = {}  # per model (policy, reference), decided at first use
-        self._told_decoding_obstacle = False
         self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
-        self._rollout: Rollout | None = None  # of the last generation
         super().__init__(*args, options=options, **kwargs)
-        keep_weights_unpacked(self.model)
-
-    # Rollouts
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        self._rollout = None
-        if self.options.rollout == "generate" or not self._can_share_rollout(prompt_ids, args, kwargs):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        inner = base_model(self.accelerator.unwrap_model(self.model))
-        decoder = GroupDecoder(self.accelerator.autocast, self.options.rollout_kv_tokens)
-        inner.generate = partial(inner.generate, custom_generate=decoder)
-        try:
-            with dequantized(inner):
-                generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        finally:
-            del inner.__dict__["generate"]
-        if [len(ids) for ids in generated[0]] == [len(row) for row in decoder.rollout.entropies]:
-            self._rollout = decoder.rollout
-        return generated
-
-    def _can_share_rollout(self, prompt_ids: list[list[int]], args: Any, kwargs: Any) -> bool:
-        if self.use_vllm or self.use_transformers_continuous_batching or not self._is_supported(self.model):
-            return False
-        images, multimodal = (*args, None, None)[:2]
-        if images is not None or multimodal or kwargs.get("images") or kwargs.get("multimodal_fields"):
-            return False
-        window = attention.sliding_window(base_model(self.accelerator.unwrap_model(self.model)))
-        reason = decoding_obstacle(self.generation_config)
-        if reason and not self._told_decoding_obstacle:
-            self._told_decoding_obstacle = True
-            logger.warning("Shared rollouts are off, `generate` is used: %s.", reason)
-        return reason is None and (window is None or max(map(len, prompt_ids)) + self.max_completion_length <= window)
-
-    def _score_generation(self, inputs: Any) -> dict[str, Any]:
-        output = super()._score_generation(inputs)
-        entropies = [] if self._rollout is None or self.tools else self._rollout.entropies
-        if entropies:
-            padded = torch.zeros(output["completion_ids"].shape)
-            for row, values in enumerate(entropies):
-                padded[row, : len(values)] = torch.tensor(values)
-            output["rollout_entropies"] = padded.to(output["completion_ids"].device)
-        return output
 
     # Scoring
 
@@ -167,37 +117,6 @@ class PackedGRPOTrainer(SamplingGRPOTrainer):
     def _is_packable(self, model: nn.Module) -> bool:
         return self.options.compute == "packed" and self._is_supported(model)
 
-    def _is_supported(self, model: nn.Module) -> bool:
-        """Decide once per model whether its attention can be packed; say why not in one line."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        inner = base_model(unwrapped)
-        if id(inner) not in self._supported:
-            reason = self._obstacle(unwrapped)
-            if reason:
-                logger.warning("Packed compute and shared rollouts are off, TRL's own are used: %s.", reason)
-            self._supported[id(inner)] = reason is None
-        return self._supported[id(inner)]
-
-    def _obstacle(self, model: nn.Module) -> str | None:
-        if self.accelerator.num_processes > 1 or self.accelerator.distributed_type != DistributedType.NO:
-            return "more than one process"
-        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-            return "the adapter is a prompt-learning one"
-        inner = base_model(model)
-        reason = attention.obstacle(inner)
-        if reason:
-            return f"{type(inner).__name__}: {reason}"
-        previous = inner.config._attn_implementation
-        attention.install(inner)
-        scoring = Scoring(self.temperature, self.args.cast_lm_head_to_fp32)
-        plain = super()._get_per_token_logps_and_entropies
-        with self._no_checkpointing(model):
-            reason = self_check(model, scoring, self.accelerator.autocast, lambda *batch: plain(model, *batch)[0])
-        if reason:
-            inner.config._attn_implementation = previous
-            return f"{type(inner).__name__}: {reason}"
-        return None
-
     # One step of forward and backward
 
     def compute_loss(
@@ -216,7 +135,7 @@ class PackedGRPOTrainer(SamplingGRPOTrainer):
         """Compute TRL's loss; all but the last of several micro-batches are taken through backward here."""
         budget = self.options.tokens_per_microbatch
         rows = range(batch.input_ids.size(0))
-        live = [row for row in rows if self._has_gradient(inputs)[row]]
+        live = [row for row, counts in enumerate(self._has_gradient(inputs)) if counts]
         microbatches = plan_microbatches(batch, live, budget)
         rest = plan_microbatches(batch, sorted(set(rows) - set(live)), budget)
         logps, entropies = self._blank(batch)
@@ -291,11 +210,6 @@ class PackedGRPOTrainer(SamplingGRPOTrainer):
         """A zero that gives every trained parameter a zero gradient, as TRL's loss would, so that optimizers step."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.stack([parameter.reshape(-1)[0].float() * 0.0 for parameter in trained]).sum()
-
-    def _no_checkpointing(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Activation checkpointing has nothing to save without a backward, and its reentrant kind warns."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        return disable_gradient_checkpointing(unwrapped, self.args.gradient_checkpointing_kwargs)
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:

@@ -21,6 +21,9 @@ from grpo_lite.trainer import PackedGRPOTrainer
 # TRL reads its metrics off tensors that still carry a gradient; torch warns once per process.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
+# The whole matrix takes minutes; each of its rows is among the default tests once.
+SLOW = pytest.mark.slow
+
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
@@ -70,14 +73,17 @@ def test_group_size(group: int, tmp_path: Path):
     assert_same_training(tmp_path, num_generations=group, per_device_train_batch_size=2 * group)
 
 
-@pytest.mark.parametrize("budget", [1, 40, 100])
+@pytest.mark.parametrize("budget", [pytest.param(1, marks=SLOW), 40, pytest.param(100, marks=SLOW)])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_loss_type_with_a_token_budget(loss_type: str, budget: int, tmp_path: Path):
     options = EngineOptions(tokens_per_microbatch=budget)
     assert_same_training(tmp_path, options=options, loss_type=loss_type)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["grpo", "cispo", "vespo", *(pytest.param(x, marks=SLOW) for x in ("bnpo", "dr_grpo", "dapo", "sapo", "luspo"))],
+)
 def test_loss_type_with_kl_and_two_iterations(loss_type: str, tmp_path: Path):
     assert_same_training(tmp_path, loss_type=loss_type, beta=0.1, num_iterations=2, max_steps=4, learning_rate=3e-2)
 
@@ -111,7 +117,7 @@ def test_loss_type_with_kl_and_two_iterations(loss_type: str, tmp_path: Path):
         pytest.param({"max_grad_norm": 0.1}, id="gradient clipping"),
     ],
 )
-@pytest.mark.parametrize("budget", [None, 50])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=SLOW), 50])
 def test_setting(settings: dict[str, Any], budget: int | None, tmp_path: Path):
     assert_same_training(tmp_path, options=EngineOptions(tokens_per_microbatch=budget), **settings)
 
@@ -125,7 +131,7 @@ def test_setting(settings: dict[str, Any], budget: int | None, tmp_path: Path):
         pytest.param([2, 7, 4, 12, 1, 3, 12, 5], id="ragged"),
     ],
 )
-@pytest.mark.parametrize("masked", [False, True], ids=["kept", "truncated ones masked"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=SLOW), True], ids=["kept", "truncated ones masked"])
 def test_lengths(lengths: list[int], masked: bool, tmp_path: Path):
     assert_same_training(tmp_path, lengths=lengths, mask_truncated_completions=masked)
 

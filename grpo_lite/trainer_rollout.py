@@ -1,0 +1,122 @@
+"""`RolloutGRPOTrainer`: how TRL's GRPOTrainer generates, and which models its engine may serve at all.
+
+The part of the seam to TRL (`trainer.py`) that concerns rollouts: TRL's own call of `generate` is given our decoding
+loop. Read in trl 1.14.0 and 1.16.0.
+"""
+
+import logging
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from grpo_lite import attention
+from grpo_lite.engine_options import EngineOptions
+from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
+from grpo_lite.scoring import Scoring, base_model, self_check
+from grpo_lite.shadow import dequantized, keep_weights_unpacked
+from grpo_lite.trainer_sampling import SamplingGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutGRPOTrainer(SamplingGRPOTrainer):
+    """GRPOTrainer with shared-prefix rollouts; see `EngineOptions`."""
+
+    def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
+        self._supported: dict[int, bool] = {}  # per model (policy, reference), decided at first use
+        self._told_decoding_obstacle = False
+        self._rollout: Rollout | None = None  # of the last generation
+        super().__init__(*args, options=options, **kwargs)
+        keep_weights_unpacked(self.model)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        self._rollout = None
+        if self.options.rollout == "generate" or not self._can_share_rollout(prompt_ids, args, kwargs):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        inner = base_model(self.accelerator.unwrap_model(self.model))
+        decoder = GroupDecoder(self.accelerator.autocast, self.options.rollout_kv_tokens)
+        previous = inner.__dict__.get("generate")
+        inner.generate = partial(inner.generate, custom_generate=decoder)
+        try:
+            with dequantized(inner):
+                generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        finally:
+            del inner.__dict__["generate"]
+            if previous is not None:
+                inner.generate = previous
+        if [len(ids) for ids in generated[0]] == [len(row) for row in decoder.rollout.entropies]:
+            self._rollout = decoder.rollout
+        return generated
+
+    def _can_share_rollout(self, prompt_ids: list[list[int]], args: Any, kwargs: Any) -> bool:
+        if self.use_vllm or self.use_transformers_continuous_batching or not self._is_supported(self.model):
+            return False
+        if not all(prompt_ids):
+            return False
+        images, multimodal = (*args, None, None)[:2]
+        if images is not None or multimodal or kwargs.get("images") or kwargs.get("multimodal_fields"):
+            return False
+        window = attention.sliding_window(base_model(self.accelerator.unwrap_model(self.model)))
+        reason = decoding_obstacle(self.generation_config)
+        if reason and not self._told_decoding_obstacle:
+            self._told_decoding_obstacle = True
+            logger.warning("Shared rollouts are off, `generate` is used: %s.", reason)
+        return reason is None and (window is None or max(map(len, prompt_ids)) + self.max_completion_length <= window)
+
+    def _score_generation(self, inputs: Any) -> dict[str, Any]:
+        output = super()._score_generation(inputs)
+        entropies = [] if self._rollout is None or self.tools else self._rollout.entropies
+        if entropies:
+            padded = torch.zeros(output["completion_ids"].shape)
+            for row, values in enumerate(entropies):
+                padded[row, : len(values)] = torch.tensor(values)
+            output["rollout_entropies"] = padded.to(output["completion_ids"].device)
+        return output
+
+    # Which models can be packed
+
+    def _is_supported(self, model: nn.Module) -> bool:
+        """Decide once per model whether its attention can be packed; say why not in one line."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        inner = base_model(unwrapped)
+        if id(inner) not in self._supported:
+            reason = self._obstacle(unwrapped)
+            if reason:
+                logger.warning("Packed compute and shared rollouts are off, TRL's own are used: %s.", reason)
+            self._supported[id(inner)] = reason is None
+        return self._supported[id(inner)]
+
+    def _obstacle(self, model: nn.Module) -> str | None:
+        if self.accelerator.num_processes > 1 or self.accelerator.distributed_type != DistributedType.NO:
+            return "more than one process"
+        if hasattr(model, "_orig_mod"):
+            return "a compiled model"
+        if len(set(getattr(base_model(model), "hf_device_map", {}).values())) > 1:
+            return "a model split over devices"
+        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+            return "the adapter is a prompt-learning one"
+        inner = base_model(model)
+        reason = attention.obstacle(inner)
+        if reason:
+            return f"{type(inner).__name__}: {reason}"
+        previous = inner.config._attn_implementation
+        attention.install(inner)
+        scoring = Scoring(self.temperature, self.args.cast_lm_head_to_fp32)
+        plain = partial(GRPOTrainer._get_per_token_logps_and_entropies, self)
+        with self._no_checkpointing(model):
+            reason = self_check(model, scoring, self.accelerator.autocast, lambda *batch: plain(model, *batch)[0])
+        if reason:
+            inner.config._attn_implementation = previous
+            return f"{type(inner).__name__}: {reason}"
+        return None
+
+    def _no_checkpointing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Activation checkpointing has nothing to save without a backward, and its reentrant kind warns."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        return disable_gradient_checkpointing(unwrapped, self.args.gradient_checkpointing_kwargs)
