@@ -30,7 +30,16 @@ from rewards.math_intervals import FLIPPED, as_interval, bounded_variable
 from rewards.math_logic import all_of, any_of
 from rewards.math_notation import same_spelling
 from rewards.math_units import compatible
-from rewards.math_views import as_product, as_ratio, assigned_values, in_radians, letters, may_be_time, vector_entries
+from rewards.math_views import (
+    as_matrix,
+    as_product,
+    as_ratio,
+    assigned_values,
+    in_radians,
+    letters,
+    may_be_time,
+    vector_entries,
+)
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]
@@ -80,6 +89,8 @@ class _Walk:
             return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
         if isinstance(gold, Relation) or isinstance(given, Relation):
             return self.with_relation(gold, given)
+        if isinstance(gold, Matrix) and isinstance(given, Several):
+            given = as_matrix(given)
         if isinstance(gold, Several) or isinstance(given, Several):
             return self.with_several(gold, given)
         if isinstance(gold, Matrix) or isinstance(given, Matrix):

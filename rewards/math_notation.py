@@ -71,6 +71,10 @@ _FONT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|rm|operatorname\*?)\s*\{([^{}]*)\}"
 )
 _REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar)\s*\{(\d{1,20})\}")
+_DECORATION = re.compile(
+    r"\\(?:color|textcolor)\s*\{[a-zA-Z]+\}|\\(?:underline|bf|it|rm|bm|tiny|small|normalsize|large|Large|LARGE|huge|Huge|checkmark|"
+    r"blacksquare|square|Box)(?![a-zA-Z])"
+)
 _ELLIPSIS = re.compile(r"\.{2,}|…")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _RENAMED = re.compile(
@@ -143,7 +147,7 @@ def clean(text: str) -> str | None:
         text = text.replace("\\\\", "\\cr ") if "\\begin" in text else text.replace("\\\\", "\\")
     text = _THOUSANDS.sub(lambda m: _THOUSANDS_MARK.sub("", m.group()), text)
     text = text.replace("\\$", "\\USD ").replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    text = _NOTHING.sub("", text)
+    text = _DECORATION.sub("", _NOTHING.sub("", text))
     text = _FRAC.sub(r"\\frac", text)
     text = _FONT.sub(_font_content, text)
     text = _SPACING.sub(" ", text)
@@ -233,6 +237,6 @@ def _font_content(match: re.Match[str]) -> str:
 def _strip_ends(text: str) -> str:
     """Remove what ends a sentence, not a number: `5.` is 5."""
     text = text.strip()
-    while text and text[-1] in ".,;:" and not text.endswith("\\dots"):
+    while text and text[-1] in ".,;:\\" and not text.endswith("\\dots"):
         text = text[:-1].rstrip()
     return text

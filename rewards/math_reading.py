@@ -30,6 +30,8 @@ _BASED = re.compile(r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*(?:\{\s*(\d+|\\text\{[a-z
 _RATIO = re.compile(r"\s*([^:=]+)\s*:\s*([^:=]+)(?:\s*:\s*([^:=]+))?\s*")
 _MEMBER = re.compile(r"\s*(?:[a-zA-Z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\))\s*\\in(?![a-zA-Z])\s*(.*)", re.DOTALL)
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.&/-]*(?:[\s,]+[a-zA-Z0-9][a-zA-Z0-9'.&/-]*)*")
+_PLAIN_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.]*(?:-[a-z]{3,})*(?:\s+[a-zA-Z0-9][a-zA-Z0-9'.]*(?:-[a-z]{3,})*)*")
+_FRENCH_INTERVAL = re.compile(r"([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])")
 _JOINED = re.compile(r",|\b(?:and|or)\b")
 _NO_SOLUTION = frozenset(["no solution", "no solutions", "no real solution", "no real solutions", "empty set"])
 _CHOICE = re.compile(r"\(\s*([A-Z])\s*\)?|([A-Z])\s*[.)]")
@@ -66,6 +68,9 @@ def _parse(text: str, depth: int) -> Answer:
         return Raw(text)
     if "," in text and _THOUSANDS.fullmatch(split_unit(text).body):
         return _read_value(text)
+    french = _FRENCH_INTERVAL.fullmatch(text)
+    if french is not None and french[1] + french[3] != "[]":  # ]1, 2[ is (1, 2)
+        text = f"{'(' if french[1] == ']' else '['}{french[2]}{')' if french[3] == '[' else ']'}"
     for reader in (
         _read_text,
         _read_matrix,
@@ -89,9 +94,11 @@ def _read_text(text: str, depth: int) -> Answer | None:
     choice = _CHOICE.fullmatch(bare)
     if choice is not None:
         return Text(text, choice[1] or choice[2])
-    if not _WORDS.fullmatch(bare):
-        return None
     in_text = "\\text" in text
+    if not (_WORDS if in_text else _PLAIN_WORDS).fullmatch(bare):
+        return None
+    if not in_text and len(bare) > 1 and all(len(word) == 1 for word in bare.split()):
+        return None  # x y is a product
     words = " ".join(bare.lower().split()).strip(" .").removeprefix("the ")
     if _JOINED.search(words) and not (in_text and re.search(r"(?<!\\)(?!and\b|or\b)\b[a-z]{2,}", words)):
         return _parse(bare, depth + 1) if in_text else None  # a list; in \text{} only words keep their order
@@ -102,7 +109,7 @@ def _read_text(text: str, depth: int) -> Answer | None:
         return Several(text, "{}", ())
     if len(bare) == 1:
         return Text(text, bare) if in_text or bare.isupper() else None
-    return Text(text, words) if in_text or len(bare) > 2 else None
+    return Text(text, words) if in_text or len(bare) > 2 or words == "no" else None
 
 
 def _number_word(words: str) -> Fraction | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rewards.math_answer import Answer, Matrix, Ratio, Raw, Relation, Text, Value, is_name
+from rewards.math_answer import Answer, Matrix, Ratio, Raw, Relation, Several, Text, Value, is_name
 from rewards.math_expression import Node, parse_expression
 
 
@@ -50,6 +50,13 @@ def assigned_values(items: Sequence[Answer]) -> tuple[Answer, ...]:
         return ()
     names = [item.sides[0].source for item in items if isinstance(item, Relation)]
     return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
+
+
+def as_matrix(several: Several) -> Answer:
+    """Read `[[1, 0], [0, 1]]` as the matrix of these rows."""
+    rows = [item.items for item in several.items if isinstance(item, Several) and item.kind in ("[]", "()")]
+    whole = several.kind in ("[]", "()") and len(rows) == len(several.items) and len({len(row) for row in rows}) == 1
+    return Matrix(several.source, tuple(rows)) if whole else several
 
 
 def vector_entries(matrix: Matrix) -> tuple[Answer, ...]:
