@@ -129,6 +129,12 @@ def _check_supported(path: Path, config: Mapping[str, Any]) -> None:
             "Allowed: LoRA, rsLoRA and DoRA with target_modules and modules_to_save. Remove it and train again, or "
             "publish the adapter unmerged."
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config[key] or {}
+        if not isinstance(patterns, dict) or not all(isinstance(value, int | float) for value in patterns.values()):
+            raise ExportError(f"{path}: {key} is {config[key]!r}. It must map module names to numbers.")
+    if not isinstance(config["modules_to_save"] or [], list):
+        raise ExportError(f"{path}: modules_to_save is {config['modules_to_save']!r}. It must be a list or null.")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or config[key] < 0 or (key == "r" and config[key] < 1):
             raise ExportError(f"{path}: {key} is {config.get(key)!r}. It must be a positive number.")

@@ -112,7 +112,7 @@ def open_shard(path: Path) -> Shard:
         metadata = specs.pop("__metadata__", {})
         tensors = {spec.name: spec for spec in sorted(specs.values(), key=lambda spec: (spec.start, spec.end))}
         _check_coverage(tensors, 8 + header_bytes, size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
             f"{path}: is not a whole safetensors file: {error}. It is truncated or corrupt: fetch or save it again."
         ) from None
@@ -156,11 +156,13 @@ def _parse_header(header: bytes, data_start: int) -> dict[str, Any]:
             numbers = [*shape, start, end]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
+        if not isinstance(dtype, str):
+            raise ValueError(f"tensor {name!r} has the dtype {dtype!r}")
         if any(not isinstance(number, int) or number < 0 for number in numbers) or start > end:
             raise ValueError(f"tensor {name!r} has an impossible shape or place: {shape}, {start}–{end}")
         if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - start:
             raise ValueError(f"tensor {name!r} ({dtype}, {shape}) does not fill its {end - start} bytes")
-        specs[name] = TensorSpec(name, str(dtype), shape, data_start + start, data_start + end)
+        specs[name] = TensorSpec(name, dtype, shape, data_start + start, data_start + end)
     return specs
 
 

@@ -232,6 +232,10 @@ def test_damage_is_named_and_nothing_is_written(damage: str, case: Case) -> None
         ({"use_something_new": 7}, "uses use_something_new = 7, which cannot be merged"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "It must map module names to numbers"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+        ({"lora_alpha": float("nan")}, "NaN"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
