@@ -7,7 +7,7 @@ VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export recipes show check check-rewards doctor test test-all lint clean
+.PHONY: help setup setup-dev train eval merge export push chat recipes show check check-rewards doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,14 @@ eval: $(VENV)/.ready  ## Measure base against trained of RUN again
 merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify it
 	@$(CLI) merge $(RUN) $(ARGS)
 
-export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be) and say how to load it
+export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); ARGS="--gguf q8_0" for Ollama
 	@$(CLI) export $(RUN) $(ARGS)
+
+push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 ARGS=--dry-run
+	@$(CLI) push $(RUN) $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(ARGS)
+
+chat: $(VENV)/.ready  ## Ask RUN's model; ARGS=--compare puts base and trained side by side
+	@$(CLI) chat $(RUN) $(ARGS)
 
 recipes: $(VENV)/.ready  ## List the recipes: model, data, least GPU
 	@$(CLI) recipes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo_lite import __version__
+from grpo_lite import __version__, cli_export
 from grpo_lite.errors import GRPOLiteError
 
 if TYPE_CHECKING:
@@ -172,22 +172,6 @@ def merge(run_path: str, overwrite: bool) -> None:
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=click.Path())
-def export(run_path: str) -> None:
-    """Check a run's merged model file by file, merging first if need be, and say how to load it."""
-    _set_environment()
-    from grpo_lite.merge_run import export_run
-    from grpo_lite.train import require_trained
-
-    run = _run_dir(run_path)
-    require_trained(run)
-    with run.locked():
-        files = export_run(run, click.echo)
-    click.echo(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
-    click.echo(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
-
-
-@main.command()
 def recipes() -> None:
     """List the recipes: model, data, least GPU."""
     from grpo_lite.recipe_load import load_recipe, recipe_names
@@ -278,6 +262,8 @@ def schema(path: Path | None) -> None:
     else:
         path.write_text(schema_text(), encoding="utf-8")
 
+
+cli_export.register(main)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from grpo_lite.errors import EvaluationError
 from grpo_lite.generate import generate_completions
 from grpo_lite.generators import Row
 from grpo_lite.hardware import detect_device
-from grpo_lite.model import load_tokenizer, load_trained
+from grpo_lite.model import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe import Recipe, RewardSection, ScoreSection
 from grpo_lite.reward_loader import Reward, load_function
 from grpo_lite.run_dir import RunDir, now, write_atomic
@@ -52,6 +52,27 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     result = compare(recipe, records["base"], records["trained"])
     run.evaluation.mkdir(exist_ok=True)
     _write_records(run.evaluation / "records.jsonl", rows, records)
+    write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def evaluate_merged(run: RunDir, show: Show, prompts: Prompts) -> dict[str, Any]:
+    """Score the merged 16-bit model greedily on the held-out prompts, and add it to metrics.json.
+
+    It was trained on a 4-bit base and lies on the 16-bit one now, so its score is its own.
+    """
+    recipe = run.load_recipe()
+    tokenizer = load_tokenizer(recipe)
+    rows = prompts.eval[: recipe.eval.limit]
+    model = load_merged(run.merged, detect_device())
+    greedy_only = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
+    records = score_model(model, tokenizer, greedy_only, rows, show, "merged")
+    usable = [record for record in records if record["lenient"] is not None]
+    rates = {
+        kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
+        for kind in ("lenient", "strict")
+    }
+    result = {**json.loads(run.scores_file.read_text(encoding="utf-8")), "merged": rates}
     write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
     return result
 

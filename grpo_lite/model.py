@@ -160,6 +160,18 @@ def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
         raise ModelError(f"{adapter}: does not load onto {recipe.model.id}: {_first_line(error)}") from error
 
 
+def load_merged(folder: Path, device: Device) -> Any:
+    """Return a merged model in its own 16-bit dtype (float32 on a CPU without bfloat16), ready for shared decoding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device.best_dtype == "float32" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.kind).eval()
+    if attention.obstacle(model) is None:
+        attention.install(model)
+    return model
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -50,6 +50,11 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     if "honest" in scores:
         honest = scores["honest"]["difference"]
         lines.append(f"by an independent second judgement: {honest['before']:.3f} → {honest['after']:.3f}")
+    if "merged" in scores:
+        rate = scores["merged"]["lenient"]
+        lines.append(
+            f"the merged 16-bit model on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+        )
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
     if scores.get("unusable_golds"):

@@ -86,6 +86,10 @@ def _merge(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts) -> None:
         begun = time.monotonic()
         try:
             merge_run(run, show, prompts, overwrite=True)
+            if recipe.eval.enabled:
+                from grpo_lite.evaluate import evaluate_merged
+
+                evaluate_merged(run, show, prompts)
         except NothingToMerge as error:  # an honest outcome of a short run, not a fault of it
             run.update_run(merge={"skipped": str(error)})
         run.update_run(merge_seconds=round(time.monotonic() - begun, 1))

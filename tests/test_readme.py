@@ -90,8 +90,8 @@ def test_make_alone_prints_every_target(workplace: Path) -> None:
 def test_the_gsm8k_commands_run_in_the_readme_s_order(workplace: Path) -> None:
     ran = []
     for command in commands():
-        if "gsm8k" not in command or command in ran:
-            continue
+        if "gsm8k" not in command or command in ran or "--gguf" in command:
+            continue  # a GGUF needs a real tokenizer: test_gguf_export.py
         if command.startswith("make train") and "ARGS" in command:
             # the same recipe again, longer: into a folder of its own
             shell(workplace, overridden(command).replace("grpo.max_steps=50", "grpo.max_steps=2") + " RUN=runs/again")
