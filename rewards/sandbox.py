@@ -162,9 +162,9 @@ def _probe(without: frozenset[str]) -> dict[str, str]:
     """Return for each layer why it is not available, "" if it is. Tried once per process."""
     found = {"process": "", **_ask_probe({}, ())}
     missing = {name for name, why in found.items() if why} | without
-    if found["uid"].startswith("user ") and ("namespaces" not in missing or "seccomp" in missing):
-        # Inside the namespaces the library lies where any user may read it. And where nothing else forbids root's
-        # programs to start processes, only another user's limit does, even if they can then import little.
+    if found["uid"].startswith("user ") and ("namespaces" not in missing or missing & {"landlock", "seccomp"}):
+        # Inside the namespaces the library lies where any user may read it. And where nothing else keeps root's
+        # programs from files and processes, being another user is worth more than importing the whole library.
         found["uid"] = ""
     bwrap = _bubblewrap()
     try:

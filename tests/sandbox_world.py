@@ -140,11 +140,14 @@ class World:
             sock.close()
         self.victim.kill()
         self.victim.communicate()
-        os.chmod(self.canary, 0o700)
-        shutil.rmtree(self.canary)
+        if os.path.isdir(self.canary):
+            os.chmod(self.canary, 0o700)
+            shutil.rmtree(self.canary)
 
     def state(self) -> dict[str, object]:
         """Return everything a program might have changed."""
+        if not os.path.isdir(self.canary):
+            return {"files": "all gone"}
         mode = os.stat(self.canary).st_mode
         os.chmod(self.canary, 0o777)
         files = {}
