@@ -82,6 +82,14 @@ def _sweep(codes: dict[int, int]) -> None:
         codes |= reap(block=False)
 
 
+def is_untouched(root: str, directory: str, mode: int) -> bool:
+    """Tell whether a program has left its directory as it was, empty and alone below the root, as most do."""
+    info = os.lstat(directory) if os.path.lexists(directory) else None
+    if info is None or info.st_mode != stat.S_IFDIR | mode:
+        return False
+    return [os.path.join(root, name) for name in os.listdir(root)] == [directory] and not os.listdir(directory)
+
+
 def empty_directory(directory: str) -> None:
     """Remove everything below a directory.
 

@@ -35,6 +35,7 @@ _GRACE_S = 1.0  # the parent ends a session in time; the worker steps in if the 
 _WATCH_S = 0.025  # how often a running program's threads and files are counted
 _TICK_S = 0.002  # how often to look for a child's end where the kernel cannot announce it
 _MESSAGE_BYTES = 4096
+_DIRECTORY_MODE = 0o700
 _DESCRIPTORS = 3
 
 
@@ -120,8 +121,16 @@ def prepare(layers: set[str], temporary: str) -> Setting:
         directory=os.path.join(root, "work"),
     )
     judge = program._replace(uid=None if uid is None else uid - 1, ruleset=rules["judge"], directory="/")
+    make_directory(program)
     confinement = {"calls": program, "program": program, "judge": judge}
     return Setting(root, is_init, "seccomp" not in layers, confinement)
+
+
+def make_directory(own: child.Confinement) -> None:
+    """Make the directory that programs start in."""
+    os.mkdir(own.directory, _DIRECTORY_MODE)
+    if own.uid is not None:
+        os.chown(own.directory, own.uid, own.uid)
 
 
 def _prepare_interpreter() -> None:
@@ -167,8 +176,6 @@ class Session:
     def _spawn(self, message: dict[str, Any]) -> None:
         """Fork a child and wait until its layers are on."""
         kind, timeout_s, descriptors = message["kind"], message["timeout_s"], message["descriptors"]
-        if not self.children:
-            self._make_directory()
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -180,12 +187,6 @@ class Session:
         os.close(ours)
         self.children.append(Child(kind, pid, time.monotonic() + timeout_s + _GRACE_S))
         _send(self.control, {"error": error.decode(errors="replace")})
-
-    def _make_directory(self) -> None:
-        own = self.setting.confinement["program"]
-        os.mkdir(own.directory, 0o700)
-        if own.uid is not None:
-            os.chown(own.directory, own.uid, own.uid)
 
     def _watch(self) -> None:
         """Kill the children that use up more than their share."""
@@ -226,11 +227,10 @@ class Session:
             uid=uid if uid != limits.NOBODY else None,
             may_fork=self.setting.may_fork,
         )
-        directory = self.setting.confinement["program"].directory
-        try:
-            os.rmdir(directory)  # most programs write nothing
-        except OSError:
+        own = self.setting.confinement["program"]
+        if not cleanup.is_untouched(self.setting.root, own.directory, _DIRECTORY_MODE):
             cleanup.empty_directory(self.setting.root)
+            make_directory(own)
 
 
 def _wait_for_one(pids: list[int], timeout_s: float) -> None:

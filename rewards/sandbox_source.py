@@ -6,6 +6,7 @@ Only plain text handling: a program is never parsed in the trainer's process, wh
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 import textwrap
 from typing import NamedTuple
@@ -14,7 +15,14 @@ from rewards.completion import Completion, completion_text, visible_text
 
 _FENCES = ("```", "~~~")
 _PYTHON = ("python", "py", "python3", "")
-_CODE_LINE = re.compile(r"(?:from|import|def|async def|class|@|if __name__)\b|@|[A-Za-z_]\w* *=(?!=)")
+# Each alternative scans a line once: completions are hostile, and may be 100,000 characters on one line.
+_CODE_LINE = re.compile(
+    r"from +\S+ +import\b|import +\w+(?: *$| *[,.]| +as )|(?:async +)?def +\w+ *\(|class +\w+ *[:(]"
+    r"|(?:for|while|if|try|with)\b.*:(?: *$| *#)|(?:print|input)\(|[@#]|[A-Za-z_][\w.,\[\] ]*[-+*/%|&]?=(?!=)"
+)
+_PROSE_LINE = re.compile(r"(?:[-*>+]|\d+[.)]) +\S|\*\*\w|([A-Za-z']+)(?:[,.!?;]? +([A-Za-z']+)|[:!?] *$)")
+_CODE_BEGINS = frozenset((*keyword.kwlist, "match", "type"))
+_CODE_GOES_ON = frozenset(("and", "or", "if", "else", "in"))
 _MOST_CUT_LINES = 30
 
 
@@ -84,12 +92,18 @@ def _answer(text: str) -> str:
 
 
 def _from_first_code_line(text: str) -> str:
+    """Drop prose in front of code. A text that does not begin as prose is left as it is: it may well be all code."""
     lines = text.split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    if not first or first[0].isspace() or _CODE_LINE.match(first):
+    if not _is_prose(next((line for line in lines if line.strip()), "")):
         return text
     start = next((place for place, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
     return "\n".join(lines[start:])
+
+
+def _is_prose(line: str) -> bool:
+    """Tell words that no line of Python can begin with: two names side by side, a list item, a lone word."""
+    found = _PROSE_LINE.match(line)
+    return found is not None and "=" not in line and found[1] not in _CODE_BEGINS and found[2] not in _CODE_GOES_ON
 
 
 def prompt_code(prompt: Completion, entry: str) -> str:

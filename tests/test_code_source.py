@@ -41,6 +41,59 @@ def test_program_is_found(completion: object, program: str) -> None:
     assert program_of(completion, "add") == program  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "a, b = map(int, input().split())\nc = a + b\nprint(c)",
+        "while True:\n    pass\nx = 1",
+        "try:\n    n = int(input())\nexcept ValueError:\n    n = 0\nprint(n)",
+        "for i in range(3):\n    x = i\nprint(x)",
+        "if True:\n    x = 1\nprint(x)",
+        "print(input())\nx = 1",
+        "# comment\nx = 1",
+        '"""Docstring of several words."""\nx = 1',
+        "'docstring'\nx = 1",
+        "x += 1\ny = 2",
+        "lambda x: x\ny = 2",
+        "assert True\nx = 1",
+        "raise ValueError\nx = 1",
+        "del x\ny = 1",
+        "@decorator\ndef f(): pass",
+        "global_call()\nx = 1",
+        "[print(i) for i in range(3)]\nx = 1",
+        "match x:\n    case 1: y = 2",
+        "async def f(): pass\nx = 1",
+        "x: int = 3\ny = 2",
+        "with open(0) as f:\n    x = f.read()\nprint(x)",
+        "yes = no = 1\nx = 2",
+        "n\nx = 1",
+    ],
+)
+def test_bare_program_is_taken_whole_whatever_it_begins_with(program: str) -> None:
+    assert program_of(program) == program
+    assert program_of(f"\n{program}\n") == f"\n{program}\n"
+
+
+@pytest.mark.parametrize(
+    "prose",
+    ["Here is the function.", "Sure!", "Solution:", "The answer is below:", "I'd do this", "1. Add them", "- add",
+     "**Code**", "This solves it, I think.\n\nIt adds"],
+)  # fmt: skip
+def test_prose_in_front_of_bare_code_is_dropped(prose: str) -> None:
+    assert program_of(f"{prose}\n\n{_ADD}", "add") == _ADD
+    assert program_of(f"{prose}\nn = int(input())\nprint(n)") == "n = int(input())\nprint(n)"
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "a", "* ", "**a ", "a ", ":", "for :", ":#", "=", "`", "``` ", "a,", "<answer>", "\n", "- "]
+)
+def test_hostile_completion_is_read_in_linear_time(unit: str) -> None:
+    # 300,000 characters on a line: anything quadratic would take minutes and meet the test's time limit.
+    text = unit * (300_000 // len(unit))
+    for completion in (text, f"Words here\n{text}", f"for {text}", f"```{text}", f"```python\n{text}\n```"):
+        assert isinstance(program_of(completion, "add"), str)
+
+
 def test_without_a_known_entry_the_last_python_block_counts() -> None:
     text = "```python\nprint(1)\n```\n```python\nprint(2)\n```\n```text\n2\n```"
     assert program_of(text) == "print(2)"
