@@ -153,8 +153,8 @@ def _merge_sentence(merge: Mapping[str, Any]) -> str:
 def _proof_sentence(proof: Mapping[str, Any]) -> str:
     return (
         f"loaded with {proof['loader']}, it agrees with the merged model on {proof['top1_agreement']:.1%} of "
-        f"{proof['tokens']} next tokens; {proof['stopped']} of {proof['prompts']} answers ended by themselves "
-        f"(merged model: {proof['stopped_merged']})."
+        f"{proof['tokens']} next tokens ({proof['decided_agreement']:.1%} away from ties); {proof['stopped']} of "
+        f"{proof['prompts']} answers ended by themselves (merged model: {proof['stopped_merged']})."
     )
 
 
