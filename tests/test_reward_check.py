@@ -13,6 +13,7 @@ from grpo_lite.errors import RewardError
 from grpo_lite.recipe_load import load_recipe
 from grpo_lite.reward_check import check_recipe_rewards, require_paid_gold, weighted_sum
 from grpo_lite.reward_loader import load_rewards
+from rewards.gate import Part, composition_margin
 
 
 @pytest.mark.parametrize("name", ["quickstart", "smoke", "countdown"])
@@ -98,3 +99,25 @@ def test_the_honest_metric_is_logged_beside_the_training_reward(root: Path) -> N
     texts = ["<answer>4</answer>", "<answer>5</answer>"]
     functions[0](completions=texts, answer=["4", "4"], log_metric=lambda key, value: logged.update({key: value}))
     assert logged["honest_accuracy"] == 0.5
+
+
+RANGES = {
+    "rewards.accuracy_reward": (0.0, 1.0),
+    "rewards.countdown_reward": (0.0, 1.0),
+    "rewards.unit_test_reward": (0.0, 1.0),
+    "rewards.format_reward": (0.0, 1.0),
+    "rewards.soft_overlong_punishment": (-1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml") if path.stem != "custom"),
+)
+def test_no_sum_of_side_rewards_beats_a_correct_answer(root: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    parts = [
+        Part(reward.weight, *RANGES[reward.function], gated=reward.gate, judges=i == 0)
+        for i, reward in enumerate(recipe.rewards)
+    ]
+    assert composition_margin(parts) > 0
