@@ -108,7 +108,7 @@ class Filter:
         """Put this process, and all that it starts, under the filter for good (needs no_new_privs)."""
         pid = os.getpid().to_bytes(4, "little")
         for place in self._places:
-            self._buffer[place : place + 4] = pid
+            self._buffer[place : place + 4] = [bytes([byte]) for byte in pid]
         linux.prctl(linux.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._sock_fprog)
 
 

@@ -154,7 +154,8 @@ def test_it_says_how_to_load_it(run: RunDir, what: str, words: list[str]) -> Non
 
 def test_proof_of_a_gguf_stands_in_it(run: RunDir) -> None:
     proof = {
-        "loader": "llama_cpp 0.3", "prompts": 8, "tokens": 100, "top1_agreement": 0.98, "decided_agreement": 1.0, "stopped": 7,
+        "loader": "llama_cpp 0.3", "prompts": 8, "tokens": 100, "top1_agreement": 0.98, "decided_agreement": 1.0,
+        "stopped": 7,
         "stopped_merged": 8, "passed": True,
     }  # fmt: skip
     _, body = card(run, "gguf", gguf=[{"file": "sums-q4_k_m.gguf", "kind": "q4_k_m", "proof": proof}])
