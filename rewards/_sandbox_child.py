@@ -35,7 +35,7 @@ class Confinement(NamedTuple):
     uid: int | None  # become this user (the worker is root)
     limited: bool  # by resource limits
     tasks: int | None  # limit on processes and threads
-    ruleset: int | None  # descriptor of the Landlock rules
+    ruleset: landlock.Ruleset | None
     filter: seccomp.Filter | None
     directory: str  # where the program starts
 
@@ -83,7 +83,7 @@ def confine(confinement: Confinement, timeout_s: float) -> None:
         linux.prctl(linux.PR_SET_PDEATHSIG, 9)  # a change of user clears both of these
         linux.prctl(linux.PR_SET_DUMPABLE, 0)  # no core for a crash handler, no tracing by the same user
     if confinement.ruleset is not None:
-        landlock.restrict_self(confinement.ruleset)
+        confinement.ruleset.restrict_self()
     os.closerange(SETUP + 1, ABOVE_ALL)
     if confinement.filter is not None:
         confinement.filter.restrict_self()

@@ -120,16 +120,14 @@ def within_quota(directory: str, most_bytes: int, most_entries: int) -> bool:
     total = seen = 0
     pending = [os.fsencode(directory)]
     while pending:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    seen += 1
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:  # gone, or closed: removed at the end
+            for entry in entries:
+                seen += 1
+                with contextlib.suppress(OSError):  # gone while we look: the others still count
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
                     else:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if total > most_bytes or seen > most_entries:
-                        return False
-        except OSError:
-            continue  # gone, or closed to us: removed at the end
+                if total > most_bytes or seen > most_entries:
+                    return False
     return True

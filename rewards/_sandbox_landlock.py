@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from rewards import _sandbox_linux as linux
 from rewards._sandbox_files import LibraryFiles
@@ -26,6 +27,7 @@ _ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV  # the 
 
 _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of file rights the kernel knows
 _ALL_TCP = 0b11  # bind and connect, ABI >= 4
+_NO_LOG = 1  # denials are not written to the audit log, ABI >= 7: a program could flood it
 _ALL_SCOPES = 0b11  # abstract Unix sockets and signals to processes outside, ABI >= 6
 
 
@@ -38,8 +40,19 @@ def abi_version() -> int:
     return linux.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG)
 
 
-def build_ruleset(library: LibraryFiles, devices: Iterable[str], writable: str | None) -> int:
-    """Return a descriptor of a rule set that denies every file but the given ones, all TCP and outside signals.
+class Ruleset(NamedTuple):
+    """Rules ready to be put on by any process forked from here."""
+
+    descriptor: int
+    flags: int
+
+    def restrict_self(self) -> None:
+        """Put this process, and all that it starts, under the rules for good (needs no_new_privs)."""
+        linux.syscall(_RESTRICT_SELF, self.descriptor, self.flags)
+
+
+def build_ruleset(library: LibraryFiles, devices: Iterable[str], writable: str | None) -> Ruleset:
+    """Return a rule set that denies every file but the given ones, all TCP and outside signals.
 
     Args:
         library: what may be read and listed.
@@ -60,12 +73,7 @@ def build_ruleset(library: LibraryFiles, devices: Iterable[str], writable: str |
     if writable is not None:
         forbidden = _MAKE_CHAR | _MAKE_BLOCK | _MAKE_SOCK | _EXECUTE | _IOCTL_DEV
         _allow(ruleset, writable, handled & ~forbidden)
-    return ruleset
-
-
-def restrict_self(ruleset: int) -> None:
-    """Put this process, and all that it starts, under the rule set for good (needs no_new_privs)."""
-    linux.syscall(_RESTRICT_SELF, ruleset, 0)
+    return Ruleset(ruleset, _NO_LOG if abi >= 7 else 0)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:

@@ -80,7 +80,7 @@ def _try_uid() -> str:
 def _try_landlock() -> str:
     rules = landlock.build_ruleset(library_files(), (), None)
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-    landlock.restrict_self(rules)
+    rules.restrict_self()
     return _first_success(lambda: os.listdir("/"), lambda: open(_HERE).close()) or _library_is_missing()
 
 

@@ -48,8 +48,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "link": (86, None), "linkat": (265, 37),
     "symlink": (88, None), "symlinkat": (266, 36), "umask": (95, 166),
     # what sockets of socketpair need (asyncio wakes its loop with one)
-    "recvfrom": (45, 207), "sendmsg": (46, 211), "recvmsg": (47, 212), "shutdown": (48, 210),
-    "getsockname": (51, 204), "getpeername": (52, 205), "getsockopt": (55, 209),
+    "recvfrom": (45, 207), "shutdown": (48, 210), "getsockname": (51, 204), "getpeername": (52, 205), "getsockopt": (55, 209),
     # this process and its threads
     "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175),
     "getgid": (104, 176), "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150),
@@ -85,8 +84,9 @@ _PID_HERE = b"\xffPID"  # no process has a number this large
 
 _CLONE_THREAD, _CLONE_NEW = 0x00010000, 0x7E020000  # a thread of this process; any new namespace
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
-# F_SETOWN, F_SETSIG and F_SETLEASE are absent: with them the kernel signals any process of the same user on our behalf.
-_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)  # dup, flags, locks, pipe size
+# F_SETOWN, F_SETSIG and F_SETLEASE are absent: with them the kernel signals any process of the same user for a program;
+# so is F_SETPIPE_SZ, whose memory is counted for the user.
+_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)  # dup, flags, locks, pipe size
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 
 

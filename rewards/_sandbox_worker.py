@@ -103,12 +103,13 @@ def prepare(layers: set[str], temporary: str) -> Setting:
     root = WORK_ROOT if is_init else os.path.join(temporary, f"grpo-lite-sandbox-{os.getpid()}-{os.urandom(8).hex()}")
     if not is_init:
         os.mkdir(root, 0o711)
-    rules: dict[str, int | None] = {"program": None, "judge": None}
+    rules: dict[str, landlock.Ruleset | None] = {"program": None, "judge": None}
     if "landlock" in layers:
         for kind, writable in (("program", root), ("judge", None)):
             ruleset = landlock.build_ruleset(library, DEVICES, writable)
-            rules[kind] = fcntl.fcntl(ruleset, fcntl.F_DUPFD_CLOEXEC, child.HIGH)
-            os.close(ruleset)
+            high = fcntl.fcntl(ruleset.descriptor, fcntl.F_DUPFD_CLOEXEC, child.HIGH)
+            os.close(ruleset.descriptor)
+            rules[kind] = ruleset._replace(descriptor=high)
     if "rlimits" in layers:
         limits.set_shared_limits()
     private_count = own_user or uid not in (None, limits.NOBODY)

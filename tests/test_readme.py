@@ -109,6 +109,12 @@ def test_doctor_runs(workplace: Path) -> None:
     assert "sandbox for model-written code" in shell(workplace, "make doctor")
 
 
+def test_make_inside_make_prints_what_make_alone_prints(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = shell(workplace, "make recipes")
+    monkeypatch.setenv("MAKELEVEL", "1")
+    assert shell(workplace, "make recipes") == alone
+
+
 def test_recipes_lists_what_the_readme_s_table_lists(workplace: Path) -> None:
     listed = {line.split()[0] for line in shell(workplace, "make recipes").splitlines()[1:]}
     assert listed == set(re.findall(r"^\| `([a-z0-9-]+)` \|", README, flags=re.MULTILINE))

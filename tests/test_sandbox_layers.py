@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_layer_that_fails_after_probing_stops_the_reward(monkeypatch: pytest.Mon
         run_tests([_RIGHT], _ADD)
 
 
+@pytest.mark.parametrize(
+    ("interpreter", "message"),
+    [("/nowhere/python", "cannot start the interpreter '/nowhere/python'"), ("/bin/false", "exit code 1")],
+)
+def test_interpreter_that_does_not_start_is_named(
+    interpreter: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.isolation()
+    sandbox.close_all()
+    monkeypatch.setattr(sys, "executable", interpreter)
+    with pytest.raises(SandboxError, match=message):
+        run_tests([_RIGHT], _ADD)
+
+
 def test_landlock_rules_cover_the_library_but_no_packages() -> None:
     files = library_files()
     assert not [path for path in files.readable if path.endswith(("site-packages", "dist-packages"))]
@@ -141,15 +156,14 @@ def test_landlock_rules_cover_the_library_but_no_packages() -> None:
 
 def test_landlock_rule_set_leaves_out_what_does_not_exist() -> None:
     try:
-        descriptor = build_ruleset(library_files(), ("/dev/null", "/dev/of-no-machine"), None)
+        rules = build_ruleset(library_files(), ("/dev/null", "/dev/of-no-machine"), None)
     except OSError as error:
         pytest.skip(f"no Landlock here: {error}")
-    assert descriptor > 2
+    assert rules.descriptor > 2
+    os.close(rules.descriptor)
 
 
 def test_directory_nested_beyond_any_path_is_emptied(tmp_path: Path) -> None:
-    import os
-
     here = os.getcwd()
     try:
         os.chdir(tmp_path)
@@ -164,8 +178,6 @@ def test_directory_nested_beyond_any_path_is_emptied(tmp_path: Path) -> None:
 
 
 def test_closed_linked_and_oddly_named_entries_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    import os
-
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_text("x")

@@ -106,6 +106,7 @@ _FORK = 17
         ("fcntl", (0, 15), _EPERM),  # F_SETOWN_EX
         ("fcntl", (0, 1024), _EPERM),  # F_SETLEASE
         ("fcntl", (0, 1026), _EPERM),  # F_NOTIFY
+        ("fcntl", (0, 1031), _EPERM),  # F_SETPIPE_SZ
         ("ioctl", (0, 0x5401), _ALLOW),
         ("ioctl", (0, 0x5412), _EPERM),  # TIOCSTI types into the terminal
         ("ioctl", (0, 0x8901), _EPERM),  # FIOSETOWN
@@ -127,7 +128,7 @@ def test_arguments_are_checked(machine: str, name: str, args: tuple[int, ...], a
 
 def test_nothing_dangerous_is_in_the_table() -> None:
     dangerous = (
-        "socket connect bind listen accept accept4 sendmmsg fork vfork execve execveat ptrace process_vm_readv "
+        "socket connect bind listen accept accept4 sendmsg recvmsg sendmmsg fork vfork execve execveat ptrace process_vm_readv "
         "process_vm_writev pidfd_open pidfd_send_signal pidfd_getfd tkill rt_sigqueueinfo rt_tgsigqueueinfo setuid "
         "setresuid setgid setgroups capset chmod fchmod fchmodat chown fchown lchown fchownat utime utimes utimensat "
         "futimesat setxattr fsetxattr lsetxattr removexattr truncate mknod mknodat mount umount2 pivot_root chroot "
