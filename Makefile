@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
-MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train eval merge export push chat recipes show check check-rewards doctor test test-all lint clean
 
