@@ -20,7 +20,7 @@ from grpo_lite.recipe import EMBEDDED_MODEL, TINY_MODEL
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDED_FORMAT = 1  # raise when the converted folder's content changes
+_EMBEDDED_FORMAT = 2  # raise when the converted folder's content changes
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -134,12 +134,17 @@ def _embedded_model() -> Path:
 
 def _convert_gguf(folder: Path, out: Path) -> None:
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF_NAME, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF_NAME)
     tokenizer.eos_token = "<|im_end|>"  # transformers 5.17-5.23 read <|im_start|> from this GGUF, and no pad token
     tokenizer.pad_token = "<|im_end|>"
+    # The GGUF names the tokenizer's rule "smollm": each digit by itself, then byte-level words. transformers ignores it.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     # A model loaded from GGUF can neither be saved nor cast, so its weights go into a fresh one.
     config = loaded.config
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
