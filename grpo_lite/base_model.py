@@ -141,7 +141,7 @@ def _convert_gguf(folder: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF_NAME)
     tokenizer.eos_token = "<|im_end|>"  # transformers 5.17-5.23 read <|im_start|> from this GGUF, and no pad token
     tokenizer.pad_token = "<|im_end|>"
-    # The GGUF names the tokenizer's rule "smollm": each digit by itself, then byte-level words. transformers ignores it.
+    # The GGUF names the tokenizer's rule "smollm": each digit by itself, then byte-level words.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -128,7 +128,8 @@ def test_arguments_are_checked(machine: str, name: str, args: tuple[int, ...], a
 
 def test_nothing_dangerous_is_in_the_table() -> None:
     dangerous = (
-        "socket connect bind listen accept accept4 sendmsg recvmsg sendmmsg fork vfork execve execveat ptrace process_vm_readv "
+        "socket connect bind listen accept accept4 sendmsg recvmsg sendmmsg fork vfork "
+        "execve execveat ptrace process_vm_readv "
         "process_vm_writev pidfd_open pidfd_send_signal pidfd_getfd tkill rt_sigqueueinfo rt_tgsigqueueinfo setuid "
         "setresuid setgid setgroups capset chmod fchmod fchmodat chown fchown lchown fchownat utime utimes utimensat "
         "futimesat setxattr fsetxattr lsetxattr removexattr truncate mknod mknodat mount umount2 pivot_root chroot "
