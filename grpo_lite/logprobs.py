@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once, in fp32: 64 MiB
+# Logits alive at once: 32 MiB in fp32 on CPU, about its cache; more on a GPU, where small products leave it idle.
+CHUNK_ELEMENTS_CPU = 1 << 23
+CHUNK_ELEMENTS_GPU = 1 << 26
 
 
 def selected_logprobs(
@@ -48,15 +50,16 @@ def selected_logprobs(
     return logps, entropies
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Return how many tokens to project at once."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+def chunk_rows(weight: Tensor) -> int:
+    """Return how many tokens to project at once with a head of weight `(V, H)`."""
+    elements = CHUNK_ELEMENTS_CPU if weight.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    return max(16, elements // weight.size(0))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, inverse_temperature: float) -> Tensor:
     logits = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits * inverse_temperature
+    return logits if inverse_temperature == 1.0 else logits * inverse_temperature
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -73,7 +76,7 @@ class _SelectedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        count, rows = hidden.size(0), chunk_rows(weight.size(0))
+        count, rows = hidden.size(0), chunk_rows(weight)
         logps = hidden.new_empty(count, dtype=wide)
         entropies = hidden.new_empty(count, dtype=wide) if entropy else None
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -88,15 +91,16 @@ class _SelectedLogProbs(torch.autograd.Function):
                 continue
             p = log_p.exp()
             if entropies is not None:
-                entropies[part] = -(p * log_p).sum(-1)
+                weighted = log_p * p if entropy_jacobian is not None else log_p.mul_(p)
+                entropies[part] = -weighted.sum(-1)
             if entropy_jacobian is not None and entropies is not None:
                 # dH/dz_j = -p_j (log p_j + H)
                 slope = p * (log_p + entropies[part].unsqueeze(1))
-                entropy_jacobian[part] = torch.mm(slope.mul_(-inverse_temperature).to(hidden.dtype), head)
+                entropy_jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
             if jacobian is not None:
                 # d log p_y / dz_j = 1[j = y] - p_j; taken together before rounding, else p_y -> 1 cancels
-                slope = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=wide))
-                jacobian[part] = torch.mm(slope.mul_(inverse_temperature).to(hidden.dtype), head)
+                slope = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
         ctx.save_for_backward(jacobian, entropy_jacobian)
         return logps, entropies
 
@@ -125,7 +129,7 @@ def _recomputed(
         entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(log_p.size(0))
         return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropies
 
-    rows = chunk_rows(weight.size(0))
+    rows = chunk_rows(weight)
     parts = [
         checkpoint(score, part, target, use_reentrant=False)
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)

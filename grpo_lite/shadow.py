@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import psutil
+import torch
 from torch import Tensor, nn
 
 # The shadow may take this share of the free memory.
@@ -62,8 +63,27 @@ def _shadow_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight: Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
     weight = weight if dtype is None else weight.to(dtype)
     bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    multiply = _multiplier(weight, bias)
+
+    dtype = weight.dtype
 
     def forward(x: Tensor) -> Tensor:
-        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return multiply(x.to(dtype)).to(x.dtype)
 
     return forward
+
+
+def _multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return `x -> x @ weight.T + bias`, from a weight laid out for oneDNN where that exists.
+
+    In bf16 and with up to 32 rows it takes 0.5-0.7 of the time of `linear`, which lays out the weight at each call
+    (PyTorch 2.13; the operators are those that torch.compile uses for constant weights).
+    """
+    try:
+        if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise RuntimeError("no bf16 kernels")
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.size(1)), packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return lambda x: nn.functional.linear(x, weight, bias)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
+from grpo_lite.lora import shorten_lora
 from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
 from grpo_lite.scoring import Scoring, base_model, self_check
 from grpo_lite.shadow import dequantized, keep_weights_unpacked
@@ -34,6 +35,8 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         self._rollout: Rollout | None = None  # of the last generation
         super().__init__(*args, options=options, **kwargs)
         keep_weights_unpacked(self.model)
+        if not self.options.is_plain:
+            shorten_lora(self.model)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         self._rollout = None

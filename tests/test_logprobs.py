@@ -16,7 +16,7 @@ def plain(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperat
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("head_is_trained", [False, True], ids=["frozen head", "trained head"])
 def test_values_and_gradients_are_those_of_the_plain_formula(bias: bool, head_is_trained: bool, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 0)  # chunks of 16 rows: three of them, the last one short
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS_CPU", 0)  # chunks of 16 rows: three of them, the last one short
     torch.manual_seed(0)
     head = nn.Linear(8, 50, bias=bias, dtype=torch.float64).requires_grad_(head_is_trained)
     hidden = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
@@ -67,7 +67,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
                     self.elements = max(self.elements, tensor.numel())
             return out
 
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * 1000)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS_CPU", 16 * 1000)
     head = nn.Linear(4, 1000).requires_grad_(False)
     hidden = torch.randn(200, 4, requires_grad=True)
     with Largest() as mode:

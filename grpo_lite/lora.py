@@ -1,0 +1,57 @@
+"""Vanilla LoRA layers without PEFT's detours: one `addmm` instead of a clone, a scaling and an addition in full size.
+
+PEFT 0.21's 4-bit layer clones the base's output, casts the input to the adapter's dtype (also under CPU autocast,
+which casts it back) and scales and adds the update as separate tensors. Everything but the plain case, one active
+LoRA adapter with no variant, dropout or bias, is left to PEFT, decided at each call, so that disabling, merging and
+switching adapters work as always. In fp32 the result is PEFT's to rounding; in 16 bit it is rounded less often.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def shorten_lora(model: nn.Module) -> int:
+    """Let the model's LoRA layers on linear layers take the short way; returns how many do."""
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        return 0
+    count = 0
+    for layer in model.modules():
+        linear = isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear)
+        if linear and "forward" not in layer.__dict__:
+            layer.forward = MethodType(_forward, layer)
+            count += 1
+    return count
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or not _is_vanilla(layer):
+        result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return result
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
+        result = type(layer).forward(layer, x)
+        return result
+    result = layer.base_layer(x)
+    low = nn.functional.linear(x, down)
+    updated = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[name])
+    return updated.to(result.dtype).view(result.shape)
+
+
+def _is_vanilla(layer: Any) -> bool:
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or name in getattr(layer, "lora_variant", {}):
+        return False
+    dropout = layer.lora_dropout[name]
+    return (
+        (isinstance(dropout, nn.Identity) or dropout.p == 0.0 or not layer.training)
+        and layer.lora_B[name].bias is None
+        and not layer.use_dora.get(name, False)
+    )
