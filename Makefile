@@ -7,7 +7,7 @@ VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export push chat recipes show check check-rewards doctor test test-all lint clean
+.PHONY: help setup setup-dev train eval merge export push verify chat recipes show check check-rewards doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,14 +26,17 @@ eval: $(VENV)/.ready  ## Measure base against trained of RUN again
 merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify it
 	@$(CLI) merge $(RUN) $(ARGS)
 
-export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); ARGS="--gguf q8_0" for Ollama
-	@$(CLI) export $(RUN) $(ARGS)
+export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); GGUF=q8_0 for Ollama, NF4=1 for 4 bits
+	@$(CLI) export $(RUN) $(if $(GGUF),--gguf $(GGUF)) $(if $(NF4),--nf4) $(ARGS)
 
-push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 ARGS=--dry-run
-	@$(CLI) push $(RUN) $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(ARGS)
+push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 DRY_RUN=1 FORCE=1
+	@$(CLI) push $(RUN) $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(ARGS)
 
-chat: $(VENV)/.ready  ## Ask RUN's model; ARGS=--compare puts base and trained side by side
-	@$(CLI) chat $(RUN) $(ARGS)
+verify: $(VENV)/.ready  ## Check every file of DIR (adapter, merged, GGUF …) against its sha256 sums
+	@$(CLI) verify $(DIR)
+
+chat: $(VENV)/.ready  ## Ask RUN's model, or one question by PROMPT="…"; ARGS=--compare puts base and trained side by side
+	@$(CLI) chat $(RUN) $(if $(PROMPT),"$$PROMPT") $(ARGS)
 
 recipes: $(VENV)/.ready  ## List the recipes: model, data, least GPU
 	@$(CLI) recipes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grpo_lite import __version__, cli_export
+from grpo_lite.cli_export import set_environment
 from grpo_lite.errors import GRPOLiteError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None) -> None
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
-    _set_environment()
+    set_environment()
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
@@ -130,26 +131,22 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None) -> None
     click.echo(run_summary(run))
 
 
-def _set_environment() -> None:
-    """Set what has to stand before torch is imported."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
-
-
 @main.command("eval")
 @click.argument("run_path", metavar="RUN", type=click.Path())
 def evaluate(run_path: str) -> None:
-    """Measure base against trained again, on the run's held-out prompts."""
-    _set_environment()
-    from grpo_lite.evaluate import evaluate_run
+    """Measure base against trained (and merged) again, on the run's held-out prompts."""
+    set_environment()
+    from grpo_lite.evaluate import evaluate_merged, evaluate_run
     from grpo_lite.summary import score_lines
     from grpo_lite.train import require_trained
 
     run = _run_dir(run_path)
     require_trained(run)
     with run.locked():
-        click.echo("\n".join(score_lines(evaluate_run(run, click.echo))))
+        scores = evaluate_run(run, click.echo)
+        if run.merged.is_dir():
+            scores = evaluate_merged(run, click.echo)
+        click.echo("\n".join(score_lines(scores)))
     click.echo(f"records: {run.evaluation / 'records.jsonl'}")
 
 
@@ -158,15 +155,15 @@ def evaluate(run_path: str) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a merge that is there already.")
 def merge(run_path: str, overwrite: bool) -> None:
     """Merge a run's adapter onto its 16-bit base, and verify the result."""
-    _set_environment()
-    from grpo_lite.merge_run import merge_run
+    set_environment()
+    from grpo_lite.merge_run import merge_and_score
     from grpo_lite.summary import merge_line
     from grpo_lite.train import require_trained
 
     run = _run_dir(run_path)
     require_trained(run)
     with run.locked():
-        record = merge_run(run, click.echo, overwrite=overwrite)
+        record = merge_and_score(run, click.echo, overwrite=overwrite)
     click.echo(merge_line(record))
     click.echo(f"merged model: {run.merged}")
 
@@ -206,7 +203,7 @@ def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
     from grpo_lite.recipe_load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _set_environment()
+    set_environment()
     from grpo_lite.check import check_recipe
 
     for line in check_recipe(loaded, previews):
@@ -225,7 +222,7 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
     from grpo_lite.recipe_load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _set_environment()
+    set_environment()
     from grpo_lite.data import load_prompts
     from grpo_lite.reward_check import check_recipe_rewards
 
@@ -238,7 +235,7 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 @main.command()
 def doctor() -> None:
     """Say what this machine has: device, versions, and what isolates the code that models write."""
-    _set_environment()
+    set_environment()
     from grpo_lite.hardware import detect_device
     from grpo_lite.run_dir import environment_record
     from rewards.sandbox import layers

@@ -29,9 +29,10 @@ def register(main: click.Group) -> None:
 @click.option(
     "--gguf", "kinds", multiple=True, metavar="KIND", help="Also a GGUF: f16, bf16, q8_0, q4_k_m …; repeatable."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a GGUF that is there already.")
-def export(run_path: str, kinds: tuple[str, ...], overwrite: bool) -> None:
-    """Check a run's merged model file by file, merging first if need be; with --gguf also make it one for Ollama."""
+@click.option("--nf4", is_flag=True, help="Also a 4-bit NF4 folder (bitsandbytes), with its measured loss.")
+@click.option("--overwrite", is_flag=True, help="Replace a GGUF or NF4 export that is there already.")
+def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) -> None:
+    """Check a run's merged model file by file, merging first if need be; also as GGUF for Ollama, or in 4 bits."""
     run = _trained_run(run_path)
     from grpo_lite.merge_run import export_run
 
@@ -39,6 +40,11 @@ def export(run_path: str, kinds: tuple[str, ...], overwrite: bool) -> None:
         files = export_run(run, click.echo)
         click.echo(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
         click.echo(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+        if nf4:
+            from grpo_lite.nf4_run import export_run_nf4
+
+            for line in export_run_nf4(run, click.echo, overwrite):
+                click.echo(line)
         if kinds:
             from grpo_lite.gguf_run import export_run_gguf
 

@@ -56,23 +56,39 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     return result
 
 
-def evaluate_merged(run: RunDir, show: Show, prompts: Prompts) -> dict[str, Any]:
-    """Score the merged 16-bit model greedily on the held-out prompts, and add it to metrics.json.
+def evaluate_merged(run: RunDir, show: Show, prompts: Prompts | None = None) -> dict[str, Any]:
+    """Score the merged 16-bit model greedily on the held-out prompts, and add it to metrics.json (`merged`).
 
     It was trained on a 4-bit base and lies on the 16-bit one now, so its score is its own.
     """
+    return evaluate_saved(run, show, prompts, run.merged, "merged")
+
+
+def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Path, name: str) -> dict[str, Any]:
+    """Score a saved model greedily on a run's held-out prompts.
+
+    Args:
+        run: a run whose base and trained model are scored already.
+        show: called with lines for people.
+        prompts: the run's prompts, if already loaded.
+        folder: what transformers loads, 16-bit or quantised.
+        name: the key in metrics.json that gets the lenient and strict rates.
+
+    Returns:
+        What metrics.json holds.
+    """
     recipe = run.load_recipe()
     tokenizer = load_tokenizer(recipe)
-    rows = prompts.eval[: recipe.eval.limit]
-    model = load_merged(run.merged, detect_device())
+    rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
+    model = load_merged(folder, detect_device())
     greedy_only = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
-    records = score_model(model, tokenizer, greedy_only, rows, show, "merged")
+    records = score_model(model, tokenizer, greedy_only, rows, show, name)
     usable = [record for record in records if record["lenient"] is not None]
     rates = {
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
         for kind in ("lenient", "strict")
     }
-    result = {**json.loads(run.scores_file.read_text(encoding="utf-8")), "merged": rates}
+    result = {**json.loads(run.scores_file.read_text(encoding="utf-8")), name: rates}
     write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_lite.base_model import resolve_base
@@ -11,6 +12,7 @@ from grpo_lite.data import Prompts, load_prompts, prompt_text
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
+from grpo_lite.merge_write import Progress
 from grpo_lite.model import load_tokenizer
 from grpo_lite.run_dir import RunDir
 from grpo_lite.verify import VerifyRecord, verify_merge
@@ -44,7 +46,8 @@ def merge_run(
     base = resolve_base(recipe.model.id, recipe.model.revision)
     _refuse_untrained(run)
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
-    record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite)
+    with _progress_bar() as progress:
+        record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
     tokenizer = load_tokenizer(recipe)
     loaded = prompts or load_prompts(recipe, tokenizer)
     rows = (loaded.eval or loaded.train)[:VERIFY_PROMPTS]
@@ -60,8 +63,11 @@ def merge_run(
         "mean_kl": proof.merged.mean_kl,
         "max_logit_difference": proof.merged.max_logit_difference,
         "max_logit_difference_to_base": proof.merged_against_base,
+        "update_carried": proof.update_carried,
         "passed": proof.passed,
         "size_bytes": record.size_bytes,
+        "relative_update": record.relative_update,
+        "tensors_dithered": record.tensors_dithered,
     }
     if proof.faults and _lost_in_rounding(proof):
         shutil.rmtree(run.merged)
@@ -73,6 +79,40 @@ def merge_run(
     run.update_run(merge=summary)
     proof.require_passed(run.merged)
     return summary
+
+
+def merge_and_score(
+    run: RunDir, show: Callable[[str], None], prompts: Prompts | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Merge and verify a run, then score the merged model on the held-out prompts where the run is evaluated.
+
+    Returns:
+        The record kept under `merge` in run.json.
+
+    Raises:
+        ExportError: the merge or its verification failed.
+    """
+    summary = merge_run(run, show, prompts, overwrite)
+    if run.load_recipe().eval.enabled and run.scores_file.is_file():
+        from grpo_lite.evaluate import evaluate_merged
+
+        evaluate_merged(run, show, prompts)
+    return summary
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """Yield a progress callback that draws a bar on a terminal, and nothing elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(desc="merging", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+
+        def progress(shard: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(shard, refresh=False)
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _refuse_untrained(run: RunDir) -> None:
@@ -106,5 +146,5 @@ def export_run(run: RunDir, show: Callable[[str], None]) -> int:
         ExportError: a file was altered, or the merge did not pass.
     """
     if not run.merged.is_dir() or not run.read_run().get("merge", {}).get("passed"):
-        merge_run(run, show, overwrite=run.merged.is_dir())
+        merge_and_score(run, show, overwrite=run.merged.is_dir())
     return verify_manifest(run.merged)

@@ -161,12 +161,13 @@ def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
 
 
 def load_merged(folder: Path, device: Device) -> Any:
-    """Return a merged model in its own 16-bit dtype (float32 on a CPU without bfloat16), ready for shared decoding."""
+    """Return a saved model in its own dtype (float32 on a CPU without bfloat16), ready for shared decoding."""
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device.best_dtype == "float32" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.kind).eval()
+    place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
     if attention.obstacle(model) is None:
         attention.install(model)
     return model

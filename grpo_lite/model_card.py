@@ -129,6 +129,10 @@ def _measured(facts: RunFacts) -> str:
             f"| {kind} | {cells[0]} | {cells[1]} | {d['difference']:+.3f} "
             f"({d['confidence']:.0%} interval {d['low']:+.3f} to {d['high']:+.3f}) |"
         )
+    if merged := scores.get("merged"):
+        lines.append(
+            f"| lenient, merged 16-bit model | | {merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])}) | |"
+        )
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"| {name}, sampled | {rates['base']:.3f} | {rates['trained']:.3f} | |")
     lines += ["", f"{scores['n']} held-out prompts; lenient: the answer is right; strict: and in the asked form."]
@@ -252,7 +256,9 @@ def _not_measured(facts: RunFacts, what: str) -> str:
         lines.append("- The form of the answers: this recipe has no strict score of its own.")
     if scores:
         lines.append("- Spread over seeds: one run; the intervals are over prompts only.")
-    if scores and what != "adapter":
+    if scores and what == "gguf" and "merged" in scores:
+        lines.append("- The task score of these very files: the scores were measured on the model they were made from.")
+    elif scores and (what == "gguf" or (what == "merged" and "merged" not in scores)):
         loaded = f"the {recipe.model.load_in} base with the adapter on it"
         lines.append(f"- The task score of these very files: the scores were measured on {loaded}.")
     if what == "gguf" and not all((record.get("proof") or {}).get("passed") for record in facts.gguf):

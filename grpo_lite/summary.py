@@ -55,6 +55,8 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"the merged 16-bit model on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
         )
+    if "merged_nf4" in scores:
+        lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
     if scores.get("unusable_golds"):

@@ -12,6 +12,7 @@ from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
+from grpo_lite.manifest import write_manifest
 from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
@@ -81,15 +82,11 @@ def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prom
 
 def _merge(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts) -> None:
     if recipe.merge:
-        from grpo_lite.merge_run import merge_run
+        from grpo_lite.merge_run import merge_and_score
 
         begun = time.monotonic()
         try:
-            merge_run(run, show, prompts, overwrite=True)
-            if recipe.eval.enabled:
-                from grpo_lite.evaluate import evaluate_merged
-
-                evaluate_merged(run, show, prompts)
+            merge_and_score(run, show, prompts, overwrite=True)
         except NothingToMerge as error:  # an honest outcome of a short run, not a fault of it
             run.update_run(merge={"skipped": str(error)})
         run.update_run(merge_seconds=round(time.monotonic() - begun, 1))
@@ -189,6 +186,7 @@ def _fit(run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
     if stop.signal_name and done < trainer.state.max_steps:
         return TrainResult(run, done, stop.signal_name)
     trainer.save_model(str(run.adapter))
+    write_manifest(run.adapter)
     run.update_run(trained_at=now(), training_seconds=seconds, steps=done, reward_first=first, reward_last=last)
     return TrainResult(run, done)
 

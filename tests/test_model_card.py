@@ -90,6 +90,16 @@ def test_what_was_not_measured_is_said(run: RunDir) -> None:
         assert words in part
 
 
+def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    scores = json.loads(run.scores_file.read_text())
+    rate = scores["lenient"]["trained"] | {"rate": 0.7}
+    run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": rate, "strict": rate}}))
+    _, body = card(run)
+    assert "| lenient, merged 16-bit model | | 0.700 (" in body
+    assert "very files" not in body
+
+
 def test_merge_that_failed_its_verification_is_not_called_verified(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.update_run(merge=run.read_run()["merge"] | {"passed": False})

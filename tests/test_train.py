@@ -106,15 +106,43 @@ def test_eval_alone_measures_the_same_again(finished: tuple[Path, str]) -> None:
     assert after["n"] == before["n"] == 8
     for kind in ("lenient", "strict", "honest"):
         assert after[kind]["base"] == before[kind]["base"]
+    assert after["merged"] == before["merged"]
 
 
 def test_merge_alone_asks_before_replacing(finished: tuple[Path, str]) -> None:
     assert "overwrite" in grpo_lite("merge", str(finished[0]), expect=1)
+    scores = finished[0] / "metrics.json"
+    before = json.loads(scores.read_text())
+    scores.write_text(json.dumps({key: value for key, value in before.items() if key != "merged"}))
     assert "top-1 agreement" in grpo_lite("merge", str(finished[0]), "--overwrite")
+    assert json.loads(scores.read_text())["merged"] == before["merged"]  # scored again
 
 
 def test_export_checks_every_file(finished: tuple[Path, str], tmp_path: Path) -> None:
     assert "files intact" in grpo_lite("export", str(finished[0]))
+
+
+def test_export_in_four_bits_is_measured_and_kept(finished: tuple[Path, str]) -> None:
+    run = finished[0]
+    text = grpo_lite("export", str(run), "--nf4")
+    assert "mean KL" in text
+    assert "held-out score in 4 bits" in text
+    assert 0 < json.loads((run / "run.json").read_text())["nf4"]["agreement"]["top1_agreement"] <= 1
+    assert "lenient" in json.loads((run / "metrics.json").read_text())["merged_nf4"]
+    assert "is there already" in grpo_lite("export", str(run), "--nf4", expect=1)
+
+
+def test_every_folder_of_a_run_verifies_until_a_byte_changes(finished: tuple[Path, str]) -> None:
+    for name in ("adapter", "merged"):
+        assert "files intact" in grpo_lite("verify", str(finished[0] / name))
+    weights = finished[0] / "adapter" / "adapter_model.safetensors"
+    right = weights.read_bytes()
+    try:
+        weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+        for command in (("verify", str(weights.parent)), ("merge", str(finished[0]), "--overwrite")):
+            assert "adapter_model.safetensors" in grpo_lite(*command, expect=1)
+    finally:
+        weights.write_bytes(right)
 
 
 def test_a_run_in_which_no_reward_ever_differed_says_so_and_merges_nothing(tmp_path: Path) -> None:
