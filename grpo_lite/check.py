@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.reward_loader import load_rewards
 
 GOLD_ROWS = 64
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
 def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
@@ -31,6 +33,8 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield ""
         yield f"prompt: {prompt_text(row['prompt'], tokenizer, kwargs)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
+    if opened := _OPENED.search(prompts.lead_in):
+        yield f"the chat template opens <{opened[1]}>, so completions begin inside it and the rewards are told"
     yield ""
     yield prompt_lengths(recipe, tokenizer, prompts)
     yield from gold_rewards(recipe, prompts)
@@ -53,8 +57,8 @@ def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
     """Yield, per reward, the mean over gold completions of the first training rows."""
     rows = prompts.train[:GOLD_ROWS]
     columns = sorted({key for row in rows for key in row if key != "prompt"})
-    functions, _ = load_rewards(recipe, columns)
-    texts = [gold_completion(recipe, row) for row in rows]
+    functions, _ = load_rewards(recipe, columns, prompts.lead_in)
+    texts = [gold_completion(recipe, row, prompts.lead_in) for row in rows]
     chat = not isinstance(rows[0]["prompt"], str)
     yield f"a gold completion: {json.dumps(texts[0], ensure_ascii=False)}"
     for i, function in enumerate(functions):
@@ -70,8 +74,11 @@ def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
         yield f"rewards[{i}] {function.__name__}: gold completions earn {mean:.3f} on average ({len(rows)} rows{none})"
 
 
-def gold_completion(recipe: Recipe, row: Row) -> str:
+def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
     """Return what a perfect completion of a row looks like, by the recipe's `data.gold_completion`.
+
+    Where the chat template has opened the thinking already (`lead_in`), it begins inside: without the opening tag, or
+    with a line of thinking and the closing tag if `data.gold_completion` shows none.
 
     Raises:
         DataError: the template names a column that is not there.
@@ -81,9 +88,16 @@ def gold_completion(recipe: Recipe, row: Row) -> str:
     answer = str("" if row.get("answer") is None else row["answer"])
     final = extract_answer(answer, ("hash", "boxed")) or answer.strip()
     try:
-        return recipe.data.gold_completion.format_map({**row, "gold": final})
+        text = recipe.data.gold_completion.format_map({**row, "gold": final})
     except (KeyError, IndexError, ValueError) as error:
         raise DataError(
             f"data.gold_completion: {recipe.data.gold_completion!r} does not fit the rows ({error}). "
             f"Columns: {', '.join(row)}, gold."
         ) from None
+    opened = _OPENED.search(lead_in)
+    if opened is None:
+        return text
+    opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
+    if text.lstrip().startswith(opening):
+        return text.lstrip().removeprefix(opening)
+    return text if closing in text else f"working\n{closing}\n{text}"

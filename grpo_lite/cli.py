@@ -223,11 +223,10 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 
     loaded = load_recipe(recipe, overrides)
     set_environment()
-    from grpo_lite.data import load_prompts
-    from grpo_lite.reward_check import check_recipe_rewards
+    from grpo_lite.reward_check import check_rewards_alone
 
-    report = check_recipe_rewards(loaded, load_prompts(loaded))
-    click.echo(report.table())
+    report, notes = check_rewards_alone(loaded)
+    click.echo("\n".join([*notes, report.table()]))
     if not report.gold_scores:
         sys.exit(1)
 

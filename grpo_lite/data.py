@@ -6,6 +6,7 @@ import json
 import math
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Prompts:
     train: list[Row]
     eval: list[Row]
     notes: tuple[str, ...] = ()  # what was dropped and why, for people
+    lead_in: str = ""  # what a completion continues: the end of a prompt, chat template applied
 
 
 def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
@@ -55,7 +57,7 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
     if recipe.eval.enabled and not held:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
-    return Prompts(train, held, tuple(notes))
+    return Prompts(train, held, tuple(notes), lead_in(train, recipe, tokenizer))
 
 
 def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
@@ -217,6 +219,17 @@ def prompt_ids(prompt: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any]
     """Return the token ids the model sees for a prompt, as TRL makes them (no BOS added to a rendered chat)."""
     text = prompt_text(prompt, tokenizer, chat_template_kwargs)
     return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
+    """Return what completions continue: the end of the first prompt as the model sees it, "" without a chat template.
+
+    A template that opens `<think>` there leaves only the closing tag to the model; rewards must know
+    (`rewards.format.ends_with_tag`). The rewards see text prompts themselves.
+    """
+    if tokenizer is None or not rows or isinstance(rows[0]["prompt"], str):
+        return ""
+    return prompt_text(rows[0]["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs"))[-200:]
 
 
 def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.data import Prompts, load_prompts, prompt_ids
+from grpo_lite.data import Prompts, lead_in, load_prompts, prompt_ids
 from grpo_lite.errors import EvaluationError
 from grpo_lite.generate import generate_completions
 from grpo_lite.generators import Row
@@ -117,7 +117,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     ]
     honest = honest_section(recipe)
     if honest is not None:
-        scores = _scores(honest, "eval.honest", tokenizer, rows, [c[0] for c in greedy])
+        scores = _scores(honest, "eval.honest", tokenizer, recipe, rows, [c[0] for c in greedy])
         for record, score in zip(records, scores, strict=True):
             record["honest"] = None if record["lenient"] is None else score == 1.0
     if section.samples:
@@ -138,7 +138,7 @@ def honest_section(recipe: Recipe) -> ScoreSection | None:
     trained_on = recipe.rewards[0]
     if trained_on.function != "rewards.accuracy_reward":
         return None
-    kwargs = {key: value for key, value in trained_on.kwargs.items() if key in ("extract", "timeout_s")}
+    kwargs = {key: value for key, value in trained_on.kwargs.items() if key in ("extract", "timeout_s", "prefilled")}
     return ScoreSection(function="rewards.honest_accuracy", kwargs=kwargs, threshold=1.0)
 
 
@@ -147,22 +147,22 @@ def score_completions(
 ) -> tuple[list[bool | None], list[bool | None]]:
     """Return whether each completion is leniently and strictly right; None where the gold is unusable."""
     lenient_section: ScoreSection | RewardSection = recipe.eval.lenient or recipe.rewards[0]
-    lenient = _scores(lenient_section, "eval.lenient", tokenizer, rows, completions)
+    lenient = _scores(lenient_section, "eval.lenient", tokenizer, recipe, rows, completions)
     threshold = getattr(lenient_section, "threshold", 1.0)
     right: list[bool | None] = [None if score is None else score >= threshold for score in lenient]
     strict = list(right)
     for i, section in enumerate(recipe.eval.strict):
-        for j, score in enumerate(_scores(section, f"eval.strict[{i}]", tokenizer, rows, completions)):
+        for j, score in enumerate(_scores(section, f"eval.strict[{i}]", tokenizer, recipe, rows, completions)):
             if strict[j]:
                 strict[j] = score is not None and score >= section.threshold
     return right, strict
 
 
 def _scores(
-    section: Any, where: str, tokenizer: Any, rows: Sequence[Row], completions: Sequence[list[int]]
+    section: Any, where: str, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[float | None]:
     columns = sorted({key for row in rows for key in row if key != "prompt"})
-    function: Reward = load_function(section, where, columns)
+    function: Reward = load_function(section, where, columns, lead_in(rows, recipe, tokenizer))
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
     return function(

@@ -47,7 +47,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """
     from transformers import AutoTokenizer
 
-    base = resolve_base(recipe.model.id, recipe.model.revision)
+    base = resolve_base(recipe.model.id, recipe.model.revision, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, padding_side="left", trust_remote_code=recipe.model.trust_remote_code

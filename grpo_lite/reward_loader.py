@@ -29,12 +29,13 @@ class _Scored(Protocol):
     def kwargs(self) -> dict[str, Any]: ...
 
 
-def load_rewards(recipe: Recipe, columns: Iterable[str]) -> tuple[list[Reward], list[float]]:
+def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> tuple[list[Reward], list[float]]:
     """Import the recipe's rewards and check them against the columns they will get.
 
     Args:
         recipe: whose `rewards` section names them.
         columns: the dataset's columns, without `prompt`.
+        lead_in: what completions continue (`data.lead_in`): where it ends with an opening tag, the rewards are told.
 
     Returns:
         Functions with distinct `__name__`s (TRL logs `rewards/<name>/mean`), and their weights.
@@ -45,12 +46,12 @@ def load_rewards(recipe: Recipe, columns: Iterable[str]) -> tuple[list[Reward], 
     columns = list(columns)
     functions: list[Reward] = []
     for i, section in enumerate(recipe.rewards):
-        function = load_function(section, f"rewards[{i}]", columns)
+        function = load_function(section, f"rewards[{i}]", columns, lead_in)
         taken = [other.__name__ for other in functions]
         if function.__name__ in taken:
             function.__name__ = f"{function.__name__}_{i}"
         functions.append(function)
-    functions[0] = _with_honest_metric(functions[0], recipe.rewards[0])
+    functions[0] = _with_honest_metric(functions[0], recipe.rewards[0], lead_in)
     gated = [i for i, section in enumerate(recipe.rewards) if section.gate]
     if gated:
         from rewards.gate import gated as gate
@@ -64,19 +65,20 @@ def load_rewards(recipe: Recipe, columns: Iterable[str]) -> tuple[list[Reward], 
     return functions, [section.weight for section in recipe.rewards]
 
 
-def _with_honest_metric(function: Reward, section: RewardSection) -> Reward:
+def _with_honest_metric(function: Reward, section: RewardSection, lead_in: str) -> Reward:
     """Log a second, independent judgement of the same completions beside accuracy_reward; it is never trained on."""
     if section.function not in ("rewards.accuracy_reward", "rewards.accuracy.accuracy_reward"):
         return function
     from rewards import honest_accuracy
 
-    options = {key: value for key, value in section.kwargs.items() if key in ("extract", "timeout_s")}
+    options = {key: value for key, value in section.kwargs.items() if key in ("extract", "timeout_s", "prefilled")}
+    options = _prefilled(honest_accuracy, section, lead_in) | options
 
     @functools.wraps(function)
     def judged_twice(completions: list[Any], **kwargs: Any) -> list[float | None]:
         scores = function(completions=completions, **kwargs)
         if log_metric := kwargs.get("log_metric"):
-            honest = honest_accuracy(completions, kwargs["answer"], **options)
+            honest = honest_accuracy(completions, kwargs["answer"], prompts=kwargs.get("prompts"), **options)
             paid = [score for score in honest if score is not None]
             if paid:
                 log_metric("honest_accuracy", sum(paid) / len(paid))
@@ -85,15 +87,36 @@ def _with_honest_metric(function: Reward, section: RewardSection) -> Reward:
     return judged_twice
 
 
-def load_function(section: _Scored, where: str, columns: Sequence[str]) -> Reward:
+def load_function(section: _Scored, where: str, columns: Sequence[str], lead_in: str = "") -> Reward:
     """Import one reward, bind its kwargs and wrap it so that a broken contract is named.
+
+    Where `lead_in` ends with an opening tag, the reward gets `prefilled=True` if it takes that argument.
 
     Raises:
         RewardError: as load_rewards.
     """
     function = _import(section.function, where)
     _check_signature(function, section, where, columns)
-    return _wrap(function, section, where)
+    return _wrap(function, section, where, _prefilled(function, section, lead_in))
+
+
+def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> dict[str, Any]:
+    """Return `prefilled=True` for a reward that takes it, where the chat template writes its first opening tag.
+
+    A chat template's `<think>` is not in the chat messages that TRL passes. For a reward on tags it is the first of
+    its own that counts, for all others any thinking tag.
+    """
+    from rewards.completion import prompt_prefills_think
+    from rewards.format import ends_with_tag
+
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    tags = section.kwargs.get("tags", parameters["tags"].default if "tags" in parameters else ())
+    opened = ends_with_tag(lead_in, tags[0]) if tags else prompt_prefills_think(lead_in)
+    return {"prefilled": True} if opened and (open_ended or "prefilled" in parameters) else {}
 
 
 def _import(reference: str, where: str) -> Callable[..., Any]:
@@ -180,7 +203,7 @@ def _check_signature(function: Callable[..., Any], section: _Scored, where: str,
         )
 
 
-def _wrap(function: Callable[..., Any], section: _Scored, where: str) -> Reward:
+def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: dict[str, Any]) -> Reward:
     try:
         parameters = inspect.signature(function).parameters
         accepts = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
@@ -189,7 +212,7 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str) -> Reward:
 
     @functools.wraps(function)
     def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
-        given = {**kwargs, **section.kwargs}
+        given = {**defaults, **kwargs, **section.kwargs}
         if accepts is not None:
             given = {key: value for key, value in given.items() if key in accepts}
         try:

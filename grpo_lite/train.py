@@ -51,7 +51,7 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
             result = TrainResult(run, run.read_run()["steps"])
             model = load_trained(recipe, device, run.adapter)
         else:
-            rewards, weights = load_rewards(recipe, _columns(prompts))
+            rewards, weights = load_rewards(recipe, _columns(prompts), prompts.lead_in)
             if recipe.check.enabled:
                 require_paid_gold(recipe, prompts, show)
             args = grpo_config(recipe, run, device, weights)

@@ -28,6 +28,7 @@ def unit_test_reward(
     timeout_s: float = TIMEOUT_S,
     allow_weak_isolation: bool = False,
     prompts: Sequence[Completion] | None = None,
+    prefilled: bool | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
@@ -50,6 +51,8 @@ def unit_test_reward(
         allow_weak_isolation: run even where programs can reach files or the network of this machine.
         prompts: passed by TRL. Helpers that HumanEval's prompts define are taken from here; without prompts the
             program's own are used, which it can rig (HumanEval/32, 38 and 50).
+        prefilled: whether every completion starts inside thinking that the prompt opened; None looks at `prompts` (say
+            it yourself for chat prompts).
         log_metric: passed by TRL. Gets the fractions of the batch with unusable tests, no Python, a time-out, as
             `unit_test_reward/unusable_tests`, `.../not_python`, `.../timeout`, and `.../weak_isolation` (1 or 0).
 
@@ -85,7 +88,7 @@ def unit_test_reward(
         if column is not None and len(column) != count:
             raise ValueError(f"unit_test_reward: {name} has {len(column)} rows, completions has {count}")
     rows = [{name: column[i] for name, column in columns.items() if column is not None} for i in range(count)]
-    jobs = _jobs(completions, rows)
+    jobs = _jobs(completions, rows, prefilled)
     outcomes = _run(jobs, timeout_s, allow_weak_isolation)
     if log_metric is not None and count:
         _log(log_metric, outcomes)
@@ -104,7 +107,9 @@ def _weights(mode: str, tiers: Mapping[str, float] | None) -> tuple[float, ...]:
     return weights
 
 
-def _jobs(completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tests] | str]:
+def _jobs(
+    completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]], prefilled: bool | None
+) -> list[tuple[str, Tests] | str]:
     """Return each program with its tests, or why the tests are unusable; a group's tests are read once."""
     jobs: list[tuple[str, Tests] | str] = []
     text, stub = "", ""
@@ -120,7 +125,8 @@ def _jobs(completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) 
             jobs.append(tests)
             continue
         entry = entry_of(tests)
-        program = program_of(completion, entry, prefilled=prompt is not None and prompt_prefills_think(prompt))
+        opened = prompt is not None and prompt_prefills_think(prompt) if prefilled is None else prefilled
+        program = program_of(completion, entry, prefilled=opened)
         jobs.append((complete(program, stub, entry) if entry else program, tests))
     return jobs
 

@@ -161,7 +161,7 @@ def check_rewards(
     unknown = set(skip) - {cheat.name for cheat in battery}
     if unknown:
         raise ValueError(f"check_rewards: skip names {sorted(unknown)}; the checks are {[c.name for c in battery]}")
-    golds = _scores(score, rows, [render_gold(row) for row in rows], chat)
+    golds = score_rows(score, rows, [render_gold(row) for row in rows], chat)
     usable = [index for index, value in enumerate(golds) if value is not None]
     best = top if top is not None else max((value for value in golds if value is not None), default=0.0)
     lines: list[Line] = []
@@ -171,7 +171,7 @@ def check_rewards(
             continue
         made = [(index, cheat.write(rows[index], rows)) for index in usable]
         tries = [(index, text) for index, text in made if text is not None]
-        values = _scores(score, [rows[index] for index, _ in tries], [text for _, text in tries], chat)
+        values = score_rows(score, [rows[index] for index, _ in tries], [text for _, text in tries], chat)
         wrong = 0
         for (index, text), value in zip(tries, values, strict=True):
             wins = value is not None and value >= best - _TOLERANCE and best > 0
@@ -184,8 +184,8 @@ def check_rewards(
     return Report(tuple(lines), tuple(findings), len(rows) - len(usable), len(rows), best)
 
 
-def _scores(score: Reward, rows: Sequence[Row], texts: Sequence[str], chat: bool) -> list[float | None]:
-    """Call the reward as TRL does: one list per column, prompts and completions among them."""
+def score_rows(score: Reward, rows: Sequence[Row], texts: Sequence[str], chat: bool) -> list[float | None]:
+    """Score one text per row as TRL calls a reward: one list per column, prompts and completions among them."""
     if not rows:
         return []
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
