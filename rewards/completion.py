@@ -13,8 +13,11 @@ from typing import Any
 Message = Mapping[str, Any]
 Completion = str | Sequence[Message] | Message | None
 
-_THINK_TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
-_OPEN_THINK_AT_END = re.compile(r"<(?:think|thinking|reasoning)>\s*\Z", re.IGNORECASE)
+# Blanks and attributes in a tag are forgiven: what is thinking earns nothing, so nobody gains by misspelling it.
+_THINK_TAG = re.compile(
+    r"<\s{0,9}(/?)\s{0,9}(?:\w{1,20}:)?(?:think|thinking|thought|reasoning)(?:\s[^<>]{0,99})?(?<!/)>", re.IGNORECASE
+)
+_OPEN_THINK_AT_END = re.compile(r"<(?:think|thinking|thought|reasoning)>\s*\Z", re.IGNORECASE)
 
 
 def completion_text(completion: Completion) -> str:

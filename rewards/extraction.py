@@ -26,7 +26,23 @@ Found = tuple[str, int]  # the answer's text, and where it ends in the completio
 
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
-_BETWEEN_BOXES = re.compile(r"(?:[\s,;$&]|\\[()\[\]]|\\(?:quad|qquad|text)\b|[{}]|\b(?:and|or)\b)*", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;:$&./|*•–—-]|\\[()\[\]]|\\(?:quad|qquad|text)\b|[{}]|\b\d{1,2}[.):]|\([a-z\d]\)"
+    r"|\b(?:and|or|maybe|perhaps|possibly|either|else|otherwise|alternatively)\b"
+    r"|\b(?:option|choice|case|possibility)\b(?:[ \t]+(?:\d{1,2}|[a-z])\b)?)*",
+    re.IGNORECASE,
+)
+_MINUS_BEFORE = re.compile(r"(?:\A|[\s$=(\[{:])[-−](?:\\[!,;: ])?\Z")
+_FACTOR_BEFORE = re.compile(r"(?:\A|[^a-zA-Z\d.])([a-zA-Z]|\d+)\Z")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_LETTERS_AFTER = re.compile(r"[a-zA-Z]+|\d+")
+_AFTER_BOX = re.compile(r"\s*(?:\^\s*(?:\{[^{}]{0,20}\}|\\circ|\w)|_\s*(?:\{[^{}]{0,20}\}|\d+))|[ \t]?\\?%")
+_DENIED = re.compile(
+    r"(?:\bnot|n['’]t|\bnever|\bcannot be|\bneither)(?:\s+equal(?:\s+to)?)?[\s$*]*(?:\\[(\[])?\s*\Z", re.IGNORECASE
+)
+_DENIED_AFTER = re.compile(
+    r"[\s$*]*(?:\\[)\]])?[\s*]*(?:is|was|would be|seems)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASH = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _HASH_LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])?\s*", re.IGNORECASE)
@@ -37,14 +53,24 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?](?:[*_\"'’)]*)(?=\s|\Z)|\n|\Z")
 _REASON = re.compile(
-    r"[,;]?\s+(?:because|since|as|so|which|where|thus|therefore|hence)\b(?!.*\b(?:or|maybe|perhaps|could|might)\b).*",
+    r"[,;]?\s+(?:because|since|as|so|which|where|thus|therefore|hence|rather than|instead of)\b"
+    r"(?!.*\b(?:or|maybe|perhaps|could|might)\b).*",
     re.IGNORECASE | re.DOTALL,
 )
 _LEAD_IN = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|clearly|exactly|equal to|given by)\b[ \t,:]*)+", re.IGNORECASE
 )
 _OR_BEFORE = re.compile(r"(-?[\d.,/]*\d)[\s$]*(?:\\[()\[\]])?\s*\bor[\s$]*(?:\\[()\[\]])?\s*\Z", re.IGNORECASE)
-_OR_AFTER = re.compile(r"[\s$]*(?:\\[()\[\]])?\s*or[\s$]*(?:\\[()\[\]])?\s*(-?\d[\d.,/]*)", re.IGNORECASE)
+_OR_AFTER = re.compile(
+    r"[\s$.,;*]*(?:\\[()\[\]])?\s*\bor(?:\s+(?:maybe|perhaps|possibly|even|else|it\s+is|is\s+it))*[\s$]*(?:\\[()\[\]])?"
+    r"\s*(-?\d[\d.,/]*)",
+    re.IGNORECASE,
+)
+_OR_JUST_BEFORE = re.compile(
+    r"\bor(?:\s+(?:maybe|perhaps|possibly|else|the|my|final|correct|right))*\s*\Z", re.IGNORECASE
+)
+_CONTRAST = re.compile(r",\s*(?:and\s+)?not\s+[$\\(]{0,3}-?\d[\d.,/]*[$\\)]{0,3}\Z", re.IGNORECASE)
+_WINDOW = 80  # how far around a box or phrase its neighbours are looked at, in characters: all scans stay linear
 _GOES_ON = re.compile(r"\s*(?:[,;/=<>]|or\b|and\b|to\b|\\(?:approx|pm|text))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
 _NUMERIC = re.compile(
@@ -72,7 +98,7 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
         answer, end = found
         if "phrase" in methods[index + 1 :]:
             retraction = _phrase(text[end:])
-            if retraction is not None and _NUMERIC.fullmatch(retraction[0]):
+            if retraction is not None and _is_value(retraction[0]):
                 return retraction[0]
         return answer
     return None
@@ -96,7 +122,7 @@ def _answer_tag(text: str) -> Found | None:
 
 
 def _boxed(text: str) -> Found | None:
-    boxes = _boxes(text)
+    boxes = [box for box in _boxes(text) if not _is_denied(text, box)]
     if not boxes:
         return None
     group = [boxes[-1]]
@@ -104,13 +130,37 @@ def _boxed(text: str) -> Found | None:
         if _BETWEEN_BOXES.fullmatch(text, box[1], group[-1][0]) is None:
             break
         group.append(box)
-    contents = list(dict.fromkeys(_unbox(box[2]) for box in reversed(group)))
+    contents = list(dict.fromkeys(_with_marks(text, box) for box in reversed(group)))
     first, last = group[-1][0], boxes[-1][1]
     if before := _OR_BEFORE.search(text, max(0, first - 60), first):  # `41 or \boxed{42}` commits to neither
         contents.insert(0, before[1])
-    if after := _OR_AFTER.match(text, last):
+    if after := _OR_AFTER.match(text, last, last + _WINDOW):
         contents.append(after[1])
     return ", ".join(contents), last
+
+
+def _is_denied(text: str, box: tuple[int, int, str]) -> bool:
+    """Tell whether a box is named only to be denied: `it is not \\boxed{41}`."""
+    start, end, _ = box
+    before = _DENIED.search(text, max(0, start - _WINDOW), start)
+    return before is not None or _DENIED_AFTER.match(text, end, end + _WINDOW) is not None
+
+
+def _with_marks(text: str, box: tuple[int, int, str]) -> str:
+    """Return a box's content with what is written onto the box: a sign or factor, a power, base, unit or %."""
+    start, end, content = box
+    minus = "-" if _MINUS_BEFORE.search(text, max(0, start - 4), start) else ""
+    after = _AFTER_BOX.match(text, end, end + _WINDOW)
+    content = _unbox(content)
+    if "answer" in content.lower() and (inner := _phrase(_TEXT.sub(r"\1", content))) is not None:
+        content = inner[0]
+    if factor := _FACTOR_BEFORE.search(text, max(0, start - 20), start):
+        content = f"{factor[1]} {content}"
+    if letters := _LETTERS_AFTER.match(text, end):
+        content += letters.group() if len(letters.group()) == 1 else f" {letters.group()}"
+    if minus and re.search(r"[-+\s=]", content):
+        content = f"({content})"
+    return minus + content + (after.group().strip() if after else "")
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -154,9 +204,21 @@ def _hash(text: str) -> Found | None:
 def _phrase(text: str) -> Found | None:
     for match in reversed(list(_PHRASE.finditer(text))):
         content, end = _sentence(text, match.end())
-        if content:
-            return content, end
+        if not content:
+            continue
+        if _OR_JUST_BEFORE.search(text, max(0, match.start() - _WINDOW), match.start()):
+            return f"or {content}", end  # "the answer is 41 or the answer is 42" commits to neither
+        after = _OR_AFTER.match(text, end, end + _WINDOW)
+        return (f"{content}, {after[1]}", after.end()) if after else (content, end)
     return None
+
+
+def _is_value(text: str) -> bool:
+    """Tell whether a phrase's content is a number or a short formula, not chatter."""
+    if _NUMERIC.fullmatch(text):
+        return True
+    bare = re.sub(r"\\[a-zA-Z]+", " ", text)
+    return len(text) <= 60 and any(c.isdigit() for c in bare) and re.search(r"[a-zA-Z]{2,}", bare) is None
 
 
 def _sentence(text: str, start: int) -> Found:
@@ -181,7 +243,8 @@ def _sentence(text: str, start: int) -> Found:
                 end = end_match.start() if end_match else limit
                 content = text[start:end].strip()
             break
-    content = _LEAD_IN.sub("", _REASON.sub("", content).strip().strip("*_").strip())
+    content = _CONTRAST.sub("", _REASON.sub("", content).strip())
+    content = _LEAD_IN.sub("", content.strip("*_").strip())
     return _unbox(content), end
 
 
@@ -199,7 +262,7 @@ def _unbox(content: str) -> str:
             pieces += [content[place:start], inner]
             place = end
         outside = "".join([*pieces[::2], content[place:]])
-        if len(boxes) == 1 and not any(char.isdigit() for char in outside):
+        if len(boxes) == 1 and not any(c.isdigit() for c in outside) and not _is_denied(content, boxes[0]):
             content = boxes[0][2]
         else:
             content = "".join([*pieces, content[place:]])

@@ -18,6 +18,8 @@ _NUMBER = re.compile(r"(-?)\s*(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\}|(\d{1,3}(?
 _DECORATION = re.compile(
     r"\\[$%!,;()\[\]]|[$%*]|\\d?text\{[^{}]*\}|\\mbox\{[^{}]*\}|\^\{?\\circ\}?|\\(?:left|right)(?![a-z])"
 )
+_LAST_CLOSED = re.compile(r"(?i)<\s*/\s*(?:\w+:)?(?:think(?:ing)?|thought|reasoning)\s*>")
+_OPENED = re.compile(r"(?i)<\s*(?:\w+:)?(?:think(?:ing)?|thought|reasoning)\b[^<>]*>")
 _JOINT = re.compile(r"(?:[\s,;$]|and|or)*")
 _SEPARATOR = re.compile(r"[=;<>]|\\(?:approx|pm|cup|text|le|ge)|\bor\b|\band\b")
 
@@ -34,9 +36,9 @@ def honest_accuracy(
 ) -> list[float | None]:
     r"""Return 1 where the very last commitment of a completion is the gold, strictly; the held-out metric.
 
-    Formula: 1 if last(completion) = gold, else 0: the last of the markers in `extract` by position, after the last
-    `</think>`; a plain number for a number, math-verify's verdict for the rest. No words around a number, and of
-    several boxes side by side none.
+    Formula: 1 if last(completion) = gold, else 0: the last of the markers in `extract` by position, outside the
+    thinking; a plain number for a number, math-verify's verdict for the rest. No words around a number, and of several
+    boxes side by side none.
 
     Args:
         completions: text or chat messages.
@@ -63,7 +65,7 @@ def honest_accuracy(
             continue
         inside = prefilled if prefilled is not None else prompts is not None and _ends_in_thinking(prompts[index])
         text = completion_text(completion)
-        given = None if inside and "</think>" not in text.lower() else _last_commitment(text, extract)
+        given = None if inside and not _LAST_CLOSED.search(text) else _last_commitment(text, extract)
         wanted, got = _number(gold), None if given is None else _number(given)
         if given is None or (wanted is not None) != (got is not None):
             scores.append(0.0)
@@ -102,11 +104,9 @@ def _gold(raw: Any) -> str | None:
 
 def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
     """Return the answer whose marker comes last, whichever marker it is."""
-    lowered = text.lower()
-    start = lowered.rfind("</think>")
-    start = 0 if start < 0 else start + len("</think>")
-    stop = lowered.find("<think>", start)
-    text = text[start : stop if stop >= 0 else len(text)]
+    text = _LAST_CLOSED.split(text)[-1]
+    opened = _OPENED.search(text)
+    text = text[: opened.start()] if opened else text
     lowered = text.lower()
     found: list[tuple[int, str]] = []
     if "first_line" in markers:

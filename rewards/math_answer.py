@@ -15,7 +15,7 @@ from rewards.math_expression import Node
 _DENIALS = frozenset(["not", "no", "never", "isn't", "cannot", "wrong", "false"])
 _NAME = re.compile(
     r"(?:m?\s*\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?\s*)?\\?[A-Za-z]+\s*\}?(?:_\s*(?:\{\w+\}|\w))?'*"
-    r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
+    r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?|[fghFGHPE]\s*\([^()=<>]{1,20}\)|\|\s*[A-Z]{1,3}\s*\|"
 )
 
 

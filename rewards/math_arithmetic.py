@@ -135,7 +135,9 @@ def is_calculation(node: Node) -> bool:
     if kind == "add" and sum(_is_numeric(child) for child in node[1]) > 1:
         return True
     if kind == "div" and not is_number(node) and _is_numeric(node[1]) and _is_numeric(node[2]):
-        return True
+        power_below = node[2][0] == "pow" and is_number(node[2][1]) and is_number(node[1])
+        if not power_below:  # 1/10^3 is a way to write a number too
+            return True
     children = node[1] if kind in ("add", "mul") else node[2] if kind == "call" else node[1:]
     return any(is_calculation(child) for child in children)
 

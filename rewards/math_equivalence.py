@@ -10,6 +10,7 @@ answer to 579, `41=42` none to 42), a bare list in any order, a tuple in its own
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
@@ -111,6 +112,8 @@ class _Walk:
         return False
 
     def values(self, gold: Value, given: Value) -> bool | None:
+        if {gold.unit, given.unit} == {"degree", "radian"}:
+            return self.expressions(in_radians(gold), in_radians(given))
         if not compatible("%" if gold.percent else gold.unit, "%" if given.percent else given.unit):
             return False
         verdict = self.expressions(gold, given)
@@ -208,6 +211,8 @@ class _Walk:
             return False
         if len(gold.parts) != len(given.parts):
             return False
+        if _is_clock(gold) != _is_clock(given):  # 10:05 is not 10:5
+            return False
         same = self.in_order(gold.parts, given.parts)
         numbers = [
             [p.value for p in r.parts if isinstance(p, Value) and p.value and p.unit is None] for r in (gold, given)
@@ -273,6 +278,11 @@ class _Walk:
 
 def _is_inequality(answer: Answer) -> TypeGuard[Relation]:
     return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in FLIPPED
+
+
+def _is_clock(ratio: Ratio) -> bool:
+    """Tell whether a ratio can only be a time: minutes with a leading zero."""
+    return len(ratio.parts) > 1 and re.fullmatch(r"0\d\b.*", ratio.parts[1].source) is not None
 
 
 def _is_constant_chain(relation: Relation) -> bool:

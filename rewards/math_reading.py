@@ -11,12 +11,14 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product as cartesian
 
-from rewards.math_answer import Answer, Based, Matrix, Ratio, Raw, Relation, Several, Text, Value, is_name
-from rewards.math_arithmetic import rational
+from rewards.math_answer import Answer, Based, Matrix, Ratio, Raw, Relation, Several, Text, Value
+from rewards.math_arithmetic import is_calculation, rational
 from rewards.math_brackets import closing_place, depths, split_outside
 from rewards.math_expression import NotAnExpression, parse_expression
 from rewards.math_notation import clean
 from rewards.math_units import split_unit
+from rewards.math_views import scaled, share_variable
+from rewards.math_words import BASES, counted, number_word
 
 _SIGN = re.compile(r"\\(?:le|ge|ne|approx|equiv|sim|to|rightarrow|Rightarrow|implies|mapsto|iff)(?![a-zA-Z])|[=<>]")
 _MATRIX = re.compile(
@@ -30,7 +32,7 @@ _BASED = re.compile(r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*(?:\{\s*(\d+|\\text\{[a-z
 _RATIO = re.compile(r"\s*([^:=]+)\s*:\s*([^:=]+)(?:\s*:\s*([^:=]+))?\s*")
 _MEMBER = re.compile(r"\s*(?:[a-zA-Z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\))\s*\\in(?![a-zA-Z])\s*(.*)", re.DOTALL)
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.&/-]*(?:[\s,]+[a-zA-Z0-9][a-zA-Z0-9'.&/-]*)*")
-_PLAIN_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.]*(?:-[a-z]{3,})*(?:\s+[a-zA-Z0-9][a-zA-Z0-9'.]*(?:-[a-z]{3,})*)*")
+_PLAIN_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.]*(?:-[a-zA-Z]{3,})*(?:\s+[a-zA-Z0-9][a-zA-Z0-9'.]*(?:-[a-z]{3,})*)*")
 _FRENCH_INTERVAL = re.compile(r"([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])")
 _JOINED = re.compile(r",|\b(?:and|or)\b")
 _NO_SOLUTION = frozenset(["no solution", "no solutions", "no real solution", "no real solutions", "empty set"])
@@ -39,11 +41,10 @@ _SET_BUILDER = re.compile(r"[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_TEENS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen"""
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_BASES = {word: n for n, word in enumerate(_TEENS.split())}
-_NUMERALS = _BASES | {word: 10 * n for n, word in enumerate(_TENS.split(), start=2)}
+_BASE_IN_WORDS = re.compile(
+    r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*(?:\\text\{)?\s*[(,]?\s*(?:in )?base[ -]?(?:\}\s*)?(\d+|[a-z]+)\s*\)?\s*\}?\s*\)?"
+)
+_SCALED_MATRIX = re.compile(r"(?P<factor>[^&]*?)\s*(?:\\cdot\s*|\*\s*)?(?P<matrix>[(\[]?\s*\\begin\s*\{.*)", re.DOTALL)
 
 
 @lru_cache(maxsize=4096)
@@ -100,11 +101,14 @@ def _read_text(text: str, depth: int) -> Answer | None:
     if not in_text and len(bare) > 1 and all(len(word) == 1 for word in bare.split()):
         return None  # x y is a product
     words = " ".join(bare.lower().split()).strip(" .").removeprefix("the ")
-    if _JOINED.search(words) and not (in_text and re.search(r"(?<!\\)(?!and\b|or\b)\b[a-z]{2,}", words)):
-        return _parse(bare, depth + 1) if in_text else None  # a list; in \text{} only words keep their order
-    number = _number_word(words)
+    number = number_word(words)
     if number is not None:
         return Value(text, ("num", number), number)
+    if (named := counted(words)) is not None:  # five apples
+        unit = split_unit(f"1 \\text{{{named[1]}}}").unit
+        return Text(text, words) if unit is None else Value(text, ("num", named[0]), named[0], unit)
+    if _JOINED.search(words) and not (in_text and re.search(r"(?<!\\)(?!and\b|or\b)\b[a-z]{2,}", words)):
+        return _parse(bare, depth + 1) if in_text else None  # a list; in \text{} only words keep their order
     if words in _NO_SOLUTION:
         return Several(text, "{}", ())
     if len(bare) == 1:
@@ -112,25 +116,32 @@ def _read_text(text: str, depth: int) -> Answer | None:
     return Text(text, words) if in_text or len(bare) > 2 or words == "no" else None
 
 
-def _number_word(words: str) -> Fraction | None:
-    negative = words.startswith(("negative ", "minus "))
-    parts = re.split(r"[\s-]+", words.split(" ", 1)[1] if negative else words)
-    if len(parts) > 2 or any(part not in _NUMERALS for part in parts):
-        return None
-    values = [_NUMERALS[part] for part in parts]
-    if len(values) == 2 and not (values[0] >= 20 and 1 <= values[1] <= 9):
-        return None
-    return Fraction(-sum(values) if negative else sum(values))
-
-
 def _read_matrix(text: str, depth: int) -> Answer | None:
     shell = _MATRIX_SHELL.fullmatch(text)
     match = _MATRIX.fullmatch(shell[1] if shell else text)
     if match is None or "\\begin" in match["body"]:
-        return None
+        return _read_scaled_matrix(text, depth)
     lines = [line for line in re.split(r"\\cr(?![a-zA-Z])", match["body"].replace("\\hline", "")) if line.strip()]
     rows = tuple(tuple(_parse(cell, depth + 1) for cell in line.split("&")) for line in lines)
     return Matrix(text, rows) if rows and len({len(row) for row in rows}) == 1 else Raw(text)
+
+
+def _read_scaled_matrix(text: str, depth: int) -> Answer | None:
+    r"""Read `\frac12 \begin{pmatrix}…\end{pmatrix}`: every entry times the number."""
+    match = _SCALED_MATRIX.fullmatch(text) if text.count("\\begin") == 1 else None
+    if match is None or not match["factor"].strip():
+        return None
+    factor = _parse("-1" if match["factor"].strip() == "-" else match["factor"], depth + 1)
+    matrix = _read_matrix(match["matrix"].strip(), depth + 1)
+    if not isinstance(factor, Value) or factor.value is None or factor.unit or not isinstance(matrix, Matrix):
+        return None
+    rows = []
+    for row in matrix.rows:
+        entries = [entry for entry in row if isinstance(entry, Value)]
+        if len(entries) != len(row):
+            return None
+        rows.append(tuple(scaled(entry, factor.value) for entry in entries))
+    return Matrix(text, tuple(rows))
 
 
 def _read_several(text: str, depth: int) -> Answer | None:
@@ -151,12 +162,12 @@ def _read_several(text: str, depth: int) -> Answer | None:
             for item in items
             for inner in (item.items if isinstance(item, Several) and item.kind == "," else (item,))
         ]
-        return Several(text, ",", tuple(_share_variable(flat)))
+        return Several(text, ",", tuple(share_variable(flat)))
     signs = re.findall(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
     if not signs or len(signs) > 3 or text.startswith(("(", "[", "\\lbrace")):
         return None
     choices = [_parse(choice, depth + 1) for choice in _plus_minus(text, signs)]
-    return Several(text, ",", tuple(_share_variable(choices)))
+    return Several(text, ",", tuple(share_variable(choices)))
 
 
 def _plus_minus(text: str, signs: list[str]) -> list[str]:
@@ -168,21 +179,6 @@ def _plus_minus(text: str, signs: list[str]) -> list[str]:
     return ["".join(p + s for p, s in zip(pieces, (*choice, ""), strict=True)) for choice in choices]
 
 
-def _share_variable(items: list[Answer]) -> list[Answer]:
-    """Read `x = 1, 2` and `x = 1, x = 2` as the list 1, 2 with one variable named once or each time."""
-    heads = [
-        item.sides[0]
-        for item in items
-        if isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0])
-    ]
-    if not heads or len({head.source for head in heads}) != 1:
-        return items
-    relations = [isinstance(item, Relation) for item in items]
-    if all(relations) or (relations[0] and not any(relations[1:])):
-        return [item.sides[1] if isinstance(item, Relation) and len(item.sides) == 2 else item for item in items]
-    return items
-
-
 def _read_union(text: str, depth: int) -> Answer | None:
     removed = split_outside(text, r"\s*\\(?:setminus|backslash)(?![a-zA-Z])\s*")
     if len(removed) == 2:
@@ -190,7 +186,10 @@ def _read_union(text: str, depth: int) -> Answer | None:
     parts = split_outside(text, r"\s*\\cup(?![a-zA-Z])\s*")
     if len(parts) < 2:
         return None
-    return Several(text, "U", tuple(_parse(part, depth + 1) for part in parts))
+    sets = tuple(_parse(part, depth + 1) for part in parts)
+    if all(isinstance(part, Several) and part.kind == "{}" for part in sets):
+        return Several(text, "{}", tuple(item for part in sets if isinstance(part, Several) for item in part.items))
+    return Several(text, "U", sets)
 
 
 def _read_relation(text: str, depth: int) -> Answer | None:
@@ -247,10 +246,14 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
 
 def _read_based(text: str, depth: int) -> Answer | None:
     match = _BASED.fullmatch(text)
-    if match is None:
+    in_words = _BASE_IN_WORDS.fullmatch(text) if match is None else None
+    if match is not None:
+        name = (match[2] or match[3]).removeprefix("\\text{").removesuffix("}")
+    elif in_words is not None:
+        match, name = in_words, in_words[2]
+    else:
         return None
-    name = (match[2] or match[3]).removeprefix("\\text{").removesuffix("}")
-    base = _BASES.get(name, int(name) if name.isdigit() else 0)
+    base = BASES.get(name, int(name) if name.isdigit() else 0)
     digits = match[1].lstrip("0").upper() or "0"
     if not any(digit.isdigit() for digit in digits) and not digits.isupper():
         return None
@@ -284,7 +287,8 @@ def _read_value(text: str) -> Answer:
         value *= measure.scale
         node = ("num", value)
     if measure.percent:
+        worked_out = value is not None and not is_calculation(node)
         if value is not None:
             value /= 100
-        node = ("div", node, ("num", Fraction(100)))
+        node = ("num", value) if worked_out else ("div", node, ("num", Fraction(100)))
     return Value(text, node, value, measure.unit, measure.percent)

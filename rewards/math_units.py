@@ -14,12 +14,15 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rewards.math_words import PARTS, SCALES
+
 _SAME = """
 mm millimeter millimetre; cm centimeter centimetre; dm decimeter; m meter metre; km kilometer kilometre
 in inch inches; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; lb lbs pound; oz ounce; ton tonne
 s sec second; min minute; h hr hour; day; week; month; yr year; ms millisecond
 l liter litre; ml milliliter millilitre; gal gallon; qt quart; pint; cup
-mph; kph kmh; m/s mps; km/h; n newton; j joule; w watt; kw kilowatt; v volt; pa pascal; hz hertz; mol mole; k kelvin
+mph; km/h kph kmh; m/s mps; celsius; fahrenheit
+n newton; j joule; w watt; kw kilowatt; v volt; pa pascal; hz hertz; mol mole; k kelvin
 acre; hectare ha; dollar usd buck; cent; euro eur; pence penny pennies; rupee rs inr; yen yuan
 degree deg; radian rad; am; pm
 """
@@ -32,7 +35,7 @@ _CANONICAL = {
 _UNITS = frozenset([*_CANONICAL.values(), "%", "pound sterling"])
 _GLUED_NAMES = "cm mm km kg mg ml ft lb lbs oz mph hr hrs min sec am pm usd m/s km/h cm/s"
 _GLUED = frozenset(_GLUED_NAMES.split())
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SPEEDS = {"mi per h": "mph", "mi/h": "mph", "km per h": "km/h", "m per s": "m/s"}
 _SIGNS = {
     "\\USD": "dollar",
     "€": "euro",
@@ -43,20 +46,29 @@ _SIGNS = {
     "\\pounds": "pound sterling",
 }
 _NOT_UNITS = """or and not mod modulo plus minus times over divided if to versus vs than approximately about possibly
-maybe either equals is between through per percent negative positive squared cubed factorial base least most infinity
-none remainder pi sqrt root with unknown wrong incorrect false sure zero one two three four five six seven eight
+maybe either no equals is between through per percent negative positive squared cubed factorial base least most infinity
+none quarter remainder pi sqrt root with unknown wrong incorrect false sure zero one two three four five six seven eight
 nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion
 dozen"""
+_DEGREES: tuple[set[str], ...] = ({"degree", "celsius"}, {"degree", "fahrenheit"})
 _NOT_A_UNIT = frozenset(_NOT_UNITS.split())
 _UNIT_WORD = re.compile(r"[a-z][a-z'/-]*")
 _ABBREVIATION = re.compile(r"\b([a-z])\.\s*([a-z])\b\.?")
-_PREFIX = re.compile(r"(?P<minus>-?)\s*(?P<sign>\\USD|\\euro|\\pounds|[€£¥₹])\s*(?P<body>.*)", re.DOTALL)
+_PREFIX = re.compile(
+    r"(?P<minus>-?)\s*(?:US\s*(?=\\USD))?(?P<sign>\\USD|\\euro|\\pounds|[€£¥₹])\s*(?P<body>.*)",
+    re.DOTALL,
+)
+_ORDINAL = re.compile(
+    r"(?P<body>\d*(?P<last>\d))\s*(?:\^\s*)?(?:\{\s*)?(?:\\text\{\s*)?(?P<suffix>st|nd|rd|th)\s*\}?\s*\}?(?:\s+[a-z]{4,})?"
+)
 _SUFFIX_SIGN = re.compile(r"(?P<body>.*?[\d})])\s*(?P<sign>\\USD|[€£¥₹])", re.DOTALL)
 _POWER = r"(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
 _TEXT_UNIT = re.compile(r"(?P<body>.*\S)\s*\\text\{(?P<unit>[^{}]*)\}" + _POWER, re.DOTALL)
 _WORD_UNIT = re.compile(r"(?P<body>.*?[\d})!%])\s*-?\s*(?P<unit>[a-zA-Z][a-zA-Z.'/ -]*)" + _POWER, re.DOTALL)
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_DEGREE = re.compile(r"(?P<body>.*\S)\s*\\deg\s*(?:[CF](?![a-zA-Z])|\\text\{\s*[CF]\s*\})?", re.DOTALL)
+_DEGREE = re.compile(
+    r"(?P<body>.*\S)\s*\\deg\s*(?:\\text\{\s*)?(?P<scale>[CF](?![a-zA-Z])|(?i:celsius|fahrenheit))?\s*\}?", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +101,38 @@ def split_unit(text: str) -> Measure:
         return Measure(text[:-1].rstrip(), None, True)
     degree = _DEGREE.fullmatch(text)
     if degree is not None and "\\deg" not in degree["body"] and not _TRIGONOMETRY.search(degree["body"]):
-        return Measure(degree["body"], "degree")
+        scale_name = {"c": "celsius", "f": "fahrenheit"}.get((degree["scale"] or "").lower()[:1])
+        return Measure(degree["body"], scale_name or "degree")
+    ordinal = _ORDINAL.fullmatch(text)
+    if ordinal is not None and ordinal["suffix"] == _ordinal_suffix(ordinal["body"]):
+        return Measure(ordinal["body"], "th")
     match = _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text)
     if match is not None:
         glued = "\\text" not in match.group() and match.end("body") == match.start("unit")
         words = _ABBREVIATION.sub(r"\1\2", match["unit"].lower()).replace(".", " ").split()
-        if words and words[0] in _SCALES and match["body"]:
-            scale, words = Fraction(_SCALES[words[0]]), words[1:]
+        factor = _factor(words)
+        if factor is not None:
+            scale, words = factor, words[1:]
         named = _unit_name(words, match["power"], in_text="\\text" in match.group(), glued=glued)
         if named is not None or (scale != 1 and not words):
             text, unit = match["body"].rstrip(), named or unit
         else:
             scale = Fraction(1)
     return Measure(text, unit, False, scale)
+
+
+def _factor(words: list[str]) -> Fraction | None:
+    """Return what `million` or, where nothing else is named, `thirds` multiplies by."""
+    first = words[0].removesuffix("s") if words else ""
+    alone = len(words) == 1 or (len(words) > 1 and words[1] == "of")
+    return SCALES.get(first) or (PARTS.get(first) if alone else None)
+
+
+def _ordinal_suffix(digits: str) -> str:
+    """Return the ending of an ordinal: 21st, 12th."""
+    if digits[-2:] in ("11", "12", "13"):
+        return "th"
+    return {"1": "st", "2": "nd", "3": "rd"}.get(digits[-1], "th")
 
 
 def _unit_name(words: list[str], power: str | None, *, in_text: bool, glued: bool) -> str | None:
@@ -112,13 +143,16 @@ def _unit_name(words: list[str], power: str | None, *, in_text: bool, glued: boo
     """
     if not words or len(words) > 6 or not all(_UNIT_WORD.fullmatch(word) for word in words):
         return None
-    if any(word in _NOT_A_UNIT for word in words if word != "per"):
+    if any(word in _NOT_A_UNIT or word.removesuffix("s") in _NOT_A_UNIT for word in words if word != "per"):
         return None
     if not in_text:
         if glued and words[0] not in _GLUED:
             return None
-        if len(words[0]) < 2 or (len(words[0]) < 4 and _canonical(words[0]) not in _UNITS):
+        wordy = len(words[0]) >= 3 and any(len(word) >= 4 for word in words)  # 5 red apples
+        if len(words[0]) < 2 or (len(words[0]) < 4 and not wordy and _canonical(words[0]) not in _UNITS):
             return None
+    if len(words) > 1 and words[0] in ("degree", "degrees"):
+        words = words[1:]  # degrees Celsius
     degree = power
     if words[0] in ("square", "sq") and len(words) > 1:
         words, degree = words[1:], "2"
@@ -127,6 +161,7 @@ def _unit_name(words: list[str], power: str | None, *, in_text: bool, glued: boo
     elif words[-1] in ("squared", "cubed"):
         words, degree = words[:-1], "2" if words[-1] == "squared" else "3"
     name = " ".join(_canonical(word) for word in words)
+    name = _SPEEDS.get(name, name)
     return f"{name}^{degree}" if degree not in (None, "1") else name
 
 
@@ -146,7 +181,7 @@ def compatible(left: str | None, right: str | None) -> bool:
     >>> compatible("cm", None), compatible("clip", "video"), compatible("cm", "m"), compatible("cm", "cm^2")
     (True, True, False, False)
     """
-    if left is None or right is None or left == right:
+    if left is None or right is None or left == right or {left, right} in _DEGREES:
         return True
     (left_words, left_power), (right_words, right_power) = _parts(left), _parts(right)
     if left_words & right_words and left_power == right_power:

@@ -64,3 +64,26 @@ def vector_entries(matrix: Matrix) -> tuple[Answer, ...]:
     if len(matrix.rows) == 1:
         return matrix.rows[0]
     return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
+
+
+def share_variable(items: list[Answer]) -> list[Answer]:
+    """Read `x = 1, 2` and `x = 1, x = 2` as the list 1, 2 with one variable named once or each time."""
+    heads = [
+        item.sides[0]
+        for item in items
+        if isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0])
+    ]
+    if not heads or len({head.source for head in heads}) != 1:
+        return items
+    relations = [isinstance(item, Relation) for item in items]
+    if all(relations) or (relations[0] and not any(relations[1:])):
+        return [item.sides[1] if isinstance(item, Relation) and len(item.sides) == 2 else item for item in items]
+    return items
+
+
+def scaled(entry: Value, factor: Fraction) -> Value:
+    """Return a matrix entry times a number."""
+    source = f"{factor} {entry.source}"
+    if entry.value is not None:
+        return Value(source, ("num", factor * entry.value), factor * entry.value)
+    return Value(source, ("mul", [("num", factor), entry.node]), None)

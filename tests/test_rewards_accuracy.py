@@ -123,10 +123,25 @@ def test_metrics_say_why_completions_were_not_paid() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("verdict", "metric"),
+    [("timeout", "timeout"), ("undecided", "unparsed"), ("crash", "unparsed"), ("no", None), ("yes", None)],
+)
+def test_each_verdict_of_the_judge_is_counted_as_what_it_is(
+    verdict: str, metric: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewards.judge.ask", lambda kind, items, limit_s: [verdict] * len(items))
+    seen: dict[str, float] = {}
+    scores = accuracy_reward(["\\boxed{\\sqrt{12}}"], ["2\\sqrt{3}"], log_metric=seen.__setitem__)
+    assert scores == [float(verdict == "yes")]
+    assert {name for name, share in seen.items() if share} == ({f"accuracy_reward/{metric}"} if metric else set())
+
+
 def test_a_hanging_answer_does_not_take_its_batch_with_it() -> None:
     good, gold = "\\boxed{\\sqrt{12}}", "2\\sqrt{3}"
     golds = [gold, HANGING_GOLD, gold, HANGING_GOLD, gold]
-    scores = accuracy_reward([good, HANGING, good, HANGING + " ", good], golds, timeout_s=0.3)
+    # The default limit, so that a busy machine has time for the right answers; the two hanging ones wait side by side.
+    scores = accuracy_reward([good, HANGING, good, HANGING + " ", good], golds)
     assert scores == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 

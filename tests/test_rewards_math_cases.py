@@ -2,6 +2,9 @@ r"""Own cases for `accuracy_reward`, worked out by hand: is the second the first
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rewards import accuracy_reward
@@ -346,6 +349,15 @@ def test_an_equal_answer_is_paid(gold: str, given: str, why: str) -> None:
 @pytest.mark.parametrize(("gold", "given", "why"), DIFFERENT, ids=[f"{g}~{a}" for g, a, _ in DIFFERENT])
 def test_a_different_answer_is_not_paid(gold: str, given: str, why: str) -> None:
     assert accuracy_reward([f"So we are done: \\boxed{{{given}}}."], [gold]) == [0.0], why
+
+
+def test_whole_completions_are_judged_as_a_reader_would() -> None:
+    """Units, words, notations, commitments, corrections and hedges, from a hostile reading of the policy."""
+    lines = (Path(__file__).parent / "math_acceptance.jsonl").read_text(encoding="utf-8").splitlines()
+    cases = [json.loads(line) for line in lines]
+    scores = accuracy_reward([case["completion"] for case in cases], [case["gold"] for case in cases], timeout_s=10.0)
+    wrong = [case for case, score in zip(cases, scores, strict=True) if score != case["expect"]]
+    assert wrong == []
 
 
 def test_every_gold_of_the_table_answers_itself() -> None:
