@@ -20,6 +20,7 @@ from rewards._sandbox_codec import decode, encode
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 _RECORD = "_judge_record"
+_ENDINGS = (StopIteration, StopAsyncIteration)
 
 
 class GoneError(BaseException):
@@ -78,13 +79,17 @@ def judge(spec: dict[str, Any], ask: Ask) -> list[bool]:
 
 
 def _each_holds(tests: list[ast.Module], space: dict[str, Any]) -> Iterator[bool]:
-    """Run one script after the other; a script holds if it ends without an exception."""
+    """Run one script after the other; a script holds if it ends without an exception and reached one of its asserts."""
     gone = False
+    reached: list[bool] = []
+    space[_RECORD] = lambda: reached.append(True)
     for tree in tests:
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+        reached.clear()
         try:
             if not gone:
-                _execute(tree, space)
-            yield not gone
+                _execute(ast.fix_missing_locations(_NoteAsserts().visit(tree)), space)
+            yield not gone and (bool(reached) or not asserts)
         except GoneError:
             gone = True
             yield False
@@ -109,7 +114,14 @@ def _check_holds(tree: ast.Module, space: dict[str, Any], entry: str | None) -> 
             space["check"](space[entry])
     except (Exception, GoneError):
         return [*(held.get(number, False) for number in range(transformer.count)), False]
-    return list(held.values()) or [True]
+    return list(held.values()) or [transformer.count == 0]  # asserts of which none was reached do not hold
+
+
+class _NoteAsserts(ast.NodeTransformer):
+    """Notes that an assert was reached."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        return [*ast.parse(f"{_RECORD}()").body, node]
 
 
 class _RecordAsserts(ast.NodeTransformer):
@@ -201,7 +213,8 @@ class Remote:
         if "error" in reply:
             name, message = reply["error"]
             kind = getattr(builtins, str(name), None)
-            is_builtin = isinstance(kind, type) and issubclass(kind, Exception)
+            # StopIteration would end a map or filter in a test early, and nothing at all is true of nothing.
+            is_builtin = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _ENDINGS)
             raise kind(str(message)) if is_builtin else RemoteError(f"{name}: {message}")  # type: ignore[misc]
         return decode(reply["value"], lambda number, _: Remote(self._ask, number))
 
@@ -233,7 +246,7 @@ class Remote:
         self.__getattr__("__setitem__")(key, value)
 
     def __contains__(self, item: Any) -> bool:
-        return self.__getattr__("__contains__")(item) is True
+        return any(item == one for one in self)  # the program's own __contains__ could say yes to everything
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.__getattr__("__iter__")()

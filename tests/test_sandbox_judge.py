@@ -146,6 +146,44 @@ def test_forged_answer_earns_nothing_from_test_code(program: str) -> None:
     assert outcome.fraction == 0.0
 
 
+_ALWAYS = "class A:\n    __eq__ = __contains__ = __le__ = __ge__ = __lt__ = __gt__ = lambda s, o: True\n"
+_CLAIMS = "    __hash__ = lambda s: 4\n    __str__ = lambda s: '4'\n    __round__ = __int__ = __index__ = lambda s: 4\n"
+_ANYTHING = f"{_ALWAYS}{_CLAIMS}    __class__ = int\n    __iter__ = lambda s: iter([s])\ndef square(x): return A()"
+_OBJECT = f"{_ALWAYS}{_CLAIMS}    __iter__ = lambda s: iter([s])\ndef square(x): return A()"
+_ENDS = "def square(x): raise StopIteration"
+_LIST = "class A(list):\n    __len__ = lambda s: 4\n    __contains__ = lambda s, x: True\ndef square(x): return A()"
+_INT = "class A(int):\n    __le__ = __ge__ = lambda s, o: True\ndef square(x): return A(0)"
+FORGED_BY_OBJECTS = {
+    "all(map()) ended early": ("assert all(map(lambda x: square(x) == x * x, [1, 2]))", _ENDS),
+    "sum(map()) ended early": ("assert sum(map(square, [0, 0])) == 0", _ENDS),
+    "list(filter()) ended early": ("assert list(filter(square, [3])) == []", _ENDS),
+    "an asynchronous end": ("assert all(map(lambda x: square(x) == 1, [1]))", _ENDS.replace("Stop", "StopAsync")),
+    "contains everything": ("assert 4 in square(2)", _OBJECT),
+    "contains everything as an int": ("assert 4 in square(2)", _ANYTHING),
+    "a list that contains everything": ("assert 4 in square(2)", _LIST),
+    "a length as one likes": ("assert len(square(2)) == 4", _LIST),
+    "ordered as one likes": ("assert 3 <= square(2) <= 5", _OBJECT),
+    "an int that lies about order": ("assert 3 <= square(2) <= 5", _INT),
+    "a hash like the answer's": ("assert {4: 'yes'}[square(2)] == 'yes'", _OBJECT),
+    "text of an object": ("assert str(square(2)) == '4'", _OBJECT),
+    "a type of its own": ("assert isinstance(square(2), int)", _ANYTHING),
+    "rounding as one likes": ("assert round(square(2)) == 4", _OBJECT),
+    "a loop over nothing": ("for x in square(2):\n    assert x == 4", "def square(x): return []"),
+    "an index of its own": ("assert [0, 1, 2, 3, 4][square(2)] == 4", _ANYTHING),
+    "a test that runs nothing": (
+        "def check(candidate):\n    for x in candidate(2):\n        assert x == 4", "def square(x): return []",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED_BY_OBJECTS)
+def test_an_object_or_exception_of_the_program_decides_nothing(name: str) -> None:
+    script, program = FORGED_BY_OBJECTS[name]
+    outcome = check(script, program) if "def check" in script else asserts([script], program)
+    assert outcome.unusable is None
+    assert outcome.fraction == 0.0
+
+
 @pytest.mark.parametrize("kind", ["ArithmeticError", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "Exception"])
 def test_leaving_is_not_raising(kind: str) -> None:
     # A test that expects an exception is not satisfied by a process that ends.
