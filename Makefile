@@ -7,7 +7,7 @@ VENV   ?= .venv
 CLI    := $(VENV)/bin/grpo-lite
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export push verify chat recipes show check check-rewards doctor test test-all lint clean
+.PHONY: help setup setup-dev train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,20 @@ check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold ans
 check-rewards: $(VENV)/.ready  ## Try the gold answer and a battery of cheats on RECIPE's rewards
 	@$(CLI) rewards check $(RECIPE) $(ARGS)
 
-doctor: $(VENV)/.ready  ## Say what this machine has: device, versions, isolation of model-written code
-	@$(CLI) doctor
+report: $(VENV)/.ready  ## Write RUN's report.html: one page with verdict, curves, completions (done by train, too)
+	@$(CLI) report $(RUN)
+
+compare: $(VENV)/.ready  ## Put RUNS="runs/a runs/b" side by side on one page, compare.html
+	@$(CLI) compare $(RUNS) $(ARGS)
+
+watch: $(VENV)/.ready  ## Follow RUN from another terminal
+	@$(CLI) watch $(RUN) $(ARGS)
+
+reproduce: $(VENV)/.ready  ## Run RUN's recipe again, say what differs from then (ARGS=--dry-run: only say)
+	@$(CLI) reproduce $(RUN) $(ARGS)
+
+doctor: $(VENV)/.ready  ## Say what is wrong with RUN and what to type; without RUN, what this machine has
+	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),$(RUN))
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)

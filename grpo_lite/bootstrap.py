@@ -8,6 +8,7 @@ Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA]
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +16,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
 import venv
 from pathlib import Path
 
@@ -50,12 +53,49 @@ def main(argv: list[str]) -> int:
     return 0 if ok else 1
 
 
-def installed_torch() -> str | None:
-    """Return the version of the torch that this Python already has, if any."""
+def install_here() -> int:
+    """Install what is missing into the Python that runs this (a notebook's), its torch and numpy kept as they are.
+
+    Returns:
+        pip's exit status; 0 at once where nothing is missing.
+    """
+    root = Path(__file__).resolve().parent.parent
+    missing = missing_requirements(root)
+    if not missing:
+        print("everything is installed already")
+        return 0
+    kept = {name: _version(name) for name in ("torch", "torchvision", "torchaudio", "numpy")}
+    constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={v}\n" for name, v in kept.items() if v), encoding="utf-8")
+    print("pip install " + " ".join(missing))
+    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(constraints)]
+    return subprocess.run([*command, *missing]).returncode
+
+
+def missing_requirements(root: Path) -> list[str]:
+    """Return the project's requirements that this Python does not meet."""
+    packaging = "packaging" if importlib.util.find_spec("packaging") else "pip._vendor.packaging"
+    requirement_class = importlib.import_module(f"{packaging}.requirements").Requirement
+    wanted = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    missing = []
+    for text in wanted:
+        requirement = requirement_class(text)
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            missing.append(text)
+    return missing
+
+
+def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version("torch")
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed_torch() -> str | None:
+    """Return the version of the torch that this Python already has, if any."""
+    return _version("torch")
 
 
 def make_environment(target: Path, share_packages: bool) -> None:

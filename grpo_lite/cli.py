@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo_lite import __version__, cli_export
+from grpo_lite import __version__, cli_export, cli_report
 from grpo_lite.cli_export import set_environment
 from grpo_lite.errors import GRPOLiteError
 
@@ -78,6 +78,7 @@ def main(verbose: bool) -> None:
     A recipe is one whole run: `grpo-lite recipes` lists them, `grpo-lite train quickstart` runs one. Any value of a
     recipe can be overridden on the line: `grpo-lite train gsm8k grpo.max_steps=50 data.train.path=my.jsonl`.
     """
+    set_environment()
     quieten(verbose)
 
 
@@ -113,7 +114,8 @@ def _run_dir(path: str) -> RunDir:
 @main.command()
 @recipe_argument
 @click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
-def train(recipe: str, overrides: tuple[str, ...], run_path: str | None) -> None:
+@click.option("--plain", is_flag=True, help="Lines instead of a live board (the default where this is no terminal).")
+def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Train a recipe, evaluate before and after, merge and verify; resumes an interrupted run."""
     from grpo_lite.recipe_load import load_recipe
 
@@ -124,11 +126,18 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None) -> None
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
-    result = train_run(loaded, run, click.echo)
+    result = train_run(loaded, run, click.echo, view="plain" if plain else _view())
     if result.stopped_by:
         click.echo(interrupted_summary(result))
         sys.exit(INTERRUPTED)
     click.echo(run_summary(run))
+
+
+def _view() -> Any:
+    """Return how training is watched: a board in a terminal or a notebook, lines everywhere else."""
+    if "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        return "notebook"
+    return "live" if sys.stdout.isatty() else "plain"
 
 
 @main.command("eval")
@@ -232,22 +241,6 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
-def doctor() -> None:
-    """Say what this machine has: device, versions, and what isolates the code that models write."""
-    set_environment()
-    from grpo_lite.hardware import detect_device
-    from grpo_lite.run_dir import environment_record
-    from rewards.sandbox import layers
-
-    record = environment_record()
-    click.echo(f"device: {detect_device().describe()}")
-    click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
-    click.echo("sandbox for model-written code:")
-    for layer in layers():
-        click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")
-
-
-@main.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 def schema(path: Path | None) -> None:
     """Write the recipes' JSON Schema (for completion in editors), to PATH or the screen."""
@@ -260,6 +253,7 @@ def schema(path: Path | None) -> None:
 
 
 cli_export.register(main)
+cli_report.register(main)
 
 if __name__ == "__main__":
     main()

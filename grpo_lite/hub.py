@@ -22,7 +22,7 @@ from grpo_lite.errors import ExportError
 from grpo_lite.hub_errors import hub_message
 from grpo_lite.lora_adapter import open_adapter
 from grpo_lite.manifest import MANIFEST_NAME, read_manifest, sha256_of, verify_manifest, write_manifest
-from grpo_lite.model_card import model_card, read_facts
+from grpo_lite.model_card import CURVES, model_card, read_facts
 from grpo_lite.run_dir import RunDir
 
 What = Literal["adapter", "merged", "gguf"]
@@ -74,6 +74,8 @@ def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
     _check_repo_id(repo_id)
     base = base_facts(run.load_recipe().model)
     sources, records = _sources(run, what)
+    if (run.path / CURVES).is_file():
+        sources[CURVES] = run.path / CURVES
     for stale in run.path.glob(f"{_SCRATCH}*"):  # of a push that was killed
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=run.path) as scratch:

@@ -14,6 +14,7 @@ from grpo_lite.run_dir import RunDir, dump_recipe
 # The relation of what is pushed to its base, in the Hub's words. A GGUF of a trained model is a fine-tune as well:
 # "quantized" would list it as a copy of the base itself.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
+CURVES = "curves.png"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
@@ -27,13 +28,15 @@ class RunFacts:
     scores: Mapping[str, Any]  # metrics.json; empty: not measured
     merge: Mapping[str, Any]  # run.json's `merge`; empty: not merged
     gguf: Sequence[Mapping[str, Any]] = field(default=())  # gguf.json of each file
+    curves: bool = False  # the report's curves.png is pushed too
 
 
 def read_facts(run: RunDir, base: BaseFacts, gguf: Sequence[Mapping[str, Any]] = ()) -> RunFacts:
     """Collect a run's facts for its card."""
     scores = json.loads(run.scores_file.read_text(encoding="utf-8")) if run.scores_file.is_file() else {}
     record = run.read_run()
-    return RunFacts(run.load_recipe(), base, record, scores, record.get("merge") or {}, gguf)
+    curves = (run.path / CURVES).is_file()
+    return RunFacts(run.load_recipe(), base, record, scores, record.get("merge") or {}, gguf, curves)
 
 
 def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] = ()) -> str:
@@ -220,8 +223,11 @@ def _training(facts: RunFacts) -> str:
         "finished": record.get("finished_at"),
     }
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
-    recipe = dump_recipe(_without_paths(facts.recipe))
-    return "\n".join(["## Training", "", "| | |", "|---|---|", *table, "", "```yaml", recipe.rstrip(), "```", ""])
+    recipe = dump_recipe(without_paths(facts.recipe))
+    picture = [f"![Reward and other figures over the training steps]({CURVES})", ""] if facts.curves else []
+    return "\n".join(
+        ["## Training", "", *picture, "| | |", "|---|---|", *table, "", "```yaml", recipe.rstrip(), "```", ""]
+    )
 
 
 def _minutes(seconds: float | None) -> str | None:
@@ -232,7 +238,7 @@ def _gib(size: int | None) -> str | None:
     return None if size is None else f"{size / 2**30:.2f} GiB"
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def without_paths(recipe: Recipe) -> Recipe:
     """Shorten paths of the training machine to their last part."""
 
     def shorten(value: Any, key: str = "") -> Any:

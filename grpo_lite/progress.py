@@ -1,19 +1,23 @@
-"""What is seen and kept while training: one progress line a step, sample completions, metrics.jsonl, clean stops."""
+"""What is kept and said while training: metrics.jsonl, completions, the doctor's findings, clean stops."""
 
 from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_lite.hardware import Device, peak_memory_bytes
+from grpo_lite.board import describe_sample
+from grpo_lite.doctor import OnceUntilItChanges, diagnose, forget_findings_after, state_finding
+from grpo_lite.evidence import LATEST_FILES, Evidence, read_evidence
+from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir
+from grpo_lite.views import View
 
 Show = Callable[[str], None]
 
@@ -22,9 +26,10 @@ class MetricsFile(TrainerCallback):
     """Append every log record, with TRL's keys, to metrics.jsonl; a resume drops records after its checkpoint."""
 
     def __init__(self, run: RunDir) -> None:
-        self.path = run.metrics_file
+        self.run, self.path = run, run.metrics_file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) is not None]
             kept = [line for line in kept if (_step(line) or 0) <= state.global_step]
@@ -51,33 +56,6 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _step(line) is not None]
 
 
-class ProgressLine(TrainerCallback):
-    """Show step, mean reward, time left and peak memory, once a log."""
-
-    def __init__(self, show: Show, device: Device) -> None:
-        self.show, self.device = show, device
-        self._begun, self._first = 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun, self._first = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "reward" not in logs:
-            return
-        done = state.global_step - self._first
-        left = (time.monotonic() - self._begun) / max(done, 1) * (state.max_steps - state.global_step)
-        truncated = logs.get("completions/clipped_ratio")
-        parts = [
-            f"step {state.global_step}/{state.max_steps}",
-            f"reward {logs['reward']:.3f} ± {logs.get('reward_std', 0.0):.3f}",
-            f"length {logs.get('completions/mean_length', 0.0):.0f} tokens",
-            f"truncated {truncated:.0%}" if truncated else "",
-            f"ETA {format_seconds(left)}",
-            f"peak {peak_memory_bytes(self.device) / 2**30:.1f} GiB",
-        ]
-        self.show(" · ".join(part for part in parts if part))
-
-
 class Completions(TrainerCallback):
     """Keep every completion with its rewards under completions/, and show one prompt's best and worst now and then.
 
@@ -99,34 +77,35 @@ class Completions(TrainerCallback):
             self.show(describe_sample(rows))
 
 
-def describe_sample(rows: list[dict[str, Any]]) -> str:
-    """Return the last prompt with its best and worst completion, as lines for people."""
-    prompt = rows[-1]["prompt"]
-    group = [row for row in rows if row["prompt"] == prompt]
-    best, worst = (pick(group, key=lambda row: row["reward"]) for pick in (max, min))
-    lines = [f"  prompt {_short(_text(prompt), tail=True)}"]
-    lines += [f"  {name} ({row['reward']:+.2f}) {_short(row['completion'])}" for name, row in _pairs(best, worst)]
-    return "\n".join(lines)
+class RunDoctor(TrainerCallback):
+    """Examine the run at every log, and state what is wrong, each finding at most once until it changes.
 
+    Comes after MetricsFile and Completions, whose files it starts from when a run is resumed.
+    """
 
-def _pairs(best: dict[str, Any], worst: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [("best  ", best), ("worst ", worst)] if best["reward"] != worst["reward"] else [("all   ", best)]
+    def __init__(self, run: RunDir, recipe: Recipe, view: View, latest: Callable[[], list[dict[str, Any]]]) -> None:
+        self.run, self.view, self.latest = run, view, latest
+        self._evidence = Evidence(recipe, [])
+        self._once = OnceUntilItChanges()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        forget_findings_after(self.run, state.global_step)
+        found = read_evidence(self.run)
+        kept = [row for row in found.completions if row["step"] <= state.global_step]
+        self._evidence = replace(found, completions=kept)
+        self._once.news(diagnose(self._evidence))  # said before the interruption
 
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def _short(text: str, tail: bool = False, width: int = 160) -> str:
-    shown = text if len(text) <= width else "…" + text[-width:] if tail else text[:width] + "…"
-    return json.dumps(shown, ensure_ascii=False)
-
-
-def format_seconds(seconds: float) -> str:
-    """Return `m:ss`, or `h:mm:ss` from an hour on."""
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or logs.get("reward") is None:
+            return
+        old = self._evidence
+        first = state.global_step - LATEST_FILES * max(1, args.logging_steps)
+        rows = [row for row in old.completions if row["step"] > first]
+        steps = [*old.steps, {"step": state.global_step, **logs}]
+        self._evidence = replace(old, steps=steps, completions=[*rows, *self.latest()])
+        for finding in self._once.news(diagnose(self._evidence)):
+            state_finding(self.run, finding, state.global_step, self.view.show)
+            self.view.add_finding(finding)
 
 
 class StopCleanly(TrainerCallback):

@@ -144,6 +144,8 @@ class EvalSection(_Section):
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
     batch_size: int = Field(64, ge=1, description="Sequences generated at once.")
     max_new_tokens: int | None = Field(None, ge=1, description="null: grpo.max_completion_length.")
+    every: int = Field(0, ge=0, description="Steps between greedy held-out scores while it trains; 0: never.")
+    every_limit: int = Field(64, ge=1, description="Held-out prompts of those scores.")
     lenient: ScoreSection | None = Field(None, description="Is the answer right? null: the first reward.")
     strict: list[ScoreSection] = Field(
         default_factory=list, description="Further scores a completion must reach to be strictly right (format)."

@@ -151,7 +151,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         target = _descend(target, step, override, ".".join(steps[: i + 1]))
     last = steps[-1]
     if isinstance(target, list):
-        _descend(target, last, override, key)
+        _descend(target, last, override, key)  # the position after the last one adds an entry
         target[int(last)] = value
     elif isinstance(target, dict):
         if value is not None and len(steps) == 3 and steps[0] == "data" and steps[1] in ("train", "eval"):
@@ -186,8 +186,13 @@ def _follow_new_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _descend(target: Any, step: str, override: str, path: str) -> Any:
     if isinstance(target, list):
+        if step.isdigit() and int(step) == len(target):
+            target.append({})
         if not step.isdigit() or int(step) >= len(target):
-            raise RecipeError(f"override {override!r}: {path}: the list has the positions 0 to {len(target) - 1}.")
+            raise RecipeError(
+                f"override {override!r}: {path}: the list has the positions 0 to {len(target) - 1}, and {len(target)} "
+                "adds one."
+            )
         return target[int(step)]
     if not isinstance(target, dict):
         raise RecipeError(f"override {override!r}: {path}: there is a plain value above it.")

@@ -31,6 +31,7 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"merged    {run.merged}")
     if run.evaluation.is_dir():
         lines.append(f"records   {run.evaluation / 'records.jsonl'}")
+    lines.append(f"report    {run.path / 'report.html'}")
     lines += [f"all       {run.path}", "", "next:"]
     lines.append(f"  make eval RUN={run.path}    measure again")
     if run.merged.is_dir():

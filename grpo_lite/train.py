@@ -18,6 +18,7 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
+from grpo_lite.views import View, ViewKind, make_view
 
 Show = Callable[[str], None]
 
@@ -31,8 +32,12 @@ class TrainResult:
     stopped_by: str | None = None  # the signal's name when it was interrupted
 
 
-def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
-    """Train a recipe in a run directory, then evaluate and merge; resume if it was interrupted.
+def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain") -> TrainResult:
+    """Train a recipe in a run directory, then evaluate, merge and report; resume if it was interrupted.
+
+    Args:
+        show: called with lines for people.
+        view: how training is watched: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
 
     Raises:
         GRPOLiteError: any fault that is the user's to mend; nothing already saved is lost.
@@ -56,9 +61,10 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
                 require_paid_gold(recipe, prompts, show)
             args = grpo_config(recipe, run, device, weights)
             base = load_model(recipe, device)
-            trainer = build_trainer(recipe, run, show, device, base, tokenizer, prompts, rewards, args)
+            watched = make_view(view, recipe, show)
+            trainer = build_trainer(recipe, run, watched, base, tokenizer, prompts, rewards, args)
             _record_start(recipe, run, device, state)
-            result = _fit(run, show, trainer, state)
+            result = _fit(run, watched, trainer, state)
             if result.stopped_by:
                 return result
             model = trainer.model
@@ -68,7 +74,20 @@ def train_run(recipe: Recipe, run: RunDir, show: Show) -> TrainResult:
         gc.collect()
         _merge(recipe, run, show, prompts)
         run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
+        _report(run, show)
         return result
+
+
+def _report(run: RunDir, show: Show) -> None:
+    from grpo_lite.doctor import OnceUntilItChanges, examine, state_finding, stated_findings
+    from grpo_lite.evidence import Finding
+    from grpo_lite.report import write_report
+
+    once = OnceUntilItChanges()
+    once.news(Finding(r["key"], r["sentence"], r["override"]) for r in stated_findings(run))
+    for finding in once.news(examine(run)):  # what only the held-out scores show
+        state_finding(run, finding, run.read_run()["steps"], show)
+    write_report(run)
 
 
 def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:
@@ -121,8 +140,7 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
 def build_trainer(
     recipe: Recipe,
     run: RunDir,
-    show: Show,
-    device: Device,
+    view: View,
     model: Any,
     tokenizer: Any,
     prompts: Prompts,
@@ -133,7 +151,8 @@ def build_trainer(
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from grpo_lite.progress import Completions, MetricsFile, ProgressLine
+    from grpo_lite.heldout import HeldOutScore
+    from grpo_lite.progress import Completions, MetricsFile, RunDoctor
     from grpo_lite.trainer import PackedGRPOTrainer
     from grpo_lite.trainer_rows import latest_completions
 
@@ -144,15 +163,23 @@ def build_trainer(
             model=model,
             args=args,
             reward_funcs=list(rewards),
-            train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, show))),
+            train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show))),
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[MetricsFile(run), ProgressLine(show, device)],
+            callbacks=[MetricsFile(run)],
         )
     except (ValueError, TypeError, NotImplementedError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Completions(run, show, recipe.log.sample_every, lambda: latest_completions(trainer)))
+    view.latest = lambda: latest_completions(trainer)
+    if recipe.eval.every:
+        trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer))
+    for callback in (
+        view,
+        Completions(run, view.show, recipe.log.sample_every if view.shows_lines else 0, view.latest),
+        RunDoctor(run, recipe, view, view.latest),
+    ):
+        trainer.add_callback(callback)
     lora_to_float32(trainer.model)
     return trainer
 
@@ -169,14 +196,14 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     )
 
 
-def _fit(run: RunDir, show: Show, trainer: Any, state: str) -> TrainResult:
+def _fit(run: RunDir, view: View, trainer: Any, state: str) -> TrainResult:
     from grpo_lite.progress import StopCleanly, latest_checkpoint_step, read_metrics
 
     checkpoint = run.last_checkpoint() if state == "resume" else None
     if checkpoint:
-        show(f"resuming from step {latest_checkpoint_step(checkpoint)} ({checkpoint})")
+        view.show(f"resuming from step {latest_checkpoint_step(checkpoint)} ({checkpoint})")
     begun = time.monotonic()
-    with StopCleanly(show) as stop:
+    with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = round(time.monotonic() - begun, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_EXTRA = {"tokens": "completion_tokens", "truncated": "completion_truncated", "answer": "gold"}
+
 
 def latest_completions(trainer: Any) -> list[dict[str, Any]]:
     """Return the last batch's completions with the reward of each part.
@@ -11,11 +13,12 @@ def latest_completions(trainer: Any) -> list[dict[str, Any]]:
     Reads `GRPOTrainer._logs`, which TRL 1.14-1.16 fill whether or not `log_completions` is set (contract-tested).
 
     Returns:
-        Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage}`.
+        Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage, tokens, truncated, answer}`.
     """
     logs = trainer._logs
     names = list(logs["rewards"])
     weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    extra = {ours: logs["extra"].get(theirs, ()) for ours, theirs in _EXTRA.items()}
     rows = []
     for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
         parts = {name: _number(logs["rewards"][name][i]) for name in names}
@@ -27,6 +30,7 @@ def latest_completions(trainer: Any) -> list[dict[str, Any]]:
                 "rewards": parts,
                 "reward": sum(weights.get(name, 1.0) * value for name, value in parts.items() if value is not None),
                 "advantage": _number(logs["advantages"][i]),
+                **{name: column[i] for name, column in extra.items() if i < len(column)},
             }
         )
     return rows

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.sampling import (
@@ -29,13 +28,13 @@ from grpo_lite.sampling import (
     refill_batch,
     save_state,
 )
+from grpo_lite.trainer_timing import TimedGRPOTrainer
 
 
-class SamplingGRPOTrainer(GRPOTrainer):
+class SamplingGRPOTrainer(TimedGRPOTrainer):
     """GRPOTrainer with refilling and a difficulty-aware order; see `EngineOptions`."""
 
     # TRL's own attributes that we also write
-    _metrics: dict[str, dict[str, list[float]]]
     _logs: dict[str, Any]
     _step: int
 
@@ -97,7 +96,15 @@ class SamplingGRPOTrainer(GRPOTrainer):
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
         self._rewards = weighted
+        self._log_rows(*args)
         return rewards
+
+    def _log_rows(self, inputs: Any, prompts: Any, completions: Any, completion_ids: list[list[int]]) -> None:
+        """Keep each completion's length, whether the cap cut it off, and its gold beside TRL's logged completions."""
+        ends = {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
+        self._log_completion_extra("completion_tokens", [len(ids) for ids in completion_ids])
+        self._log_completion_extra("completion_truncated", [not ids or ids[-1] not in ends for ids in completion_ids])
+        self._log_completion_extra("gold", [row.get("answer") for row in inputs])
 
     def _remember(self, inputs: list[dict[str, Any]]) -> None:
         if self._rates is None or self._rewards is None:

@@ -78,7 +78,8 @@ def test_the_two_commands_stand_first() -> None:
 
 
 def test_every_command_of_the_readme_is_one_that_runs_below() -> None:
-    known = r"make (train|test|recipes|check|check-rewards|doctor|show|eval|merge|export|push|verify|chat|plan)\b"
+    looks = "recipes|check|check-rewards|doctor|watch|report|compare|reproduce|show|plan"
+    known = rf"make (train|test|eval|merge|export|push|verify|chat|{looks})\b"
     for command in commands():
         assert re.match(known, command), command
 

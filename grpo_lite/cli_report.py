@@ -1,0 +1,106 @@
+"""The commands that look at runs: report, compare, watch, reproduce, doctor. Stages are imported inside them only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+_run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
+
+
+def register(main: click.Group) -> None:
+    """Add the commands to the command line."""
+    for command in (report, compare, watch, reproduce, doctor):
+        main.add_command(command)
+
+
+@click.command()
+@_run_argument
+def report(run_path: str) -> None:
+    """Write RUN's report.html (one self-contained page) and curves.png; the run may still be going on."""
+    from grpo_lite.report import write_report
+    from grpo_lite.run_dir import RunDir
+
+    click.echo(f"report: {write_report(RunDir(run_path))}")
+
+
+@click.command()
+@click.argument("run_paths", metavar="RUN RUN...", nargs=-1, type=click.Path())
+@click.option("--out", default="compare.html", show_default=True, type=click.Path(path_type=Path))
+def compare(run_paths: tuple[str, ...], out: Path) -> None:
+    """Put runs side by side on one page: scores, figures, curves, differences of the recipes."""
+    from grpo_lite.report import write_comparison
+    from grpo_lite.run_dir import RunDir
+
+    click.echo(f"comparison: {write_comparison([RunDir(path) for path in run_paths], out)}")
+
+
+@click.command()
+@_run_argument
+@click.option("--plain", is_flag=True, help="Lines instead of a board (the default where this is not a terminal).")
+def watch(run_path: str, plain: bool) -> None:
+    """Follow RUN from another terminal: progress, reward parts, samples, findings."""
+    from grpo_lite.run_dir import RunDir
+    from grpo_lite.watch import watch_lines, watch_live
+
+    run = RunDir(run_path)
+    run.load_recipe()
+    if sys.stdout.isatty() and not plain:
+        watch_live(run)
+        return
+    for line in watch_lines(run):
+        click.echo(line)
+
+
+@click.command()
+@_run_argument
+@click.option("--into", help="Run directory of the new run.  [default: RUN-again]")
+@click.option("--dry-run", is_flag=True, help="Only say which versions or hardware differ.")
+def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
+    """Run RUN's recipe again with its seed, say what differs from then, and compare the results."""
+    from grpo_lite.reproduce import differences, result_lines
+    from grpo_lite.run_dir import RunDir
+
+    run = RunDir(run_path)
+    recipe = run.load_recipe()
+    for line in differences(run) or ["same versions, same hardware, same commit"]:
+        click.echo(f"reproduce: {line}")
+    if dry_run:
+        return
+    from grpo_lite.train import train_run
+
+    again = RunDir(into or f"{run_path.rstrip('/')}-again")
+    click.echo(f"run directory: {again.path}")
+    if train_run(recipe, again, click.echo).stopped_by:
+        sys.exit(130)
+    for line in result_lines(run, again):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run_path", metavar="[RUN]", type=click.Path(), required=False)
+def doctor(run_path: str | None) -> None:
+    """Say what is wrong with RUN and what to type; without RUN, what this machine has."""
+    if run_path is None:
+        return _describe_machine()
+    from grpo_lite.doctor import examine
+    from grpo_lite.run_dir import RunDir
+
+    findings = examine(RunDir(run_path))
+    click.echo("\n".join(finding.line() for finding in findings) or f"doctor: nothing found wrong with {run_path}")
+
+
+def _describe_machine() -> None:
+    """Print device, versions, and what isolates the code that models write."""
+    from grpo_lite.hardware import detect_device
+    from grpo_lite.run_dir import environment_record
+    from rewards.sandbox import layers
+
+    record = environment_record()
+    click.echo(f"device: {detect_device().describe()}")
+    click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
+    click.echo("sandbox for model-written code:")
+    for layer in layers():
+        click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")

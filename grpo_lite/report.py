@@ -1,0 +1,174 @@
+"""report.html: a run on one self-contained page, and runs side by side; no network, no script but its own.
+
+run's files -> report_data.py (facts) + curves.py (charts) -> report_page/*.html (Jinja2, all escaped) -> one file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.curves import COLOURS, Chart, Line, charts, placement, svg, write_png
+from grpo_lite.errors import RunDirError
+from grpo_lite.model_card import without_paths
+from grpo_lite.report_data import (
+    RunPage,
+    completion_rows,
+    duration,
+    for_script,
+    gib,
+    headline,
+    held_out_rows,
+    not_measured,
+    phases,
+    read_page,
+    score_rows,
+    tiles,
+    versions,
+)
+from grpo_lite.run_dir import RunDir, dump_recipe, write_atomic
+
+Show = Callable[[str], None]
+_PAGE = Path(__file__).resolve().parent / "report_page"
+
+
+def write_report(run: RunDir) -> Path:
+    """Write a run's report.html and curves.png, finished or not, and return the page's path.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    page = read_page(run)
+    found = charts(page.evidence)
+    write_png(found, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
+    rows, count = completion_rows(run)
+    data = {
+        "charts": {chart.key: placement(chart) for chart in found},
+        "completions": rows,
+        "heldout": held_out_rows(run),
+    }
+    html = _template("report.html").render(
+        page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
+        charts=_drawn(found), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
+        held_out=len(data["heldout"]), not_measured=not_measured(page), versions=versions(page),
+        recipe=dump_recipe(without_paths(page.recipe)), data=_safe(for_script(data)), colours=COLOURS,
+    )  # fmt: skip
+    path = run.path / "report.html"
+    write_atomic(path, html)
+    return path
+
+
+def inline_report(run: RunDir, height_px: int = 900) -> Any:
+    """Return a run's report for a notebook's cell, in a frame of its own: IPython's HTML."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    page = write_report(run).read_text(encoding="utf-8")
+    return HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="{height_px}" style="border:0"></iframe>')
+
+
+def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
+    """Write a page with runs side by side: scores, figures, curves laid over each other, recipes' differences.
+
+    Raises:
+        RunDirError: a folder is not a run, or fewer than two are given.
+    """
+    if len(runs) < 2:
+        raise RunDirError('compare: two or more runs are needed, as in make compare RUNS="runs/a runs/b".')
+    pages = [read_page(run) for run in runs]
+    names = _distinct([run.path for run in runs])
+    found = _overlaid(pages, names)
+    html = _template("compare.html").render(
+        names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
+        differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(found),
+        findings=[page.findings for page in pages], colours=COLOURS,
+        data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in found}})),
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, html)
+    return path
+
+
+def _drawn(found: Sequence[Chart]) -> list[dict[str, Any]]:
+    return [{"key": c.key, "title": c.title, "note": c.note, "svg": _safe(svg(c))} for c in found]
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as much of the path as tells them apart."""
+    for depth in range(1, 1 + max(len(path.resolve().parts) for path in paths)):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({i})" for i, path in enumerate(paths, start=1)]
+
+
+def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
+    """Return charts in which every run has one line, of its first line there."""
+    per_run = [{chart.key: chart for chart in charts(page.evidence)} for page in pages]
+    keys = [key for key in per_run[0] if key != "parts" and sum(key in found for found in per_run) >= 2]
+    keys += [key for found in per_run[1:] for key in found if key not in per_run[0] and key != "parts"]
+    result = []
+    for key in dict.fromkeys(keys):
+        having = [(name, found[key]) for name, found in zip(names, per_run, strict=True) if key in found]
+        lines = [Line(name, chart.lines[0].x, chart.lines[0].y) for name, chart in having]
+        result.append(Chart(key, having[0][1].title, having[0][1].note.partition(";")[0], lines, having[0][1].top))
+    return result
+
+
+def comparison_table(pages: Sequence[RunPage]) -> list[tuple[str, list[str]]]:
+    """Return rows (name, one cell a run) for what at least one run has."""
+    tables = [_figures(page) for page in pages]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [(key, [table.get(key, "–") for table in tables]) for key in keys]
+
+
+def _figures(page: RunPage) -> dict[str, str]:
+    figures = {row["name"]: f"{row['base']} → {row['trained']}".removeprefix(" → ") for row in score_rows(page)}
+    figures |= dict(tiles(page))
+    record = page.record
+    extra = {
+        "evaluation time": duration(record.get("evaluation_seconds")),
+        "adapter and merge": "verified" if (record.get("merge") or {}).get("passed") else None,
+        "memory of the device": gib((record.get("device") or {}).get("memory_bytes")),
+        "seed": record.get("seed"),
+        **{f"version of {name}": value for name, value in (record.get("versions") or {}).items()},
+    }
+    return figures | {name: str(value) for name, value in extra.items() if value is not None}
+
+
+def recipe_differences(recipes: Sequence[Any]) -> list[tuple[str, list[str]]]:
+    """Return the keys in which recipes differ, with each one's value."""
+    flat = [dict(_flatten(recipe.model_dump(mode="json"))) for recipe in recipes]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [(key, ["–" if key not in values else str(values[key]) for values in flat]) for key in keys]
+    return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
+
+
+def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [item for key, child in value.items() for item in _flatten(child, f"{path}.{key}" if path else key)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [item for i, child in enumerate(value) for item in _flatten(child, f"{path}[{i}]")]
+    return [(path, value)]
+
+
+@cache
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["css"] = _safe((_PAGE / "page.css").read_text(encoding="utf-8"))
+    environment.globals["js"] = _safe((_PAGE / "page.js").read_text(encoding="utf-8"))
+    return environment.get_template(name)
+
+
+def _safe(text: str) -> Any:
+    """Mark text that is ours, or escaped already, as HTML."""
+    from markupsafe import Markup
+
+    return Markup(text)

@@ -1,0 +1,81 @@
+"""reproduce: what differs between the machine of a run and this one, and between a run and its repetition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_lite.errors import RunDirError
+from grpo_lite.evidence import read_lines
+from grpo_lite.run_dir import RunDir, environment_record
+
+SAME = 1e-6  # relative difference of metrics that are called the same
+
+
+def differences(run: RunDir) -> list[str]:
+    """Return what differs from the run's own record: versions, Python, platform, commit, device; one line each.
+
+    Raises:
+        RunDirError: the run has no run.json to compare with.
+    """
+    from grpo_lite.hardware import detect_device
+
+    record = run.read_run()
+    if not record.get("versions"):
+        raise RunDirError(f"{run.path}: has no record of its versions (run.json). It was never started.")
+    here = environment_record()
+    lines = _versions(record["versions"], here["versions"])
+    for key in ("python", "platform", "grpo_lite", "git_commit"):
+        if record.get(key) != here.get(key):
+            lines.append(f"{key}: {record.get(key)} then, {here.get(key)} now")
+    then, now = record.get("device") or {}, detect_device().to_json()
+    for key in ("kind", "name", "compute_capability", "bfloat16", "memory_bytes"):
+        if key in then and _plain(then[key]) != _plain(now.get(key)):
+            lines.append(f"device {key}: {then[key]} then, {now.get(key)} now")
+    if str(record.get("git_commit") or "").endswith("-dirty"):
+        lines.append("the run's code had changes that were not committed, so its exact code is not known")
+    return lines
+
+
+def _versions(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    names = sorted({*then, *now})
+    pairs = [(name, then.get(name, "not installed"), now.get(name, "not installed")) for name in names]
+    return [f"{name}: {old} then, {new} now" for name, old, new in pairs if old != new]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def result_lines(run: RunDir, again: RunDir) -> list[str]:
+    """Return how far a repetition agrees: reward step by step, and the held-out scores."""
+    first, second = (_rewards(r) for r in (run, again))
+    steps = sorted(first.keys() & second.keys())
+    apart = [s for s in steps if abs(first[s] - second[s]) > SAME * max(1.0, abs(first[s]))]
+    if not steps:
+        lines = ["reward: no steps in common"]
+    elif not apart:
+        lines = [f"reward: the same in all {len(steps)} steps"]
+    else:
+        lines = [
+            f"reward: the same for {steps.index(apart[0])} steps, then apart by up to "
+            f"{max(abs(first[s] - second[s]) for s in apart):.3f} (step {apart[0]}: {first[apart[0]]:.3f} then, "
+            f"{second[apart[0]]:.3f} now)"
+        ]
+    old, new = (_scores(r) for r in (run, again))
+    for kind in ("lenient", "strict"):
+        if kind in old and kind in new:
+            before, after = (f"{s[kind]['base']['rate']:.3f} → {s[kind]['trained']['rate']:.3f}" for s in (old, new))
+            same = "the same" if before == after else "differs"
+            lines.append(f"held-out {kind}: {before} then, {after} now: {same}")
+    return lines
+
+
+def _rewards(run: RunDir) -> dict[int, float]:
+    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
+    return {record["step"]: record["reward"] for record in read_lines(text) if record.get("reward") is not None}
+
+
+def _scores(run: RunDir) -> dict[str, Any]:
+    return dict(json.loads(run.scores_file.read_text(encoding="utf-8"))) if run.scores_file.is_file() else {}

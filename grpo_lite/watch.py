@@ -1,0 +1,82 @@
+"""watch: follow a run from another terminal by its files alone; nothing of the run is touched."""
+
+from __future__ import annotations
+
+import calendar
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo_lite.board import Board, rendered
+from grpo_lite.doctor import stated_findings
+from grpo_lite.evidence import Finding, read_lines
+from grpo_lite.run_dir import RunDir
+
+Show = Callable[[str], None]
+
+
+def read_board(run: RunDir) -> Board:
+    """Return how a run stands now.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    recipe, record = run.load_recipe(), run.read_run()
+    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
+    steps = [r for r in read_lines(text) if r.get("reward") is not None]
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))
+    rows = read_lines(files[-1].read_text(encoding="utf-8")) if files else []
+    findings = {r["key"]: Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run)}
+    begun = int(record.get("first_step") or 0)
+    total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
+    seconds = sum(r.get("step_time") or 0.0 for r in steps if r["step"] > begun)
+    return Board(recipe, total, list(steps), rows, list(findings.values())[-3:], seconds, begun)
+
+
+def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
+    """Return "running", "finished", "evaluating" (trained, not finished) or "quiet" (no step for a long time)."""
+    record = run.read_run()
+    if record.get("finished_at"):
+        return "finished"
+    if record.get("trained_at"):
+        return "evaluating"
+    started = record.get("started_at")
+    newest = run.metrics_file.stat().st_mtime if run.metrics_file.is_file() else _seconds(started)
+    return "quiet" if time.time() - newest > stale_after_s else "running"
+
+
+def _seconds(stamp: str | None) -> float:
+    return float(calendar.timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ"))) if stamp else time.time()
+
+
+def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:
+    """Yield a line for every new step and finding, until the run is finished or nothing has happened for long."""
+    shown, stated = 0, 0
+    while True:
+        state = state_of(run)
+        board = read_board(run)
+        whole = board.steps
+        for count in range(shown + 1, len(whole) + 1):
+            seconds = sum(r.get("step_time") or 0.0 for r in whole[:count] if r["step"] > board.begun_at)
+            yield Board(board.recipe, board.total, whole[:count], (), (), seconds, board.begun_at).line()
+        shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resume takes steps back
+        found = stated_findings(run)
+        yield from (Finding(r["key"], r["sentence"], r.get("override")).line() for r in found[stated:])
+        stated = len(found)
+        if state in ("finished", "quiet"):
+            yield f"{run.path}: {state}" + (", no step for ten minutes" if state == "quiet" else "")
+            return
+        sleep(every_s)
+
+
+def watch_live(run: RunDir, every_s: float = 1.0) -> str:
+    """Draw the run's board in the terminal until it is finished; return the last state."""
+    from rich.live import Live
+
+    board = read_board(run)
+    with Live(rendered(board, str(run.path)), refresh_per_second=2) as live:
+        while (state := state_of(run)) not in ("finished", "quiet"):
+            live.update(rendered(read_board(run), f"{run.path}: {state}"))
+            time.sleep(every_s)
+        live.update(rendered(read_board(run), f"{run.path}: {state}"))
+    return state

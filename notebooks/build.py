@@ -1,0 +1,85 @@
+"""Write the notebooks from source.py: `python notebooks/build.py`. Outputs of a cell whose code is unchanged are kept.
+
+`python notebooks/build.py --run quickstart_cpu` also executes one and keeps its outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = {"colab_gsm8k": "colab", "kaggle_gsm8k": "kaggle", "quickstart_cpu": "quickstart"}
+
+
+def build(name: str) -> Any:
+    """Return a notebook without outputs: the source's cells for its platform."""
+    source = jupytext.read(HERE / "source.py")
+    platform = NOTEBOOKS[name]
+    cells = []
+    for index, cell in enumerate(source.cells[1:]):  # the first one is the comment at the top
+        tags = cell.metadata.get("tags", [])
+        platforms = [tag for tag in tags if tag in NOTEBOOKS.values()]
+        if platforms and platform not in platforms:
+            continue
+        make = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
+        kept = {"tags": ["parameters"]} if "parameters" in tags else {}
+        identity = hashlib.sha256(f"{index} {cell.source}".encode()).hexdigest()[:8]
+        cells.append(make(cell.source, id=identity, metadata=kept))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python"},
+    }
+    if platform != "quickstart":
+        notebook.metadata["accelerator"] = "GPU"
+    return notebook
+
+
+def with_outputs(notebook: Any, old: Any) -> Any:
+    """Put the outputs of an older notebook into the cells whose code is the same."""
+    outputs = {cell.source: cell for cell in old.cells if cell.cell_type == "code"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source in outputs:
+            cell.outputs, cell.execution_count = outputs[cell.source].outputs, outputs[cell.source].execution_count
+    return notebook
+
+
+def overridden(notebook: Any, **parameters: Any) -> Any:
+    """Put a cell with other parameters behind the one tagged `parameters`, as papermill does."""
+    (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    text = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(text))
+    return notebook
+
+
+def execute(notebook: Any, folder: Path, timeout_s: int = 3600) -> Any:
+    """Run every cell in a kernel of this Python that starts in a folder; a cell that fails ends it with its error."""
+    from nbclient import NotebookClient
+
+    NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def main(arguments: list[str]) -> None:
+    """Write all notebooks; execute those named after --run."""
+    for name in NOTEBOOKS:
+        path = HERE / f"{name}.ipynb"
+        notebook = build(name)
+        if name in arguments[1:] and arguments[0] == "--run":
+            execute(notebook, HERE)
+            for cell in notebook.cells:
+                cell.metadata.pop("execution", None)  # times of each message
+        elif path.is_file():
+            notebook = with_outputs(notebook, nbformat.read(path, as_version=4))
+        nbformat.write(notebook, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,163 @@
+# The one source of the notebooks. `python notebooks/build.py` writes colab_gsm8k, kaggle_gsm8k and quickstart_cpu from
+# it: a cell with tags goes into the notebooks it names, a cell without any into all three.
+
+# %% [markdown] tags=["colab"]
+# # GRPO on a free Colab T4: Qwen2.5-1.5B learns GSM8K
+# *Runtime → Change runtime type → T4 GPU*, then *Runtime → Run all*. Checkpoints go to your Google Drive: after a
+# disconnect run all cells again, and training goes on where it was.
+
+# %% [markdown] tags=["kaggle"]
+# # GRPO on Kaggle's free T4: Qwen2.5-1.5B learns GSM8K
+# *Settings → Accelerator → GPU T4*, *Internet → On*, then *Run all*. One of two T4s is used. Checkpoints go to
+# `/kaggle/working`: with *Persistence → Files*, run all cells again after a disconnect, and training goes on.
+
+# %% [markdown] tags=["quickstart"]
+# # GRPO on a laptop's CPU: SmolLM2-135M learns sums
+# Every cell below was run as it stands, on two CPU cores without a GPU; the outputs are that run's.
+
+# %% [markdown]
+# ## What to run
+# The only cell to edit. `OVERRIDES` takes any key of the recipe, such as `grpo.max_steps=50` or
+# `data.train.path=my.jsonl`.
+
+# %% tags=["parameters", "colab"]
+SOURCE = "grpo_lite"  # folder of the project: a clone, or an upload
+RECIPE = "gsm8k"
+RUN = "/content/drive/MyDrive/grpo_lite/gsm8k"  # on Drive: survives a disconnect
+DRIVE = True  # ask for Google Drive
+OVERRIDES = []
+QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+GGUF = "q8_0"  # "" for none
+REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
+
+# %% tags=["parameters", "kaggle"]
+SOURCE = "/kaggle/working/grpo_lite"  # folder of the project: a clone, or a dataset you attached
+RECIPE = "gsm8k"
+RUN = "/kaggle/working/gsm8k"
+OVERRIDES = []
+QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+GGUF = "q8_0"  # "" for none
+REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
+
+# %% tags=["parameters", "quickstart"]
+SOURCE = ".."  # folder of the project
+RECIPE = "quickstart"
+RUN = "runs/notebook"
+OVERRIDES = []
+QUESTION = "11+7="
+GGUF = ""  # such as "q8_0"
+REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
+
+# %% [markdown]
+# ## Install
+# The platform's own torch and numpy are kept as they are: pip is held to exactly their versions.
+
+# %% tags=["colab"]
+if DRIVE:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+
+# %% tags=["kaggle"]
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a 4-bit model cannot be spread over the two T4s
+
+# %%
+import importlib
+import os
+import sys
+from pathlib import Path
+
+root = Path(SOURCE).resolve()
+assert (root / "recipes").is_dir(), f"{root} is not the project: set SOURCE to its folder"
+sys.path.insert(0, str(root))
+os.chdir(root)
+bootstrap = importlib.import_module("grpo_lite.bootstrap")
+assert bootstrap.install_here() == 0, "pip's last lines above say why"
+
+# %% [markdown]
+# ## This machine
+# Device, versions, and what isolates code that a model writes.
+
+# %%
+from grpo_lite.cli import main
+
+
+def grpo_lite(*words):
+    """The command line, in this process: `grpo_lite("train", "gsm8k")` is `grpo-lite train gsm8k`."""
+    main([str(word) for word in words], standalone_mode=False)
+
+
+grpo_lite("doctor")
+
+# %% [markdown]
+# ## What it will train on
+# Prompts as the model gets them, their lengths, and whether the rewards pay the right answer and nothing else.
+
+# %%
+grpo_lite("check", RECIPE, *OVERRIDES, "--previews", "1")
+grpo_lite("rewards", "check", RECIPE, *OVERRIDES)
+
+# %% [markdown]
+# ## Train
+# Run this cell again after a disconnect: it goes on from the last checkpoint. The board is redrawn in place; the
+# doctor's lines say what is wrong, if anything, and what to type.
+
+# %%
+from grpo_lite.run_dir import RunDir
+
+run = RunDir(RUN)
+if run.read_run().get("finished_at"):
+    print(f"{RUN} is finished already")
+else:
+    grpo_lite("train", RECIPE, *OVERRIDES, "--run", RUN)
+
+# %% [markdown]
+# ## Report
+# Verdict, curves, completions, time; also as one file, `report.html`, to keep.
+
+# %%
+grpo_lite("report", RUN)
+grpo_lite("doctor", RUN)
+
+# %% tags=["colab", "kaggle"]
+from IPython.display import display
+
+from grpo_lite.report import inline_report
+
+display(inline_report(run))
+
+# %% tags=["quickstart"]
+from IPython.display import Image, display
+
+display(Image(str(run.path / "curves.png")))
+
+# %% [markdown]
+# ## Base and trained, side by side
+
+# %%
+grpo_lite("chat", RUN, QUESTION, "--compare")
+
+# %% [markdown]
+# ## Merge and export
+# Training has already merged the adapter onto the 16-bit base and proven it; export checks the files again, and makes a
+# GGUF for Ollama if `GGUF` names a kind. A run whose update is too small to be merged says so.
+
+# %%
+if run.merged.is_dir():
+    grpo_lite("export", RUN, *(["--gguf", GGUF] if GGUF else []))
+else:
+    print("nothing was merged:", run.read_run().get("merge"))
+
+# %% [markdown]
+# ## Push
+# Without `REPO_ID` only what would be sent is shown: files, sizes and the card with the measured scores. To send, set
+# it and log in (`from huggingface_hub import login; login()`).
+
+# %%
+what = "merged" if run.merged.is_dir() else "adapter"
+if REPO_ID:
+    grpo_lite("push", RUN, REPO_ID, "--what", what)
+else:
+    grpo_lite("push", RUN, "me/my-model", "--what", what, "--dry-run")

@@ -1,0 +1,213 @@
+"""The report: one file that needs nothing else, right in its figures, harmless with hostile completions."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from command_line import in_process
+from run_files import HOSTILE, write_run
+
+from grpo_lite.curves import charts, moving_average, svg
+from grpo_lite.errors import RunDirError
+from grpo_lite.evidence import read_evidence
+from grpo_lite.report import recipe_differences, write_comparison, write_report
+from grpo_lite.report_data import MOST_ROWS, completion_rows, duration, phases, read_page, shortened, total_of
+from grpo_lite.run_dir import RunDir
+
+
+def data_of(html: str) -> dict[str, object]:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    without_data = re.sub(r'<script type="application/json".*?</script>', "", html, flags=re.DOTALL)
+    assert not re.findall(r'(?:src|href)=["\'](?!data:|#)', without_data)
+    assert "@import" not in html
+    assert not re.findall(r"url\((?!#)", without_data)  # clip paths of the charts are #…
+    assert "default-src 'none'" in html
+    assert len(html) < 400_000
+
+
+def test_the_verdict_with_its_interval_stands_first(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    hero = html[html.index('id="verdict"') : html.index('id="doctor"')]
+    assert "25.0 %" in hero  # 5 of 20
+    assert "75.0 %" in hero  # 15 of 20
+    assert "+50.0 points, 95 % interval" in hero
+    assert "significant gain" in hero
+    assert html.index('id="verdict"') < html.index('id="curves"')
+
+
+@pytest.mark.parametrize(
+    "solved, tone", [((5, 15), "good"), ((5, 6), "flat"), ((15, 5), "bad")], ids=["gain", "none", "loss"]
+)
+def test_the_tone_follows_the_interval(tmp_path: Path, solved: tuple[int, int], tone: str) -> None:
+    html = write_report(write_run(tmp_path / "run", solved=solved)).read_text(encoding="utf-8")
+    assert f'class="hero card {tone}"' in html
+
+
+def test_hostile_completions_stay_text(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert HOSTILE not in html
+    assert html.count("<script") == 2  # the data's and the page's own
+    assert "<img" not in html
+    assert any(row["text"] == HOSTILE for row in data_of(html)["completions"])
+
+
+def test_a_hostile_description_of_the_recipe_stays_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", overrides=(f"description={json.dumps(HOSTILE)}",))
+    assert HOSTILE not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_every_metric_the_run_has_gets_a_chart_and_no_other(tmp_path: Path) -> None:
+    found = {chart.key for chart in charts(read_evidence(write_run(tmp_path / "run")))}
+    assert found == {"reward", "heldout", "parts", "groups", "length", "entropy", "kl", "grad_norm", "speed", "memory"}
+    bare = write_run(tmp_path / "bare")
+    bare.metrics_file.write_text("".join(f'{{"step": {i}, "reward": 0.5, "reward_std": 0}}\n' for i in (1, 2)))
+    assert {chart.key for chart in charts(read_evidence(bare))} == {"reward"}
+
+
+def test_ids_in_the_charts_are_unique_on_the_page(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_chart_uses_the_page_s_colours(tmp_path: Path) -> None:
+    text = svg(charts(read_evidence(write_run(tmp_path / "run")))[0])
+    assert "var(--line0)" in text
+    assert set(re.findall(r"#[0-9a-f]{6}\b", text)) <= {"#000000"}
+
+
+def test_a_run_that_is_not_finished_or_has_nothing_yet_gets_a_page_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    run.scores_file.unlink()
+    run.run_file.unlink()
+    assert "not finished: 12 steps so far" in write_report(run).read_text(encoding="utf-8")
+    run.metrics_file.unlink()
+    for path in (run.path / "completions").glob("*"):
+        path.unlink()
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "not finished: 0 steps so far" in html
+    assert 'id="curves"' not in html
+
+
+def test_figures_that_are_not_finite_leave_a_gap_and_no_error(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    text = run.metrics_file.read_text().replace('"entropy": 1.9', '"entropy": NaN, "x": 1.9').replace("1.1", "Infinity")
+    run.metrics_file.write_text(text)
+    data = data_of(write_report(run).read_text(encoding="utf-8"))
+    assert "NaN" not in json.dumps(data)
+
+
+def test_a_long_run_is_cut_down_evenly_and_the_page_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=150, group=64)
+    rows, count = completion_rows(run)
+    assert count == 150 * 64
+    assert len(rows) <= MOST_ROWS
+    steps = sorted({row["step"] for row in rows})
+    assert steps[0] == 1
+    assert steps[-1] == 150
+    for step in steps:  # each step's best and worst are there
+        kept = [row["reward"] for row in rows if row["step"] == step]
+        lines = (run.path / "completions" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        everything = [json.loads(line)["reward"] for line in lines]
+        assert (min(kept), max(kept)) == (min(everything), max(everything))
+    assert f"{len(rows):,} of 9,600 are in this page" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_long_texts_lose_their_middle() -> None:
+    text = shortened("a" * 5000 + "b" * 5000)
+    assert text.startswith("aaa")
+    assert text.endswith("bbb")
+    assert "6,000 characters left out" in text
+
+
+def test_time_is_split_by_phase_and_adds_up(tmp_path: Path) -> None:
+    found = {phase["name"]: phase for phase in phases(read_page(write_run(tmp_path / "run")))}
+    # 12 steps of 2 s; of these 12 s generating and 1.2 s rewards; 30 s of training; 5 and 3 s after it
+    seconds = {"rollout": 12.0, "reward": 1.2, "update": 10.8, "other": 6.0, "evaluation": 5.0, "merge": 3.0}
+    assert {name: round(phase["seconds"], 6) for name, phase in found.items()} == seconds
+    assert sum(phase["share"] for phase in found.values()) == pytest.approx(1)
+
+
+def test_a_counter_that_a_resume_began_again_is_added_up() -> None:
+    assert total_of([1.0, 2.0, 3.0, 0.5, 1.5]) == 4.5
+    assert total_of([]) == 0.0
+
+
+@pytest.mark.parametrize("seconds, text", [(None, None), (3.4, "3 s"), (208, "3 min 28 s"), (7500, "2 h 05 min")])
+def test_durations_read_well(seconds: float | None, text: str | None) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_moving_average_is_of_the_last_values() -> None:
+    assert moving_average([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]
+
+
+def test_the_curves_are_a_png_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_report(run)
+    raw = (run.path / "curves.png").read_bytes()
+    width, height = struct.unpack(">II", raw[16:24])
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    assert width > 1200
+    assert height > 800
+
+
+def test_the_recipe_in_the_page_names_no_path_of_the_machine(tmp_path: Path) -> None:
+    reward = tmp_path / "secret" / "mine.py"
+    run = write_run(tmp_path / "run", overrides=(f"rewards[1].function={reward}:f", "rewards[1].kwargs={}"))
+    assert str(tmp_path) not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", solved=(5, 6), overrides=("grpo.learning_rate=0.5",))
+    out = in_process("compare", str(a.path), str(b.path), "--out", str(tmp_path / "out" / "compare.html"))
+    html = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "out" / "compare.html") in out
+    assert html.count("hero card good") == 1
+    assert html.count("hero card flat") == 1
+    differences = html[html.index("Where the recipes differ") :]
+    assert "grpo.learning_rate" in differences
+    assert "0.5" in differences
+    assert {line["name"] for line in data_of(html)["charts"]["reward"]["lines"]} == {"a", "b"}
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / side / "run") for side in ("x", "y")]
+    html = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "x/run" in html
+    assert "y/run" in html
+    assert "Nowhere: all runs are of the same recipe." in html
+
+
+def test_one_run_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="two or more"):
+        write_comparison([write_run(tmp_path / "a")], tmp_path / "c.html")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert "is not a run" in in_process("report", str(tmp_path), expect=1)
+    assert "is not a run" in in_process("compare", str(tmp_path), str(tmp_path), expect=1)
+
+
+def test_recipes_of_different_shapes_are_compared_key_by_key(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a").load_recipe()
+    two = write_run(tmp_path / "b", overrides=("rewards=[{function: rewards.accuracy_reward}]",)).load_recipe()
+    keys = [key for key, _ in recipe_differences([one, two])]
+    assert "rewards[1].function" in keys
+    assert recipe_differences([one, one]) == []
+
+
+def test_report_can_be_written_again_for_the_same_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    first = write_report(run).read_bytes()
+    assert write_report(RunDir(run.path)).read_bytes() == first
