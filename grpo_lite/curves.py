@@ -133,9 +133,18 @@ def placement(chart: Chart) -> dict[str, Any]:
     return {
         "left": _AXES[0], "width": _AXES[2], "low": min(xs), "high": max(xs),
         "lines": [
-            {"name": line.name, "x": list(line.x), "y": [float(f"{y:.5g}") for y in line.y]} for line in chart.lines
+            {"name": line.name, "x": list(line.x[:: _stride(line)]), "y": [_short(y) for y in line.y[:: _stride(line)]]}
+            for line in chart.lines
         ],
     }  # fmt: skip
+
+
+def _stride(line: Line, most: int = 600) -> int:
+    return -(-len(line.x) // most)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:

@@ -19,7 +19,7 @@ _GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in
 def truncation(e: Evidence) -> Finding | None:
     """Completions hit the cap, and those that do earn less than half of what finished ones earn."""
     clipped = e.late("completions/clipped_ratio")
-    if not clipped >= 0.2:
+    if not clipped >= 0.2 or zero_reward(e):
         return None
     known = [row for row in e.rows() if row.get("truncated") is not None]
     cut = mean_of([row for row in known if row["truncated"]], e.parts[0])
@@ -107,9 +107,11 @@ def _is_penalty(part: str) -> bool:
 
 def equal_groups(e: Evidence) -> Finding | None:
     """Nearly every group has equal rewards: no advantage, no gradient."""
-    share = e.late("frac_reward_zero_std")
+    refilled = e.recipe.sampling.refill > 0
+    share = e.late("refill/frac_without_signal" if refilled else "frac_reward_zero_std")
     if not share >= 0.85 or zero_reward(e):
         return None
+    groups = e.recipe.generation_batch // e.recipe.num_generations
     if _solved(e):
         return Finding(
             "equal_groups",
@@ -120,7 +122,9 @@ def equal_groups(e: Evidence) -> Finding | None:
     return Finding(
         "equal_groups",
         f"In {share:.0%} of the groups all completions earn the same, so they give no gradient.",
-        f"sampling.refill={max(1, e.recipe.generation_batch // e.recipe.num_generations)} sampling.difficulty=true",
+        f"grpo.num_generations={2 * e.recipe.num_generations}"
+        if refilled
+        else f"sampling.refill={max(1, groups)} sampling.difficulty=true",
     )
 
 
@@ -202,19 +206,19 @@ def kl_blow_up(e: Evidence) -> Finding | None:
 
 
 def grad_norm_spikes(e: Evidence) -> Finding | None:
-    """Single steps whose gradient is more than ten times the run's median."""
-    values = [value for value in e.series("grad_norm") if value > 0]
+    """Single steps of the last fifty whose gradient is, after clipping, more than ten times the median."""
+    values = [value for value in e.series("grad_norm") if value > 0][-50:]
     if len(values) < 2 * FEWEST:
         return None
     median = statistics.median(values)
-    spikes = [value for value in values if value > 10 * median]
-    clip = e.grpo("max_grad_norm", 1.0)
-    if not spikes or (0 < clip <= median):  # clipped below the median: a spike steps no further than any other step
+    clip = e.grpo("max_grad_norm", 1.0) or math.inf
+    spikes = [value for value in values if min(value, clip) > 10 * median]
+    if not spikes:
         return None
     return Finding(
         "grad_norm_spikes",
-        f"{len(spikes)} of {len(values)} steps had a gradient norm up to {max(spikes):.3g}, against a median of "
-        f"{median:.2g}.",
+        f"{len(spikes)} of the last {len(values)} steps had a gradient norm up to {max(spikes):.3g}, against a "
+        f"median of {median:.2g}.",
         f"grpo.max_grad_norm={median:.1g}",
     )
 

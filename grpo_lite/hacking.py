@@ -7,6 +7,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo_lite.evidence import FEWEST, Evidence, Finding, mean_of
@@ -151,7 +152,9 @@ def reward_without_progress(e: Evidence) -> Finding | None:
         return None
     checks: list[tuple[str, float, float]] = []
     held = e.series("heldout/lenient")
-    if len(held) >= 2:
+    since = next((i for i, record in enumerate(e.steps) if "heldout/lenient" in record), 0)
+    same_span = replace(e, steps=e.steps[max(0, since - e.window) :])  # what was learnt before the first score is past
+    if len(held) >= 2 and same_span.rise("reward") >= 0.15:
         half = max(1, len(held) // 2)
         checks.append(("the held-out score", _mean(held[:half]), _mean(held[half:])))
     if e.series("honest_accuracy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,12 @@ from transformers import TrainerCallback
 
 from grpo_lite.board import describe_sample
 from grpo_lite.doctor import OnceUntilItChanges, diagnose, forget_findings_after, state_finding
-from grpo_lite.evidence import LATEST_FILES, Evidence, read_evidence
+from grpo_lite.evidence import LATEST_FILES, Evidence, Finding, read_evidence
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir
 from grpo_lite.views import View
 
+logger = logging.getLogger(__name__)
 Show = Callable[[str], None]
 
 
@@ -103,9 +105,16 @@ class RunDoctor(TrainerCallback):
         rows = [row for row in old.completions if row["step"] > first]
         steps = [*old.steps, {"step": state.global_step, **logs}]
         self._evidence = replace(old, steps=steps, completions=[*rows, *self.latest()])
-        for finding in self._once.news(diagnose(self._evidence)):
+        for finding in self._once.news(self._diagnose()):
             state_finding(self.run, finding, state.global_step, self.view.show)
             self.view.add_finding(finding)
+
+    def _diagnose(self) -> list[Finding]:
+        try:
+            return diagnose(self._evidence)
+        except Exception:  # an onlooker's fault must not end hours of training
+            logger.exception("The run doctor failed and is silent for this step; training goes on.")
+            return []
 
 
 class StopCleanly(TrainerCallback):

@@ -5,13 +5,16 @@ run's files -> report_data.py (facts) + curves.py (charts) -> report_page/*.html
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.curves import COLOURS, Chart, Line, charts, placement, svg, write_png
+from grpo_lite.doctor import OnceUntilItChanges, examine, state_finding, stated_findings
 from grpo_lite.errors import RunDirError
+from grpo_lite.evidence import Finding
 from grpo_lite.model_card import without_paths
 from grpo_lite.report_data import (
     RunPage,
@@ -30,6 +33,7 @@ from grpo_lite.report_data import (
 )
 from grpo_lite.run_dir import RunDir, dump_recipe, write_atomic
 
+logger = logging.getLogger(__name__)
 Show = Callable[[str], None]
 _PAGE = Path(__file__).resolve().parent / "report_page"
 
@@ -58,6 +62,20 @@ def write_report(run: RunDir) -> Path:
     path = run.path / "report.html"
     write_atomic(path, html)
     return path
+
+
+def finish_with_report(run: RunDir, show: Show) -> None:
+    """State what only the held-out scores show, and write the report; a fault here is told and costs nothing else."""
+    try:
+        once = OnceUntilItChanges()
+        once.news(Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run))
+        for finding in once.news(examine(run)):
+            state_finding(run, finding, int(run.read_run().get("steps") or 0), show)
+        write_report(run)
+    except Exception as error:  # the run itself is finished and saved
+        logger.exception("The report was not written.")
+        again = f"the run is complete. Again: make report RUN={run.path}"
+        show(f"report: not written ({type(error).__name__}: {error}); {again}")
 
 
 def inline_report(run: RunDir, height_px: int = 900) -> Any:

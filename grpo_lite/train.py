@@ -74,20 +74,10 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
         gc.collect()
         _merge(recipe, run, show, prompts)
         run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
-        _report(run, show)
+        from grpo_lite.report import finish_with_report
+
+        finish_with_report(run, show)
         return result
-
-
-def _report(run: RunDir, show: Show) -> None:
-    from grpo_lite.doctor import OnceUntilItChanges, examine, state_finding, stated_findings
-    from grpo_lite.evidence import Finding
-    from grpo_lite.report import write_report
-
-    once = OnceUntilItChanges()
-    once.news(Finding(r["key"], r["sentence"], r["override"]) for r in stated_findings(run))
-    for finding in once.news(examine(run)):  # what only the held-out scores show
-        state_finding(run, finding, run.read_run()["steps"], show)
-    write_report(run)
 
 
 def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:

@@ -37,7 +37,8 @@ class View(TrainerCallback):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the screen as it should stay."""
+        """Leave the screen as it should stay, and let go of the trainer: its optimizer's memory is needed."""
+        self.latest = list
 
     def add_finding(self, finding: Finding) -> None:
         """Keep a finding on the board."""
@@ -75,11 +76,13 @@ class LiveView(View):
     def __enter__(self) -> View:
         from rich.live import Live
 
-        self._live = Live(get_renderable=self._render, refresh_per_second=2, vertical_overflow="crop")
+        # Redrawn at each log only: no thread of rich's that a forked judge or sandbox could inherit in mid-write.
+        self._live = Live(get_renderable=self._render, auto_refresh=False, vertical_overflow="crop")
         self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
         self._live.__exit__(None, None, None)
 
     def _render(self) -> Any:

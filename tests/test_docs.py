@@ -96,3 +96,13 @@ def test_the_reward_of_the_page_passes_its_own_check(workplace: Path, tmp_path: 
         "".join(f'{{"prompt": "Capital of {land}?", "answer": "{city}"}}\n' for land, city in rows)
     )
     assert "gold" in shell(workplace, f'{command} ARGS="data.holdout=1 model.id=tiny/random-llama"')
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_results_and_of_choosing_a_recipe_run(workplace: Path) -> None:
+    tiny = "model.id=tiny/random-llama grpo.max_steps=1 eval.limit=4 eval.samples=0 merge=false"
+    for name in ("choosing-a-recipe", "results"):
+        for command in commands(ROOT / "docs" / f"{name}.md"):
+            assert "ARGS" not in command
+            shell(workplace, f'{command} ARGS="{tiny}"' if command.startswith("make train") else command)
+    assert (workplace / "runs" / "results" / "report.html").is_file()

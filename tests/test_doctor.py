@@ -313,6 +313,40 @@ def test_golds_that_cannot_be_used_and_a_judge_out_of_time_are_named(key: str, f
     assert function(replace(sums(), steps=steps(6, **few))) is None
 
 
+def held_out_run(scores: list[float | None], rewards: list[float]) -> Evidence:
+    part = "rewards/accuracy_reward/mean"
+    records = [{"step": i, "reward": r, part: r} for i, r in enumerate(rewards)]
+    for record, score in zip(records, scores, strict=True):
+        if score is not None:
+            record["heldout/lenient"] = score
+    return replace(sums(), steps=records)
+
+
+def test_a_held_out_score_taken_after_the_reward_had_risen_is_no_suspicion() -> None:
+    rewards = [0.1, 0.2, 0.4, 0.6, 0.8] + [0.8] * 15
+    late = [None] * 9 + [0.8] + [None] * 5 + [0.79] + [None] * 4
+    assert diagnose(held_out_run(late, rewards)) == []
+    rising = [0.1 + 0.04 * i for i in range(20)]
+    (finding,) = diagnose(held_out_run([0.3 if i % 5 == 0 else None for i in range(20)], rising))
+    assert finding.key == "reward_without_progress"
+    assert "but the held-out score did not (0.30 → 0.30)" in finding.sentence
+
+
+def test_a_spike_that_clipping_already_tames_is_left_alone() -> None:
+    norms = [0.2] * 11 + [50.0]
+    spiky = replace(sums(), steps=steps(12, reward=lambda i: i / 12, grad_norm=lambda i: norms[i]))
+    assert diagnoses.grad_norm_spikes(spiky) is None  # clipped at 1.0: five times the median
+    assert diagnoses.grad_norm_spikes(replace(spiky, recipe=sums(**{"grpo.max_grad_norm": 100}).recipe)) is not None
+
+
+def test_where_groups_are_refilled_already_more_completions_are_advised() -> None:
+    part = "rewards__accuracy_reward__mean"
+    flat = steps(8, reward=lambda i: 0.5, frac_reward_zero_std=lambda i: 1.0, refill__frac_without_signal=lambda i: 0.9,
+                 **{part: lambda i: 0.5})  # fmt: skip
+    (finding,) = diagnose(replace(sums(**{"sampling.refill": 2}), steps=flat))
+    assert finding.override == "grpo.num_generations=8"
+
+
 def test_nothing_is_said_before_there_are_a_few_steps_or_about_missing_metrics() -> None:
     assert diagnose(replace(sums(), steps=steps(3, reward=lambda i: 0.0))) == []
     assert diagnose(replace(sums(), steps=steps(9, reward=lambda i: 0.5))) == []
@@ -401,3 +435,17 @@ def test_the_command_line_reads_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     (run.path / "findings.jsonl").unlink()
     assert "nothing found wrong" in in_process("doctor", str(run.path))
     assert "is not a run" in in_process("doctor", str(tmp_path / "nowhere"), expect=1)
+
+
+def test_a_fault_of_the_doctor_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(evidence: Evidence) -> list[Finding]:
+        if evidence.steps:
+            raise ZeroDivisionError
+        return []
+
+    monkeypatch.setattr("grpo_lite.progress.diagnose", broken)
+    run, _ = train(Case(None, overrides=("grpo.max_steps=2",)), tmp_path, monkeypatch)
+    assert run.read_run()["steps"] == 2
+    assert "training goes on" in caplog.text

@@ -14,7 +14,7 @@ from run_files import HOSTILE, write_run
 from grpo_lite.curves import charts, moving_average, svg
 from grpo_lite.errors import RunDirError
 from grpo_lite.evidence import read_evidence
-from grpo_lite.report import recipe_differences, write_comparison, write_report
+from grpo_lite.report import finish_with_report, recipe_differences, write_comparison, write_report
 from grpo_lite.report_data import MOST_ROWS, completion_rows, duration, phases, read_page, shortened, total_of
 from grpo_lite.run_dir import RunDir
 
@@ -211,3 +211,23 @@ def test_report_can_be_written_again_for_the_same_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     first = write_report(run).read_bytes()
     assert write_report(RunDir(run.path)).read_bytes() == first
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: RunDir) -> Path:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr("grpo_lite.report.write_report", broken)
+    said: list[str] = []
+    finish_with_report(write_run(tmp_path / "run"), said.append)
+    assert said[-1].startswith("report: not written (ValueError: no fonts); the run is complete.")
+
+
+def test_a_very_long_run_s_values_are_thinned_for_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5, group=2)
+    lines = "".join(f'{{"step": {i}, "reward": {i / 5000}, "reward_std": 0.1}}\n' for i in range(1, 5001))
+    run.metrics_file.write_text(lines)
+    page = write_report(run)
+    (line,) = data_of(page.read_text(encoding="utf-8"))["charts"]["reward"]["lines"]
+    assert len(line["x"]) == len(line["y"]) == 556  # every ninth of 5,000
+    assert page.stat().st_size < 400_000

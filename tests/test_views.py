@@ -104,6 +104,7 @@ def test_in_a_terminal_the_board_is_live_and_the_screen_is_left_clean(tmp_path: 
     assert "mean reward" in text  # the summary comes after it
 
 
+@pytest.mark.slow
 def test_plain_is_plain_in_a_terminal_too(tmp_path: Path) -> None:
     output = in_terminal(
         "train", "smoke", "--plain", "--run", str(tmp_path / "run"), "eval.enabled=false", "merge=false"
