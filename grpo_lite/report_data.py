@@ -81,16 +81,20 @@ def score_rows(page: RunPage) -> list[dict[str, str]]:
             rows.append(
                 {
                     "name": name, "base": _rate(part["base"]), "trained": _rate(part["trained"]),
-                    "difference": f"{d['difference']:+.1%} ({d['low']:+.1%} to {d['high']:+.1%})",
+                    "difference": f"{_points(d['difference'])} points ({_points(d['low'])} to {_points(d['high'])})",
                 }
             )  # fmt: skip
     for name, rates in page.scores.get("pass_at_k", {}).items():
         base, trained = rates["base"], rates["trained"]
         rows.append({"name": f"{name}, sampled", "base": f"{base:.1%}", "trained": f"{trained:.1%}",
-                     "difference": f"{trained - base:+.1%}"})  # fmt: skip
+                     "difference": f"{_points(trained - base)} points"})  # fmt: skip
     if merged := page.scores.get("merged"):
         rows.append({"name": "merged 16-bit model", "base": "", "trained": _rate(merged["lenient"]), "difference": ""})
     return rows
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

@@ -62,7 +62,8 @@ def execute(notebook: Any, folder: Path, timeout_s: int = 3600) -> Any:
     """Run every cell in a kernel of this Python that starts in a folder; a cell that fails ends it with its error."""
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=timeout_s, resources=place, coalesce_streams=True).execute()
     return notebook
 
 
