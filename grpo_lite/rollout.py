@@ -3,7 +3,8 @@
 `transformers.generate` prepares everything as always (generation config, logits processors, stopping criteria) and
 hands over to `GroupDecoder` through its public `custom_generate` argument. The decoder prefills each distinct prompt
 once and keeps one copy of its keys and values (`group_cache.py`), drops finished rows from the batch, works in waves
-under a budget of cached tokens, and notes the entropy of every sampled distribution on the way.
+under a budget of cached tokens, and notes the entropy of every sampled distribution and the log-probability of the
+token drawn from it on the way.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,9 @@ class Rollout:
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    entropies: list[list[float]] = field(default_factory=list)  # per row and completion token, at the temperature
+    # Per row and completion token, of the whole distribution at the decoder's temperature (no top-p and the like).
+    entropies: list[list[float]] = field(default_factory=list)
+    logps: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -51,11 +54,13 @@ class GroupDecoder:
         autocast: Makes the context to run the model in.
         kv_tokens: Most tokens whose keys and values are held at once; None for no limit.
         rollout: Filled while decoding.
+        temperature: At which entropies and log-probabilities are noted; None for the one sampled at.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
     kv_tokens: int | None = None
     rollout: Rollout = field(default_factory=Rollout)
+    temperature: float | None = None
 
     def __call__(
         self,
@@ -74,7 +79,7 @@ class GroupDecoder:
         for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)):
             prompts.setdefault(tuple(ids[len(ids) - kept :]), []).append(row)
         longest = int(cast(int, generation_config.max_length)) - input_ids.size(1)
-        self.rollout.entropies = [[] for _ in range(input_ids.size(0))]
+        self.rollout.entropies, self.rollout.logps = ([[] for _ in range(input_ids.size(0))] for _ in range(2))
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
         with self.autocast():  # once, so that the adapter's weights are cast once
@@ -109,10 +114,10 @@ class GroupDecoder:
         ids, positions = input_ids[rows], lengths[groups]
         live = torch.ones(len(rows), dtype=torch.bool, device=device)
         finished: dict[int, Tensor] = {}
-        noted: list[tuple[Tensor, Tensor]] = []  # rows, entropies; read at the end, as reading waits for the device
+        noted: list[tuple[Tensor, Tensor]] = []  # rows, (2, rows); read at the end, as reading waits for the device
         while True:
-            tokens, entropies = self._choose(ids, logits, processors, config, rows)
-            noted.append((rows[live], entropies[live]))
+            tokens, notes = self._choose(ids, logits, processors, config, rows)
+            noted.append((rows[live], notes[:, live]))
             ids = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
             stopped = criteria(ids, None) & live
             for index in stopped.nonzero().squeeze(1).tolist():
@@ -130,8 +135,9 @@ class GroupDecoder:
             logits = self._logits(model, hidden)
             positions = positions + 1
         for step_rows, values in noted:
-            for row, value in zip(step_rows.tolist(), values.tolist(), strict=True):
-                self.rollout.entropies[row].append(value)
+            for row, entropy, logp in zip(step_rows.tolist(), *values.tolist(), strict=True):
+                self.rollout.entropies[row].append(entropy)
+                self.rollout.logps[row].append(logp)
         return finished
 
     def _forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
@@ -150,16 +156,20 @@ class GroupDecoder:
     def _choose(
         self, ids: Tensor, logits: Tensor, processors: LogitsProcessorList, config: GenerationConfig, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the next token of every row, and the entropies of the distributions at the temperature."""
+        """Return the next token of every row, and `(2, rows)`: the distributions' entropies, the tokens' log-probs."""
         sampling = bool(config.do_sample)
         temperature = config.temperature if sampling and config.temperature else 1.0
-        log_p = torch.log_softmax(logits / temperature, dim=-1)
+        scoring = temperature if self.temperature is None else self.temperature
+        log_p = torch.log_softmax(logits / scoring, dim=-1)
         p = log_p.exp()
-        entropies = -(p * log_p).sum(-1)
-        if all(type(processor) is TemperatureLogitsWarper for processor in processors):
-            return draw(p) if sampling else logits.argmax(-1), entropies
-        scores = process(ids, logits, processors, rows, len(self.rollout.entropies))
-        return draw(torch.softmax(scores, dim=-1)) if sampling else scores.argmax(-1), entropies
+        if not all(type(processor) is TemperatureLogitsWarper for processor in processors):
+            scores = process(ids, logits, processors, rows, len(self.rollout.entropies))
+            tokens = draw(torch.softmax(scores, dim=-1)) if sampling else scores.argmax(-1)
+        elif sampling:
+            tokens = draw(p if scoring == temperature else torch.softmax(logits / temperature, dim=-1))
+        else:
+            tokens = logits.argmax(-1)
+        return tokens, torch.stack([-(p * log_p).sum(-1), log_p.gather(1, tokens.unsqueeze(1)).squeeze(1)])
 
 
 def process(ids: Tensor, logits: Tensor, processors: LogitsProcessorList, rows: Tensor, batch_size: int) -> Tensor:

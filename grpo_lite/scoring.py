@@ -15,6 +15,9 @@ from grpo_lite.packing import PackedBatch, pack, plan_microbatches, read_padded_
 
 logger = logging.getLogger(__name__)
 
+# The self-check's longest sequence; an attention window must hold it.
+SELF_CHECK_TOKENS = 12
+
 
 class Scoring(NamedTuple):
     """How the trainer wants tokens scored."""
@@ -91,7 +94,7 @@ def self_check(
     """
     inner = base_model(model)
     device = next(model.parameters()).device
-    width, longest = 7, 5
+    width, longest = SELF_CHECK_TOKENS - 5, 5
     generator = torch.Generator().manual_seed(0)
     vocabulary = inner.config.vocab_size
     prompts = torch.randint(vocabulary, (2, width), generator=generator).repeat_interleave(3, dim=0)

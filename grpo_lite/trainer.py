@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import split_tensor_dict
 
-from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
 from grpo_lite.sampling import shuffle_groups
@@ -55,6 +54,10 @@ class PackedGRPOTrainer(RolloutGRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self._scores is not None:
             return *self._scores, None
+        if not torch.is_grad_enabled() and not compute_entropy:
+            sampled = self._sampled_logps(logits_to_keep, input_ids.device)
+            if sampled is not None:
+                return sampled, None, None
         given = {name: value for name, value in multimodal.items() if value is not None}
         batch = None
         if not given and not compute_aux_loss and self._is_packable(model):
@@ -108,11 +111,10 @@ class PackedGRPOTrainer(RolloutGRPOTrainer):
 
     def _read(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int) -> PaddedBatch | None:
         batch = read_padded_batch(input_ids, attention_mask, width)
-        window = attention.sliding_window(base_model(self.accelerator.unwrap_model(model)))
-        if batch is None or window is None:
-            return batch
+        if batch is None:
+            return None
         longest = max(map(sum, zip(batch.prompt_lengths, batch.completion_lengths, strict=True)))
-        return batch if longest <= window else None
+        return batch if self._is_inside_window(model, longest) else None
 
     def _is_packable(self, model: nn.Module) -> bool:
         return self.options.compute == "packed" and self._is_supported(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -19,7 +19,7 @@ from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.lora import shorten_lora
 from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
-from grpo_lite.scoring import Scoring, base_model, self_check
+from grpo_lite.scoring import SELF_CHECK_TOKENS, Scoring, base_model, self_check
 from grpo_lite.shadow import dequantized, keep_weights_unpacked
 from grpo_lite.trainer_sampling import SamplingGRPOTrainer
 
@@ -31,8 +31,9 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
 
     def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
         self._supported: dict[int, bool] = {}  # per model (policy, reference), decided at first use
-        self._told_decoding_obstacle = False
+        self._told: set[str] = set()
         self._rollout: Rollout | None = None  # of the last generation
+        self._old_logps_wanted = False  # TRL's next request for log-probabilities is for those of the sampling policy
         super().__init__(*args, options=options, **kwargs)
         keep_weights_unpacked(self.model)
         if not self.options.is_plain:
@@ -43,7 +44,7 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         if self.options.rollout == "generate" or not self._can_share_rollout(prompt_ids, args, kwargs):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         inner = base_model(self.accelerator.unwrap_model(self.model))
-        decoder = GroupDecoder(self.accelerator.autocast, self.options.rollout_kv_tokens)
+        decoder = GroupDecoder(self.accelerator.autocast, self.options.rollout_kv_tokens, temperature=self.temperature)
         previous = inner.__dict__.get("generate")
         inner.generate = partial(inner.generate, custom_generate=decoder)
         try:
@@ -65,24 +66,51 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         images, multimodal = (*args, None, None)[:2]
         if images is not None or multimodal or kwargs.get("images") or kwargs.get("multimodal_fields"):
             return False
-        window = attention.sliding_window(base_model(self.accelerator.unwrap_model(self.model)))
         reason = decoding_obstacle(self.generation_config)
-        if reason and not self._told_decoding_obstacle:
-            self._told_decoding_obstacle = True
-            logger.warning("Shared rollouts are off, `generate` is used: %s.", reason)
-        return reason is None and (window is None or max(map(len, prompt_ids)) + self.max_completion_length <= window)
+        if reason:
+            self._tell_once(f"Shared rollouts are off, `generate` is used: {reason}.")
+            return False
+        return self._is_inside_window(self.model, max(map(len, prompt_ids)) + self.max_completion_length)
 
     def _score_generation(self, inputs: Any) -> dict[str, Any]:
-        output = super()._score_generation(inputs)
-        entropies = [] if self._rollout is None or self.tools else self._rollout.entropies
-        if entropies:
-            padded = torch.zeros(output["completion_ids"].shape)
-            for row, values in enumerate(entropies):
-                padded[row, : len(values)] = torch.tensor(values)
-            output["rollout_entropies"] = padded.to(output["completion_ids"].device)
+        # When TRL asks for old log-probabilities, it does so first (trl 1.14-1.16); see `_sampled_logps`.
+        rounds = self.args.steps_per_generation * self.num_iterations
+        wanted = self.args.gradient_accumulation_steps % rounds != 0
+        self._old_logps_wanted = wanted and self.options.compute == "packed" and not self.use_vllm
+        try:
+            output = super()._score_generation(inputs)
+        finally:
+            self._old_logps_wanted = False
+        if self._rollout is not None and not self.tools:
+            mask = output["completion_mask"]
+            output["rollout_entropies"] = _padded(self._rollout.entropies, mask)
         return output
 
+    def _sampled_logps(self, width: int, device: torch.device) -> Tensor | None:
+        """Return the log-probabilities `(B, width)` noted while sampling, where TRL asks for the old policy's."""
+        wanted, self._old_logps_wanted = self._old_logps_wanted, False
+        if not wanted or self._rollout is None or self.tools:
+            return None
+        return _padded(self._rollout.logps, torch.empty((len(self._rollout.logps), width), device=device))
+
     # Which models can be packed
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            logger.warning(line)
+
+    def _is_inside_window(self, model: nn.Module, longest: int) -> bool:
+        """Say whether sequences of this length fit into the model's attention window, if it has one."""
+        inner = base_model(self.accelerator.unwrap_model(model))
+        window = attention.sliding_window(inner)
+        if window is None or longest <= window:
+            return True
+        self._tell_once(
+            "Packed compute and shared rollouts are off for sequences beyond the attention window, TRL's own are used: "
+            f"{type(inner).__name__} has a window of {window} tokens."
+        )
+        return False
 
     def _is_supported(self, model: nn.Module) -> bool:
         """Decide once per model whether its attention can be packed; say why not in one line."""
@@ -108,6 +136,9 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         reason = attention.obstacle(inner)
         if reason:
             return f"{type(inner).__name__}: {reason}"
+        window = attention.sliding_window(inner)
+        if window is not None and window < SELF_CHECK_TOKENS:
+            return f"{type(inner).__name__} has a window of {window} tokens"
         previous = inner.config._attn_implementation
         attention.install(inner)
         scoring = Scoring(self.temperature, self.args.cast_lm_head_to_fp32)
@@ -123,3 +154,11 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         """Activation checkpointing has nothing to save without a backward, and its reentrant kind warns."""
         unwrapped = self.accelerator.unwrap_model(model)
         return disable_gradient_checkpointing(unwrapped, self.args.gradient_checkpointing_kwargs)
+
+
+def _padded(rows: list[list[float]], like: Tensor) -> Tensor:
+    """Return the rows as a tensor of `like`'s shape and device, zeros behind each."""
+    padded = torch.zeros(like.shape)
+    for row, values in enumerate(rows):
+        padded[row, : len(values)] = torch.tensor(values)
+    return padded.to(like.device)

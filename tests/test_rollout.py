@@ -226,10 +226,10 @@ def train(trainer_class: type[GRPOTrainer], tmp_path: Path, **kwargs: Any) -> GR
         "max_completion_length": 10,
         "max_steps": 3,
         "generation_kwargs": {"do_sample": False},
-        "scale_rewards": "batch",  # greedy groups are uniform, so that only the batch gives a signal
+        "entropy_coef": 0.05,  # the completions of a greedy group are alike, so that only this has a gradient
         "learning_rate": 3e-3,
     } | kwargs.pop("settings", {})
-    model = tiny_lora(tiny_model(tie_word_embeddings=False))
+    model = kwargs.pop("model", None) or tiny_lora(tiny_model(tie_word_embeddings=False))
     model.generation_config.eos_token_id = ENDS  # TRL 1.14 knows only the tokenizer's; then all rows run to the limit
     trainer = trainer_class(
         model=model,
@@ -246,6 +246,7 @@ def train(trainer_class: type[GRPOTrainer], tmp_path: Path, **kwargs: Any) -> GR
 def test_a_greedy_run_with_shared_rollouts_is_the_run_with_generate(tmp_path: Path):
     plain, shared = train(GRPOTrainer, tmp_path), train(PackedGRPOTrainer, tmp_path)
     assert relative_difference(dict(shared.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
+    assert all(log["grad_norm"] > 0 for log in plain.state.log_history[:-1]), "something should be learned"
     keys = {key for log in plain.state.log_history for key in log}
     assert keys == {key for log in shared.state.log_history for key in log}
     for mine, theirs in zip(shared.state.log_history, plain.state.log_history, strict=True):
@@ -254,7 +255,7 @@ def test_a_greedy_run_with_shared_rollouts_is_the_run_with_generate(tmp_path: Pa
 
 
 def test_plain_options_are_plain_trl_bit_for_bit(tmp_path: Path):
-    sampling = {"generation_kwargs": None, "scale_rewards": "group"}
+    sampling = {"generation_kwargs": None}
     options = EngineOptions(compute="plain", rollout="generate")
     runs = [
         train(GRPOTrainer, tmp_path, settings=sampling),
@@ -270,33 +271,71 @@ def test_generate_is_untouched_after_a_rollout(tmp_path: Path):
     assert "generate" not in trainer.model.get_base_model().__dict__
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_entropies_noted_in_the_rollout_are_those_of_training(checkpointing: bool, tmp_path: Path):
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"top_p": 0.8, "temperature": 0.7}, id="sampled"),
+        pytest.param({"gradient_checkpointing": True, "num_iterations": 2}, id="gradient checkpointing"),
+        pytest.param({"generation_kwargs": {"do_sample": False}, "temperature": 0.6}, id="greedy"),
+        pytest.param({"generation_kwargs": {"temperature": 1.4}, "temperature": 0.6}, id="sampled at another"),
+    ],
+)
+def test_what_is_noted_in_the_rollout_is_what_training_computes(settings: dict[str, Any], tmp_path: Path):
+    seen: list[list[torch.Tensor]] = []
 
     class Watched(PackedGRPOTrainer):
-        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-            kept, self._scores = self._scores, None
-            with torch.no_grad():
-                _, entropies, _ = self._get_per_token_logps_and_entropies(
-                    model, ids, mask, inputs["completion_ids"].size(1), compute_entropy=True
+        def _score_generation(self, inputs: Any) -> dict[str, Any]:
+            output = super()._score_generation(inputs)
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+            with torch.no_grad(), self._no_checkpointing(self.model):
+                logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, output["completion_ids"].size(1), compute_entropy=True
                 )
-            self._scores = kept
-            seen.append((inputs["rollout_entropies"], entropies))
-            return super()._compute_loss(model, inputs)
+            noted = torch.zeros_like(logps)
+            assert self._rollout is not None
+            for row, values in enumerate(self._rollout.logps):
+                noted[row, : len(values)] = torch.tensor(values)
+            seen.append([output["rollout_entropies"], entropies, noted, logps])
+            return output
 
-    settings = {
-        "generation_kwargs": None,
-        "temperature": 0.7,
-        "gradient_checkpointing": checkpointing,
-        "top_p": 0.8,
-    }
-    train(Watched, tmp_path, settings=settings)
-    assert len(seen) == 3
-    for noted, computed in seen:
-        torch.testing.assert_close(noted, computed, rtol=1e-4, atol=1e-5)
+    train(Watched, tmp_path, settings={"generation_kwargs": None, "max_steps": 2} | settings)
+    assert seen
+    for entropies, computed_entropies, logps, computed_logps in seen:
+        torch.testing.assert_close(entropies, computed_entropies, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logps, computed_logps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"num_iterations": 2, "beta": 0.1, "temperature": 0.8}, id="two iterations, greedy, kl"),
+        pytest.param({"num_iterations": 2, "generation_kwargs": None}, id="two iterations"),
+        pytest.param(
+            {"steps_per_generation": 2, "generation_kwargs": None, "per_device_train_batch_size": 4},
+            id="two steps a round",
+        ),
+    ],
+)
+def test_the_old_policy_needs_no_forward_after_a_shared_rollout(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"max_steps": 4, **settings}
+    frozen: list[int] = []
+    score_into = PackedGRPOTrainer._score_into
+
+    def counted(self: Any, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            frozen.append(1)
+        return score_into(self, *args)
+
+    monkeypatch.setattr(PackedGRPOTrainer, "_score_into", counted)
+    ours = train(PackedGRPOTrainer, tmp_path, settings=settings)
+    # Two rounds of generation: without KL nothing is computed without a gradient, with it the reference alone.
+    assert len(frozen) == (2 if settings.get("beta") else 0)
+    if settings.get("beta"):
+        plain = train(GRPOTrainer, tmp_path, settings=settings)
+        assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
 
 
 def test_rows_without_advantage_are_not_computed_again_after_a_shared_rollout(tmp_path: Path, monkeypatch):
@@ -307,9 +346,10 @@ def test_rows_without_advantage_are_not_computed_again_after_a_shared_rollout(tm
     monkeypatch.setattr(
         module, "score", lambda model, packed, *a: tokens.append(packed.num_tokens) or score(model, packed, *a)
     )
-    # Greedy groups are uniform: with rewards normalised per group nothing has an advantage.
-    trainer = train(PackedGRPOTrainer, tmp_path, settings={"scale_rewards": "group", "weight_decay": 0.1})
+    # Greedy groups are uniform, so that nothing has an advantage.
+    settings = {"weight_decay": 0.1, "entropy_coef": 0.0}
+    trainer = train(PackedGRPOTrainer, tmp_path, settings=settings)
     assert tokens == []
-    plain = train(GRPOTrainer, tmp_path, settings={"scale_rewards": "group", "weight_decay": 0.1})
+    plain = train(GRPOTrainer, tmp_path, settings=settings)
     assert relative_difference(dict(trainer.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-5
     assert trainer.state.log_history[0]["entropy"] == pytest.approx(plain.state.log_history[0]["entropy"], rel=1e-4)

@@ -80,7 +80,13 @@ def test_prompt_tuning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize(("window", "packed_calls"), [(8, 0), (200, 1)], ids=["active", "never reached"])
-def test_sliding_window(window: int, packed_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sliding_window(
+    window: int,
+    packed_calls: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
     calls: list[int] = []
     loss = PackedGRPOTrainer._packed_loss
     monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
@@ -90,7 +96,25 @@ def test_sliding_window(window: int, packed_calls: int, tmp_path: Path, monkeypa
         _, gradients = train_fixed(trainer_class, model, tiny_args(tmp_path))
         found.append(gradients.steps[0])
     assert len(calls) == packed_calls
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1 - packed_calls
+    assert all("has a window of 8 tokens" in line for line in lines)
     assert relative_difference(found[1], found[0]) < 1e-4
+
+
+def test_a_window_that_a_rollout_could_leave_is_told_once_and_generate_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    from test_rollout import train
+
+    def build(kind: Any) -> Any:
+        return train(kind, tmp_path, model=tiny_lora(tiny_model("mistral", sliding_window=14)))
+
+    plain, ours = build(GRPOTrainer), build(PackedGRPOTrainer)
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1
+    assert "MistralForCausalLM has a window of 14 tokens" in lines[0]
+    assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
 
 
 def test_full_attention_layers_have_no_window():
