@@ -79,7 +79,8 @@ class GroupDecoder:
         for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)):
             prompts.setdefault(tuple(ids[len(ids) - kept :]), []).append(row)
         longest = int(cast(int, generation_config.max_length)) - input_ids.size(1)
-        self.rollout.entropies, self.rollout.logps = ([[] for _ in range(input_ids.size(0))] for _ in range(2))
+        self.rollout.entropies = [[] for _ in range(input_ids.size(0))]
+        self.rollout.logps = [[] for _ in range(input_ids.size(0))]
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
         with self.autocast():  # once, so that the adapter's weights are cast once
