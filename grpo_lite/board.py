@@ -74,7 +74,9 @@ class Board:
         left = self.seconds_left
         pieces = [
             f"step {self.step}/{self.total}",
-            f"reward {last['reward']:.3f} ± {last.get('reward_std') or 0.0:.3f}",
+            "no reward"  # none of the step's groups could be scored
+            if last["reward"] is None
+            else f"reward {last['reward']:.3f} ± {last.get('reward_std') or 0.0:.3f}",
             *(f"{name} {value:.3f}" for name, value in parts if len(parts) > 1 and value is not None),
             f"held-out {held:.1%}" if held is not None else "",
             f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",

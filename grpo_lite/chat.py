@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite.data import prompt_text
+from grpo_lite.data import prompt_ids
 from grpo_lite.errors import DataError
 from grpo_lite.recipe import DataSection, Recipe
 from grpo_lite.run_dir import RunDir
@@ -92,9 +92,8 @@ class Chat:
         import torch
 
         prompt = build_prompt(self.recipe, question, history)
-        text = prompt_text(prompt, self.tokenizer, self.recipe.grpo.get("chat_template_kwargs"))
-        ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str), return_tensors="pt").input_ids
-        ids = ids.to(self.model.device)
+        kwargs = self.recipe.grpo.get("chat_template_kwargs")
+        ids = torch.tensor([prompt_ids(prompt, self.tokenizer, kwargs)], device=self.model.device)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids,

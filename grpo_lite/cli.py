@@ -13,7 +13,9 @@ import click
 
 from grpo_lite import __version__, cli_export, cli_report
 from grpo_lite.cli_export import set_environment
+from grpo_lite.cli_options import trust_option
 from grpo_lite.errors import GRPOLiteError
+from grpo_lite.redact import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from grpo_lite.run_dir import RunDir
@@ -30,7 +32,7 @@ class _Commands(click.Group):
         except GRPOLiteError as error:
             if os.environ.get("GRPO_LITE_TRACEBACK"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {redact(str(error))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped at once. Give the same command again to go on from the last checkpoint.", err=True)
@@ -40,7 +42,7 @@ class _Commands(click.Group):
         except Exception as error:  # a fault of ours or of a library: one line, and how to see the rest
             if os.environ.get("GRPO_LITE_TRACEBACK"):
                 raise
-            click.echo(f"error: {_explain(error)}", err=True)
+            click.echo(f"error: {redact(_explain(error))}", err=True)
             sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -84,7 +86,9 @@ def main(verbose: bool) -> None:
 
 def quieten(verbose: bool) -> None:
     """Keep the libraries' banners, bars and notices off the screen unless asked for."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(name)s: %(message)s"))
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -101,7 +105,7 @@ def quieten(verbose: bool) -> None:
 
 def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     """Take RECIPE and any number of KEY=VALUE overrides."""
-    function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+    function = trust_option(click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function))
     return click.argument("recipe", metavar="RECIPE")(function)
 
 
@@ -142,6 +146,7 @@ def _view() -> Any:
 
 @main.command("eval")
 @click.argument("run_path", metavar="RUN", type=click.Path())
+@trust_option
 def evaluate(run_path: str) -> None:
     """Measure base against trained (and merged) again, on the run's held-out prompts."""
     set_environment()
@@ -162,6 +167,7 @@ def evaluate(run_path: str) -> None:
 @main.command()
 @click.argument("run_path", metavar="RUN", type=click.Path())
 @click.option("--overwrite", is_flag=True, help="Replace a merge that is there already.")
+@trust_option
 def merge(run_path: str, overwrite: bool) -> None:
     """Merge a run's adapter onto its 16-bit base, and verify the result."""
     set_environment()

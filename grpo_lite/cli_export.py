@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grpo_lite.cli_options import trust_option
+
 if TYPE_CHECKING:
     from grpo_lite.run_dir import RunDir
 
@@ -31,6 +33,7 @@ def register(main: click.Group) -> None:
 )
 @click.option("--nf4", is_flag=True, help="Also a 4-bit NF4 folder (bitsandbytes), with its measured loss.")
 @click.option("--overwrite", is_flag=True, help="Replace a GGUF or NF4 export that is there already.")
+@trust_option
 def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) -> None:
     """Check a run's merged model file by file, merging first if need be; also as GGUF for Ollama, or in 4 bits."""
     run = _trained_run(run_path)
@@ -83,6 +86,7 @@ def push(run_path: str, repo_id: str, what: Any, private: bool, dry_run: bool, f
 @click.option("--top-k", default=0, show_default=True, help="0: off.")
 @click.option("--max-new-tokens", type=int, help="Cap of an answer.  [default: the recipe's]")
 @click.option("--seed", type=int, help="Makes sampled answers repeatable.")
+@trust_option
 def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> None:
     """Ask a trained run one question (PROMPT), the lines piped in, or talk with it."""
     from grpo_lite.chat import HELP, Chat, Sampling, answer_lines, talk

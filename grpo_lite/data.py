@@ -14,7 +14,10 @@ from typing import Any
 from grpo_lite.base_model import hub_unreachable
 from grpo_lite.errors import DataError
 from grpo_lite.generators import Row, generate_rows
+from grpo_lite.prompt_tokens import holds_special_tokens, prompt_ids, prompt_text
 from grpo_lite.recipe import DataSection, Recipe, SourceSection
+
+__all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", "render_row"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     held = [render_row(data, row, "data.eval", i) for i, row in enumerate(held)]
     train, note = _without(train, held)
     notes += note
+    if tokenizer is not None:
+        marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
+        notes += [f"{marked} prompts hold the text of a special token; it is read as text, not as markup"][
+            : bool(marked)
+        ]
     if tokenizer is not None and data.max_prompt_tokens is not None:
         train, note = _short_enough(train, recipe, tokenizer, "training")
         notes += note
@@ -197,28 +205,6 @@ def _without(train: list[Row], held: list[Row]) -> tuple[list[Row], list[str]]:
     kept = [row for row in train if _key(row) not in forbidden]
     dropped = len(train) - len(kept)
     return kept, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
-
-
-def prompt_text(prompt: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> str:
-    """Return the text the model sees for a prompt: the chat template applied, or the text itself."""
-    if isinstance(prompt, str):
-        return prompt
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "data.format: 'chat' is given, but the model's tokenizer has no chat template (a base model). "
-            "Use data.format=text, or an instruct model."
-        )
-    return str(
-        tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-        )
-    )
-
-
-def prompt_ids(prompt: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
-    """Return the token ids the model sees for a prompt, as TRL makes them (no BOS added to a rendered chat)."""
-    text = prompt_text(prompt, tokenizer, chat_template_kwargs)
-    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 
 def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:

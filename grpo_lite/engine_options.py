@@ -20,6 +20,8 @@ class EngineOptions:
     """Most extra groups generated per step to replace groups whose rewards are all equal."""
     difficulty: bool = False
     """Whether to favour prompts whose remembered solve rate lies in the middle."""
+    max_skipped_steps: int = 5
+    """Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the run stops."""
 
     @property
     def is_plain(self) -> bool:

@@ -17,6 +17,7 @@ from grpo_lite.errors import ModelError
 from grpo_lite.hardware import Device, DtypeName
 from grpo_lite.recipe import ModelSection, Recipe
 from grpo_lite.shadow import keep_weights_unpacked
+from grpo_lite.trust import trusts_remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     base = resolve_base(recipe.model.id, recipe.model.revision, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base, padding_side="left", trust_remote_code=recipe.model.trust_remote_code
+            base, padding_side="left", trust_remote_code=trusts_remote_code(recipe.model)
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.id: {recipe.model.id} has no usable tokenizer: {_first_line(error)}") from None
@@ -71,7 +72,7 @@ def load_model(recipe: Recipe, device: Device) -> Any:
     section = recipe.model
     base = resolve_base(section.id, section.revision)
     dtype = getattr(torch, "float32" if section.load_in == "32bit" else compute_dtype(section, device))
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": section.trust_remote_code}
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusts_remote_code(section)}
     if section.attn_implementation:
         kwargs["attn_implementation"] = section.attn_implementation
     if section.load_in in ("4bit", "8bit"):

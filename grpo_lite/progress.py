@@ -7,35 +7,51 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from grpo_lite.board import describe_sample
+from grpo_lite.checkpoints import sync
 from grpo_lite.doctor import OnceUntilItChanges, diagnose, forget_findings_after, state_finding
 from grpo_lite.evidence import LATEST_FILES, Evidence, Finding, read_evidence
 from grpo_lite.recipe import Recipe
-from grpo_lite.run_dir import RunDir
+from grpo_lite.run_dir import RunDir, write_atomic
 from grpo_lite.views import View
 
 logger = logging.getLogger(__name__)
 Show = Callable[[str], None]
 
 
-class MetricsFile(TrainerCallback):
-    """Append every log record, with TRL's keys, to metrics.jsonl; a resume drops records after its checkpoint."""
+class MetricsFile(TrainerCallback, ExportableState):
+    """Append every log record, with TRL's keys, to metrics.jsonl; a resume cuts it to its length at the checkpoint."""
 
     def __init__(self, run: RunDir) -> None:
         self.run, self.path = run, run.metrics_file
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the file: its length, once it is on disk."""
+        if not self.path.is_file():
+            return {"args": {}, "attributes": {"length_bytes": 0}}
+        sync(self.path)
+        return {"args": {}, "attributes": {"length_bytes": self.path.stat().st_size}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
-        if self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) is not None]
-            kept = [line for line in kept if (_step(line) or 0) <= state.global_step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if not self.path.is_file():
+            return
+        kept = state.stateful_callbacks.get("MetricsFile", {}).get("attributes", {}) if state.global_step else {}
+        length = int(kept.get("length_bytes", 0))
+        with self.path.open("r+b") as file:
+            present = file.read(length)
+            if len(present) < length:  # lost with the machine's power: at least no half line is left
+                length = present.rfind(b"\n") + 1
+            file.truncate(length)
+        for path in (self.path.parent / "completions").glob("step_*.jsonl"):
+            if path.stem.removeprefix("step_").isdecimal() and int(path.stem.removeprefix("step_")) > state.global_step:
+                path.unlink()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "train_runtime" not in logs:
@@ -74,7 +90,7 @@ class Completions(TrainerCallback):
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step_{state.global_step:06d}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         if self.every and (state.global_step % self.every == 0 or state.global_step == 1):
             self.show(describe_sample(rows))
 
@@ -147,8 +163,3 @@ class StopCleanly(TrainerCallback):
         if self.signal_name is not None:
             control.should_save = True
             control.should_training_stop = True
-
-
-def latest_checkpoint_step(checkpoint: Path | None) -> int:
-    """Return the step of a checkpoint folder, 0 for none."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

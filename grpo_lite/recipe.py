@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -160,6 +161,26 @@ class CheckSection(_Section):
     skip: list[str] = Field(default_factory=list, description="Checks that do not apply, by name.")
 
 
+class LimitsSection(_Section):
+    """When to stop, and what a fault may cost."""
+
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stop training in time to evaluate and merge within so many minutes; `train` again goes on.",
+    )
+    reward_timeout_s: float | None = Field(
+        300.0, gt=0, allow_inf_nan=False, description="Longest call of a reward, in seconds; null: no limit."
+    )
+    reward_failures: int = Field(
+        3, ge=1, description="Batches in a row that a reward may mostly fail to score before the run stops."
+    )
+    skipped_steps: int = Field(
+        5, ge=1, description="Steps in a row that may be skipped for a NaN or infinite loss or gradient."
+    )
+
+
 class LogSection(_Section):
     """What is shown while it runs."""
 
@@ -190,8 +211,25 @@ class Recipe(_Section):
     sampling: SamplingSection = SamplingSection()  # type: ignore[call-arg]
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     check: CheckSection = CheckSection()  # type: ignore[call-arg]
+    limits: LimitsSection = LimitsSection()  # type: ignore[call-arg]
     log: LogSection = LogSection()  # type: ignore[call-arg]
+    push_checkpoints: str | None = Field(
+        None,
+        min_length=1,
+        description="Keep checkpoints there too: `user/repo` (Hub, private) or a folder's path.",
+    )
     merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
+
+    @field_validator("push_checkpoints")
+    @classmethod
+    def _a_path_or_a_repository(cls, address: str | None) -> str | None:
+        if (
+            address
+            and not address.startswith(("/", "./", "../", "~"))
+            and not re.fullmatch(r"[\w.-]+/[\w.-]+", address)
+        ):
+            raise ValueError(f"{address!r} is given; write user/repo, or a path that begins with /, ./ or ~")
+        return address
 
     @field_validator("rewards")
     @classmethod

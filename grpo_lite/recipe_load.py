@@ -19,6 +19,7 @@ _SOURCE_KINDS = {
     "path": ("hub", "generator", "kwargs", "config", "revision", "split"),
     "generator": ("hub", "path", "config", "revision", "split"),
 }
+_MOST_ALIASES = 20
 _TEMPLATE_KEYS = ("prompt", "system", "gold_completion")  # `{question}` is a template here, not a YAML mapping
 
 
@@ -98,7 +99,17 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: PyYAML would keep the last one silently."""
+    """SafeLoader that refuses a key given twice, which PyYAML would silently overwrite, and a flood of aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > _MOST_ALIASES:  # nested ones grow without bound when they are written out
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, f"more than {_MOST_ALIASES} aliases (*name)", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -19,6 +19,8 @@ from grpo_lite.recipe_checks import nearest
 # What TRL 1.14-1.16 passes to every reward besides the dataset's columns.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
+_LARGEST = 1e18  # TRL's rewards are float32, and their squares must fit
+
 Reward = Callable[..., list[float | None]]
 
 
@@ -246,9 +248,10 @@ def _checked(scores: Any, expected: int, function: str, where: str) -> list[floa
             number = float(value)
         except (TypeError, ValueError):
             raise RewardError(f"{where}: {function} returned {value!r} at position {i}; floats or None.") from None
-        if not math.isfinite(number):
+        if not math.isfinite(number) or abs(number) >= _LARGEST:
             raise RewardError(
-                f"{where}: {function} returned {number} at position {i}; rewards are finite, None where there is none."
+                f"{where}: {function} returned {number} at position {i}; rewards are finite and below 1e18, "
+                "and None where there is none."
             )
         out.append(number)
     return out

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
+from grpo_lite.checkpoints import checkpoint_folders
 from grpo_lite.errors import RunDirError
 from grpo_lite.recipe import Recipe
+from grpo_lite.redact import redact, secret_in
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "vllm")
 
@@ -57,6 +59,11 @@ class RunDir:
                 f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
                 "--run … (grpo-lite)."
             ) from None
+        if name := secret_in(dump_recipe(recipe)):
+            raise RunDirError(
+                f"{recipe.name}: the recipe or an override holds the value of a secret ({name}), and a run keeps its "
+                "recipe in plain text. Leave it out, and let the reward read it from os.environ."
+            )
         if not self.recipe_file.is_file():
             self._refuse_strangers()
             write_atomic(self.recipe_file, dump_recipe(recipe))
@@ -92,13 +99,9 @@ class RunDir:
         )
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint folder, if any."""
-        found = [
-            (int(path.name.rpartition("-")[2]), path)
-            for path in self.path.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-        ]
-        return max(found)[1] if found else None
+        """Return the newest checkpoint that was completed, if any; `checkpoints.last_usable` also reads its files."""
+        found = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
+        return found[-1] if found else None
 
     def read_run(self) -> dict[str, Any]:
         """Return run.json, or an empty mapping before there is one."""
@@ -111,7 +114,7 @@ class RunDir:
 
     def update_run(self, **values: Any) -> None:
         """Merge values into run.json, atomically."""
-        write_atomic(self.run_file, json.dumps({**self.read_run(), **values}, indent=2, default=str) + "\n")
+        write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
 
     def load_recipe(self) -> Recipe:
         """Return the recipe this run was begun with.

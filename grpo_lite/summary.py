@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_lite.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from grpo_lite.train import TrainResult
+    from grpo_lite.fit import TrainResult
 
 
 def run_summary(run: RunDir) -> str:
@@ -26,6 +26,10 @@ def run_summary(run: RunDir) -> str:
         lines += score_lines(json.loads(run.scores_file.read_text(encoding="utf-8")))
     if record.get("merge"):
         lines.append(merge_line(record["merge"]))
+    if record.get("faults"):
+        lines.append("left out: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in record["faults"].items()))
+    if not record.get("trained_at"):
+        lines.append("paused by limits.max_minutes; to go on from here, give the same command again")
     lines += ["", f"adapter   {run.adapter}"]
     if run.merged.is_dir():
         lines.append(f"merged    {run.merged}")

@@ -5,31 +5,22 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
+from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
-from grpo_lite.manifest import write_manifest
 from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
+from grpo_lite.reward_guard import GuardedReward
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
 from grpo_lite.views import View, ViewKind, make_view
 
 Show = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training run ended."""
-
-    run: RunDir
-    steps: int
-    stopped_by: str | None = None  # the signal's name when it was interrupted
 
 
 def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain") -> TrainResult:
@@ -42,7 +33,12 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
     Raises:
         GRPOLiteError: any fault that is the user's to mend; nothing already saved is lost.
     """
+    begun = time.monotonic()
     with run.locked():
+        if recipe.push_checkpoints:
+            from grpo_lite.remote_checkpoints import fetch_checkpoint
+
+            fetch_checkpoint(run, recipe.push_checkpoints, show)
         state = run.prepare(recipe)
         device = detect_device()
         show(f"device: {device.describe()}" + (f"; 1 of {device.count} is used" if device.count > 1 else ""))
@@ -63,8 +59,9 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
             base = load_model(recipe, device)
             watched = make_view(view, recipe, show)
             trainer = build_trainer(recipe, run, watched, base, tokenizer, prompts, rewards, args)
+            require_room_for(recipe, run, trainer)
             _record_start(recipe, run, device, state)
-            result = _fit(run, watched, trainer, state)
+            result = fit(run, watched, trainer, deadline_of(recipe, run, show, prompts, begun))
             if result.stopped_by:
                 return result
             model = trainer.model
@@ -73,7 +70,9 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
         del model
         gc.collect()
         _merge(recipe, run, show, prompts)
-        run.update_run(finished_at=now(), peak_memory_bytes=peak_memory_bytes(device))
+        run.update_run(
+            **{"paused_at" if result.paused else "finished_at": now()}, peak_memory_bytes=peak_memory_bytes(device)
+        )
         from grpo_lite.report import finish_with_report
 
         finish_with_report(run, show)
@@ -143,6 +142,7 @@ def build_trainer(
 
     from grpo_lite.heldout import HeldOutScore
     from grpo_lite.progress import Completions, MetricsFile, RunDoctor
+    from grpo_lite.remote_checkpoints import PushCheckpoints, remote_of
     from grpo_lite.trainer import PackedGRPOTrainer
     from grpo_lite.trainer_rows import latest_completions
 
@@ -152,7 +152,9 @@ def build_trainer(
             options=engine_options(recipe),
             model=model,
             args=args,
-            reward_funcs=list(rewards),
+            reward_funcs=[
+                GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in rewards
+            ],
             train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show))),
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -170,6 +172,8 @@ def build_trainer(
         RunDoctor(run, recipe, view, view.latest),
     ):
         trainer.add_callback(callback)
+    if recipe.push_checkpoints:
+        trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run), view.show))
     lora_to_float32(trainer.model)
     return trainer
 
@@ -183,29 +187,8 @@ def engine_options(recipe: Recipe) -> EngineOptions:
         rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
         refill=recipe.sampling.refill,
         difficulty=recipe.sampling.difficulty,
+        max_skipped_steps=recipe.limits.skipped_steps,
     )
-
-
-def _fit(run: RunDir, view: View, trainer: Any, state: str) -> TrainResult:
-    from grpo_lite.progress import StopCleanly, latest_checkpoint_step, read_metrics
-
-    checkpoint = run.last_checkpoint() if state == "resume" else None
-    if checkpoint:
-        view.show(f"resuming from step {latest_checkpoint_step(checkpoint)} ({checkpoint})")
-    begun = time.monotonic()
-    with view, StopCleanly(view.show) as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = round(time.monotonic() - begun, 1)
-    done = trainer.state.global_step
-    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
-    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
-    if stop.signal_name and done < trainer.state.max_steps:
-        return TrainResult(run, done, stop.signal_name)
-    trainer.save_model(str(run.adapter))
-    write_manifest(run.adapter)
-    run.update_run(trained_at=now(), training_seconds=seconds, steps=done, reward_first=first, reward_last=last)
-    return TrainResult(run, done)
 
 
 def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:

@@ -1,7 +1,8 @@
 """`PackedGRPOTrainer`: TRL's GRPOTrainer with our compute under it; the seam to TRL's internals.
 
-Three layers, each a subclass: which prompts (`trainer_sampling.py`), how completions are generated
-(`trainer_rollout.py`), and here how log-probabilities and gradients are computed.
+Layers, each a subclass: which prompts (`trainer_sampling.py`), how completions are generated (`trainer_rollout.py`),
+what is skipped as not finite (`trainer_faults.py`), what checkpoints hold (`trainer_checkpoint.py`), and here how
+log-probabilities and gradients are computed.
 
 TRL keeps the algorithm: sampling, rewards, advantages, every loss type, metrics. Replaced are how log-probabilities
 are computed (`_get_per_token_logps_and_entropies`), how a batch is cut into forward and backward passes
@@ -22,10 +23,10 @@ from grpo_lite.engine_options import EngineOptions
 from grpo_lite.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
 from grpo_lite.sampling import shuffle_groups
 from grpo_lite.scoring import Scoring, base_model, score
-from grpo_lite.trainer_rollout import RolloutGRPOTrainer
+from grpo_lite.trainer_checkpoint import ResumableGRPOTrainer
 
 
-class PackedGRPOTrainer(RolloutGRPOTrainer):
+class PackedGRPOTrainer(ResumableGRPOTrainer):
     """GRPOTrainer whose compute is group-packed; see `EngineOptions` for the switches."""
 
     # TRL's own attributes that we also write

@@ -18,6 +18,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from grpo_lite import attention
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.lora import shorten_lora
+from grpo_lite.prompt_tokens import holds_special_tokens
+from grpo_lite.prompt_tokens import prompt_ids as tokens_of_prompt
 from grpo_lite.rollout import GroupDecoder, Rollout, decoding_obstacle
 from grpo_lite.scoring import SELF_CHECK_TOKENS, Scoring, base_model, self_check
 from grpo_lite.shadow import dequantized, keep_weights_unpacked
@@ -38,6 +40,15 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         keep_weights_unpacked(self.model)
         if not self.options.is_plain:
             shorten_lora(self.model)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, images, multimodal = super()._tokenize_prompts(prompts)
+        template = {"chat_template": self.chat_template, "tools": self.tools or None, **self.chat_template_kwargs}
+        if images is None and not multimodal and self.environment_factories is None:
+            for row, prompt in enumerate(prompts):
+                if holds_special_tokens(prompt, self.processing_class):  # TRL would read them as markup
+                    ids[row] = tokens_of_prompt(prompt, self.processing_class, template)
+        return ids, images, multimodal
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         self._rollout = None

@@ -1,7 +1,7 @@
-"""A small Hub on the loopback: the endpoints that huggingface_hub 1.33 calls for a push, over real HTTP.
+"""A small Hub on the loopback: the endpoints that huggingface_hub 1.33 calls for a push and a fetch, over real HTTP.
 
-Create, repo info, card check, pre-upload, LFS batch, upload, verify, commit. What is uploaded is kept by its sha256,
-as on the Hub, so that a second push finds it. Faults are switched on by the test.
+Create, repo info, card check, pre-upload, LFS batch, upload, verify, commit; list and download. What is uploaded is
+kept by its sha256, as on the Hub, so that a second push finds it. Faults are switched on by the test.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 TOKEN = "hf_" + "test" * 8
 
@@ -76,6 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve("GET")
 
+    def do_HEAD(self) -> None:
+        self._serve("HEAD")
+
     def do_POST(self) -> None:
         self._serve("POST")
 
@@ -108,18 +112,25 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repo_id = f"{asked['organization']}/{asked['name']}"
             if repo_id in hub.repos:
-                return self._answer({"error": "You already created this model repo"}, 409)
+                return self._answer(
+                    {"error": "You already created this model repo", "url": f"{hub.url}/{repo_id}"}, 409
+                )
             hub.repos[repo_id] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
             return self._answer({"url": f"{hub.url}/{repo_id}", "name": repo_id})
         if path == "/lfs-verify":
             asked = json.loads(body)
             return self._answer({}, 200 if asked["oid"] in hub.stored else 404)
+        if "/resolve/" in path:
+            return self._download(method, path)
         repo_id = "/".join(
             path.removeprefix("/api/models").strip("/").removesuffix(".git/info/lfs/objects/batch").split("/")[:2]
         )
         repo = hub.repos.get(repo_id)
         if repo is None:
-            return self._answer({"error": "Repository not found"}, 404)
+            return self._answer({"error": "Repository not found"}, 404, code="RepoNotFound")
+        if "/tree/" in path:
+            files = [{"type": "file", "path": name, "oid": oid, "size": 0} for name, oid in repo.files.items()]
+            return self._answer(files)
         if path.endswith("/objects/batch"):
             return self._batch(json.loads(body))
         if "/preupload/" in path:
@@ -180,14 +191,32 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.state.stored:
                     return self._answer({"error": f"{value['path']} was never uploaded"}, 400)
                 repo.files[value["path"]] = value["oid"]
+            elif line["key"] == "deletedFolder":
+                repo.files = {name: oid for name, oid in repo.files.items() if not name.startswith(value["path"])}
         sha = hashlib.sha1(body).hexdigest()
         repo.commits.append(sha)
         url = f"{self.state.url}/{repo_id}/commit/{sha}"
         self._answer({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
-    def _answer(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
+    def _download(self, method: str, path: str) -> None:
+        repo_id, _, rest = path.strip("/").partition("/resolve/")
+        repo, name = self.state.repos.get(repo_id), unquote(rest.partition("/")[2])
+        if repo is None or name not in repo.files:
+            return self._answer({"error": "Entry not found"}, 404, code="EntryNotFound")
+        data = self.state.stored[repo.files[name]]
+        self.send_response(200)
+        self.send_header("ETag", f'"{repo.files[name]}"')
+        self.send_header("X-Repo-Commit", repo.commits[-1])
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if method == "GET":
+            self.wfile.write(data)
+
+    def _answer(self, value: Any, status: int = 200, kind: str = "application/json", code: str = "") -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

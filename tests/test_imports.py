@@ -22,6 +22,7 @@ LINE = [
     ("base_model", "hardware"),
     ("data", "model", "reward_loader", "trainer", "rollout", "merge", "verify"),
     ("evaluate", "merge_run", "check"),
+    ("fit",),
     ("train", "summary"),
     ("cli",),
 ]

@@ -72,7 +72,7 @@ def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
     )
     reward.write_text(broken)
     arguments = ["train", "smoke", f"rewards[0].function={reward}:mine", "rewards[0].kwargs={}", "eval.enabled=false"]
-    arguments += ["check.enabled=false", "merge=false", "--run", str(tmp_path / "r")]
+    arguments += ["check.enabled=false", "merge=false", "limits.reward_failures=1", "--run", str(tmp_path / "r")]
     assert "returned 1 rewards" in grpo_lite(*arguments, expect=1)
     reward.write_text(broken.replace("[1.0] if", "[0.5] * 8 if"))
     assert "resuming from step 2" in grpo_lite(*arguments)

@@ -1,0 +1,53 @@
+"""Fuzz recipes, overrides, data, rows, adapters, checkpoints and completions for as long as you like.
+
+    python bench/fuzz.py --minutes 60
+
+Prints how many inputs were tried by kind, and stops at the first that ends in anything but a result or a clear error
+(hypothesis then shows the smallest such input). No GPU, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fuzzing import TARGETS
+from hypothesis import HealthCheck, given, seed, settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    warnings.simplefilter("error")
+    counts: collections.Counter[str] = collections.Counter()
+    draw, end = random.Random(arguments.seed), time.monotonic() + arguments.minutes * 60
+    while time.monotonic() < end:
+        for name, (function, strategies) in TARGETS.items():
+
+            def counted(_name: str = name, _function: Any = function, **values: Any) -> None:
+                counts[_name] += 1
+                _function(**values)
+
+            test = seed(draw.randrange(2**32))(given(**strategies)(counted))
+            limits = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            limits(test)()
+            if time.monotonic() >= end:
+                break
+    print("| input | tried |\n|---|---|")
+    for name, count in counts.items():
+        print(f"| {name} | {count} |")
+    print(f"{sum(counts.values())} inputs in {arguments.minutes:g} minutes, seed {arguments.seed}: none ended badly")
+
+
+if __name__ == "__main__":
+    main()

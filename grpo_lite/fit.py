@@ -1,0 +1,96 @@
+"""fit: the training itself, from the last whole checkpoint to the saved adapter, within its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.base_model import resolve_base
+from grpo_lite.checkpoints import last_usable, publishing, require_room, step_of
+from grpo_lite.data import Prompts
+from grpo_lite.recipe import Recipe
+from grpo_lite.run_dir import RunDir, now
+from grpo_lite.views import View
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training run ended."""
+
+    run: RunDir
+    steps: int
+    stopped_by: str | None = None  # the signal's name when it was interrupted
+    paused: bool = False  # limits.max_minutes came first: evaluated and merged as it is, and `train` goes on
+
+
+def require_room_for(recipe: Recipe, run: RunDir, trainer: Any) -> None:
+    """Refuse to begin where checkpoints, adapter and merged model would not fit on the disk.
+
+    Raises:
+        TrainingError: they would not.
+    """
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    merged = sum(path.stat().st_size for path in base.glob("*.safetensors")) if recipe.merge else 0
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged)
+
+
+def deadline_of(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts, begun: float) -> Any:
+    """Return the callback that keeps `limits.max_minutes`, or None without such a limit."""
+    from grpo_lite.limits import Deadline
+
+    if recipe.limits.max_minutes is None:
+        return None
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base, show)
+
+
+def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainResult:
+    """Train from the last whole checkpoint on, and save the adapter unless a signal came.
+
+    Raises:
+        TrainingError: the disk is full, or what was trained is not finite.
+    """
+    from grpo_lite.progress import StopCleanly, read_metrics
+
+    checkpoint = _last_checkpoint(run, view.show)
+    with view, StopCleanly(view.show) as stop:
+        trainer.add_callback(stop)
+        if deadline:
+            trainer.add_callback(deadline)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = trainer.state.global_step
+    paused = bool(deadline and deadline.reached)
+    if stop.signal_name and done < trainer.state.max_steps:
+        return TrainResult(run, done, stop.signal_name)
+    _save_adapter(run, trainer)
+    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
+    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
+    run.update_run(
+        **({} if paused else {"trained_at": now()}), training_seconds=round(trainer.seconds_trained, 1), steps=done,
+        reward_first=first, reward_last=last, faults=dict(trainer.faults),
+    )  # fmt: skip
+    return TrainResult(run, done, paused=paused)
+
+
+def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
+    """Return the newest checkpoint that is whole, and say which ones are passed over."""
+    found = last_usable(run.path)
+    for fault in found.skipped:
+        show(f"passed over, damaged: {fault}")
+    if found.folder:
+        show(f"resuming from step {step_of(found.folder)} ({found.folder})")
+    elif found.skipped:
+        show("no checkpoint is usable: training begins again")
+    return found.folder
+
+
+def _save_adapter(run: RunDir, trainer: Any) -> None:
+    """Write adapter/ whole or not at all, and never with NaN in it."""
+    trainer.require_finite_weights()
+    with publishing(run.adapter) as folder:
+        trainer.save_model(str(folder))

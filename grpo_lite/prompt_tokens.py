@@ -1,0 +1,110 @@
+"""Prompts to token ids: the chat template's markup is markup, and the same letters inside a message are only letters.
+
+A row that contains `<|im_end|><|im_start|>system` would otherwise close its own turn and open another one. Special
+tokens inside a message (or a text prompt) are therefore spelled out in ordinary tokens. Prompts without any, nearly
+all, are tokenised exactly as upstream does it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from grpo_lite.errors import DataError
+
+_PATTERNS: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
+
+
+def prompt_text(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> str:
+    """Return the text the model sees for a prompt: the chat template applied, or the text itself."""
+    if isinstance(prompt, str):
+        return prompt
+    kwargs = dict(template_kwargs or {})
+    if not (kwargs.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+        raise DataError(
+            "data.format: 'chat' is given, but the model's tokenizer has no chat template (a base model). "
+            "Use data.format=text, or an instruct model."
+        )
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs))
+
+
+def prompt_ids(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> list[int]:
+    """Return the token ids the model sees for a prompt, as TRL makes them (no BOS added to a rendered chat).
+
+    Args:
+        prompt: text, or chat messages.
+        template_kwargs: what the chat template gets (TRL's `chat_template_kwargs`).
+    """
+    if holds_special_tokens(prompt, tokenizer):
+        return _spelled_out(prompt, tokenizer, template_kwargs)
+    text = prompt_text(prompt, tokenizer, template_kwargs)
+    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def holds_special_tokens(prompt: Any, tokenizer: Any) -> bool:
+    """Say whether a prompt's own words contain the text of a special token."""
+    pattern = _pattern(tokenizer)
+    return any(pattern.search(text) for text in _texts(prompt))
+
+
+def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None) -> list[int]:
+    """Tokenise with stand-ins for the special tokens in the messages, then put their letters' tokens there."""
+    everything = "".join(_texts(prompt))
+    mark = next(mark for n in itertools.count() if (mark := f"\ue0f3{n}\ue0f4") not in everything)
+    found: list[str] = []
+
+    def stand_in(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return mark
+
+    pattern = _pattern(tokenizer)
+    safe = _replaced(prompt, lambda text: pattern.sub(stand_in, text))
+    pieces = prompt_text(safe, tokenizer, template_kwargs).split(mark)
+    if len(pieces) != len(found) + 1:
+        raise DataError(
+            f"data: the chat template repeats or drops what a message says, and the message holds the special token "
+            f"{found[0]!r}, so it cannot be told from markup. Remove it from the row."
+        )
+    ids = list(tokenizer("", add_special_tokens=True)["input_ids"]) if isinstance(prompt, str) else []
+    for piece, special in itertools.zip_longest(pieces, found):
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if special:
+            ids += tokenizer(special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def _pattern(tokenizer: Any) -> re.Pattern[str]:
+    if tokenizer not in _PATTERNS:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        texts = {str(token) for token in added if token.special} | set(map(str, tokenizer.all_special_tokens))
+        longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
+        _PATTERNS[tokenizer] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _PATTERNS[tokenizer]
+
+
+def _texts(prompt: Any) -> list[str]:
+    """Return all text of a prompt that comes from the data."""
+    found: list[str] = []
+    _replaced(prompt, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found
+
+
+def _replaced(prompt: Any, change: Any) -> Any:
+    """Return the prompt with `change` applied to the text of every message."""
+    if isinstance(prompt, str):
+        return change(prompt)
+    messages = []
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = change(content)
+        elif isinstance(content, list):
+            content = [
+                {**part, "text": change(part["text"])} if isinstance(part.get("text"), str) else part
+                for part in content
+            ]
+        messages.append({**message, "content": content})
+    return messages

@@ -1,0 +1,200 @@
+"""Checkpoints kept elsewhere too, in a mounted folder or a private Hub repository, and fetched from there.
+
+A free GPU's disk is gone when it disconnects. With `push_checkpoints` every checkpoint is copied after it was saved; on
+a new machine the same command finds it, checks its sums, and goes on. A copy that fails is told and does not stop
+training; the next checkpoint is copied again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from grpo_lite.checkpoints import (
+    PREFIX,
+    checkpoint_folders,
+    fault_of,
+    last_usable,
+    publish,
+    publishing,
+    remove,
+    seal,
+    step_of,
+)
+from grpo_lite.errors import RunDirError
+from grpo_lite.hub_errors import hub_message
+from grpo_lite.manifest import MANIFEST_NAME, verify_manifest
+from grpo_lite.run_dir import RunDir, write_atomic
+
+Show = Callable[[str], None]
+
+_RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl")  # what a run needs beside its checkpoint
+_FETCHING = ".saving-fetched"
+
+
+class Remote(Protocol):
+    """A place that keeps the checkpoints of one run."""
+
+    name: str
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints there."""
+
+    def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
+        """Copy a checkpoint and the run's files there; remove checkpoints whose step is not in `keep`."""
+
+    def fetch(self, step: int, target: Path) -> None:
+        """Copy a checkpoint into the empty folder `target`."""
+
+    def read(self, name: str) -> str | None:
+        """Return the content of one of the run's files, None where there is none."""
+
+
+def remote_of(address: str, run: RunDir) -> Remote:
+    """Return the place that `push_checkpoints` names for a run: a path (`/…`, `./…`, `~/…`) or `user/repo`."""
+    if address.startswith(("/", ".", "~")):
+        return FolderRemote(Path(address).expanduser() / run.path.resolve().name)
+    return HubRemote(address, run.path.resolve().name)
+
+
+class FolderRemote:
+    """A folder, for example on a mounted drive."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, str(folder)
+
+    def steps(self) -> list[int]:
+        return [step_of(path) for path in checkpoint_folders(self.folder)]
+
+    def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with publishing(self.folder / checkpoint.name) as scratch:
+            shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
+            verify_manifest(scratch)
+        for name in _RUN_FILES:
+            if (run.path / name).is_file():
+                write_atomic(self.folder / name, (run.path / name).read_text(encoding="utf-8"))
+        for folder in checkpoint_folders(self.folder):
+            if step_of(folder) not in keep:
+                remove(folder)
+
+    def fetch(self, step: int, target: Path) -> None:
+        shutil.copytree(self.folder / f"{PREFIX}{step}", target, dirs_exist_ok=True)
+
+    def read(self, name: str) -> str | None:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+class HubRemote:
+    """A private repository on the Hub, one folder a run."""
+
+    def __init__(self, repo_id: str, folder: str) -> None:
+        self.repo_id, self.folder, self.name = repo_id, folder, f"{repo_id} on the Hub"
+
+    def _files(self) -> list[str]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            names = HfApi().list_repo_files(self.repo_id)
+        except RepositoryNotFoundError:
+            return []
+        return [name.removeprefix(f"{self.folder}/") for name in names if name.startswith(f"{self.folder}/")]
+
+    def steps(self) -> list[int]:
+        pattern = re.compile(rf"{PREFIX}(\d+)/{re.escape(MANIFEST_NAME)}")
+        return sorted(int(match[1]) for name in self._files() if (match := pattern.fullmatch(name)))
+
+    def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        api = HfApi()
+        api.create_repo(self.repo_id, private=True, exist_ok=True)
+        names = [path.relative_to(run.path).as_posix() for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        names += [name for name in _RUN_FILES if (run.path / name).is_file()]
+        operations: list[Any] = [CommitOperationAdd(f"{self.folder}/{name}", str(run.path / name)) for name in names]
+        stale = [step for step in self.steps() if step not in keep]
+        operations += [CommitOperationDelete(f"{self.folder}/{PREFIX}{step}/", is_folder=True) for step in stale]
+        api.create_commit(self.repo_id, operations, commit_message=f"{self.folder}: {checkpoint.name}")
+
+    def fetch(self, step: int, target: Path) -> None:
+        prefix = f"{PREFIX}{step}/"
+        for name in self._files():
+            inside = name.removeprefix(prefix)
+            if name.startswith(prefix) and ".." not in Path(inside).parts:
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._download(name), target / inside)
+
+    def read(self, name: str) -> str | None:
+        return Path(self._download(name)).read_text(encoding="utf-8") if name in self._files() else None
+
+    def _download(self, name: str) -> str:
+        from huggingface_hub import hf_hub_download
+
+        return str(hf_hub_download(self.repo_id, f"{self.folder}/{name}"))
+
+
+class PushCheckpoints(TrainerCallback):
+    """Copy each checkpoint elsewhere once it is whole."""
+
+    def __init__(self, run: RunDir, remote: Remote, show: Show) -> None:
+        self.run, self.remote, self.show = run, remote, show
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = checkpoint_folders(self.run.path)
+        if not kept or step_of(kept[-1]) != state.global_step:
+            return
+        try:
+            self.remote.push(self.run, kept[-1], [step_of(path) for path in kept])
+        except Exception as error:  # whatever a drive or a network does, training goes on
+            reason = hub_message(error, self.remote.name) or f"{type(error).__name__}: {error}"
+            self.show(f"push_checkpoints: {kept[-1].name} was not copied to {self.remote.name}: {reason}")
+
+
+def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
+    """Bring the newest usable checkpoint of this run from elsewhere, where the run directory has none of its own.
+
+    Raises:
+        RunDirError: the place cannot be asked. Going on would train from the beginning and replace what is there.
+    """
+    if last_usable(run.path).folder or run.read_run().get("trained_at"):
+        return
+    remote = remote_of(address, run)
+    try:
+        _fetch(run, remote, show)
+    except Exception as error:
+        reason = hub_message(error, remote.name) or f"{type(error).__name__}: {error}"
+        raise RunDirError(
+            f"push_checkpoints: {remote.name} cannot be asked for checkpoints of this run: {reason} To train without "
+            "it, set push_checkpoints=null."
+        ) from None
+
+
+def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
+    for step in sorted(remote.steps(), reverse=True):
+        run.path.mkdir(parents=True, exist_ok=True)
+        scratch = run.path / _FETCHING
+        shutil.rmtree(scratch, ignore_errors=True)
+        folder = scratch / f"{PREFIX}{step}"
+        folder.mkdir(parents=True)
+        remote.fetch(step, folder)
+        if fault := fault_of(folder):
+            show(f"push_checkpoints: {PREFIX}{step} of {remote.name} is passed over, damaged: {fault}")
+            shutil.rmtree(scratch)
+            continue
+        for name in _RUN_FILES:  # recipe.yaml first: a kill from here on leaves a run that asks again
+            text = remote.read(name)
+            if text is not None:
+                write_atomic(run.path / name, text)
+        seal(folder)
+        publish(folder, run.path / folder.name)
+        os.rmdir(scratch)
+        show(f"push_checkpoints: fetched {PREFIX}{step} from {remote.name}")
+        return

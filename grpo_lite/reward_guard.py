@@ -1,0 +1,121 @@
+"""guard: a reward that raises, hangs or breaks its contract costs its groups, not the run; until it keeps failing.
+
+The batch is scored once more, group by group, so that one bad completion costs one group. What fails again is left out
+of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A failure
+is never turned into a number, which would be a training signal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe import LimitsSection
+from grpo_lite.reward_loader import Reward
+from grpo_lite.time_limit import TimeLimitExceeded, call_within
+
+Show = Callable[[str], None]
+
+_LOGGERS = ("log_extra", "log_metric")  # a second call must not log twice
+
+
+@dataclass
+class GuardedReward:
+    """A reward that survives its own faults.
+
+    Attributes:
+        excluded: rows of the last batch whose group could not be scored.
+        failures: batches of the whole run in which something failed.
+        in_a_row: batches in a row of which more than half could not be scored.
+    """
+
+    function: Reward
+    group_size: int
+    limits: LimitsSection
+    show: Show
+
+    def __post_init__(self) -> None:
+        self.timeout_s = self.limits.reward_timeout_s
+        self.__name__ = self.function.__name__  # TRL logs rewards/<name>/mean
+        self.excluded: tuple[int, ...] = ()
+        self.failures = self.in_a_row = 0
+        self._told_slow = False
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        """Return one reward a completion, None for those of excluded groups.
+
+        Raises:
+            RewardError: most of the batch could not be scored, `limits.reward_failures` times in a row.
+        """
+        self.excluded = ()
+        begun = time.monotonic()
+        try:
+            scores = self._call(completions, columns, self.timeout_s)
+        except (RewardError, TimeLimitExceeded) as error:
+            reason = self._describe(error)
+            scores = self._by_group(completions, columns)
+            self._count(reason, len(completions))
+        else:
+            self.in_a_row = 0
+            self._tell_if_slow(time.monotonic() - begun)
+        return scores
+
+    def _call(self, completions: list[Any], columns: dict[str, Any], seconds: float | None) -> list[float | None]:
+        scores: list[float | None] = call_within(seconds, lambda: self.function(completions=completions, **columns))
+        return scores
+
+    def _by_group(self, completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
+        """Score each group by itself, all together within the time limit of one call."""
+        total, size = len(completions), self.group_size
+        quiet = {key: value for key, value in columns.items() if key not in _LOGGERS}
+        quiet |= {key: _ignore for key in _LOGGERS if key in columns}
+        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        scores: list[float | None] = [None] * total
+        excluded: list[int] = []
+        for start in range(0, total, size):
+            rows = slice(start, start + size)
+            part = {key: value[rows] if _is_column(value, total) else value for key, value in quiet.items()}
+            left = None if end is None else end - time.monotonic()
+            try:
+                if left is not None and left <= 0:
+                    raise TimeLimitExceeded
+                scores[rows] = self._call(completions[rows], part, left)
+            except (RewardError, TimeLimitExceeded):
+                excluded += range(start, min(start + size, total))
+        self.excluded = tuple(excluded)
+        return scores
+
+    def _tell_if_slow(self, seconds: float) -> None:
+        if not self._told_slow and self.timeout_s is not None and seconds > self.timeout_s / 2:
+            self._told_slow = True
+            self.show(
+                f"reward slow: {self.__name__} took {seconds:.1f} s for a batch, more than half of "
+                f"limits.reward_timeout_s = {self.timeout_s:g} s"
+            )
+
+    def _describe(self, error: BaseException) -> str:
+        if isinstance(error, TimeLimitExceeded):
+            return f"{self.__name__} took longer than limits.reward_timeout_s = {self.timeout_s:g} s"
+        return str(error).rstrip(".")
+
+    def _count(self, reason: str, rows: int) -> None:
+        self.failures += 1
+        groups, lost = -(-rows // self.group_size), -(-len(self.excluded) // self.group_size)
+        self.in_a_row = self.in_a_row + 1 if 2 * lost > groups else 0
+        if self.in_a_row >= self.limits.reward_failures:
+            raise RewardError(
+                f"{reason}. It has now failed in {self.in_a_row} batches in a row (limits.reward_failures), so the run "
+                "stops; what was saved is kept. Mend the reward, then give the same command again."
+            )
+        self.show(f"reward failed: {reason}; {lost} of {groups} groups are left out of this step")
+
+
+def _is_column(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+def _ignore(*_: Any) -> None:
+    """Log nothing."""

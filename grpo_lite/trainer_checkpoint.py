@@ -1,0 +1,183 @@
+"""`ResumableGRPOTrainer`: checkpoints that are whole or absent, and from which training goes on bit for bit.
+
+TRL 1.14-1.16 and transformers save adapter, optimizer, scheduler, grad scaler and random states. What they lose, and is
+kept here: TRL's count of micro-steps, the generation batch that is still in use, the metrics and the loss gathered
+since the last log, the adaptive entropy controller's window. The part of the seam to TRL (`trainer.py`) that concerns
+checkpoints; read in trl 1.14.0 and 1.16.0, transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_lite import checkpoints
+from grpo_lite.engine_options import EngineOptions
+from grpo_lite.errors import TrainingError
+from grpo_lite.trainer_faults import FaultTolerantGRPOTrainer
+
+STATE_FILE = "grpo_lite_state.pt"
+_COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "_globalstep_last_logged", "_total_loss_scalar")
+
+
+class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
+    """GRPOTrainer with atomic, checksummed checkpoints and an exact resume."""
+
+    # TRL's and transformers' own attributes that we also write
+    _buffered_inputs: list[dict[str, Any]] | None
+    _tr_loss: torch.Tensor
+    _entropy_window_stats: torch.Tensor | None
+
+    def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
+        self._saving_to: Path | None = None
+        self._begun = time.monotonic()
+        self.seconds_before = 0.0  # trained by the processes before this one
+        self._rewards_since_save: list[float] = []
+        super().__init__(*args, options=options, **kwargs)
+
+    @property
+    def seconds_trained(self) -> float:
+        """Seconds of training in this process and those it resumed."""
+        return self.seconds_before + time.monotonic() - self._begun
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's card has placeholders, and a run's own is made from its measured scores when pushed."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._begun = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        reward = self.state.log_history[-1].get("reward") if self.state.log_history else None
+        if reward is not None and math.isfinite(reward):
+            self._rewards_since_save.append(float(reward))
+
+    # Saving
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite_weights()
+        run, step = Path(self.args.output_dir), self.state.global_step
+        with checkpoints.saving(run, step) as scratch:
+            self._saving_to = scratch
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_to = None
+            folder = scratch / f"{checkpoints.PREFIX}{step}"
+            torch.save(self._captured(), folder / STATE_FILE)
+            (folder / checkpoints.FACTS_FILE).write_text(json.dumps(self._facts(step)) + "\n", encoding="utf-8")
+        self._rewards_since_save = []
+        checkpoints.rotate(run, self.args.save_total_limit)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        rewards = self._rewards_since_save
+        return {
+            "step": step,
+            "reward": sum(rewards) / len(rewards) if rewards else None,
+            "seconds_trained": round(self.seconds_trained, 1),
+            "faults": dict(self.faults),
+        }
+
+    def _captured(self) -> dict[str, Any]:
+        """Return what TRL keeps in memory only: plain values and tensors, loadable with `weights_only`."""
+        rounds = self.args.steps_per_generation * self.num_iterations
+        in_use = self._buffered_inputs is not None and self._step % rounds != 0
+        return {
+            "counters": {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)},
+            "loss": self._tr_loss.detach().cpu(),
+            "entropy_window": None if self._entropy_window_stats is None else self._entropy_window_stats.detach().cpu(),
+            "metrics": {key: [float(v) for v in values] for key, values in self._metrics["train"].items()},
+            "rewards_since_save": [],
+            "buffered": self._buffered_inputs if in_use else None,
+            "logs": _plain_logs(self._logs) if in_use else None,
+            "faults_in_a_row": dict(self.faults_in_a_row),
+            "spent_s": dict(self._spent_s),
+        }
+
+    # Resuming
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "") / STATE_FILE
+        if checkpoint is None or not path.is_file():
+            return
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._step = state["counters"]["_step"]
+        self._buffered_inputs = state["buffered"]
+        if state["logs"] is not None:
+            _restore_logs(self._logs, state["logs"])
+        facts = checkpoints.read_facts(Path(checkpoint))
+        self.seconds_before = float(facts.get("seconds_trained", 0.0))
+        self.faults.update(facts.get("faults", {}))
+        self.faults_in_a_row.update(state["faults_in_a_row"])
+        self._spent_s.update(state["spent_s"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Also restore what `train` resets on its way here: transformers calls this just before the first step."""
+        self._is_supported(self.model)  # its self-check must not come between the random states and the first step
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "") / STATE_FILE
+        if checkpoint is None or not path.is_file():
+            return
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self._tr_loss = state["loss"]
+        self._entropy_window_stats = state["entropy_window"]
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+
+    # Weights
+
+    def require_finite_weights(self) -> None:
+        """Refuse to save an adapter that holds NaN or infinity.
+
+        Raises:
+            TrainingError: it does; the checkpoint before is the last good one.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise TrainingError(
+                    f"{self.args.output_dir}: step {self.state.global_step}: the adapter holds NaN or infinity "
+                    f"({name}), and such weights are never saved. {self._last_good()} Lower grpo.learning_rate or set "
+                    "grpo.max_grad_norm, in a new run directory."
+                )
+
+    def _last_good(self) -> str:
+        found = checkpoints.last_usable(Path(self.args.output_dir)).folder
+        return f"The last good checkpoint is {found}." if found else "No checkpoint had been saved before."
+
+
+def _plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return TRL's log of the last completions as plain values (images are left out)."""
+    return {
+        "prompt": json.dumps(list(logs["prompt"]), default=str),
+        "completion": json.dumps(list(logs["completion"]), default=str),
+        "advantages": [float(value) for value in logs["advantages"]],
+        "rewards": {key: [_number(value) for value in values] for key, values in logs["rewards"].items()},
+        "extra": json.dumps({key: list(values) for key, values in logs["extra"].items()}, default=str),
+    }
+
+
+def _restore_logs(logs: dict[str, Any], plain: dict[str, Any]) -> None:
+    length = logs["prompt"].maxlen
+    for key in ("prompt", "completion"):
+        logs[key].extend(json.loads(plain[key]))
+    logs["advantages"].extend(plain["advantages"])
+    for key, values in plain["rewards"].items():
+        logs["rewards"][key] = deque(values, maxlen=length)
+    for key, values in json.loads(plain["extra"]).items():
+        logs["extra"][key] = deque(values, maxlen=length)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,213 @@
+"""Kill runs at named moments: a server that has imported everything once, and forks a run a job.
+
+The moments are functions that are wrapped in the forked process, never in the product. `python killing.py` serves jobs
+(JSON, a line each) on its standard input; `Server` talks to it. A fork costs a second or two, an interpreter ten.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Moment -> the function at whose nth call (`before`, or once it has returned: `after`) the process is killed.
+MOMENTS: dict[str, tuple[str, str]] = {
+    "rollout": ("grpo_lite.rollout:GroupDecoder.__call__", "before"),
+    "after rollout": ("grpo_lite.rollout:GroupDecoder.__call__", "after"),
+    "forward": ("transformers.models.llama.modeling_llama:LlamaModel.forward", "before"),
+    "reward": ("grpo_lite.reward_guard:GuardedReward.__call__", "before"),
+    "after reward": ("grpo_lite.reward_guard:GuardedReward.__call__", "after"),
+    "backward": ("accelerate:Accelerator.backward", "before"),
+    "after backward": ("accelerate:Accelerator.backward", "after"),
+    "optimizer step": ("accelerate.optimizer:AcceleratedOptimizer.step", "before"),
+    "after optimizer step": ("accelerate.optimizer:AcceleratedOptimizer.step", "after"),
+    "log line": ("grpo_lite.progress:MetricsFile.on_log", "after"),
+    "checkpoint: weights": ("transformers:Trainer.save_model", "before"),
+    "checkpoint: weights written": ("transformers:Trainer.save_model", "after"),
+    "checkpoint: tensors": ("torch:save", "before"),
+    "checkpoint: tensors written": ("torch:save", "after"),
+    "checkpoint: manifest": ("grpo_lite.checkpoints:write_manifest", "before"),
+    "checkpoint: flush": ("grpo_lite.checkpoints:sync", "before"),
+    "checkpoint: rename": ("grpo_lite.checkpoints:publish", "before"),
+    "checkpoint: renamed": ("grpo_lite.checkpoints:publish", "after"),
+    "checkpoint: older removed": ("grpo_lite.checkpoints:rotate", "before"),
+    "run.json": ("grpo_lite.run_dir:RunDir.update_run", "before"),
+    "evaluation": ("grpo_lite.evaluate:score_model", "before"),
+    "evaluation: written": ("grpo_lite.evaluate:_write_records", "after"),
+    "merge: a block": ("grpo_lite.merge_write:ShardWriter._put", "before"),
+    "merge: a shard": ("grpo_lite.merge_write:ShardWriter.write", "after"),
+    "merge: swap": ("grpo_lite.export_folder:_swap", "before"),
+    "merge: verify": ("grpo_lite.merge_run:verify_merge", "before"),
+}
+
+# Recipe overrides of runs that have every kind of state.
+REWARD = f"rewards=[{{function: '{Path(__file__).resolve()}:uneven'}}]"
+FAST = ("model.load_in=32bit", "eval.limit=2", "eval.samples=0", "check.enabled=false", "grpo.beta=0.0", REWARD)
+ALONE = ("eval.enabled=false", "merge=false")
+CONFIGURATIONS: dict[str, tuple[str, ...]] = {
+    "to the merge": ("grpo.max_steps=4", "grpo.save_steps=1"),
+    # 12 prompts, 4 a round: a round serves 2 iterations × 2 optimizer steps, 3 rounds an epoch; saves fall inside them
+    "reused rounds": (
+        "data.train.limit=20", "grpo.num_iterations=2", "grpo.steps_per_generation=4",
+        "grpo.gradient_accumulation_steps=2", "grpo.per_device_train_batch_size=4", "grpo.max_steps=14",
+        "grpo.save_steps=3", "grpo.logging_steps=2", *ALONE,
+    ),
+    "later epochs, 4-bit": (
+        "data.train.limit=14", "grpo.max_steps=11", "grpo.save_steps=2", "model.load_in=4bit", *ALONE,
+    ),
+    "refill and difficulty": (
+        "data.train.limit=16", "grpo.max_steps=9", "grpo.save_steps=2", "sampling.refill=2", "sampling.difficulty=true",
+        *ALONE,
+    ),
+    "all at once": (
+        "data.train.limit=20", "grpo.num_iterations=2", "grpo.steps_per_generation=4", "sampling.refill=2",
+        "grpo.gradient_accumulation_steps=2", "grpo.per_device_train_batch_size=4", "grpo.max_steps=15",
+        "grpo.save_steps=3", "grpo.logging_steps=2", "sampling.difficulty=true", *ALONE,
+    ),
+    "scored on the way": ("grpo.max_steps=5", "grpo.save_steps=2", "eval.every=2", "eval.limit=4", "merge=false"),
+    "plain TRL": (
+        "compute=plain", "rollout=generate", "grpo.max_steps=5", "grpo.save_steps=2", "data.train.limit=14", *ALONE,
+    ),
+}  # fmt: skip
+
+
+def uneven(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Pay what differs within most groups and not all: there is a gradient, and something to refill."""
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
+class Server:
+    """Runs commands in forked processes, killed where asked."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(Path(__file__).resolve())],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )  # fmt: skip
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.process.communicate(timeout=60)  # ends it, and closes the pipes
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        moment: str | None = None,
+        call: int = 1,
+        after_s: float | None = None,
+    ) -> int:
+        """Return the exit status of a command, -9 when it was killed (at the moment's nth call, or after a time)."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        job = {"arguments": list(arguments), "log": str(log), "moment": moment, "call": call, "after_s": after_s}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return int(json.loads(self.process.stdout.readline())["status"])
+
+
+def train(run: Path, configuration: str, *more: str) -> list[str]:
+    """Return the command line of a run."""
+    return ["train", "smoke", "--run", str(run), *FAST, *CONFIGURATIONS[configuration], *more]
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Return all of a finished run that has to be equal, bit for bit, however often it was killed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in [key for key in line if key.startswith(("step_time", "time/", "memory/"))]:
+            del line[key]  # the clock's and the machine's, not the run's
+    completions = {path.name: path.read_text() for path in sorted((run / "completions").glob("*.jsonl"))}
+    merged = run / "merged" / "model.safetensors"
+    return {
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": [json.dumps(line) for line in lines],
+        "completions": completions,
+        "merged": merged.read_bytes() if merged.is_file() else None,
+        "strangers": [path.name for path in run.iterdir() if path.name.startswith(".") and path.name != ".lock"],
+    }
+
+
+def kill_at(moment: str, call: int) -> None:
+    """Wrap a moment's function so that its nth call kills this process."""
+    target, when = MOMENTS[moment]
+    module_name, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function: Callable[..., Any] = getattr(owner, name)
+    calls = [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if when == "before" and calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if when == "after" and calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _run(job: dict[str, Any]) -> None:
+    """Be the forked process: run the command, its output in the log."""
+    descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from grpo_lite.cli import main
+
+    if job["moment"]:
+        kill_at(job["moment"], job["call"])
+    status = 1
+    try:
+        main(job["arguments"], standalone_mode=False)
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _serve() -> None:
+    import logging
+
+    for name in ("grpo_lite.train", "grpo_lite.trainer", "grpo_lite.merge_run", "grpo_lite.evaluate", "bitsandbytes"):
+        importlib.import_module(name)
+    importlib.import_module("datasets")
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    logging.disable(logging.WARNING)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _run(job)
+        end = None if job["after_s"] is None else time.monotonic() + job["after_s"]
+        while True:
+            done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
+            if done:
+                break
+            if end is not None and time.monotonic() >= end:
+                os.kill(child, signal.SIGKILL)
+                end = None
+            time.sleep(0.002)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,19 @@
+"""A bounded fuzz of everything that comes from outside; `bench/fuzz.py` runs the same for hours."""
+
+from __future__ import annotations
+
+import pytest
+from fuzzing import TARGETS
+from hypothesis import HealthCheck, given, settings
+
+EXAMPLES = {"rows": 25, "completions": 25, "adapters": 60, "checkpoints": 40}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_input_ends_in_anything_but_a_result_or_one_clear_error(name: str) -> None:
+    function, strategies = TARGETS[name]
+    limits = settings(
+        max_examples=EXAMPLES.get(name, 80), deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    limits(given(**strategies)(function))()

@@ -1,0 +1,135 @@
+"""Hostile input and secrets: what docs/security.md promises."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import in_process
+from finished_run import make_base, make_recipe, replaced
+
+from grpo_lite import trust
+from grpo_lite.errors import GRPOLiteError, ModelError, RecipeError
+from grpo_lite.hardware import detect_device
+from grpo_lite.model import load_model, load_tokenizer
+from grpo_lite.recipe_load import load_recipe, read_yaml
+from grpo_lite.redact import HIDDEN, RedactingFormatter, redact, secrets
+from grpo_lite.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "hf_" + "Zq7" * 11
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "grpo_lite").glob("*.py")) + sorted((ROOT / "rewards").glob("*.py")),
+                         ids=lambda path: path.name)  # fmt: skip
+def test_no_pickle_is_loaded_and_yaml_builds_plain_data_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "shelve", "marshal", "joblib"}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{path.name}:{node.lineno}"
+            if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+                assert keywords.get("Loader") == "_Loader", f"{path.name}:{node.lineno}"
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.write_text, (self.target, "executed"))
+
+
+@pytest.mark.parametrize("name", ["grpo_lite_state.pt", "optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, name: str) -> None:
+    """The manifest is no protection here: whoever can write the file can write the manifest."""
+    torch.save({"x": Bomb(tmp_path / "owned")}, tmp_path / name)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / name, weights_only=True)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_code_of_a_model_runs_only_with_recipe_and_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(trust.VARIABLE, raising=False)
+    base = make_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\nclass EvilConfig: pass\n")
+    recipe = make_recipe(base)
+    with pytest.raises(ModelError):
+        load_model(recipe, detect_device())
+    asking = replaced(recipe, "model", trust_remote_code=True)
+    for load in (load_tokenizer, lambda recipe: load_model(recipe, detect_device())):
+        with pytest.raises(ModelError, match="confirm with --trust-remote-code"):
+            load(asking)
+    assert not (tmp_path / "owned").exists()
+    monkeypatch.setenv(trust.VARIABLE, "1")
+    assert trust.trusts_remote_code(asking.model)
+    assert not trust.trusts_remote_code(recipe.model)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "logging_dir", "push_to_hub", "hub_model_id", "hub_token"])
+def test_a_recipe_cannot_write_outside_its_run_directory(root: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"grpo\.{key}: (not set here|unknown key)"):
+        load_recipe("smoke", [f"grpo.{key}=/tmp/elsewhere"])
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", ".hidden", "a\x00b", ""])
+def test_a_recipe_s_name_is_no_path(root: Path, name: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe("smoke", [f"name={json.dumps(name)}"])
+
+
+def test_yaml_tags_and_floods_of_aliases_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['touch owned']\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_yaml(path)
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match="aliases"):
+        read_yaml(path)
+
+
+def test_secrets_are_found_by_their_names_and_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", SECRET)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsefalse")
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    assert redact(f"a {SECRET} b falsefalse abc") == f"a {HIDDEN} b falsefalse abc"
+    (tmp_path / "token").write_text("hf_login_" + "x" * 20)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert "hf_login_" + "x" * 20 in secrets().values()
+
+
+def test_secrets_reach_neither_run_json_nor_logs_nor_errors(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    run = RunDir(tmp_path)
+    run.update_run(command=["train", f"x={SECRET}"], note=SECRET)
+    assert SECRET not in run.run_file.read_text()
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "sent %s", (SECRET,), None)
+    assert SECRET not in RedactingFormatter().format(record)
+    assert SECRET not in in_process("show", f"no-{SECRET}", expect=1)
+
+
+def test_a_secret_in_a_recipe_is_refused_before_it_is_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", SECRET)
+    recipe = load_recipe("smoke", [f"rewards[0].kwargs={{api_key: {SECRET}}}"])
+    with pytest.raises(GRPOLiteError, match=r"\$JUDGE_API_KEY") as caught:
+        RunDir(tmp_path / "run").prepare(recipe)
+    assert SECRET not in str(caught.value)
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
