@@ -19,6 +19,8 @@ gc.freeze()
 
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
 VOCABULARY = 320
+# What our trainer logs beside TRL's metrics (trainer_timing.py).
+OUR_METRICS = {"time/rollout_s", "time/reward_s", "memory/peak_gib"}
 PROMPTS = ["2+3=", "Name a colour and say why you like it.", "7+9=", "Count: one two three"]
 
 
