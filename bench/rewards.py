@@ -235,6 +235,9 @@ def own_cases() -> None:
     for name, table, want in (("own cases, equal", EQUAL, 1.0), ("own cases, different", DIFFERENT, 0.0)):
         scores = accuracy_reward([f"\\boxed{{{given}}}" for _, given, _ in table], [gold for gold, _, _ in table])
         report(name, [score == want for score in scores])
+    cases = rows(ROOT / "tests" / "math_acceptance.jsonl")
+    scores = accuracy_reward([case["completion"] for case in cases], [case["gold"] for case in cases])
+    report("own cases, whole completions", [s == case["expect"] for s, case in zip(scores, cases, strict=True)])
 
 
 def report(source: str, right: Sequence[bool]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.completion import completion_text
+from rewards.extraction import extract_answer
 
 Row = Mapping[str, Any]
 Write = Callable[[Row, Sequence[Row]], str | None]
@@ -42,8 +43,10 @@ def all_cheats(
         return str(row.get(answer_column, ""))
 
     def short_gold(row: Row) -> str | None:
-        """Return the gold if it is an answer to be written down, not a worked solution or a data structure."""
-        text = gold(row).rsplit("####", 1)[-1].strip()
+        """Return the gold if it is an answer to be written down, or the one a worked solution ends in."""
+        whole = gold(row)
+        marked = extract_answer(whole, ("hash", "boxed")) if "####" in whole or "\\boxed" in whole else None
+        text = whole.strip() if marked is None else marked
         return text if text and len(text) <= 200 and text in render_gold(row) else None
 
     def with_answer(row: Row, answer: str) -> str | None:
@@ -51,8 +54,10 @@ def all_cheats(
         mark = short_gold(row)
         if render_answer is not None or mark is None:
             return render_answer(row, answer) if render_answer is not None else None
-        worked, marker, _ = gold(row).rpartition("####")
-        changed = dict(row) | {answer_column: f"{worked}{marker} {answer}" if marker else answer}
+        whole = gold(row)
+        worked, marker, _ = whole.rpartition("####")
+        boxed = f"\\boxed{{{answer}}}" if "\\boxed" in whole else answer
+        changed = dict(row) | {answer_column: f"{worked}{marker} {answer}" if marker else boxed}
         try:
             text = render_gold(changed)
         except Exception:  # a renderer that computes with the gold (a number) cannot write `41 or 42`
@@ -89,6 +94,14 @@ def all_cheats(
 
         return write
 
+    def other_row(row: Row, rows: Sequence[Row]) -> str | None:
+        mine, text = short_gold(row), render_gold(row)
+        for other in rows:
+            theirs, rendered = short_gold(other), render_gold(other)
+            if rendered != text and (mine is None or theirs is None or not _same(theirs, mine)):
+                return rendered
+        return None
+
     def prompt(row: Row, rows: Sequence[Row]) -> str | None:
         text = completion_text(row.get("prompt"))
         return text or None
@@ -111,6 +124,7 @@ def all_cheats(
         Cheat("empty in place", "the right form without an answer", filled(lambda a, b: "")),
         Cheat("question mark", "the right form around a question mark", filled(lambda a, b: "?")),
         Cheat("other gold", "another row's gold in the right form", filled(lambda a, b: b)),
+        Cheat("other row", "another row's whole completion", other_row),
         Cheat("gold, then other", "the right answer, then a wrong one", _both(render_gold, with_answer, other_gold)),
         Cheat("or", "the right answer or a wrong one", filled(lambda a, b: f"{a} or {b}")),
         Cheat("wrong or right", "a wrong answer or the right one", filled(lambda a, b: f"{b} or {a}")),
@@ -124,6 +138,7 @@ def all_cheats(
         Cheat("denied", "the gold, denied", filled(lambda a, b: f"not {a}")),
         Cheat("bound", "a bound that the gold satisfies", filled(lambda a, b: f"at least {a}")),
         *_broken_forms(render_gold, with_answer, short_gold),
+        *_programs(render_gold),
         Cheat("very long", "100,000 characters of nothing", plain("so we compute " * 7200)),
         Cheat("long digits", "a number of 50,000 digits in place", filled(lambda a, b: "7" * 50_000)),
         Cheat("power tower", "a number that no computer can write, in place", filled(lambda a, b: "9^{9^{9^{9}}}")),
@@ -147,13 +162,13 @@ def _broken_forms(
         return text[:close] if close > 0 else None
 
     def thought(row: Row, rows: Sequence[Row]) -> str | None:
-        return f"<think>{_without_think(render_gold(row))}" if short_gold(row) else None
+        return f"<think>{_without_think(render_gold(row))}"
 
     def thought_closed(row: Row, rows: Sequence[Row]) -> str | None:
-        return f"<think>{_without_think(render_gold(row))}</think>\nI am not sure." if short_gold(row) else None
+        return f"<think>{_without_think(render_gold(row))}</think>\nI am not sure."
 
     def prefilled_think(row: Row, rows: Sequence[Row]) -> str | None:
-        return f"{_without_think(render_gold(row))}</think>" if short_gold(row) else None
+        return f"{_without_think(render_gold(row))}</think>"
 
     def stuffed(row: Row, rows: Sequence[Row]) -> str | None:
         tags = sorted(set(re.findall(r"</?[a-zA-Z]+>", render_gold(row))))
@@ -181,6 +196,30 @@ def _broken_forms(
         Cheat("tags emptied", "the right tags around nothing", emptied),
         Cheat("tag flood", "5,000 opening tags", flood),
         Cheat("in prose", "the right answer somewhere in a sentence", in_prose),
+    ]
+
+
+def _programs(render_gold: Callable[[Row], str]) -> list[Cheat]:
+    """Return programs that solve nothing, where the right answer is a program."""
+
+    def in_place(body: str, each: str = "") -> Write:
+        """Write a program: `body`, then `each` for every function of the right one."""
+
+        def write(row: Row, rows: Sequence[Row]) -> str | None:
+            names = re.findall(r"^def (\w+)", render_gold(row), re.MULTILINE) if "```" in render_gold(row) else []
+            functions = "".join(each.format(name=name) for name in names)
+            return f"```python\n{body}{functions}```" if names else None
+
+        return write
+
+    equal = "class Any:\n    __eq__ = __contains__ = __le__ = __ge__ = lambda self, other: True\n    __hash__ = None\n"
+    return [
+        Cheat("program, empty", "functions that do nothing", in_place("", "def {name}(*a, **k):\n    pass\n")),
+        Cheat("program, equal", "functions that equal everything", in_place(equal, "{name} = lambda *a, **k: Any()\n")),
+        Cheat("program, exit", "a program that ends well at once", in_place("import os\nos._exit(0)\n")),
+        Cheat(
+            "program, ends", "functions that end a test's loop", in_place("", "{name} = lambda *a: next(iter([]))\n")
+        ),
     ]
 
 

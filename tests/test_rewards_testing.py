@@ -166,3 +166,35 @@ def test_a_renderer_may_place_other_answers_itself() -> None:
     )
     assert report.ok, report.table()
     assert line(report, "or").tried == 3
+
+
+def test_a_worked_solution_s_boxed_answer_is_put_in_every_cheat() -> None:
+    rows = [{"prompt": str(n), "answer": f"We add, and so it is $\\boxed{{{n * 1000}}}$."} for n in (2, 3)]
+    report = check_rewards(rows, accuracy_reward, render_gold=lambda row: row["answer"])
+    assert report.ok, report.table()
+    for name in ("1,234", "or", "list", "numbers in place", "other gold", "other row", "denied", "in prose"):
+        assert line(report, name).tried == 2, name
+
+
+def test_programs_that_solve_nothing_are_tried_where_the_gold_is_one() -> None:
+    from rewards import unit_test_reward
+
+    rows = [
+        {"prompt": "Add.", "test_list": ["assert f(1, 2) == 3"], "code": "def f(a, b):\n    return a + b"},
+        {"prompt": "Multiply.", "test_list": ["assert f(2, 4) == 8"], "code": "def f(a, b):\n    return a * b"},
+    ]
+
+    def program(row: Any) -> str:
+        return f"```python\n{row['code']}\n```"
+
+    report = check_rewards(rows, partial(unit_test_reward, timeout_s=60.0), render_gold=program)
+    assert report.ok, report.table()
+    names = ("program, empty", "program, equal", "program, exit", "program, ends", "other row", "only thought")
+    assert [line(report, name).tried for name in names] == [2] * 6
+
+    def compiles(completions: list[str], **kwargs: Any) -> list[float | None]:
+        return [float("def f" in text or "f =" in text) for text in completions]
+
+    assert {"program, empty", "program, equal", "other row"} <= failed(
+        check_rewards(rows, compiles, render_gold=program)
+    )
