@@ -2,27 +2,23 @@
 
     python bench/sampling_effect.py [--recipe quickstart] [--seeds 42 43 44] [--every 2] [--json FILE] [KEY=VALUE ...]
 
-Each setting trains from the same base with the same seeds; every few steps the clock stops and the held-out prompts are
-answered greedily. Refilled groups cost extra rollouts, which the seconds include.
+Each setting trains from the same base with the same seeds; every few steps the held-out prompts are answered
+greedily, which the seconds leave out. Refilled groups cost extra rollouts, which the seconds include.
 """
 
 import argparse
-import gc
 import json
 import statistics
+import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-from grpo_lite.data import load_prompts
-from grpo_lite.evaluate import score_model
-from grpo_lite.hardware import detect_device
-from grpo_lite.model import load_model, load_tokenizer
-from grpo_lite.recipe_load import load_recipe
-from grpo_lite.reward_loader import load_rewards
-from grpo_lite.run_dir import RunDir
-from grpo_lite.train import build_trainer, grpo_config
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, whose rewards.py would hide the package
+
+from grpo_lite.progress import read_metrics  # noqa: E402
+from grpo_lite.recipe_load import load_recipe  # noqa: E402
+from grpo_lite.run_dir import RunDir  # noqa: E402
+from grpo_lite.train import train_run  # noqa: E402
 
 SETTINGS = {
     "neither": [],
@@ -33,50 +29,25 @@ SETTINGS = {
 
 
 def accuracy_curve(recipe_name: str, overrides: list[str], seed: int, every: int) -> list[dict[str, float]]:
-    """Train once and return step, training seconds so far, accuracy and completion tokens at each pause."""
-    from transformers import TrainerCallback
-
-    recipe = load_recipe(recipe_name, [f"seed={seed}", *overrides])
-    run = RunDir(Path(tempfile.mkdtemp()) / "run")
-    run.prepare(recipe)
-    tokenizer, device = load_tokenizer(recipe), detect_device()
-    prompts = load_prompts(recipe, tokenizer)
-    columns = sorted({key for row in prompts.train for key in row if key != "prompt"})
-    rewards, weights = load_rewards(recipe, columns)
-    quiet: Any = lambda line: None  # noqa: E731
-    args = grpo_config(recipe, run, device, weights)
-    args.save_strategy = "no"
-    base = load_model(recipe, device)
-    trainer = build_trainer(recipe, run, quiet, device, base, tokenizer, prompts, rewards, args)
-    greedy = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
-    curve: list[dict[str, float]] = []
-
-    class Pause(TrainerCallback):
-        def __init__(self) -> None:
-            self.paused, self.begun = 0.0, time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step % every:
-                return
-            now = time.monotonic()
-            was_training = model.training
-            model.eval()
-            records = score_model(model, tokenizer, greedy, prompts.eval[: recipe.eval.limit], quiet, "trained")
-            model.train(was_training)
-            curve.append(
-                {
-                    "step": state.global_step,
-                    "seconds": now - self.begun - self.paused,
-                    "accuracy": statistics.fmean(bool(record["lenient"]) for record in records),
-                    "tokens": state.num_input_tokens_seen,
-                }
-            )
-            self.paused += time.monotonic() - now
-
-    trainer.add_callback(Pause())
-    trainer.train()
-    del trainer, base
-    gc.collect()
+    """Train once and return step, training seconds so far, held-out accuracy and tokens seen at each score."""
+    cheap = [
+        f"seed={seed}",
+        f"eval.every={every}",
+        "eval.every_limit=150",
+        "eval.samples=0",
+        "eval.limit=8",
+        "merge=false",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder) / "run")
+        train_run(load_recipe(recipe_name, [*cheap, *overrides]), run, lambda line: None)
+        curve, seconds, tokens = [], 0.0, 0.0
+        for record in read_metrics(run):
+            seconds += record.get("step_time", 0.0)
+            tokens = record.get("num_tokens", tokens)
+            if "heldout/lenient" in record:
+                accuracy = record["heldout/lenient"]
+                curve.append({"step": record["step"], "seconds": seconds, "accuracy": accuracy, "tokens": tokens})
     return curve
 
 
