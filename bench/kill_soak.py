@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import random
 import shutil
 import sys
@@ -21,6 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from killing import CONFIGURATIONS, MOMENTS, Server, outcome, train
+
+
+def has_ended(run: Path) -> bool:
+    """Say whether a run was finished, reported or not, when it was killed."""
+    record = run / "run.json"
+    return record.is_file() and bool(json.loads(record.read_text()).get("finished_at"))
 
 
 def main() -> None:
@@ -64,12 +71,14 @@ def main() -> None:
                     status = server.run(train(run, configuration), log, moment, call)
                     story.append(f"{moment}, call {call}")
                     counts[moment] += status == -9
-                if status == 0:
+                if status == 0 or has_ended(run):  # killed while it said good-bye: nothing is left to do
+                    status = 0
                     break
-            status = 0 if status == 0 else server.run(train(run, configuration), log)
+            status = status and server.run(train(run, configuration), log)
             found = outcome(run) if status == 0 else {}
             different = [key for key, value in references[configuration].items() if found.get(key) != value]
             runs += 1
+            print(f"{sum(counts.values())} kills, {runs} runs: {configuration}: {', '.join(story)}", file=sys.stderr)
             if status or different:
                 failures.append(f"{configuration}: {story}: status {status}, different: {different}\n{log.read_text()}")
             shutil.rmtree(run.parent)

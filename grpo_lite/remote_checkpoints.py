@@ -75,7 +75,7 @@ class FolderRemote:
     def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with publishing(self.folder / checkpoint.name) as scratch:
-            shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
+            _copy(checkpoint, scratch)
             verify_manifest(scratch)
         for name in _RUN_FILES:
             if (run.path / name).is_file():
@@ -85,11 +85,20 @@ class FolderRemote:
                 remove(folder)
 
     def fetch(self, step: int, target: Path) -> None:
-        shutil.copytree(self.folder / f"{PREFIX}{step}", target, dirs_exist_ok=True)
+        _copy(self.folder / f"{PREFIX}{step}", target)
 
     def read(self, name: str) -> str | None:
         path = self.folder / name
         return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a folder, without the rights and times that some mounted drives refuse to set."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 class HubRemote:
@@ -117,6 +126,8 @@ class HubRemote:
 
         api = HfApi()
         api.create_repo(self.repo_id, private=True, exist_ok=True)
+        if not api.repo_info(self.repo_id).private:
+            raise RunDirError("it is there and public, and checkpoints hold your data's prompts. Make it private.")
         names = [path.relative_to(run.path).as_posix() for path in sorted(checkpoint.rglob("*")) if path.is_file()]
         names += [name for name in _RUN_FILES if (run.path / name).is_file()]
         operations: list[Any] = [CommitOperationAdd(f"{self.folder}/{name}", str(run.path / name)) for name in names]

@@ -80,7 +80,9 @@ class RunDir:
         return "resume" if self.last_checkpoint() else "new"
 
     def _refuse_strangers(self) -> None:
-        strange = sorted(p.name for p in self.path.iterdir() if p.name not in (".lock", ".writable"))
+        strange = sorted(
+            p.name for p in self.path.iterdir() if not p.name.startswith((".lock", ".writable", ".saving-"))
+        )
         if strange:
             raise RunDirError(
                 f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it "
@@ -90,6 +92,9 @@ class RunDir:
     def _refuse_changed(self, recipe: Recipe) -> None:
         old, new = self.recipe_file.read_text(encoding="utf-8"), dump_recipe(recipe)
         if old == new:
+            return
+        if _fixed(yaml.safe_load(old)) == _fixed(yaml.safe_load(new)):
+            write_atomic(self.recipe_file, new)  # tomorrow's session may be longer, and say less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
         changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
@@ -152,6 +157,11 @@ class RunDir:
                     "with RUN=…"
                 ) from None
             yield
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run has in common with its beginning: all that its result depends on."""
+    return {key: value for key, value in recipe.items() if key not in ("limits", "log", "push_checkpoints")}
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import in_process, steps_of
-from hub_server import TOKEN, Hub, running_hub
+from hub_server import TOKEN, Hub, Repo, running_hub
 from killing import ALONE, FAST, Server
 
 from grpo_lite import checkpoints
@@ -84,6 +84,14 @@ def test_a_new_machine_gets_the_newest_checkpoint_and_what_goes_with_it(hub: Hub
 def test_a_hub_repository_for_checkpoints_is_private(hub: Hub, tmp_path: Path) -> None:
     train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
     assert hub.repos[REPO].private
+
+
+def test_checkpoints_are_not_put_into_a_public_repository(hub: Hub, tmp_path: Path) -> None:
+    lines: list[str] = []
+    hub.repos[REPO] = Repo(private=False)
+    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
+    assert "it is there and public" in lines[0]
+    assert hub.repos[REPO].files == {}
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])

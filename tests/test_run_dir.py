@@ -112,3 +112,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomic(path, "\ud800")  # a lone surrogate cannot be encoded
     assert path.read_text() == "old"
     assert os.listdir(tmp_path)[:1] != []
+
+
+def test_limits_may_change_between_sessions(root: Path, tmp_path: Path) -> None:
+    """Nine hours today, twelve tomorrow: it is the same run."""
+    run = RunDir(tmp_path / "r")
+    run.prepare(load_recipe("smoke", ["limits.max_minutes=500"]))
+    run.prepare(load_recipe("smoke", ["limits.max_minutes=700", "push_checkpoints=me/x", "log.sample_every=1"]))
+    assert run.load_recipe().limits.max_minutes == 700
+
+
+def test_a_fetch_that_was_killed_is_no_stranger(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "r" / ".saving-fetched" / "checkpoint-3").mkdir(parents=True)
+    assert RunDir(tmp_path / "r").prepare(load_recipe("smoke")) == "new"
