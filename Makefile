@@ -4,21 +4,31 @@ RUN    ?= runs/$(RECIPE)
 ARGS   ?=
 PYTHON ?= python3
 VENV   ?= .venv
+GPU    ?=
+GPUS   ?= 1
+BACKEND ?= hf
 CLI    := $(VENV)/bin/grpo-lite
+LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
+.PHONY: help setup setup-dev plan probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' $(RECIPE) $(RUN) $(VENV)
 
-setup: $(VENV)/.ready  ## Make .venv with everything a run needs (done by the other targets when missing)
+setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Make .venv with everything a run needs (done by the other targets when missing); BACKEND=unsloth adds Unsloth
 
 setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
 
-train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate before and after, merge; resumes an interrupted run
-	@$(CLI) train $(RECIPE) --run $(RUN) $(ARGS)
+plan: $(VENV)/.ready  ## Where a card's memory would go: RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
+	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,$(RECIPE)) $(if $(GPU),--gpu $(GPU)) $(ARGS)
+
+probe: $(VENV)/.ready  ## Will RECIPE learn? Samples the untrained model on its prompts, in minutes
+	@$(CLI) probe $(RECIPE) $(ARGS)
+
+train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate before and after, merge; resumes an interrupted run; GPUS=2
+	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train $(RECIPE) --run $(RUN) $(ARGS)
 
 eval: $(VENV)/.ready  ## Measure base against trained of RUN again
 	@$(CLI) eval $(RUN)
@@ -79,6 +89,9 @@ clean:  ## Remove caches and build files; runs/ and .venv stay
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) && touch $@
+
+$(VENV)/.ready-unsloth: $(VENV)/.ready
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) unsloth && touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) dev && touch $@

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo_lite import __version__, cli_export, cli_report
+from grpo_lite import __version__, cli_export, cli_plan, cli_report
 from grpo_lite.cli_export import set_environment
 from grpo_lite.cli_options import trust_option
 from grpo_lite.errors import GRPOLiteError
@@ -127,6 +127,9 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
     set_environment()
+    from grpo_lite.unsloth_backend import prepare
+
+    prepare(loaded.model)
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
@@ -259,6 +262,7 @@ def schema(path: Path | None) -> None:
 
 
 cli_export.register(main)
+cli_plan.register(main)
 cli_report.register(main)
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from grpo_lite.base_model import resolve_base
 from grpo_lite.checkpoints import last_usable, publishing, require_room, step_of
 from grpo_lite.data import Prompts
+from grpo_lite.ranks import this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir, now
 from grpo_lite.views import View
@@ -57,6 +59,7 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     """
     from grpo_lite.progress import StopCleanly, read_metrics
 
+    begun = time.monotonic()
     checkpoint = _last_checkpoint(run, view.show)
     with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
@@ -67,12 +70,15 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     paused = bool(deadline and deadline.reached)
     if stop.signal_name and done < trainer.state.max_steps:
         return TrainResult(run, done, stop.signal_name)
+    if not this_process().is_first:
+        return TrainResult(run, done)
     _save_adapter(run, trainer)
     rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
     first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
     run.update_run(
-        **({} if paused else {"trained_at": now()}), training_seconds=round(trainer.seconds_trained, 1), steps=done,
-        reward_first=first, reward_last=last, faults=dict(trainer.faults),
+        **({} if paused else {"trained_at": now()}), steps=done,
+        training_seconds=round(getattr(trainer, "seconds_trained", time.monotonic() - begun), 1),
+        reward_first=first, reward_last=last, faults=dict(getattr(trainer, "faults", {})),
     )  # fmt: skip
     return TrainResult(run, done, paused=paused)
 
@@ -91,6 +97,7 @@ def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
 
 def _save_adapter(run: RunDir, trainer: Any) -> None:
     """Write adapter/ whole or not at all, and never with NaN in it."""
-    trainer.require_finite_weights()
+    if hasattr(trainer, "require_finite_weights"):  # Unsloth's trainer is not ours
+        trainer.require_finite_weights()
     with publishing(run.adapter) as folder:
         trainer.save_model(str(folder))

@@ -125,8 +125,9 @@ def attend_with_weight(
         )
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) * scale) @ key.to(wide).transpose(-1, -2)
-    if mask is not None:
-        scores = scores + mask
-    weight = scores.logsumexp(-1)
-    return torch.exp(scores - weight.unsqueeze(-1)).to(value.dtype) @ value, weight
+    with torch.autocast(query.device.type, enabled=False):  # which would multiply in 16 bit all the same
+        scores = (query.to(wide) * scale) @ key.to(wide).transpose(-1, -2)
+        if mask is not None:
+            scores = scores + mask
+        weight = scores.logsumexp(-1)
+        return torch.exp(scores - weight.unsqueeze(-1)).to(value.dtype) @ value, weight

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from grpo_lite.errors import ModelError
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -36,6 +39,43 @@ class Device:
     def to_json(self) -> dict[str, Any]:
         """Return plain data for run.json."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as it is sold: what a plan needs to know of one that is not here."""
+
+    name: str
+    memory_bytes: int  # as torch reports it, below the name's number
+    bfloat16: bool
+
+
+CARDS = {
+    "t4": Card("Tesla T4 16 GB", int(14.56 * 2**30), bfloat16=False),
+    "rtx3060-12": Card("RTX 3060 12 GB", int(11.6 * 2**30), bfloat16=True),
+    "rtx4060-8": Card("RTX 4060 8 GB", int(7.6 * 2**30), bfloat16=True),
+    "rtx4070ti-16": Card("RTX 4070 Ti Super 16 GB", int(15.6 * 2**30), bfloat16=True),
+    "rtx4090": Card("RTX 4090 24 GB", int(23.5 * 2**30), bfloat16=True),
+    "l4": Card("L4 24 GB", int(22.0 * 2**30), bfloat16=True),
+    "a10": Card("A10 24 GB", int(22.0 * 2**30), bfloat16=True),
+    "a100-40": Card("A100 40 GB", int(39.4 * 2**30), bfloat16=True),
+    "h100": Card("H100 80 GB", int(79.1 * 2**30), bfloat16=True),
+}
+
+
+def find_card(name: str) -> Card:
+    """Return a card by its short name, or one of so much memory (`11GiB`, `12GB`).
+
+    Raises:
+        ModelError: neither.
+    """
+    if name.lower() in CARDS:
+        return CARDS[name.lower()]
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GiB|GB|G)?", name.strip(), re.IGNORECASE)
+    size = float(found[1]) * (1e9 if found[2] and found[2].lower() == "gb" else 2**30) if found else 0.0
+    if not 2**28 < size < 2**44:
+        raise ModelError(f"gpu: {name!r} is given; allowed: {', '.join(CARDS)}, or a size such as 11GiB.")
+    return Card(f"{name.strip()} of memory", int(size), bfloat16=True)
 
 
 def detect_device() -> Device:

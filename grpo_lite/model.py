@@ -15,6 +15,8 @@ from grpo_lite import attention
 from grpo_lite.base_model import resolve_base
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import Device, DtypeName
+from grpo_lite.model_shapes import model_shape
+from grpo_lite.ranks import this_process
 from grpo_lite.recipe import ModelSection, Recipe
 from grpo_lite.shadow import keep_weights_unpacked
 from grpo_lite.trust import trusts_remote_code
@@ -28,8 +30,14 @@ def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
     Raises:
         ModelError: the recipe forces one that this device cannot compute in.
     """
+    overflowing = device.kind == "cuda" and overflows_in_float16(section)
     if section.dtype == "auto":
-        return device.best_dtype
+        return "float32" if overflowing and device.best_dtype == "float16" else device.best_dtype
+    if section.dtype == "float16" and overflowing:
+        raise ModelError(
+            f"model.dtype: float16 is given, but the activations of {section.id} leave its range and become inf. "
+            "Set model.dtype=auto: float32 on this card, bfloat16 on one of compute capability 8.0 and up."
+        )
     if section.dtype == "bfloat16" and device.kind == "cuda" and not device.bfloat16:
         raise ModelError(
             f"model.dtype: bfloat16 is given, but {device.describe()} only emulates it. Allowed: auto (float16 with "
@@ -38,6 +46,14 @@ def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
     if section.dtype == "float16" and device.kind == "cpu":
         raise ModelError("model.dtype: float16 is given, but a CPU cannot train in it. Set model.dtype=auto.")
     return section.dtype
+
+
+def overflows_in_float16(section: ModelSection) -> bool:
+    """Return whether a model is known to overflow in float16; judged by its config.json where that is at hand."""
+    try:
+        return model_shape(section.id, section.revision, offline=True)[0].overflows_in_float16
+    except ModelError:
+        return False
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -78,7 +94,7 @@ def load_model(recipe: Recipe, device: Device) -> Any:
     if section.load_in in ("4bit", "8bit"):
         kwargs["quantization_config"] = _quantization(section, dtype, device)
     if device.kind == "cuda":
-        kwargs["device_map"] = {"": 0}  # one card, also where two are visible (Kaggle T4 x 2)
+        kwargs["device_map"] = {"": this_process().local}  # one card, also where two are visible (Kaggle T4 x 2)
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
@@ -141,6 +157,15 @@ def lora_to_float32(model: Any) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
+def load_for_sampling(recipe: Recipe, device: Device) -> Any:
+    """Return the base without an adapter, ready for the decoding that training uses."""
+    model = load_model(recipe, device)
+    keep_weights_unpacked(model)
+    if recipe.rollout == "shared" and attention.obstacle(model) is None:
+        attention.install(model)
+    return model
+
+
 def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
     """Return the base with a trained adapter on it, for evaluation; `model.disable_adapter()` gives the base.
 
@@ -151,10 +176,7 @@ def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: there is no trained adapter. Train first: make train RUN={adapter.parent}")
-    model = load_model(recipe, device)
-    keep_weights_unpacked(model)
-    if recipe.rollout == "shared" and attention.obstacle(model) is None:
-        attention.install(model)  # the same decoding as right after training
+    model = load_for_sampling(recipe, device)
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

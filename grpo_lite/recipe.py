@@ -49,6 +49,9 @@ class ModelSection(_Section):
         "auto", description="Compute dtype. auto: bfloat16 where the device computes in it, otherwise float16 (CUDA)."
     )
     attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2 …; null: upstream's.")
+    backend: Literal["auto", "hf", "unsloth"] = Field(
+        "auto", description="What loads and trains it: hf anywhere, unsloth on CUDA with its package; auto: hf."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
 
 
@@ -119,7 +122,14 @@ class ScoreSection(_Section):
 
 
 class MemorySection(_Section):
-    """Limits of the engine, in tokens."""
+    """How the run fits the card: what is null the plan decides."""
+
+    fit: bool = Field(
+        True, description="Plan before training, refuse what cannot fit, redo a step with less when memory runs out."
+    )
+    offload_activations: bool = Field(
+        False, description="Keep checkpointed activations in main memory: slower, for long completions on small cards."
+    )
 
     tokens_per_microbatch: int | None = Field(
         None, ge=1, description="Most tokens in one forward and backward; null: per_device_train_batch_size rows."

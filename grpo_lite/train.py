@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+from grpo_lite.budgets import Fit, fit_to_device, longest_prompt
 from grpo_lite.data import Prompts, load_prompts
-from grpo_lite.engine_options import EngineOptions
+from grpo_lite.engine import device_line, load_base, make_trainer
 from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
-from grpo_lite.model import compute_dtype, load_model, load_tokenizer, load_trained, lora_config, lora_to_float32
+from grpo_lite.model import compute_dtype, load_tokenizer, load_trained
+from grpo_lite.ranks import agree, share_of_batch, this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_guard import GuardedReward
@@ -34,19 +38,24 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
         GRPOLiteError: any fault that is the user's to mend; nothing already saved is lost.
     """
     begun = time.monotonic()
-    with run.locked():
-        if recipe.push_checkpoints:
+    ranks = this_process()
+    if not ranks.is_first:
+        show = _quiet
+    with run.locked() if ranks.is_first else nullcontext():
+        if recipe.push_checkpoints and ranks.is_first:
             from grpo_lite.remote_checkpoints import fetch_checkpoint
 
             fetch_checkpoint(run, recipe.push_checkpoints, show)
-        state = run.prepare(recipe)
+        state = agree(run.prepare(recipe) if ranks.is_first else None, ranks)
         device = detect_device()
-        show(f"device: {device.describe()}" + (f"; 1 of {device.count} is used" if device.count > 1 else ""))
+        show(device_line(recipe, device))
         tokenizer = load_tokenizer(recipe)
         prompts = load_prompts(recipe, tokenizer)
         for note in prompts.notes:
             show(f"data: {note}")
         show(f"data: {len(prompts.train)} training prompts, {len(prompts.eval)} held out")
+        if state == "finish" and not ranks.is_first:
+            return TrainResult(run, 0)
         if state == "finish":
             show("training had ended; evaluation and merge are made up for")
             result = TrainResult(run, run.read_run()["steps"])
@@ -55,14 +64,18 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
             rewards, weights = load_rewards(recipe, _columns(prompts), prompts.lead_in)
             if recipe.check.enabled:
                 require_paid_gold(recipe, prompts, show)
-            args = grpo_config(recipe, run, device, weights)
-            base = load_model(recipe, device)
-            watched = make_view(view, recipe, show)
-            trainer = build_trainer(recipe, run, watched, base, tokenizer, prompts, rewards, args)
-            require_room_for(recipe, run, trainer)
-            _record_start(recipe, run, device, state)
+            longest = longest_prompt(prompts.train, tokenizer, recipe)
+            fitted = fit_to_device(recipe, device, len(longest), show)
+            args = grpo_config(recipe, run, device, weights, fitted)
+            base = load_base(recipe, device, len(longest))
+            watched = make_view(view if ranks.is_first else "plain", recipe, show)
+            make = partial(make_trainer, recipe, fitted, device, longest)
+            trainer = build_trainer(recipe, run, watched, make, base, tokenizer, prompts, rewards, args)
+            if ranks.is_first:
+                require_room_for(recipe, run, trainer)
+                _record_start(recipe, run, device, state)
             result = fit(run, watched, trainer, deadline_of(recipe, run, show, prompts, begun))
-            if result.stopped_by:
+            if result.stopped_by or not ranks.is_first:
                 return result
             model = trainer.model
             del trainer, base  # the optimizer's memory
@@ -77,6 +90,10 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
 
         finish_with_report(run, show)
         return result
+
+
+def _quiet(line: str) -> None:
+    """Show nothing: the first process does."""
 
 
 def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:
@@ -100,7 +117,7 @@ def _merge(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts) -> None:
         run.update_run(merge_seconds=round(time.monotonic() - begun, 1))
 
 
-def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float]) -> Any:
+def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float], fitted: Fit | None = None) -> Any:
     """Return TRL's GRPOConfig for a recipe on a device.
 
     Raises:
@@ -120,16 +137,21 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+    shared = share_of_batch(recipe, this_process().world)
     try:
-        return GRPOConfig(**{**recipe.grpo, **owned})
+        args = GRPOConfig(**{**recipe.grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
     except (ValueError, TypeError) as error:
         raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {error}") from None
+    if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)
+        args._n_gpu = 1
+    return args
 
 
 def build_trainer(
     recipe: Recipe,
     run: RunDir,
     view: View,
+    make: Callable[..., Any],
     model: Any,
     tokenizer: Any,
     prompts: Prompts,
@@ -143,13 +165,12 @@ def build_trainer(
     from grpo_lite.heldout import HeldOutScore
     from grpo_lite.progress import Completions, MetricsFile, RunDoctor
     from grpo_lite.remote_checkpoints import PushCheckpoints, remote_of
-    from grpo_lite.trainer import PackedGRPOTrainer
     from grpo_lite.trainer_rows import latest_completions
 
-    peft_config = lora_config(recipe)
+    first = this_process().is_first
     try:
-        trainer = PackedGRPOTrainer(
-            options=engine_options(recipe),
+        trainer = make(
+            view.show,
             model=model,
             args=args,
             reward_funcs=[
@@ -157,13 +178,14 @@ def build_trainer(
             ],
             train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show))),
             processing_class=tokenizer,
-            peft_config=peft_config,
-            callbacks=[MetricsFile(run)],
+            callbacks=[MetricsFile(run)] if first else [],
         )
     except (ValueError, TypeError, NotImplementedError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
     view.latest = lambda: latest_completions(trainer)
+    if not first:
+        return trainer
     if recipe.eval.every:
         trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer))
     for callback in (
@@ -174,21 +196,7 @@ def build_trainer(
         trainer.add_callback(callback)
     if recipe.push_checkpoints:
         trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run), view.show))
-    lora_to_float32(trainer.model)
     return trainer
-
-
-def engine_options(recipe: Recipe) -> EngineOptions:
-    """Return what the engine may do differently from plain TRL."""
-    return EngineOptions(
-        compute=recipe.compute,
-        tokens_per_microbatch=recipe.memory.tokens_per_microbatch,
-        rollout=recipe.rollout,
-        rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
-        refill=recipe.sampling.refill,
-        difficulty=recipe.sampling.difficulty,
-        max_skipped_steps=recipe.limits.skipped_steps,
-    )
 
 
 def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:

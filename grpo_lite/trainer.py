@@ -100,9 +100,15 @@ class PackedGRPOTrainer(ResumableGRPOTrainer):
         scoring = Scoring(
             self.temperature, self.args.cast_lm_head_to_fp32, compute_entropy, self._entropy_bonus_enabled
         )
-        values, entropy = score(self.accelerator.unwrap_model(model), packed, scoring, self.accelerator.autocast)
+        values, entropy = score(self.accelerator.unwrap_model(model), packed, scoring, self._forward_context)
         logps = unpack(values.to(logps.dtype), packed, logps)
         return logps, entropies if entropy is None else unpack(entropy.to(entropies.dtype), packed, entropies)
+
+    @contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        offloaded = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with self.accelerator.autocast(), offloaded if self.options.offload_activations else nullcontext():
+            yield
 
     def _blank(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if base_model(self.model).dtype == torch.float64 else torch.float32

@@ -135,7 +135,8 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         return self._supported[id(inner)]
 
     def _obstacle(self, model: nn.Module) -> str | None:
-        if self.accelerator.num_processes > 1 or self.accelerator.distributed_type != DistributedType.NO:
+        alone = self.accelerator.num_processes == 1 and self.accelerator.distributed_type == DistributedType.NO
+        if not alone and not self._averages_gradients():
             return "more than one process"
         if hasattr(model, "_orig_mod"):
             return "a compiled model"
@@ -160,6 +161,10 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
             inner.config._attn_implementation = previous
             return f"{type(inner).__name__}: {reason}"
         return None
+
+    def _averages_gradients(self) -> bool:
+        """Say whether several processes are served (`trainer_parallel.py`)."""
+        return False
 
     def _no_checkpointing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Activation checkpointing has nothing to save without a backward, and its reentrant kind warns."""

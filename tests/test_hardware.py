@@ -38,6 +38,17 @@ def test_forced_float16_on_a_cpu_is_refused() -> None:
         compute_dtype(section("float16"), NEW_CPU)
 
 
+def test_gemma_3_runs_in_float32_where_there_is_no_bfloat16() -> None:
+    gemma = ModelSection.model_validate({"id": "unsloth/gemma-3-1b-it"})
+    assert [compute_dtype(gemma, device) for device in (T4, A10)] == ["float32", "bfloat16"]
+
+
+def test_forced_float16_is_refused_for_a_model_that_overflows_in_it() -> None:
+    gemma = ModelSection.model_validate({"id": "unsloth/gemma-3-1b-it", "dtype": "float16"})
+    with pytest.raises(ModelError, match=r"gemma-3-1b-it leave its range .* Set model\.dtype=auto"):
+        compute_dtype(gemma, A10)
+
+
 def test_float32_is_allowed_everywhere() -> None:
     assert {compute_dtype(section("float32"), device) for device in (T4, A10, OLD_CPU)} == {"float32"}
 

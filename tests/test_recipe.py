@@ -29,6 +29,11 @@ data: {train: {generator: sums}, holdout: 10, prompt: "{question}="}
 rewards: [{function: rewards.accuracy_reward}]
 """
 
+SHIPPED = [
+    *("code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"),
+    *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"),
+]
+
 
 def recipe_from(text: str) -> Recipe:
     return build_recipe({"name": "test", **yaml.safe_load(text)}, "test.yaml")
@@ -41,10 +46,10 @@ def faults_of(text: str) -> str:
 
 
 def test_the_shipped_recipes_are_these(root: Path) -> None:
-    assert recipe_names() == ["code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"]
+    assert recipe_names() == SHIPPED
 
 
-@pytest.mark.parametrize("name", ["code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_resolves_and_survives_a_round_trip(root: Path, name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name

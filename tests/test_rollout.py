@@ -362,3 +362,15 @@ def test_rows_without_advantage_are_not_computed_again_after_a_shared_rollout(tm
     plain = train(GRPOTrainer, tmp_path, settings=settings)
     assert relative_difference(dict(trainer.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-5
     assert trainer.state.log_history[0]["entropy"] == pytest.approx(plain.state.log_history[0]["entropy"], rel=1e-4)
+
+
+def test_scores_are_computed_in_float32_under_autocast_too():
+    """On a GPU decoding runs under autocast: scores in 16 bit would be rounded, and could not be joined in float32."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, n, 8, generator=generator).half() for n in (3, 70, 70))
+    expected, weights = attend_with_weight(query, key, value, None, 3.0)
+    with torch.autocast("cpu", torch.float16):
+        out, weight = attend_with_weight(query, key, value, None, 3.0)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, weights)
+    assert torch.equal(out, expected)

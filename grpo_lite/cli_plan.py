@@ -1,0 +1,74 @@
+"""The commands that say beforehand what a run will need: `plan` and `probe`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from grpo_lite.hardware import Card
+
+
+def register(main: click.Group) -> None:
+    """Add the commands to the command line."""
+    main.add_command(plan)
+    main.add_command(probe)
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpu", help="t4, rtx3060-12, rtx4060-8, rtx4070ti-16, rtx4090, l4, a10, a100-40, h100, or e.g. 11GiB.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="The longest prompt.  [default: data.max_prompt_tokens]")
+@click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table (of every recipe, or of RECIPE).")
+def plan(
+    recipe: str | None, overrides: tuple[str, ...], gpu: str | None, prompt_tokens: int | None, all_gpus: bool
+) -> None:
+    """Say where a card's memory would go, whether RECIPE fits, and what to change if not; loads nothing."""
+    from grpo_lite.hardware import find_card
+    from grpo_lite.plan_report import all_cards_table, plan_recipe, report_lines
+    from grpo_lite.recipe_load import load_recipe, recipe_names
+
+    if all_gpus:
+        names = [recipe] if recipe else [name for name in recipe_names() if name != "smoke"]
+        click.echo("\n".join(all_cards_table([load_recipe(name, overrides) for name in names])))
+        return
+    loaded = load_recipe(recipe or "quickstart", overrides)
+    card = find_card(gpu) if gpu else _this_card()
+    made = plan_recipe(loaded, card, prompt_tokens)
+    click.echo("\n".join(report_lines(loaded, card, made)))
+    if not made.fits:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--prompts", default=32, show_default=True, help="Training prompts to sample.")
+@click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: grpo.num_generations]")
+def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | None) -> None:
+    """Will it learn? Samples the untrained model on RECIPE's prompts: pass rates, equal groups, cut lengths, ETA."""
+    from grpo_lite.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from grpo_lite.data import load_prompts
+    from grpo_lite.hardware import detect_device
+    from grpo_lite.model import load_for_sampling, load_tokenizer
+    from grpo_lite.probe import probe_lines, probe_recipe
+
+    tokenizer = load_tokenizer(loaded)
+    rows = load_prompts(loaded, tokenizer)
+    model = load_for_sampling(loaded, detect_device())
+    made = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
+    click.echo("\n".join(probe_lines(made)))
+
+
+def _this_card() -> Card:
+    from grpo_lite.errors import ModelError
+    from grpo_lite.hardware import CARDS, Card, detect_device
+
+    device = detect_device()
+    if device.kind != "cuda":
+        raise ModelError(f"gpu: there is none here. Name one: --gpu (GPU= in make) {', '.join(CARDS)}, or e.g. 11GiB.")
+    return Card(device.name, device.memory_bytes, device.bfloat16)

@@ -1,0 +1,99 @@
+"""What `grpo-lite plan` prints: where a card's memory goes, what was chosen, and the recipe × GPU table. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from grpo_lite.errors import ModelError
+from grpo_lite.hardware import CARDS, Card
+from grpo_lite.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, PhaseBytes, weight_bytes
+from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, plan_memory, recipe_job
+from grpo_lite.recipe import Recipe
+
+UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
+
+
+def plan_recipe(recipe: Recipe, card: Card, prompt: int | None = None) -> MemoryPlan:
+    """Return a recipe's plan for a card."""
+    job, notes = recipe_job(recipe, prompt=prompt, bfloat16=card.bfloat16)
+    return plan_memory(job, card.memory_bytes, notes)
+
+
+def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
+    """Yield the plan as lines: two phases, verdict, choices, the largest lengths that fit."""
+    job = plan.job
+    yield f"{recipe.name} on {card.name} ({card.memory_bytes / GIB:.1f} GiB): {'fits' if plan.fits else 'DOES NOT FIT'}"
+    yield (
+        f"{recipe.model.id}, {job.load_in}, LoRA r={job.rank}; {job.batch} completions a round, groups of {job.group}, "
+        f"prompts up to {job.prompt} tokens, completions up to {job.completion}"
+    )
+    for note in plan.assumed:
+        yield f"assumed: {note}"
+    rollout, training = plan.rollout, plan.training
+    yield ""
+    yield from _phase("rollout", rollout)
+    yield from _phase("training", training)
+    yield "not counted as tensors"
+    yield _line("CUDA context and kernels", CONTEXT_BYTES)
+    yield _line("what the allocator cannot fill", int(FRAGMENTATION * (plan.peak - weight_bytes(job))))
+    if job.rollout == "vllm":
+        yield _line("vLLM's own share", int(job.vllm_share * card.memory_bytes))
+    yield ""
+    spare = card.memory_bytes - plan.needed
+    yield f"peak allocation {plan.peak / GIB:.2f} GiB; needs {plan.needed / GIB:.2f} GiB of the card, " + (
+        f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"{-spare / GIB:.2f} GiB too much"
+    )
+    if not plan.fits:
+        yield advice(plan)
+        return
+    pieces = -(-job.step_tokens // job.microbatch_tokens)
+    yield f"one micro-batch: {job.microbatch_tokens} tokens ({pieces} a micro-step)"
+    for key, value in plan.chosen.items():
+        yield f"chosen: {key}={str(value).lower() if isinstance(value, bool) else value}"
+    if (
+        job.checkpointing
+        and plan_memory(replace(job, checkpointing=False), card.memory_bytes).job.checkpointing is False
+    ):
+        yield "fits without activation checkpointing too, which is faster: grpo.gradient_checkpointing=false"
+    whole, divided = (largest_completion(job, card.memory_bytes, kind) for kind in (True, False))
+    yield (
+        f"longest completions that fit: {whole or 0} tokens with groups of {job.group} in one piece, "
+        f"{divided or 0} one completion at a time"
+    )
+    yield UNMEASURED
+
+
+def _phase(name: str, phase: PhaseBytes) -> Iterator[str]:
+    yield f"{name}: {phase.total / GIB:.2f} GiB"
+    for what, size in phase.items:
+        if size >= 1 << 20:
+            yield _line(what, size)
+
+
+def _line(what: str, size: int) -> str:
+    return f"  {what:<44}{size / GIB:>8.2f} GiB"
+
+
+def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Yield the recipe × GPU table as Markdown: planned need in GiB, or that it does not fit."""
+    names = list(CARDS)
+    yield "| recipe | model | " + " | ".join(f"{name}<br>{CARDS[name].memory_bytes / GIB:.1f}" for name in names) + " |"
+    yield "|---|---|" + "---|" * len(names)
+    for recipe in recipes:
+        try:
+            plans = [plan_recipe(recipe, CARDS[name]) for name in names]
+        except ModelError:  # not a model that is planned
+            continue
+        cells = []
+        for plan in plans:
+            job = plan.job
+            divided = "" if plan.job.microbatch_tokens == job.step_tokens else "÷"
+            cells.append(f"{plan.needed / GIB:.1f}{divided}" if plan.fits else "out of memory")
+        yield (
+            f"| `{recipe.name}` | {recipe.model.id.rpartition('/')[2]} {recipe.model.load_in} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    yield ""
+    yield f"GiB planned; ÷: in smaller micro-batches than the recipe's, same gradient. {UNMEASURED}"

@@ -1,0 +1,216 @@
+"""probe_recipe: will this recipe learn anything? Samples the untrained model on the recipe's own prompts, in minutes.
+
+Place in the line: before a training that takes hours. GRPO learns from differences inside a group: where all samples
+of a prompt are right, or none is, or all are cut at the cap, there is nothing to learn, and a night would show it.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_lite.board import format_seconds
+from grpo_lite.data import Prompts, prompt_ids
+from grpo_lite.evaluate import score_completions
+from grpo_lite.generate import generate_completions
+from grpo_lite.recipe import Recipe
+from grpo_lite.reward_check import weighted_sum
+from grpo_lite.reward_loader import load_rewards
+from grpo_lite.statistics import mean_pass_at_k
+
+# A step's training in multiples of one forward pass over its completions: forward, backward, and the forward that
+# activation checkpointing repeats.
+BACKWARD_SHARE = 2.0
+OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What k samples on some prompts showed."""
+
+    prompts: int
+    samples: int
+    pass_at_1: float
+    pass_at_k: float
+    equal_groups: float  # share of groups whose rewards are all equal: no gradient
+    cap: int
+    truncated: dict[int, float]  # share of completions cut at each cap
+    format_rate: float | None  # None: the recipe rewards no format
+    rewarded: float  # mean reward
+    opened: str | None  # the tag that the chat template opens itself
+    tokens_per_s: float
+    step_s: float
+    steps: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds for the whole training."""
+        return self.step_s * self.steps
+
+
+def probe_recipe(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    *,
+    count: int = 32,
+    samples: int | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> Probe:
+    """Sample the model on training prompts as training would, and score by the recipe's own rewards.
+
+    Args:
+        recipe: the recipe.
+        model: its base model, without an adapter or with an untrained one.
+        tokenizer: its tokenizer.
+        prompts: its prompts.
+        count: how many of them.
+        samples: per prompt; None: the recipe's group size.
+        show: gets progress lines.
+    """
+    samples = samples or recipe.num_generations
+    rows = prompts.train[:count]
+    template = recipe.grpo.get("chat_template_kwargs")
+    ids = [prompt_ids(row["prompt"], tokenizer, template) for row in rows]
+    cap = recipe.max_completion_length
+    begun = time.monotonic()
+    groups = generate_completions(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=cap,
+        samples=samples,
+        temperature=float(recipe.grpo.get("temperature", 1.0)),
+        batch_size=recipe.eval.batch_size,
+        seed=recipe.seed,
+        progress=lambda done, total: show(f"probe: {done}/{total} prompts sampled"),
+    )
+    rollout_s = time.monotonic() - begun
+    completions = [completion for group in groups for completion in group]
+    repeated = [row for row in rows for _ in range(samples)]
+    right, _ = score_completions(tokenizer, recipe, repeated, completions)
+    judged = [right[i : i + samples] for i in range(0, len(right), samples)]
+    counts = [sum(bool(r) for r in group) for group in judged if None not in group]
+    totals, formats = _rewards(recipe, tokenizer, repeated, completions, prompts.lead_in)
+    equal = [len(set(totals[i : i + samples])) == 1 for i in range(0, len(totals), samples)]
+    lengths = [len(completion) for completion in completions]
+    tokens = max(1, sum(lengths))
+    per_step = recipe.generation_batch / len(completions)
+    forward_s = _forward_seconds(model, [a + b for a, b in zip(ids, (g[0] for g in groups), strict=True)])
+    checkpointing = 1.0 if recipe.grpo.get("gradient_checkpointing", True) else 0.0
+    training_s = per_step * samples * forward_s * (1.0 + BACKWARD_SHARE + checkpointing)
+    return Probe(
+        prompts=len(rows),
+        samples=samples,
+        pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
+        pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
+        equal_groups=statistics.fmean(equal),
+        cap=cap,
+        truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in (cap // 4, cap // 2, cap)},
+        format_rate=None if formats is None else statistics.fmean(formats),
+        rewarded=statistics.fmean(total for total in totals if total is not None) if any(totals) else 0.0,
+        opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
+        tokens_per_s=tokens / max(rollout_s, 1e-9),
+        step_s=per_step * rollout_s + training_s,
+        steps=_steps(recipe, len(prompts.train)),
+        notes=() if counts else ("no probed prompt has a usable gold answer",),
+    )
+
+
+def _rewards(
+    recipe: Recipe, tokenizer: Any, rows: Sequence[dict[str, Any]], completions: Sequence[list[int]], lead_in: str
+) -> tuple[list[float | None], list[bool] | None]:
+    """Return the total reward of each completion, and whether it earned the format reward (None without one)."""
+    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    functions, weights = load_rewards(recipe, columns, lead_in)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    chat = not isinstance(rows[0]["prompt"], str)
+    given: dict[str, Any] = {
+        "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+        "prompts": [row["prompt"] for row in rows],
+        "completion_ids": [list(ids) for ids in completions],
+        **{key: [row.get(key) for row in rows] for key in columns},
+    }
+    formats = None
+    for section, function in zip(recipe.rewards, functions, strict=True):
+        if section.function.endswith("format_reward"):
+            formats = [value is not None and value >= 1.0 for value in function(**given)]
+    return weighted_sum(functions, weights)(**given), formats
+
+
+def _forward_seconds(model: Any, sequences: list[list[int]], most: int = 8) -> float:
+    """Return the seconds of one forward pass without gradients, per sequence."""
+    import torch
+
+    chosen = sequences[:most]
+    with torch.inference_mode():
+        begun = time.monotonic()
+        for ids in chosen:
+            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+    return (time.monotonic() - begun) / len(chosen)
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    if recipe.grpo.get("max_steps", -1) > 0:
+        return int(recipe.grpo["max_steps"])
+    prompts_a_step = max(1, recipe.generation_batch // recipe.num_generations)
+    return max(1, round(float(recipe.grpo.get("num_train_epochs", 3)) * rows / prompts_a_step))
+
+
+def verdict(probe: Probe) -> str:
+    """Return one sentence, with the override to paste where something is wrong; the gravest finding wins."""
+    if probe.opened and (probe.format_rate == 0 or (probe.format_rate is None and probe.rewarded == 0)):
+        return (
+            f"the chat template opens <{probe.opened}> itself and nothing is paid: a reward that wants to see that tag "
+            "can never fire; it is handed prefilled=True, so let it take that argument"
+        )
+    if probe.notes:
+        return f"{probe.notes[0]}, so nothing can be paid; correct data.answer or data.gold_completion"
+    cut = probe.truncated[probe.cap]
+    if cut >= 0.3:
+        return (
+            f"the cap is too short: {cut:.0%} of the completions are cut at {probe.cap} tokens; "
+            f"paste: grpo.max_completion_length={2 * probe.cap}"
+        )
+    if probe.pass_at_k == 0 and probe.equal_groups >= 0.9:
+        return (
+            f"too hard: none of {probe.prompts} prompts is solved in {probe.samples} samples, so every group is equal; "
+            "take an easier task, a stronger model, or show examples (data.examples)"
+        )
+    if probe.pass_at_1 >= 0.9:
+        return (
+            f"too easy: {probe.pass_at_1:.0%} of single samples are right already; take harder rows, or paste: "
+            "sampling.difficulty=true sampling.refill=16"
+        )
+    if probe.format_rate == 0:
+        return "the agreed format never occurs, so its reward teaches nothing; describe it in data.system by an example"
+    if probe.equal_groups >= 0.5:
+        return (
+            f"slow: {probe.equal_groups:.0%} of the groups have equal rewards and give no gradient; paste: "
+            "sampling.refill=16"
+        )
+    return "it can learn: rewards differ inside the groups, and completions end before the cap"
+
+
+def probe_lines(probe: Probe) -> Iterator[str]:
+    """Yield the probe as lines, the verdict last."""
+    yield f"{probe.prompts} prompts × {probe.samples} samples, untrained, {probe.tokens_per_s:.0f} tokens/s"
+    yield f"  pass@1 {probe.pass_at_1:.1%}, pass@{probe.samples} {probe.pass_at_k:.1%}, reward {probe.rewarded:.3f}"
+    yield f"  groups with equal rewards {probe.equal_groups:.0%}"
+    cuts = ", ".join(f"{share:.0%} at {limit}" for limit, share in probe.truncated.items())
+    yield f"  completions that reach a cap: {cuts} tokens"
+    if probe.format_rate is not None:
+        yield f"  in the agreed format {probe.format_rate:.0%}"
+    yield (
+        f"  a step about {probe.step_s:.0f} s (training counted as multiples of a measured forward pass), "
+        f"{probe.steps} steps about {format_seconds(probe.eta_s)}"
+    )
+    yield f"verdict: {verdict(probe)}"

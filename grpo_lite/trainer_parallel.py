@@ -1,0 +1,88 @@
+"""`ParallelGRPOTrainer`: several processes, each on its own card, train one adapter.
+
+DistributedDataParallel averages gradients in the backward of its own forward, once per pass. Packed compute takes the
+model's layers directly, in as many passes as its token budget asks for, so here the averaging is done by hand, once a
+step over the adapter's gradients (tens of MB), and DDP's forward is never called. Read in trl 1.14.0 and 1.16.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from grpo_lite.trainer import PackedGRPOTrainer
+
+
+class ParallelGRPOTrainer(PackedGRPOTrainer):
+    """PackedGRPOTrainer for one or more processes; with one it adds nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_parallel = self.accelerator.num_processes > 1
+        if self._is_parallel and (self.options.refill or self.options.difficulty):
+            raise ValueError("sampling.refill and sampling.difficulty look at one process's rewards: set GPUS=1")
+
+    def _averages_gradients(self) -> bool:
+        """Plain data parallelism with whole groups on each process; an entropy quantile spans all of them."""
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        data_parallel = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        return data_parallel and rows % self.num_generations == 0 and self.top_entropy_quantile == 1.0
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return super().compute_loss(
+            self.accelerator.unwrap_model(model) if self._is_parallel else model, *args, **kwargs
+        )
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._is_parallel and self.accelerator.sync_gradients:
+            average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        return loss
+
+    def drop_step_unless_finite(self) -> None:
+        """Drop a step in all processes or in none: one process's loss says it for all."""
+        if self._is_parallel:
+            finite = torch.as_tensor(self._loss_is_finite, device=self.accelerator.device).float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+            self._loss_is_finite = bool(finite)
+        super().drop_step_unless_finite()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.accelerator.is_main_process:
+            super()._save_checkpoint(model, trial)
+        if self._is_parallel:
+            self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Evaluate TRL's loss without its collectives too: processes differ in how many micro-batches they have."""
+        if not self._is_parallel:
+            with super()._unrecorded():
+                yield
+            return
+        names = ("gather", "gather_for_metrics", "reduce")
+        for name in names:
+            self.accelerator.__dict__[name] = lambda tensor, *_, **__: tensor
+        try:
+            with super()._unrecorded():
+                yield
+        finally:
+            for name in names:
+                del self.accelerator.__dict__[name]
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one message."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    offset = 0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = flat[offset : offset + gradient.numel()].view_as(gradient).clone()
+        offset += gradient.numel()

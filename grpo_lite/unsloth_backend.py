@@ -1,0 +1,119 @@
+"""The backend `unsloth`: the base loaded by FastLanguageModel, adapter included; needs CUDA and the extra `unsloth`.
+
+Unsloth patches transformers, peft and trl when it is imported, so it has to come first: `prepare` runs before anything
+imports them. What is passed to it is made by two pure functions, which `tests/test_unsloth_contract.py` compares with
+the signatures in the installed wheel's source. Read in unsloth 2026.10.9. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.errors import ModelError
+from grpo_lite.recipe import ModelSection, Recipe
+
+# FastLanguageModel's own default, and what peft's `all-linear` means for the models it knows.
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "init_lora_weights")
+
+
+def uses_unsloth(section: ModelSection) -> bool:
+    """Return whether a recipe's model is loaded by Unsloth; `auto` is the backend `hf` (DECISIONS.md)."""
+    return section.backend == "unsloth"
+
+
+def prepare(section: ModelSection) -> None:
+    """Import Unsloth where it is wanted, before transformers, trl and peft.
+
+    Raises:
+        ModelError: it is not installed, or there is no CUDA device (without one it imports a backend of other
+            arguments), or something has imported transformers already.
+    """
+    if not uses_unsloth(section):
+        return
+    if importlib.util.find_spec("unsloth") is None:
+        raise ModelError(
+            "model.backend: unsloth is given, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or set "
+            "model.backend=hf."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "model.backend: unsloth is given, but there is no CUDA device here. Set model.backend=hf, which trains on "
+            "a CPU too."
+        )
+    early = [name for name in ("transformers", "trl", "peft") if name in sys.modules]
+    if early and "unsloth" not in sys.modules:
+        raise ModelError(
+            f"model.backend: unsloth has to be imported before {', '.join(early)}, and this process has imported them "
+            "already (a notebook?). Restart it, or set model.backend=hf."
+        )
+    import unsloth  # noqa: F401
+
+
+def load_arguments(recipe: Recipe, base: Path | str, max_seq_length: int, dtype: Any) -> dict[str, Any]:
+    """Return what FastLanguageModel.from_pretrained gets."""
+    section = recipe.model
+    return {
+        "model_name": str(base),
+        "max_seq_length": max_seq_length,
+        "dtype": dtype,
+        "load_in_4bit": section.load_in == "4bit",
+        "load_in_8bit": section.load_in == "8bit",
+        "load_in_16bit": section.load_in == "16bit",
+        "trust_remote_code": section.trust_remote_code,
+        "use_gradient_checkpointing": _checkpointing(recipe),
+        "use_exact_model_name": True,  # else it may load another repository than the one that is merged onto
+        "fast_inference": False,  # its vLLM path is fragile on a T4
+        "max_lora_rank": int(recipe.lora.get("r", 8)),
+        "random_state": recipe.seed,
+    }
+
+
+def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return what FastLanguageModel.get_peft_model gets.
+
+    Raises:
+        ModelError: a LoRA key that it has no argument for.
+    """
+    given = dict(recipe.lora)
+    targets = given.pop("target_modules", "all-linear")
+    unknown = [key for key in given if key not in LORA_KEYS]
+    if unknown:
+        raise ModelError(
+            f"lora.{unknown[0]}: the backend unsloth has no such argument. Allowed: target_modules, "
+            f"{', '.join(LORA_KEYS)}. Remove it, or set model.backend=hf."
+        )
+    return {
+        **given,
+        "target_modules": ALL_LINEAR if targets == "all-linear" else targets,
+        "use_gradient_checkpointing": _checkpointing(recipe),
+        "random_state": recipe.seed,
+    }
+
+
+def _checkpointing(recipe: Recipe) -> str | bool:
+    return "unsloth" if recipe.grpo.get("gradient_checkpointing", True) else False
+
+
+def load_with_unsloth(recipe: Recipe, base: Path, max_seq_length: int, dtype: Any) -> Any:
+    """Return the base with a fresh adapter on it.
+
+    Raises:
+        ModelError: Unsloth cannot load it.
+    """
+    from unsloth import FastLanguageModel
+
+    try:
+        model, _ = FastLanguageModel.from_pretrained(**load_arguments(recipe, base, max_seq_length, dtype))
+        return FastLanguageModel.get_peft_model(model, **adapter_arguments(recipe))
+    except (OSError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            f"model: {recipe.model.id} cannot be loaded by unsloth: {lines[0] if lines else type(error).__name__}. "
+            "Set model.backend=hf."
+        ) from error
