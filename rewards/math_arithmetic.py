@@ -91,6 +91,8 @@ def _log(base: Fraction, value: Fraction) -> Fraction | None:
     while (power < value) == (value > 1) and power != value and count < 4096:
         power = power * base if grows else power / base
         count += 1
+        if _bits(power) > _MOST_BITS:  # 1.0000001 to the 4000th has 28,000 digits, and takes seconds
+            return None
     return Fraction(count if grows else -count) if power == value else None
 
 

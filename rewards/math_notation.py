@@ -68,7 +68,7 @@ _THOUSANDS = re.compile(r"(?<![\d.}])\d{1,3}(?:(?:,\\!|\{,\}|,\\,|\\[,; ]|~|[ \u
 _THOUSANDS_MARK = re.compile(r"\{,\}|\\[!,; ]|[,~\s]")
 _SPACING = re.compile(r"\\(?:[,;:>]|quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\}|hfill)(?![a-zA-Z])|\\ |~|\s")
 _NOTHING = re.compile(
-    r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|boldsymbol|ensuremath)(?![a-zA-Z])\.?"
+    r"\\!|\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|boldsymbol|ensuremath)(?![a-zA-Z])\.?"
 )
 _FONT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|emph|rm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"

@@ -21,6 +21,7 @@ from rewards.math_reading import parse_answer
 
 _MOST_BITS = 2_000_000
 _LARGEST_EXPONENT = 10_000
+_MOST_DIGITS = 20_000
 _POINTS = [Rational(n, d) for n, d in ((31, 17), (-22, 13), (5, 7), (-3, 11), (71, 23), (113, 41), (-9, 4), (2, 29))]
 _CALLS: dict[str, Any] = {
     "sin": sympy.sin,
@@ -106,7 +107,10 @@ def _enough_digits(left: Expr, right: Expr) -> int:
     """
     numbers = [*left.atoms(Rational), *right.atoms(Rational)]
     bits = sum(int(number.p).bit_length() + int(number.q).bit_length() for number in numbers)
-    return min(20_000, 200 + bits * 4 // 3)
+    digits = 200 + bits * 4 // 3
+    if digits > _MOST_DIGITS:
+        raise Undecided("numbers too long to be told apart")
+    return digits
 
 
 def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:

@@ -13,7 +13,12 @@ _TENS_VALUES = {word: 10 * n for n, word in enumerate(_TENS.split(), start=2)}
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALES = {"hundred": Fraction(100), "dozen": Fraction(12), **{word: Fraction(n) for word, n in _LARGE.items()}}
 PARTS = {word: Fraction(1, n) for n, word in enumerate(_PARTS.split(), start=2)}
-PARTS |= {"halve": Fraction(1, 2), "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000)}
+PARTS |= {
+    "halve": Fraction(1, 2),
+    "quarter": Fraction(1, 4),
+    "hundredth": Fraction(1, 100),
+    "thousandth": Fraction(1, 1000),
+}
 _MOST_WORDS = 16
 
 

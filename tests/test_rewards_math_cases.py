@@ -3,6 +3,7 @@ r"""Own cases for `accuracy_reward`, worked out by hand: is the second the first
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -358,6 +359,57 @@ def test_whole_completions_are_judged_as_a_reader_would() -> None:
     scores = accuracy_reward([case["completion"] for case in cases], [case["gold"] for case in cases], timeout_s=10.0)
     wrong = [case for case, score in zip(cases, scores, strict=True) if score != case["expect"]]
     assert wrong == []
+
+
+HOSTILE = {
+    "logarithm to a base next to 1": ("\\sqrt{2}", "\\log_{1.0000001}{10^{400}}"),
+    "a difference 40,000 digits out": ("\\sqrt{2}", "\\sqrt{2}+10^{-39999}"),
+    "a power of a sum": ("x^2+1", "(x+1)^{1000000}"),
+    "a sum of nested cube roots": ("\\sqrt{2}", "+".join(f"\\sqrt[3]{{{i}+\\sqrt{{{i + 1}}}}}" for i in range(2, 60))),
+    "a tower of e": ("\\sqrt{2}", "e^{e^{e^{e^{10}}}}"),
+    "factorials of factorials": ("\\sqrt{2}", "((((20)!)!)!)!"),
+    "140 variables": ("x^2+1", "+".join(f"x_{{{i}}}^{{{i}}}" for i in range(1, 140))),
+    "a chain of powers": ("\\sqrt{2}", "2" + "^2" * 1900),
+    "1,900 parentheses": ("\\sqrt{2}", "(" * 1900 + "2" + ")" * 1900),
+    "hundreds of fractions": ("\\sqrt{2}", "\\frac{1}{1+" * 200 + "1" + "}" * 200),
+    "words without end": ("105", "one hundred and " * 250),
+    "fonts in fonts": ("\\sqrt{2}", "\\text{" * 500 + "a" + "}" * 500),
+    "fractions in braces": ("\\sqrt{2}", "{1\\over" * 400 + "2" + "}" * 400),
+    "signs on letters": ("2", "2" + "\u0300" * 3900),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_answer_costs_its_limit_at_most_and_earns_nothing(name: str) -> None:
+    gold, answer = HOSTILE[name]
+    accuracy_reward(["\\boxed{x+1}"], ["1+x"])  # the judge is running
+    begun = time.monotonic()
+    assert accuracy_reward([f"\\boxed{{{answer}}}"], [gold], timeout_s=2.0) == [0.0]
+    assert time.monotonic() - begun < 2.0 + 3.0  # the limit, and room for a busy machine
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{3}" + "\n" * 200_000 + "or",
+        "\\boxed{3}" + "." * 100_000 + "\\boxed{4}",
+        "\\boxed{3}" + " option" * 30_000 + " x \\boxed{4}",
+        "not " * 50_000 + "\\boxed{3}",
+        "\\boxed{3} " * 20_000,
+        "the answer is 3 or " * 20_000,
+        "the answer is\n" * 40_000,
+        "the answer is $" * 20_000,
+        "<think " * 50_000,
+        "<" + " " * 100_000 + "think>",
+        "<answer>" + "```" * 30_000 + "</answer>",
+        "\\boxed{" + " " * 100_000 + "2}",
+    ],
+    ids=lambda text: repr(text[:24]),
+)
+def test_a_long_hostile_text_is_read_in_linear_time(text: str) -> None:
+    begun = time.monotonic()
+    assert accuracy_reward([text], ["1"]) == [0.0]
+    assert time.monotonic() - begun < 10.0  # a fraction of a second on an idle core
 
 
 def test_every_gold_of_the_table_answers_itself() -> None:
