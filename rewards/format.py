@@ -6,10 +6,13 @@ It judges form only; pair it with an accuracy reward, and gate it (`rewards.gate
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.completion import Completion, completion_text, prompt_end
+
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers and the empty Braille cell: letters that show nothing
 
 
 def format_reward(
@@ -97,10 +100,15 @@ def _right_blocks(text: str, tags: Sequence[str], marker: re.Pattern[str], max_a
         if len(opening) != 1 or len(closing) != 1 or opening[0].start() < end or closing[0].start() < opening[0].end():
             continue
         content = text[opening[0].end() : closing[0].start()].strip()
-        if not content or marker.search(content) or (tag == tags[-1] and len(content) > max_answer_chars):
+        if not _is_visible(content) or marker.search(content) or (tag == tags[-1] and len(content) > max_answer_chars):
             continue
         right, end = right + 1, closing[0].end()
     return right
+
+
+def _is_visible(text: str) -> bool:
+    """Tell whether a text shows anything: zero-width and control characters are no reasoning."""
+    return any(unicodedata.category(char)[0] not in "ZCM" and char not in _BLANK for char in text)
 
 
 def _only_blocks(text: str, tags: Sequence[str]) -> bool:

@@ -24,7 +24,15 @@ def test_every_shared_case_is_judged_as_expected() -> None:
     assert [c["note"] for c, score in zip(cases, scores, strict=True) if score != float(c["expect"])] == []
 
 
-RIGHT_FORMS = [RIGHT, f"\n {RIGHT}\n", "<think>a</think><answer>b</answer>", "<think>a < b</think><answer>x<y</answer>"]
+RIGHT_FORMS = [
+    "<think>我想</think><answer>四</answer>",
+    "<think>use `x < y` and <b>bold</b></think>\n\n<answer>```\nprint(4)\n```</answer>",
+    "<think>a</think>\t\r\n<answer>4</answer>\r\n",
+    RIGHT,
+    f"\n {RIGHT}\n",
+    "<think>a</think><answer>b</answer>",
+    "<think>a < b</think><answer>x<y</answer>",
+]
 WRONG_FORMS = {
     "empty": "",
     "blank": " \n",
@@ -51,6 +59,38 @@ WRONG_FORMS = {
     "enumeration": f"<think>a</think><answer>{'1 ' * 1000}</answer>",
     "tag inside the answer": "<think>a</think><answer><think></answer>",
     "flood": "<think>" * 20_000 + RIGHT,
+    "zero-width thinking": "<think>\u200b\u200d</think><answer>4</answer>",
+    "zero-width answer": "<think>a</think><answer>\ufeff\u2060</answer>",
+    "ideographic blank": "<think>\u3000</think><answer>4</answer>",
+    "Hangul filler": "<think>\u3164</think><answer>4</answer>",
+    "Braille blank": "<think>\u2800</think><answer>4</answer>",
+    "control characters": "<think>\x00\x1b</think><answer>4</answer>",
+    "combining mark alone": "<think>\u0300</think><answer>4</answer>",
+    "in a code block": f"```\n{RIGHT}\n```",
+    "in a quote": f"> {RIGHT}",
+    "in a comment": f"<!-- {RIGHT} -->",
+    "full-width brackets": "＜think＞a＜/think＞＜answer＞4＜/answer＞",
+    "escaped brackets": "&lt;think&gt;a&lt;/think&gt;&lt;answer&gt;4&lt;/answer&gt;",
+    "square brackets": "[think]a[/think][answer]4[/answer]",
+    "Cyrillic letters": "<thіnk>a</thіnk><аnswer>4</аnswer>",
+    "blank before closing": "<think>a</think ><answer>4</answer >",
+    "newline in the tag": "<think\n>a</think><answer\n>4</answer>",
+    "self-closing": "<think/>a<answer/>4",
+    "closing first": "</think><think>a</think><answer>4</answer>",
+    "answer quoted in the thinking": "<think>I write <answer>5</answer></think><answer>4</answer>",
+    "closing quoted in the thinking": "<think>then </answer></think><answer>4</answer>",
+    "thinking quoted in the answer": "<think>a</think><answer>I think </think> so</answer>",
+    "answer, thinking, answer": "<answer>4</answer><think>a</think><answer>4</answer>",
+    "two forms": RIGHT * 2,
+    "two forms on two lines": f"{RIGHT}\n\n{RIGHT}",
+    "a word between": "<think>a</think>.<answer>4</answer>",
+    "a mark before": "\ufeff" + RIGHT,
+    "an end token after": RIGHT + "<|im_end|>",
+    "a turn of the user after": RIGHT + "\nuser: 2+2?",
+    "opening tag doubled": "<<think>a</think><answer>4</answer>",
+    "closing tag broken": "<think>a</think><answer>4</answer",
+    "closing tag misspelt": "<think>a</thinks><answer>4</answer>",
+    "thinking never closed, twice": "<think>a<think>b<answer>4</answer>",
 }
 
 
