@@ -33,7 +33,7 @@ _BETWEEN_BOXES = re.compile(
     re.IGNORECASE,
 )
 _MINUS_BEFORE = re.compile(r"(?:\A|[\s$=(\[{:])[-−](?:\\[!,;: ])?\Z")
-_FACTOR_BEFORE = re.compile(r"(?:\A|[^a-zA-Z\d.])([a-zA-Z]|\d+)\Z")
+_FACTOR_BEFORE = re.compile(r"(?:\A|[^a-zA-Z\d.\\])([a-zA-Z]|\d+)\Z")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _LETTERS_AFTER = re.compile(r"[a-zA-Z]+|\d+")
 _AFTER_BOX = re.compile(r"\s*(?:\^\s*(?:\{[^{}]{0,20}\}|\\circ|\w)|_\s*(?:\{[^{}]{0,20}\}|\d+))|[ \t]?\\?%")
