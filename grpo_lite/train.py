@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from grpo_lite.base_model import commit_of, resolve_base
 from grpo_lite.budgets import Fit, fit_to_device, longest_prompt
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.engine import device_line, load_base, make_trainer
@@ -47,6 +48,7 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
 
             fetch_checkpoint(run, recipe.push_checkpoints, show)
         state = agree(run.prepare(recipe) if ranks.is_first else None, ranks)
+        recipe = run.with_base_commit(recipe)
         device = detect_device()
         show(device_line(recipe, device))
         tokenizer = load_tokenizer(recipe)
@@ -205,7 +207,8 @@ def _record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> No
     if state == "resume":
         run.update_run(resumed_at=resumed)
     else:
-        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json())
+        commit = commit_of(resolve_base(recipe.model.id, recipe.model.revision, weights=False))
+        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json(), base_revision=commit)
     if any(reward.function.endswith("unit_test_reward") for reward in recipe.rewards):
         from rewards.sandbox import layers
 

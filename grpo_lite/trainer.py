@@ -40,6 +40,9 @@ class PackedGRPOTrainer(ResumableGRPOTrainer):
         self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
         super().__init__(*args, options=options, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's has placeholders for licence and base. `grpo-lite push` writes the real one."""
+
     # Scoring
 
     def _get_per_token_logps_and_entropies(

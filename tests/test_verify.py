@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,14 @@ def test_truncated_merged_weights_are_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ExportError, match=r"model\.safetensors: is not a whole safetensors file"):
         verify(folder)
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200 << 20))
+    with pytest.raises(ExportError, match=r"merged but not verified.*0\.3 GiB, and 0\.2 GiB are free on cpu"):
+        verify_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, ByteTokenizer())
 
 
 def test_no_prompts_is_an_error(folder: Path) -> None:
