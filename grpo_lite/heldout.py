@@ -27,7 +27,10 @@ class HeldOutScore(TrainerCallback):
         due = state.global_step % self.recipe.eval.every == 0 or state.global_step == state.max_steps
         if not due:
             return
-        records = score_model(self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained")
+        with self.trainer.spending("heldout"):
+            records = score_model(
+                self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained"
+            )
         usable = [record for record in records if record["lenient"] is not None]
         for kind in ("lenient", "strict") if usable else ():
             rate = sum(bool(record[kind]) for record in usable) / len(usable)

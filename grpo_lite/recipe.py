@@ -157,6 +157,13 @@ class EvalSection(_Section):
     max_new_tokens: int | None = Field(None, ge=1, description="null: grpo.max_completion_length.")
     every: int = Field(0, ge=0, description="Steps between greedy held-out scores while it trains; 0: never.")
     every_limit: int = Field(64, ge=1, description="Held-out prompts of those scores.")
+
+    @model_validator(mode="after")
+    def _every_needs_held_out_rows(self) -> EvalSection:
+        if self.every and not self.enabled:
+            raise ValueError("every is given, but enabled is false, so there are no held-out rows to score")
+        return self
+
     lenient: ScoreSection | None = Field(None, description="Is the answer right? null: the first reward.")
     strict: list[ScoreSection] = Field(
         default_factory=list, description="Further scores a completion must reach to be strictly right (format)."

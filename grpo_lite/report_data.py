@@ -145,8 +145,10 @@ def phases(page: RunPage) -> list[dict[str, Any]]:
     rollout, reward = (total_of(e.series(f"time/{name}_s")) for name in ("rollout", "reward"))
     stepped = sum(e.series("step_time"))
     seconds: dict[str, float] = {"rollout": rollout, "reward": reward, "update": max(0.0, stepped - rollout - reward)}
-    seconds["other"] = max(0.0, float(record.get("training_seconds") or 0.0) - stepped)
+    held_out = total_of(e.series("time/heldout_s"))  # between steps
+    seconds["other"] = max(0.0, float(record.get("training_seconds") or 0.0) - stepped - held_out)
     seconds |= {name: float(record.get(f"{name}_seconds") or 0.0) for name in ("evaluation", "merge")}
+    seconds["evaluation"] += held_out
     if not rollout:
         seconds = {"update": stepped} | {k: v for k, v in seconds.items() if k not in ("rollout", "reward", "update")}
     whole = sum(seconds.values())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trl import GRPOTrainer
@@ -30,17 +32,22 @@ class TimedGRPOTrainer(GRPOTrainer):
         """Log a figure with the metrics of the current step."""
         self._metrics["train"][name].append(value)
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def spending(self, phase: str) -> Iterator[None]:
+        """Count the time spent inside as a phase's; it is logged as `time/<phase>_s`."""
         begun = time.perf_counter()
-        result = super()._generate(*args, **kwargs)
-        self._spent_s["rollout"] += time.perf_counter() - begun
-        return result
+        try:
+            yield
+        finally:
+            self._spent_s[phase] += time.perf_counter() - begun
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.spending("rollout"):
+            return super()._generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
-        result = super()._calculate_rewards(*args, **kwargs)
-        self._spent_s["reward"] += time.perf_counter() - begun
-        return result
+        with self.spending("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's metrics and ours."""

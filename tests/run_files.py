@@ -66,7 +66,7 @@ def _metrics(step: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "completions/mean_length": 4.0, "completions/min_length": 2.0, "completions/max_length": 6.0,
         "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.25, "entropy": 2.0 - step / 100, "step_time": 2.0,
         "num_tokens": 500.0 * step, "time/rollout_s": 1.0 * step, "time/reward_s": 0.1 * step, "kl": 0.01 * step,
-        "memory/peak_gib": 2.5, **held,
+        "time/heldout_s": 0.25 * step, "memory/peak_gib": 2.5, **held,
     }  # fmt: skip
 
 

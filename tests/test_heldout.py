@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from grpo_lite.errors import RecipeError
 from grpo_lite.progress import read_metrics
 from grpo_lite.recipe_load import load_recipe
 from grpo_lite.run_dir import RunDir
@@ -43,5 +44,13 @@ def test_time_and_memory_are_logged_and_grow(scored: list[dict[str, Any]]) -> No
         values = [record[key] for record in scored]
         assert values == sorted(values), key
         assert values[0] > 0, key
+    held = [record["time/heldout_s"] for record in scored if "time/heldout_s" in record]
+    assert len(held) == 2  # from the first score on
+    assert held == sorted(held)
     spent = scored[-1]["time/rollout_s"] + scored[-1]["time/reward_s"]
     assert spent <= sum(record["step_time"] for record in scored)
+
+
+def test_scores_without_held_out_rows_are_refused() -> None:
+    with pytest.raises(RecipeError, match="every is given, but enabled is false"):
+        load_recipe(str(ROOT / "recipes" / "smoke.yaml"), ["eval.every=2", "eval.enabled=false"])
