@@ -175,6 +175,8 @@ def rendered(board: Board, title: str) -> Any:
     head = Text(f"step {board.step}/{board.total or '?'}", style="bold")
     head.append(f"   {format_seconds(board.seconds)} gone", style="dim")
     head.append(f" · {format_seconds(left)} left" if left is not None else "", style="dim")
+    if budget := board.recipe.limits.max_minutes:
+        head.append(f" · budget {format_seconds(60 * budget)}", style="dim")
     table = Table.grid(padding=(0, 2))
     for name, value, spark in board.table():
         table.add_row(Text(name, style="dim"), Text(value, style="bold", justify="right"), Text(spark, style="cyan"))

@@ -173,6 +173,9 @@ def not_measured(page: RunPage) -> list[str]:
     """Return what this run does not show, as sentences."""
     recipe, scores = page.recipe, page.scores
     lines = [] if scores else ["The task itself: there is no score before or after."]
+    if page.record.get("paused_at") and not page.record.get("finished_at"):
+        done, total = page.evidence.steps[-1]["step"] if page.evidence.steps else 0, page.record.get("max_steps")
+        lines.append(f"The rest of the run: it paused after step {done} of {total}, and the same command goes on.")
     if scores and not recipe.eval.strict:
         lines.append("The form of the answers: this recipe has no strict score of its own.")
     if scores and "honest" not in scores:
@@ -264,11 +267,12 @@ def for_script(value: Any) -> str:
 def versions(page: RunPage) -> Iterable[tuple[str, str]]:
     """Return versions and the like as (name, value), known ones only."""
     record = page.record
-    device = record.get("device") or {}
+    device, faults = record.get("device") or {}, record.get("faults") or {}
     found = {
         "device": device.get("name"), "memory of the device": gib(device.get("memory_bytes")),
         "seed": record.get("seed"), "started": record.get("started_at"), "finished": record.get("finished_at"),
         "resumed": ", ".join(record.get("resumed_at") or []) or None,
+        "left out": ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in faults.items()) or None,
         "grpo_lite": " ".join(str(v) for v in (record.get("grpo_lite"), record.get("git_commit")) if v),
         "python": record.get("python"), "platform": record.get("platform"), **(record.get("versions") or {}),
     }  # fmt: skip

@@ -13,6 +13,7 @@ from grpo_lite.evidence import Finding, read_lines
 from grpo_lite.run_dir import RunDir
 
 Show = Callable[[str], None]
+ENDED = ("finished", "paused", "quiet")
 
 
 def read_board(run: RunDir) -> Board:
@@ -34,10 +35,13 @@ def read_board(run: RunDir) -> Board:
 
 
 def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
-    """Return "running", "finished", "evaluating" (trained, not finished) or "quiet" (no step for a long time)."""
+    """Return "running", "finished", "paused" (limits.max_minutes), "evaluating" (trained, not finished) or "quiet"."""
     record = run.read_run()
     if record.get("finished_at"):
         return "finished"
+    begun = max([record.get("started_at") or "", *(record.get("resumed_at") or [])])
+    if (record.get("paused_at") or "") > begun:
+        return "paused"
     if record.get("trained_at"):
         return "evaluating"
     started = record.get("started_at")
@@ -63,7 +67,7 @@ def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any]
         found = stated_findings(run)
         yield from (Finding(r["key"], r["sentence"], r.get("override")).line() for r in found[stated:])
         stated = len(found)
-        if state in ("finished", "quiet"):
+        if state in ENDED:
             yield f"{run.path}: {state}" + (", no step for ten minutes" if state == "quiet" else "")
             return
         sleep(every_s)
@@ -75,7 +79,7 @@ def watch_live(run: RunDir, every_s: float = 1.0) -> str:
 
     board = read_board(run)
     with Live(rendered(board, str(run.path)), refresh_per_second=2) as live:
-        while (state := state_of(run)) not in ("finished", "quiet"):
+        while (state := state_of(run)) not in ENDED:
             live.update(rendered(read_board(run), f"{run.path}: {state}"))
             time.sleep(every_s)
         live.update(rendered(read_board(run), f"{run.path}: {state}"))

@@ -25,8 +25,10 @@ SOURCE = "grpo_lite"  # folder of the project: a clone, or an upload
 RECIPE = "gsm8k"
 RUN = "/content/drive/MyDrive/grpo_lite/gsm8k"  # on Drive: survives a disconnect
 DRIVE = True  # ask for Google Drive
-OVERRIDES = []
+MINUTES = 180  # training stops in time, is evaluated and merged; run all cells again to go on
+OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+PROBE = 32  # prompts that the untrained model is tried on
 GGUF = "q8_0"  # "" for none
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 
@@ -34,8 +36,10 @@ REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 SOURCE = "/kaggle/working/grpo_lite"  # folder of the project: a clone, or a dataset you attached
 RECIPE = "gsm8k"
 RUN = "/kaggle/working/gsm8k"
-OVERRIDES = []
+MINUTES = 480  # a session lasts 9 hours at most; run all cells again to go on
+OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+PROBE = 32  # prompts that the untrained model is tried on
 GGUF = "q8_0"  # "" for none
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 
@@ -43,7 +47,7 @@ REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 SOURCE = ".."  # folder of the project
 RECIPE = "quickstart"
 RUN = "runs/notebook"
-OVERRIDES = []
+OVERRIDES = []  # a time budget: ["limits.max_minutes=30"]
 QUESTION = "11+7="
 GGUF = ""  # such as "q8_0"
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
@@ -91,6 +95,12 @@ def grpo_lite(*words):
 
 grpo_lite("doctor")
 
+# %% [markdown] tags=["colab", "kaggle"]
+# Where its memory would go, counted before anything is loaded:
+
+# %% tags=["colab", "kaggle"]
+grpo_lite("plan", RECIPE, *OVERRIDES)
+
 # %% [markdown]
 # ## What it will train on
 # Prompts as the model gets them, their lengths, and whether the rewards pay the right answer and nothing else.
@@ -99,10 +109,16 @@ grpo_lite("doctor")
 grpo_lite("check", RECIPE, *OVERRIDES, "--previews", "1")
 grpo_lite("rewards", "check", RECIPE, *OVERRIDES)
 
+# %% [markdown] tags=["colab", "kaggle"]
+# And will it learn? The untrained model on some of the prompts: how many it solves already, how many groups teach.
+
+# %% tags=["colab", "kaggle"]
+grpo_lite("probe", RECIPE, *OVERRIDES, "--prompts", PROBE)
+
 # %% [markdown]
 # ## Train
-# Run this cell again after a disconnect: it goes on from the last checkpoint. The board is redrawn in place; the
-# doctor's lines say what is wrong, if anything, and what to type.
+# Run this cell again after a disconnect, or when the time budget (`limits.max_minutes`) has ended it: it
+# goes on from the last checkpoint. The board is redrawn in place; the doctor's lines say what is wrong, if anything, and what to type.
 
 # %%
 from grpo_lite.run_dir import RunDir

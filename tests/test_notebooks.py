@@ -66,7 +66,7 @@ def run(name: str, tmp_path: Path, **parameters: Any) -> Any:
 
 
 def test_every_cell_of_the_cpu_notebook_runs(tmp_path: Path) -> None:
-    notebook = run("quickstart_cpu", tmp_path, RECIPE="smoke", OVERRIDES=["eval.samples=0"])
+    notebook = run("quickstart_cpu", tmp_path, RECIPE="smoke", OVERRIDES=["eval.samples=0", "limits.max_minutes=30"])
     shown = outputs(notebook)
     assert "everything is installed already" in shown
     assert "step 3/3" in shown
@@ -87,7 +87,7 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
     own = [f"data.train.path={tmp_path / 'rows.jsonl'}", f"rewards[0].function={tmp_path / 'varied.py'}:varied",
            "rewards[0].kwargs={}", "check.enabled=false"]  # fmt: skip
     extra = {"DRIVE": False} if name == "colab_gsm8k" else {}
-    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own], GGUF="", **extra)
+    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own, "limits.max_minutes=30"], GGUF="", PROBE=2, **extra)
     shown = outputs(notebook)
     assert "srcdoc" in shown  # the report, inline
     assert "step 2/2" in shown

@@ -214,6 +214,18 @@ def test_report_can_be_written_again_for_the_same_run(tmp_path: Path) -> None:
     assert write_report(RunDir(run.path)).read_bytes() == first
 
 
+def test_a_paused_run_and_what_was_left_out_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    record = {k: v for k, v in run.read_run().items() if k not in ("finished_at", "trained_at")}
+    faults = {"skipped_steps": 2}
+    run.run_file.write_text(
+        json.dumps({**record, "max_steps": 50, "paused_at": "2026-01-01T00:05:00Z", "faults": faults})
+    )
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "it paused after step 12 of 50" in html
+    assert "2 skipped steps" in html
+
+
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(run: RunDir) -> Path:
         raise ValueError("no fonts")

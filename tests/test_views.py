@@ -163,6 +163,20 @@ def test_a_run_without_a_step_for_long_is_quiet(tmp_path: Path) -> None:
     assert state_of(run) == "quiet"
 
 
+def test_a_run_paused_by_its_time_budget_is_paused_until_it_is_resumed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    record = {k: v for k, v in run.read_run().items() if k not in ("finished_at", "trained_at")}
+    run.run_file.write_text(json.dumps({**record, "paused_at": "2026-01-01T00:05:00Z"}))
+    assert state_of(run) == "paused"
+    run.update_run(resumed_at=["2026-01-01T00:06:00Z"])
+    assert state_of(run) == "running"
+
+
+def test_the_board_names_the_time_budget(tmp_path: Path) -> None:
+    board = read_board(write_run(tmp_path / "run", overrides=("limits.max_minutes=90",)))
+    assert "budget 1:30:00" in as_text(board)
+
+
 def test_watch_of_a_finished_run_and_of_none(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     text = in_process("watch", str(run.path))
