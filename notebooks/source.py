@@ -28,6 +28,7 @@ DRIVE = True  # ask for Google Drive
 MINUTES = 180  # training stops in time, is evaluated and merged; run all cells again to go on
 OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
 PROBE = 32  # prompts that the untrained model is tried on
 GGUF = "q8_0"  # "" for none
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
@@ -39,6 +40,7 @@ RUN = "/kaggle/working/gsm8k"
 MINUTES = 480  # a session lasts 9 hours at most; run all cells again to go on
 OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
+GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
 PROBE = 32  # prompts that the untrained model is tried on
 GGUF = "q8_0"  # "" for none
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
@@ -99,7 +101,7 @@ grpo_lite("doctor")
 # Where its memory would go, counted before anything is loaded:
 
 # %% tags=["colab", "kaggle"]
-grpo_lite("plan", RECIPE, *OVERRIDES)
+grpo_lite("plan", RECIPE, *OVERRIDES, "--gpu", GPU)
 
 # %% [markdown]
 # ## What it will train on
@@ -117,8 +119,9 @@ grpo_lite("probe", RECIPE, *OVERRIDES, "--prompts", PROBE)
 
 # %% [markdown]
 # ## Train
-# Run this cell again after a disconnect, or when the time budget (`limits.max_minutes`) has ended it: it
-# goes on from the last checkpoint. The board is redrawn in place; the doctor's lines say what is wrong, if anything, and what to type.
+# Run this cell again after a disconnect, or when the time budget (`limits.max_minutes`) has ended it: it goes on from
+# the last checkpoint. The board is redrawn in place; the doctor's lines say what is wrong, if anything, and what to
+# type.
 
 # %%
 from grpo_lite.run_dir import RunDir
