@@ -56,6 +56,7 @@ def test_empty_completions_train(server: Server, tmp_path: Path) -> None:
     assert {row["completion"] for row in lines_of(run, 1)} == {""}
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_prompts_load_in_seconds(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"question": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(100_000)))
