@@ -11,9 +11,12 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from grpo_lite.errors import ModelError
 from grpo_lite.manifest import write_manifest
@@ -22,6 +25,7 @@ from grpo_lite.recipe import EMBEDDED_MODEL, TINY_MODEL
 logger = logging.getLogger(__name__)
 
 _EMBEDDED_FORMAT = 2  # raise when the converted folder's content changes
+HUB_PATIENCE_S = 5.0
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -80,7 +84,8 @@ def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+        with only_cache_if_unreachable():
+            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
     except GatedRepoError:
         raise ModelError(
             f"model.id: {model_id} is gated: its owner asks you to accept a licence. Open its page on the Hub, accept, "
@@ -102,6 +107,39 @@ def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=True))
         raise ModelError(hub_unreachable("model.id", model_id, error)) from None
+
+
+@cache
+def hub_answers() -> bool:
+    """Return whether the Hub answers within a few seconds, asked once."""
+    import httpx
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE_S)
+    except (httpx.TransportError, ConnectionError):  # the second: HF_HUB_OFFLINE is set
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def only_cache_if_unreachable() -> Iterator[None]:
+    """Let the libraries below look into their caches only while the Hub does not answer.
+
+    Left alone they ask again and again: 45 s until a dataset is given up (huggingface_hub 1.x, datasets 4.x).
+    """
+    from huggingface_hub import constants
+
+    modules: list[Any] = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    if not hub_answers():
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def hub_unreachable(key: str, what: str, error: BaseException) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.base_model import hub_unreachable
+from grpo_lite.base_model import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.errors import DataError
 from grpo_lite.generators import Row, generate_rows
 from grpo_lite.prompt_tokens import holds_special_tokens, prompt_ids, prompt_text
@@ -135,7 +135,8 @@ def _read_hub(source: SourceSection, where: str) -> list[Row]:
     name = f"{source.hub}" + (f" ({source.config})" if source.config else "")
     split = f"{source.split}[:{source.limit}]" if source.limit and "[" not in source.split else source.split
     try:
-        dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+        with only_cache_if_unreachable():
+            dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except DatasetNotFoundError as error:
         raise DataError(
             f"{where}.hub: the dataset {name} was not found on the Hub, or is gated or private: {error}. Check the "

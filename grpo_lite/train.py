@@ -182,7 +182,7 @@ def build_trainer(
             processing_class=tokenizer,
             callbacks=[MetricsFile(run)] if first else [],
         )
-    except (ValueError, TypeError, NotImplementedError) as error:  # upstream's own refusals
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
     view.latest = lambda: latest_completions(trainer)

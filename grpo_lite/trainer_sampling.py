@@ -174,6 +174,16 @@ class SamplingGRPOTrainer(TimedGRPOTrainer):
 
     # Checkpoints
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card: TRL's has placeholders for licence and base; `push` writes one from what was measured."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        there = card.exists()
+        super()._save(output_dir, state_dict)
+        if not there:
+            card.unlink(missing_ok=True)  # PEFT's, an empty form with a path of this machine
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if (self._rates or self._queue) and self.args.should_save:

@@ -76,6 +76,36 @@ def test_an_unreachable_hub_is_said_with_the_way_out(tmp_path: Path) -> None:
     assert "model.id=embedded/SmolLM2-135M-Instruct" in text
 
 
+def test_an_unreachable_hub_is_given_up_within_seconds_for_data_too(tmp_path: Path) -> None:
+    code = (
+        "import time; import datasets; from grpo_lite.data import read_rows; from grpo_lite.errors import DataError\n"
+        "from grpo_lite.recipe import SourceSection; begun = time.monotonic()\n"
+        "try: read_rows(SourceSection(hub='owner/data'), 0, 'data.train')\n"
+        "except DataError as error: print(time.monotonic() - begun, error)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    seconds, _, message = out.stdout.partition(" ")
+    assert float(seconds) < 12  # against 23 s of waiting between retries
+    assert "the Hub cannot be reached" in message
+    assert "data.train.path=my.jsonl" in message
+    assert "Retry" not in out.stderr
+
+
+def test_the_libraries_are_offline_only_while_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from grpo_lite import base_model
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(base_model, "hub_answers", lambda: False)
+    with base_model.only_cache_if_unreachable():
+        assert constants.is_offline_mode()
+    assert not constants.is_offline_mode()
+
+
 @pytest.mark.parametrize(
     "model_id, expected",
     [
@@ -101,6 +131,18 @@ def test_four_bits_without_bitsandbytes_names_the_way_out(root: Path, monkeypatc
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"4bit is given, but bitsandbytes is not installed.*model.load_in=16bit"):
+        load_model(load_recipe("smoke"), Device("cpu", "x", 1 << 30, bfloat16=True))
+
+
+def test_four_bits_on_a_device_that_bitsandbytes_does_not_know_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes
+
+    from grpo_lite.hardware import Device
+
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"}, raising=False)
+    with pytest.raises(ModelError, match=r"4bit is given, but bitsandbytes .* not on cpu. Set model.load_in=16bit"):
         load_model(load_recipe("smoke"), Device("cpu", "x", 1 << 30, bfloat16=True))
 
 

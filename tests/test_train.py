@@ -31,6 +31,11 @@ def test_a_run_ends_with_everything_in_its_directory(finished: tuple[Path, str])
     assert not [*run.glob("README.md"), *run.glob("*/README.md")]
 
 
+def test_no_form_to_be_filled_in_is_left_as_a_model_card(finished: tuple[Path, str]) -> None:
+    """TRL's and PEFT's cards hold placeholders and paths of this machine; `push` writes one that holds neither."""
+    assert not list(finished[0].rglob("README.md"))
+
+
 def test_the_screen_shows_progress_a_sample_and_the_result(finished: tuple[Path, str]) -> None:
     text = finished[1]
     assert "step 3/3 · reward" in text
@@ -170,6 +175,7 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["train", "smoke", "model.dtype=float16"], "a CPU cannot train in it"),
     (["train", "smoke", "lora.target_modules=[nothing_here]"], "nothing_here"),
     (["train", "smoke", "grpo.save_strategy=best"], "grpo"),
+    (["train", "smoke", "grpo.report_to=nonsense"], "nonsense is not supported"),
     (["eval", "no/such/run"], "is not a run"),
     (["merge", "recipes"], "is not a run"),
     (["show", "smoke", "seed"], "write key.path=value"),
