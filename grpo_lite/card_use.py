@@ -25,7 +25,8 @@ def use_section(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any
         kinds = [str(record["kind"]) for record in gguf] or ["q8_0"]
         lines += ["```sh", *(f"ollama run hf.co/{repo_id}:{kind.upper()}" for kind in kinds), "```", ""]
         lines += ["or download the file with its `Modelfile` and run", "", "```sh"]
-        lines += [f"ollama create {title.lower()} -f Modelfile && ollama run {title.lower()}", "```", ""]
+        modelfile = f"Modelfile-{kinds[0]}" if len(kinds) > 1 else "Modelfile"  # as push names them
+        lines += [f"ollama create {title.lower()} -f {modelfile} && ollama run {title.lower()}", "```", ""]
         file = gguf[0]["file"] if gguf else f"{recipe.name}-q8_0.gguf"
         lines += ["```python", "from transformers import AutoModelForCausalLM  # needs the package gguf", ""]
         lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", gguf_file="{file}")', "```", ""]

@@ -205,6 +205,11 @@ def test_proof_of_a_gguf_stands_in_it(run: RunDir) -> None:
     assert "Whether every GGUF file answers as the merged model does" in unproven
 
 
+def test_of_several_gguf_files_it_names_a_modelfile_that_is_pushed(run: RunDir) -> None:
+    both = [{"file": f"sums-{kind}.gguf", "kind": kind} for kind in ("f16", "q8_0")]
+    assert "ollama create sums -f Modelfile-f16 && ollama run sums" in card(run, "gguf", gguf=both)[1]
+
+
 def test_doubts_of_a_forced_push_stand_in_it(run: RunDir) -> None:
     assert "Pushed in spite of this:** it is worse" in card(run, doubts=["it is worse"])[1]
 
