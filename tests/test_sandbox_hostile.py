@@ -70,10 +70,16 @@ def test_no_process_and_no_file_of_theirs_is_left(played: tuple[str, dict[str, s
     assert _own_leftovers() == []
 
 
+def _directories() -> set[str]:
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("grpo-lite-sandbox-")}
+
+
+_BEFORE = _directories()  # of runs killed earlier
+
+
 def _own_leftovers() -> list[str]:
     """Return processes and directories of this process's sandboxes, which are all closed."""
-    left = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("grpo-lite-sandbox-")]
-    left = [name for name in left if not os.path.exists(f"/proc/{name.split('-')[3]}")]  # another run's are its own
+    left = [name for name in _directories() - _BEFORE if not os.path.exists(f"/proc/{name.split('-')[3]}")]
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
