@@ -130,10 +130,13 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     from grpo_lite.unsloth_backend import prepare
 
     prepare(loaded.model)
+    from grpo_lite.ranks import this_process
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
     result = train_run(loaded, run, click.echo, view="plain" if plain else _view())
+    if not this_process().is_first:
+        return
     if result.stopped_by:
         click.echo(interrupted_summary(result))
         sys.exit(INTERRUPTED)

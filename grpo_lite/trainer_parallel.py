@@ -7,13 +7,16 @@ step over the adapter's gradients (tens of MB), and DDP's forward is never calle
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from trl import GRPOTrainer
 
 from grpo_lite.trainer import PackedGRPOTrainer
 
@@ -55,8 +58,13 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.accelerator.is_main_process:
             super()._save_checkpoint(model, trial)
-        if self._is_parallel:
-            self.accelerator.wait_for_everyone()
+            return
+        with tempfile.TemporaryDirectory() as scratch:  # only the first one's counts, but all meet in its barriers
+            self._saving_to = Path(scratch)
+            try:
+                GRPOTrainer._save_checkpoint(self, model, trial)
+            finally:
+                self._saving_to = None
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:

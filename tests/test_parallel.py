@@ -68,7 +68,7 @@ def test_two_processes_train_what_one_does(loss_type: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_whole_run_by_two_processes_ends_as_one_s_does(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch(2, "-m", "grpo_lite.cli", "train", "smoke", "--run", str(run), "grpo.max_steps=2")
+    launch(2, str(ROOT / "tests" / "parallel_run.py"), str(run), "smoke", "grpo.max_steps=2")
     assert (run / "merged" / "model.safetensors").is_file()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((run / "completions" / "step_000001.jsonl").read_text().splitlines()) == 8
