@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 
 from grpo_lite import checkpoints
 from grpo_lite.engine_options import EngineOptions
@@ -49,9 +50,25 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card has placeholders, and a run's own is made from its measured scores when pushed."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._begun = time.monotonic()
-        return super().train(*args, **kwargs)
+        if isinstance(resume_from_checkpoint, str) and self._was_the_last(Path(resume_from_checkpoint)):
+            return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _was_the_last(self, checkpoint: Path) -> bool:
+        """Take up a checkpoint of the last step; transformers 5.23 would train a step beyond the end from it."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self._take_up(checkpoints.read_facts(checkpoint))
+        return True
+
+    def _take_up(self, facts: dict[str, Any]) -> None:
+        self.seconds_before = float(facts.get("seconds_trained", 0.0))
+        self.faults.update(facts.get("faults", {}))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
@@ -116,9 +133,7 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
         self._buffered_inputs = state["buffered"]
         if state["logs"] is not None:
             _restore_logs(self._logs, state["logs"])
-        facts = checkpoints.read_facts(Path(checkpoint))
-        self.seconds_before = float(facts.get("seconds_trained", 0.0))
-        self.faults.update(facts.get("faults", {}))
+        self._take_up(checkpoints.read_facts(Path(checkpoint)))
         self.faults_in_a_row.update(state["faults_in_a_row"])
         self._spent_s.update(state["spent_s"])
 

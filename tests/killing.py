@@ -41,6 +41,8 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "checkpoint: rename": ("grpo_lite.checkpoints:publish", "before"),
     "checkpoint: renamed": ("grpo_lite.checkpoints:publish", "after"),
     "checkpoint: older removed": ("grpo_lite.checkpoints:rotate", "before"),
+    "adapter": ("grpo_lite.fit:_save_adapter", "before"),
+    "adapter written": ("grpo_lite.fit:_save_adapter", "after"),
     "run.json": ("grpo_lite.run_dir:RunDir.update_run", "before"),
     "evaluation": ("grpo_lite.evaluate:score_model", "before"),
     "evaluation: written": ("grpo_lite.evaluate:_write_records", "after"),

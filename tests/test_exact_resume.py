@@ -42,7 +42,7 @@ def survives(server: Server, run: Path, configuration: str, expected: dict[str, 
 
 KILLS: list[tuple[str, list[tuple[str, int]]]] = [
     ("all at once", [("backward", 17), ("checkpoint: tensors written", 2)]),
-    ("to the merge", [("checkpoint: older removed", 3), ("merge: a block", 5)]),
+    ("to the merge", [("checkpoint: older removed", 3), ("adapter written", 1), ("merge: a block", 5)]),
 ]
 
 
