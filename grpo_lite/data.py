@@ -167,7 +167,10 @@ def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
         DataError: a column that the template or `answer` names is missing.
     """
     columns = {name: value for name, value in row.items() if name is not None}
-    names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
+    try:
+        names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
+    except ValueError as error:
+        raise _no_template(data.prompt, error) from None
     needed = names + ([data.answer] if data.answer else [])
     for name in needed:
         if name.split(".")[0].split("[")[0] not in columns:
@@ -176,12 +179,22 @@ def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
                 "Correct data.prompt or data.answer."
             )
     passthrough = data.prompt == "{prompt}" and isinstance(row.get("prompt"), list)
-    question = "" if passthrough else data.prompt.format_map(columns)
+    try:
+        question = "" if passthrough else data.prompt.format_map(columns)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _no_template(data.prompt, error) from None
     out = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
     if data.answer:
         out["answer"] = columns[data.answer]
     out["prompt"] = _chat(data, row, question, passthrough) if data.format == "chat" else _text(data, question)
     return out
+
+
+def _no_template(template: str, error: Exception) -> DataError:
+    return DataError(
+        f"data.prompt: {template!r} cannot be filled in: {error}. Expected: text with columns in braces, such as "
+        "'{question}='; double the braces that are meant as text ('{{' and '}}')."
+    )
 
 
 def _chat(data: DataSection, row: Row, question: str, passthrough: bool) -> list[dict[str, str]]:

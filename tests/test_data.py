@@ -215,3 +215,13 @@ def test_gsm8k_rows_load_from_a_file(shared_data: Path) -> None:
     rows = read_rows(SourceSection(path=str(shared_data / "gsm8k_train.jsonl"), limit=5), 0, "x")
     assert len(rows) == 5
     assert "####" in rows[0]["answer"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{", "a } b", "{question!x}", "{level:zz}", "{question.nothing}", "{question[9]}"]
+)
+def test_a_template_that_cannot_be_filled_in_is_shown_with_the_way_to_write_braces(
+    tmp_path: Path, template: str
+) -> None:
+    with pytest.raises(DataError, match=r"data\.prompt: .* cannot be filled in"):
+        load(tmp_path, prompt=template, answer="gold")
