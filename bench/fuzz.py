@@ -14,6 +14,7 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from fuzzing import TARGETS
 from hypothesis import HealthCheck, given, seed, settings
+
+
+def counting(function: Callable[..., None], name: str, counts: collections.Counter[str]) -> Callable[..., None]:
+    """Return the target, counting its calls."""
+
+    def counted(**values: Any) -> None:
+        counts[name] += 1
+        function(**values)
+
+    return counted
 
 
 def main() -> None:
@@ -33,12 +44,7 @@ def main() -> None:
     draw, end = random.Random(arguments.seed), time.monotonic() + arguments.minutes * 60
     while time.monotonic() < end:
         for name, (function, strategies) in TARGETS.items():
-
-            def counted(_name: str = name, _function: Any = function, **values: Any) -> None:
-                counts[_name] += 1
-                _function(**values)
-
-            test = seed(draw.randrange(2**32))(given(**strategies)(counted))
+            test = seed(draw.randrange(2**32))(given(**strategies)(counting(function, name, counts)))
             limits = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             limits(test)()
             if time.monotonic() >= end:

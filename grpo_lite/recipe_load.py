@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{path}{place}: not valid YAML: {problem}. Check the indentation and quotes there."
         ) from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date or a number that is none
         raise RecipeError(f"{path}: cannot be read: {error or 'nested too deeply'}.") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: a recipe is a mapping such as `model:` / `data:` / `rewards:`, not a bare value.")
@@ -179,7 +179,7 @@ def _override_value(key: str, text: str) -> Any:
         return text
     try:
         return yaml.load(text, Loader=_Loader) if text.strip() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

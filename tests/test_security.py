@@ -133,3 +133,13 @@ def test_a_secret_in_a_recipe_is_refused_before_it_is_written(
         RunDir(tmp_path / "run").prepare(recipe)
     assert SECRET not in str(caught.value)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "2026-13-45", "[" * 3000], ids=["digits", "date", "depth"])
+def test_values_that_only_look_like_yaml_s_are_told(root: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"seed: {text}\n")
+    with pytest.raises(RecipeError):
+        read_yaml(path)
+    with pytest.raises(RecipeError):
+        load_recipe("smoke", [f"seed={text}"])
