@@ -59,7 +59,8 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
     def _was_the_last(self, checkpoint: Path) -> bool:
         """Take up a checkpoint of the last step; transformers 5.23 would train a step beyond the end from it."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps  # a longer run goes on from there
+        if state.global_step < last:
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
