@@ -89,29 +89,29 @@ def confine(confinement: Confinement, timeout_s: float) -> None:
         confinement.filter.restrict_self()
 
 
-def _serve_calls() -> None:
-    """Load the program, then answer requests until the parent hangs up."""
-    first = read_message(CHANNEL)
+def answer_calls(channel: int) -> int:
+    """Load the program, then answer requests until the parent hangs up; return the exit code."""
+    first = read_message(channel)
     module = _fresh("solution")
     try:
         code = _compiled(first["program"])
-        write_message(CHANNEL, {"compiled": True})
+        write_message(channel, {"compiled": True})
         exec(code, module.__dict__)
-        write_message(CHANNEL, {"loaded": True})
+        write_message(channel, {"loaded": True})
     except BaseException as error:
-        write_message(CHANNEL, _failure(error))
-        os._exit(_LOAD_FAILED)
+        write_message(channel, _failure(error))
+        return _LOAD_FAILED
     kept: list[Any] = []
-    while request := read_message(CHANNEL):
+    while request := read_message(channel):
         try:
-            reply = {"value": _answer(request, module.__dict__, kept, first["keep"])}
+            reply = {"value": answer(request, module.__dict__, kept, first["keep"])}
         except BaseException as error:
             reply = _failure(error)
         try:
-            write_message(CHANNEL, reply)
+            write_message(channel, reply)
         except CodecError as error:  # the value is too large to be sent
-            write_message(CHANNEL, _failure(error))
-    os._exit(0)
+            write_message(channel, _failure(error))
+    return 0
 
 
 def _compiled(program: str) -> types.CodeType:
@@ -122,7 +122,7 @@ def _compiled(program: str) -> types.CodeType:
     return code
 
 
-def _answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
+def answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
     """Do what a request asks for and encode the result."""
 
     def store(value: Any) -> int:
@@ -211,7 +211,7 @@ def _serve_judge() -> None:
     os._exit(0)
 
 
-_SERVE = {"calls": _serve_calls, "program": _serve_program, "judge": _serve_judge}
+_SERVE = {"calls": lambda: os._exit(answer_calls(CHANNEL)), "program": _serve_program, "judge": _serve_judge}
 
 
 def _fresh(name: str) -> types.ModuleType:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import stat
 import time
 
 _SWEEP_S = 2.0
+_ROOT_NAME = "grpo-lite-sandbox-"
+_NEW_S = 60.0  # a younger directory may belong to a worker that has not locked it yet
 
 
 def end_processes(pids: list[int], *, is_init: bool, uid: int | None, may_fork: bool) -> dict[int, int]:
@@ -131,3 +134,37 @@ def within_quota(directory: str, most_bytes: int, most_entries: int) -> bool:
                 if total > most_bytes or seen > most_entries:
                     return False
     return True
+
+
+def make_own_root(temporary: str, lowest: int) -> str:
+    """Make a worker's directory, and remove those of workers that were killed.
+
+    A worker holds a lock on its directory for as long as it lives, so that others can tell, in other containers too.
+
+    Args:
+        temporary: where it is made.
+        lowest: the smallest number for the descriptor that holds the lock.
+    """
+    for name in os.listdir(temporary):
+        if name.startswith(_ROOT_NAME):
+            with contextlib.suppress(OSError):  # another worker was quicker
+                _remove_if_left(os.path.join(temporary, name))
+    root = os.path.join(temporary, f"{_ROOT_NAME}{os.getpid()}-{os.urandom(8).hex()}")
+    os.mkdir(root, 0o711)
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, lowest), fcntl.LOCK_EX)
+    os.close(opened)
+    return root
+
+
+def _remove_if_left(root: str) -> None:
+    """Remove a worker's directory if it is this user's, not new, and nobody holds its lock."""
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        info = os.fstat(opened)
+        if info.st_uid == os.getuid() and time.time() - info.st_mtime > _NEW_S:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            empty_directory(root)
+            os.rmdir(root)
+    finally:
+        os.close(opened)

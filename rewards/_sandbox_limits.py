@@ -32,7 +32,7 @@ def set_shared_limits() -> None:
     }
     for name, value in limits.items():
         if hasattr(resource, name):
-            _lower(name, value)
+            lower(name, value)
 
 
 def set_own_limits(timeout_s: float, tasks: int | None) -> None:
@@ -42,12 +42,12 @@ def set_own_limits(timeout_s: float, tasks: int | None) -> None:
         timeout_s: its wall-clock limit; its CPU time may exceed it by at most two seconds.
         tasks: processes and threads of the user; None leaves the limit (it would count the whole user's).
     """
-    _lower("RLIMIT_CPU", math.ceil(timeout_s) + 1)
+    lower("RLIMIT_CPU", math.ceil(timeout_s) + 1)
     if tasks is not None:
-        _lower("RLIMIT_NPROC", tasks)
+        lower("RLIMIT_NPROC", tasks)
 
 
-def _lower(name: str, value: int) -> None:
+def lower(name: str, value: int) -> None:
     """Set soft and hard limit, never above the hard limit in force."""
     number = getattr(resource, name)
     _, hard = resource.getrlimit(number)

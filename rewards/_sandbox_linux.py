@@ -22,6 +22,8 @@ _CAPABILITY_HEADER = struct.pack("=II", 0x20080522, 0)  # version 3, this proces
 _NO_CAPABILITIES = bytes(24)
 
 _libc = ctypes.CDLL(None, use_errno=True)
+if LINUX:
+    _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong)
 
 
 def call(name: str, *args: object) -> int:
@@ -39,8 +41,7 @@ def call(name: str, *args: object) -> int:
 
 def prctl(option: int, value: int = 0, pointer: bytes | None = None) -> int:
     """Call prctl(2) with one or two arguments; the rest is zero, as the kernel demands."""
-    rest = ctypes.c_char_p(pointer), ctypes.c_ulong(0), ctypes.c_ulong(0)
-    return call("prctl", ctypes.c_int(option), ctypes.c_ulong(value), *rest)
+    return call("prctl", option, value, pointer, 0, 0)
 
 
 def syscall(number: int, *args: object) -> int:

@@ -80,19 +80,27 @@ class Worker:
             theirs.close()
         self.directory = ""
 
-    def request(self, message: dict[str, Any], descriptors: Sequence[int] = (), wait_s: float = 0.0) -> dict[str, Any]:
-        """Send a message with descriptors and return the reply.
+    def request(self, message: dict[str, Any], wait_s: float = 0.0) -> dict[str, Any]:
+        """Send a message and return the reply.
 
         Raises:
             WorkerLostError: the worker died or does not answer.
         """
+        self.tell(message)
+        return self.reply(wait_s + _REPLY_S)
+
+    def tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a message with descriptors; nothing is answered.
+
+        Raises:
+            WorkerLostError: the worker died or does not read.
+        """
         try:
-            data = json.dumps(message).encode("ascii")
+            data = json.dumps({**message, "descriptors": len(descriptors)}).encode("ascii") + b"\n"
             self.control.settimeout(_REPLY_S)
             socket.send_fds(self.control, [data], descriptors)
         except OSError as error:
             raise WorkerLostError(f"a sandbox worker is gone: {error}") from error
-        return self.reply(wait_s + _REPLY_S)
 
     def reply(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the worker's next message."""
@@ -162,7 +170,8 @@ class Pool:
     def __init__(self, layers: Sequence[str], prefix: Sequence[str] = ()) -> None:
         self.layers = list(layers)
         self.prefix = prefix
-        self.size = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.size = min(_MOST_WORKERS, cores + 1)  # one more, since each waits now and then
         self.workers: set[Worker] = set()
         self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(self.size):

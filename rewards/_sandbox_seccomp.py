@@ -107,9 +107,9 @@ class Filter:
 
     def restrict_self(self) -> None:
         """Put this process, and all that it starts, under the filter for good (needs no_new_privs)."""
-        pid = os.getpid().to_bytes(4, "little")
+        pid = os.getpid()
         for place in self._places:
-            self._buffer[place : place + 4] = [bytes([byte]) for byte in pid]
+            struct.pack_into("<I", self._buffer, place, pid)
         linux.prctl(linux.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._sock_fprog)
 
 

@@ -14,6 +14,7 @@ from rewards._sandbox_codec import MAX_FRAME_BYTES, CodecError, dumps, loads
 from rewards._sandbox_frames import LENGTH_BYTES, pack
 from rewards._sandbox_pool import SandboxError, Worker
 
+_GATHER_S = 0.001  # how long answers may gather before they are read
 _MOST_BYTES = 4 * MAX_FRAME_BYTES  # that a process may send in all
 
 
@@ -76,6 +77,7 @@ class Channel:
 
     def receive_some(self) -> bool:
         """Wait for more bytes in the buffer; False at the end of the stream."""
+        time.sleep(min(_GATHER_S, self.left_s()))  # one awakening for several answers
         part: bytes = self._bounded(lambda: self.socket.recv(1 << 16))
         self.received += len(part)
         if self.received > _MOST_BYTES:
@@ -109,10 +111,12 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sock in self.sockets:
-            sock.close()
-        if not self.ended and not isinstance(error, SandboxError):
-            self.end()
+        try:
+            if not self.ended and not isinstance(error, SandboxError):
+                self.end()
+        finally:
+            for sock in self.sockets:  # only now: a process that is killed asleep does not wake up to see it
+                sock.close()
 
     def start(self, kind: str) -> Channel:
         """Start a process of a kind and return the channel to it; its time runs from now."""
@@ -132,20 +136,28 @@ class Session:
         return Channel(ours, deadline), Channel(output, deadline)
 
     def _spawn(self, kind: str, theirs: list[Any]) -> None:
-        """Hand descriptors to the worker, for a new child; ours of them are closed."""
+        """Hand descriptors to the worker, for a new child; ours of them are closed.
+
+        Its success is not waited for: a child whose layers fail hangs up, and `end` tells why.
+        """
         message = {"do": "spawn", "kind": kind, "timeout_s": self.timeout_s}
         try:
-            reply = self.worker.request(message, [file.fileno() for file in theirs])
+            self.worker.tell(message, [file.fileno() for file in theirs])
         finally:
             for file in theirs:
                 file.close()
-        if reply.get("error"):
-            raise SandboxError(f"a layer of the sandbox failed: {reply['error']}")
 
     def end(self, wait_s: float = 0.0) -> list[End]:
-        """Give the processes time to end by themselves, kill what is left, and return how each ended."""
+        """Give the processes time to end by themselves, kill what is left, and return how each ended.
+
+        Raises:
+            SandboxError: a layer failed: nothing of the program ran, and there is no verdict.
+        """
         self.ended = True
-        return [End(*row) for row in self.worker.request({"do": "end", "wait_s": wait_s}, wait_s=wait_s)["ends"]]
+        reply = self.worker.request({"do": "end", "wait_s": wait_s}, wait_s=wait_s)
+        if reply["failed"]:
+            raise SandboxError(f"a layer of the sandbox failed: {reply['failed']}")
+        return [End(*row) for row in reply["ends"]]
 
 
 def message(content: dict[str, Any]) -> bytes:

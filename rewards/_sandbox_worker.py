@@ -29,6 +29,7 @@ from rewards import _sandbox_linux as linux
 from rewards import _sandbox_seccomp as seccomp
 from rewards._sandbox_files import DEVICES, library_files
 from rewards._sandbox_namespaces import WORK_ROOT, enter_namespaces
+from rewards._sandbox_rehearsal import rehearse
 
 _COMMON = "bisect collections copy datetime functools heapq itertools math operator re string typing"
 _GRACE_S = 1.0  # the parent ends a session in time; the worker steps in if the parent is stuck
@@ -54,6 +55,7 @@ class Child(NamedTuple):
     kind: str
     pid: int
     deadline: float
+    setup: int  # a pipe that the child writes to when one of its layers fails
 
 
 def main(descriptor: int, options: dict[str, Any]) -> NoReturn:
@@ -100,9 +102,7 @@ def prepare(layers: set[str], temporary: str) -> Setting:
     if linux.LINUX:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-    root = WORK_ROOT if is_init else os.path.join(temporary, f"grpo-lite-sandbox-{os.getpid()}-{os.urandom(8).hex()}")
-    if not is_init:
-        os.mkdir(root, 0o711)
+    root = WORK_ROOT if is_init else cleanup.make_own_root(temporary, child.HIGH)
     rules: dict[str, landlock.Ruleset | None] = {"program": None, "judge": None}
     if "landlock" in layers:
         for kind, writable in (("program", root), ("judge", None)):
@@ -139,6 +139,7 @@ def _prepare_interpreter() -> None:
     for name in _COMMON.split():
         importlib.import_module(name)
     random.seed(0)
+    rehearse()
     vars(builtins)["exit"] = vars(builtins)["quit"] = _sitebuiltins.Quitter("exit", "exit()")
 
 
@@ -151,6 +152,9 @@ class Session:
         self.children: list[Child] = []
         self.codes: dict[int, int] = {}
         self.stopped: dict[int, str] = {}
+        self.failed = ""  # the first layer that failed
+        self.buffer = b""
+        self.descriptors: list[int] = []
 
     def serve(self) -> bool:
         """Serve until the parent ends the session; tell whether there is still a parent."""
@@ -161,22 +165,30 @@ class Session:
         self._finish()
         if message:
             ends = [[one.kind, self.codes.get(one.pid), self.stopped.get(one.pid)] for one in self.children]
-            _send(self.control, {"ends": ends})
+            _send(self.control, {"ends": ends, "failed": self.failed})
         return bool(message)
 
     def _receive(self) -> dict[str, Any] | None:
         """Wait for a message, watching the children meanwhile; None when the parent is gone."""
-        while not select.select([self.control], [], [], _WATCH_S if self.children else None)[0]:
-            self._watch()
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self.control, _MESSAGE_BYTES, _DESCRIPTORS)
-        except ConnectionError:
-            return None
-        return {**json.loads(data), "descriptors": descriptors} if data else None
+        while b"\n" not in self.buffer:
+            while not select.select([self.control], [], [], _WATCH_S if self.children else None)[0]:
+                self._watch()
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self.control, _MESSAGE_BYTES, _DESCRIPTORS)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self.buffer += data
+            self.descriptors += descriptors
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def _spawn(self, message: dict[str, Any]) -> None:
-        """Fork a child and wait until its layers are on."""
-        kind, timeout_s, descriptors = message["kind"], message["timeout_s"], message["descriptors"]
+        """Fork a child; whether its layers are on is asked at the end."""
+        kind, timeout_s, count = message["kind"], message["timeout_s"], message["descriptors"]
+        descriptors, self.descriptors = self.descriptors[:count], self.descriptors[count:]
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -184,10 +196,7 @@ class Session:
             child.run(kind, self.setting.confinement[kind], descriptors, theirs, timeout_s)
         for descriptor in (*descriptors, theirs):
             os.close(descriptor)
-        error = os.read(ours, _MESSAGE_BYTES)
-        os.close(ours)
-        self.children.append(Child(kind, pid, time.monotonic() + timeout_s + _GRACE_S))
-        _send(self.control, {"error": error.decode(errors="replace")})
+        self.children.append(Child(kind, pid, time.monotonic() + timeout_s + _GRACE_S, ours))
 
     def _watch(self) -> None:
         """Kill the children that use up more than their share."""
@@ -228,6 +237,9 @@ class Session:
             uid=uid if uid != limits.NOBODY else None,
             may_fork=self.setting.may_fork,
         )
+        for one in self.children:
+            self.failed = self.failed or os.read(one.setup, _MESSAGE_BYTES).decode(errors="replace")
+            os.close(one.setup)
         own = self.setting.confinement["program"]
         if not cleanup.is_untouched(self.setting.root, own.directory, _DIRECTORY_MODE):
             cleanup.empty_directory(self.setting.root)

@@ -367,12 +367,12 @@ def test_lost_worker_is_replaced_and_the_program_run_again(stack: str) -> None:
 
 
 def test_program_that_takes_its_worker_down_scores_nothing_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(self: Worker, *args: object, **kwargs: object) -> dict[str, object]:
+    def die(self: Worker, *args: object, **kwargs: object) -> None:
         self.process.kill()
-        return real(self, *args, **kwargs)  # type: ignore[arg-type]
+        real(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    real = Worker.request
-    monkeypatch.setattr(Worker, "request", die)
+    real = Worker.tell
+    monkeypatch.setattr(Worker, "tell", die)
     outcome = run_one(_RIGHT)
     assert outcome.fraction == 0.0
     assert "two workers were lost" in str(outcome.error)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from rewards import sandbox
-from rewards._sandbox_cleanup import empty_directory, within_quota
+from rewards._sandbox_cleanup import empty_directory, make_own_root, within_quota
 from rewards._sandbox_files import library_files
 from rewards._sandbox_landlock import build_ruleset
+from rewards._sandbox_pool import Pool
+from rewards._sandbox_session import Channel, GoneError, Session
 from rewards.sandbox import Call, Calls, IsolationError, SandboxError, run_tests
 
 _ADD = Calls((Call("add", [1, 2], 3),))
@@ -223,3 +228,50 @@ def test_workers_modules_do_not_import_the_rest_of_the_package() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rewards."):
                 assert (node.module or "").startswith("rewards._sandbox_"), path.name
+
+
+def test_a_layer_that_fails_in_a_child_gives_no_verdict() -> None:
+    pool = Pool(sandbox.isolation().layers)
+    with pool.borrow() as worker:
+        session = Session(worker, 5.0)
+        ours, theirs = socket.socketpair()
+        session.timeout_s = 1e30  # more than a limit of processor time can say
+        session._spawn("calls", [theirs])
+        with pytest.raises(GoneError, match="its process ended"):
+            Channel(ours, time.monotonic() + 5.0).receive()
+        with pytest.raises(SandboxError, match="a layer of the sandbox failed: OverflowError"):
+            session.end()
+        ours.close()
+        with Session(worker, 5.0) as after:  # the worker is as good as before
+            assert isinstance(after.start("calls"), Channel)
+    pool.close()
+
+
+def test_messages_that_arrive_together_are_told_apart() -> None:
+    pool = Pool(sandbox.isolation().layers)
+    with pool.borrow() as worker:
+        for _ in range(20):
+            with Session(worker, 5.0) as session:
+                session.start("calls")
+                session.start("judge")
+                assert [end.kind for end in session.end()] == ["calls", "judge"]
+    pool.close()
+
+
+def test_directories_of_killed_workers_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    left, lives, young, other = (tmp_path / f"grpo-lite-sandbox-{name}" for name in ("1-a", "2-b", "3-c", "x"))
+    for directory in (left, lives, young):
+        (directory / "work" / "deep").mkdir(parents=True)
+        (directory / "work" / "file").write_text("x", encoding="utf-8")
+    other.symlink_to(lives)
+    for directory in (left, lives):
+        os.utime(directory, (0, 0))
+    held = os.open(lives, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    own = Path(make_own_root(str(tmp_path), 100))
+    assert sorted(tmp_path.iterdir()) == sorted([lives, young, other, own])
+    os.close(held)
+    os.utime(own, (0, 0))
+    make_own_root(str(tmp_path), 100)
+    assert own.is_dir(), "one that a living process holds stays"
+    assert not lives.exists(), "one that is let go of does not"
