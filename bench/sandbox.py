@@ -97,9 +97,7 @@ def print_speed(programs: int) -> None:
         trainer = (middle.user + middle.system - before.user - before.system) / programs * 1000
         children = (after.children_user + after.children_system) - (before.children_user + before.children_system)
         print(f"| {name} | {programs / elapsed:.0f} | {trainer:.2f} | {children / programs * 1000:.2f} |")
-    print(
-        f"\n{programs} programs with 10 tests each, as many at a time as there are cores and one more, start of the workers apart."
-    )
+    print(f"\n{programs} programs with 10 tests each, one more at a time than there are cores, start apart.")
 
 
 def print_soak(programs: int) -> None:

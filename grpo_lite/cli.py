@@ -126,7 +126,6 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
-    set_environment()
     from grpo_lite.unsloth_backend import prepare
 
     prepare(loaded.model)
@@ -155,7 +154,6 @@ def _view() -> Any:
 @trust_option
 def evaluate(run_path: str) -> None:
     """Measure base against trained (and merged) again, on the run's held-out prompts."""
-    set_environment()
     from grpo_lite.evaluate import evaluate_merged, evaluate_run
     from grpo_lite.summary import score_lines
     from grpo_lite.train import require_trained
@@ -176,7 +174,6 @@ def evaluate(run_path: str) -> None:
 @trust_option
 def merge(run_path: str, overwrite: bool) -> None:
     """Merge a run's adapter onto its 16-bit base, and verify the result."""
-    set_environment()
     from grpo_lite.merge_run import merge_and_score
     from grpo_lite.summary import merge_line
     from grpo_lite.train import require_trained
@@ -224,7 +221,6 @@ def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
     from grpo_lite.recipe_load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    set_environment()
     from grpo_lite.check import check_recipe
 
     for line in check_recipe(loaded, previews):
@@ -243,7 +239,6 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
     from grpo_lite.recipe_load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    set_environment()
     from grpo_lite.reward_check import check_rewards_alone
 
     report, notes = check_rewards_alone(loaded)

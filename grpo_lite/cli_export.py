@@ -122,8 +122,6 @@ def set_environment() -> None:
 
 def _trained_run(path: str) -> RunDir:
     from grpo_lite.run_dir import RunDir
-
-    set_environment()
     from grpo_lite.train import require_trained
 
     run = RunDir(path)

@@ -29,6 +29,11 @@ class Prompts:
     notes: tuple[str, ...] = ()  # what was dropped and why, for people
     lead_in: str = ""  # what a completion continues: the end of a prompt, chat template applied
 
+    def proof_texts(self, count: int, recipe: Recipe, tokenizer: Any) -> list[str]:
+        """Return prompts as the model sees them, to try an exported model on: held-out ones where there are any."""
+        kwargs = recipe.grpo.get("chat_template_kwargs")
+        return [prompt_text(row["prompt"], tokenizer, kwargs) for row in (self.eval or self.train)[:count]]
+
 
 def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     """Load, split, render and check the recipe's rows.

@@ -120,10 +120,14 @@ def read_evidence(run: RunDir) -> Evidence:
     recipe = run.load_recipe()
     files = sorted((run.path / "completions").glob("step_*.jsonl"))[-LATEST_FILES:]
     rows = [row for file in files for row in read_lines(file.read_text(encoding="utf-8"))]
-    scores = json.loads(run.scores_file.read_text(encoding="utf-8")) if run.scores_file.is_file() else {}
+    scores = run.read_scores()
+    return Evidence(recipe, read_steps(run), rows, scores, run.read_run().get("device") or {})
+
+
+def read_steps(run: RunDir) -> list[dict[str, Any]]:
+    """Return metrics.jsonl's records of training steps, in order."""
     text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
-    steps = [record for record in read_lines(text) if record.get("reward") is not None]
-    return Evidence(recipe, steps, rows, scores, run.read_run().get("device") or {})
+    return [record for record in read_lines(text) if record.get("reward") is not None]
 
 
 def read_lines(text: str) -> list[dict[str, Any]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from grpo_lite.data import load_prompts, prompt_text
+from grpo_lite.data import load_prompts
 from grpo_lite.errors import ExportError
 from grpo_lite.gguf_export import RECORD_NAME, export_gguf
 from grpo_lite.gguf_proof import GgufProof, prove_gguf
@@ -15,7 +14,7 @@ from grpo_lite.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify
 from grpo_lite.model import load_tokenizer
 from grpo_lite.ollama import Prompting
 from grpo_lite.recipe import Recipe
-from grpo_lite.run_dir import RunDir, write_atomic
+from grpo_lite.run_dir import RunDir, read_record, write_atomic
 
 PROOF_PROMPTS = 8
 PROOF_TOKENS = 64  # of each answer, or as many as were trained
@@ -31,7 +30,7 @@ def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwri
     recipe = run.load_recipe()
     out = run.path / "gguf" / kind.lower()
     merged_sha256 = sha256_of(run.merged / MANIFEST_NAME)
-    made = _record(out)
+    made = read_record(out / RECORD_NAME)
     fit = (made.get("proof") or {}).get("passed") and made.get("merged_sha256") == merged_sha256
     if fit and not overwrite:
         return [
@@ -50,7 +49,7 @@ def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwri
         raise ExportError(
             f"{out / record.file}: is not proven right:\n"
             + "\n".join(f"  {fault}" for fault in proof.faults)
-            + "\nDo not use or publish it. Try bf16, or convert the merged folder with llama.cpp's own converter."
+            + "\nDo not use or publish it. Try q8_0 or bf16, or llama.cpp's own converter on the merged folder."
         )
     name = recipe.name.lower()
     return [
@@ -74,17 +73,7 @@ def prompting_of(recipe: Recipe) -> Prompting:
 
 def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
     tokenizer = load_tokenizer(recipe)
-    loaded = load_prompts(recipe, tokenizer)
-    rows = (loaded.eval or loaded.train)[:PROOF_PROMPTS]
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    texts = [prompt_text(row["prompt"], tokenizer, kwargs) for row in rows]
+    texts = load_prompts(recipe, tokenizer).proof_texts(PROOF_PROMPTS, recipe, tokenizer)
     trained = recipe.eval.max_new_tokens or recipe.max_completion_length
     cap = max(LEAST_PROOF_TOKENS, min(PROOF_TOKENS, trained))
     return prove_gguf(file, kind, run.merged, texts, max_new_tokens=cap)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}

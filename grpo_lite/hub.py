@@ -207,9 +207,7 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
             yield f"{gguf['file']} was made from an earlier merge: export it again"
         if not (gguf.get("proof") or {}).get("passed"):
             yield f"{gguf['file']} is not proven to answer as the merged model does: export it again"
-    scores: Mapping[str, Any] = {}
-    if run.scores_file.is_file():
-        scores = json.loads(run.scores_file.read_text(encoding="utf-8"))
+    scores = run.read_scores()
     yield from _doubts_by_scores(run, what, scores.get("lenient", {}), scores.get("merged", {}).get("lenient", {}))
     if not base.licence:
         yield f"the licence of {base.name} could not be read from its own metadata, and it binds what is made from it"

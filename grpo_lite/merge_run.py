@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_lite.base_model import resolve_base
-from grpo_lite.data import Prompts, load_prompts, prompt_text
+from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
@@ -51,10 +51,9 @@ def merge_run(
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     tokenizer = load_tokenizer(recipe)
     loaded = prompts or load_prompts(recipe, tokenizer)
-    rows = (loaded.eval or loaded.train)[:VERIFY_PROMPTS]
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    show(f"verifying the merge on {len(rows)} prompts")
-    proof = verify_merge(base, run.adapter, run.merged, [prompt_text(row["prompt"], tokenizer, kwargs) for row in rows])
+    texts = loaded.proof_texts(VERIFY_PROMPTS, recipe, tokenizer)
+    show(f"verifying the merge on {len(texts)} prompts")
+    proof = verify_merge(base, run.adapter, run.merged, texts)
     summary = {
         "prompts": proof.prompts,
         "positions": proof.positions,

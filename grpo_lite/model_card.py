@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +34,7 @@ class RunFacts:
 
 def read_facts(run: RunDir, base: BaseFacts, gguf: Sequence[Mapping[str, Any]] = ()) -> RunFacts:
     """Collect a run's facts for its card."""
-    scores = json.loads(run.scores_file.read_text(encoding="utf-8")) if run.scores_file.is_file() else {}
+    scores = run.read_scores()
     record = run.read_run()
     curves = (run.path / CURVES).is_file()
     return RunFacts(run.load_recipe(), base, record, scores, record.get("merge") or {}, gguf, curves)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
-from grpo_lite.data import load_prompts, prompt_text
+from grpo_lite.data import load_prompts
 from grpo_lite.evaluate import evaluate_saved
 from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import MANIFEST_NAME, sha256_of, verify_manifest
 from grpo_lite.model import load_tokenizer
 from grpo_lite.nf4 import RECORD_NAME, export_nf4
-from grpo_lite.run_dir import RunDir
+from grpo_lite.run_dir import RunDir, read_record
 
 LOSS_PROMPTS = 16
 
@@ -28,16 +26,16 @@ def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = F
     """
     out = run.path / "merged-nf4"
     recipe = run.load_recipe()
-    tokenizer = load_tokenizer(recipe)
-    prompts = load_prompts(recipe, tokenizer)
-    there = not overwrite and _made_of(out) == sha256_of(run.merged / MANIFEST_NAME)
+    made_of = read_record(out / RECORD_NAME).get("merged_sha256")
+    there = not overwrite and made_of == sha256_of(run.merged / MANIFEST_NAME)
+    prompts = None
     if there:
         lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
     else:
         show(f"writing {out}")
-        rows = (prompts.eval or prompts.train)[:LOSS_PROMPTS]
-        kwargs = recipe.grpo.get("chat_template_kwargs")
-        texts = [prompt_text(row["prompt"], tokenizer, kwargs) for row in rows]
+        tokenizer = load_tokenizer(recipe)
+        prompts = load_prompts(recipe, tokenizer)
+        texts = prompts.proof_texts(LOSS_PROMPTS, recipe, tokenizer)
         record = export_nf4(run.merged, out, texts, tokenizer, device=detect_device().kind, overwrite=True)
         run.update_run(nf4=record.to_json())
         loss = record.agreement
@@ -45,20 +43,10 @@ def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = F
             f"{out}: {record.size_bytes / 2**20:.0f} MiB (merged: {record.merged_bytes / 2**20:.0f} MiB); against the "
             f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {record.positions}"
         ]
-    if recipe.eval.enabled and run.scores_file.is_file():
-        scores = json.loads(run.scores_file.read_text(encoding="utf-8"))
+    if recipe.eval.enabled and (scores := run.read_scores()):
         if not there or "merged_nf4" not in scores:
             scores = evaluate_saved(run, show, prompts, out, "merged_nf4")
         merged, nf4 = (scores[key]["lenient"]["rate"] if key in scores else None for key in ("merged", "merged_nf4"))
         beside = "" if merged is None else f", the merged 16-bit model {merged:.3f}"
         lines.append(f"held-out score in 4 bits: {nf4:.3f}{beside}")
     return lines
-
-
-def _made_of(folder: Path) -> str | None:
-    """Return the sha256 of the merge's manifest that an NF4 folder was made of, if it says."""
-    try:
-        found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("merged_sha256")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return str(found) if found else None

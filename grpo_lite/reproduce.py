@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from grpo_lite.errors import RunDirError
-from grpo_lite.evidence import read_lines
+from grpo_lite.evidence import read_steps
 from grpo_lite.run_dir import RunDir, environment_record
 
 SAME = 1e-6  # relative difference of metrics that are called the same
@@ -63,7 +62,7 @@ def result_lines(run: RunDir, again: RunDir) -> list[str]:
             f"{max(abs(first[s] - second[s]) for s in apart):.3f} (step {apart[0]}: {first[apart[0]]:.3f} then, "
             f"{second[apart[0]]:.3f} now)"
         ]
-    old, new = (_scores(r) for r in (run, again))
+    old, new = (r.read_scores() for r in (run, again))
     for kind in ("lenient", "strict"):
         if kind in old and kind in new:
             before, after = (f"{s[kind]['base']['rate']:.3f} → {s[kind]['trained']['rate']:.3f}" for s in (old, new))
@@ -73,9 +72,4 @@ def result_lines(run: RunDir, again: RunDir) -> list[str]:
 
 
 def _rewards(run: RunDir) -> dict[int, float]:
-    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
-    return {record["step"]: record["reward"] for record in read_lines(text) if record.get("reward") is not None}
-
-
-def _scores(run: RunDir) -> dict[str, Any]:
-    return dict(json.loads(run.scores_file.read_text(encoding="utf-8"))) if run.scores_file.is_file() else {}
+    return {record["step"]: record["reward"] for record in read_steps(run)}

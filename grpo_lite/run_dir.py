@@ -117,6 +117,10 @@ class RunDir:
         except ValueError as error:
             raise RunDirError(f"{self.run_file}: is not valid JSON ({error}). Restore or remove it.") from None
 
+    def read_scores(self) -> dict[str, Any]:
+        """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
+        return dict(json.loads(self.scores_file.read_text(encoding="utf-8"))) if self.scores_file.is_file() else {}
+
     def update_run(self, **values: Any) -> None:
         """Merge values into run.json, atomically."""
         write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
@@ -173,6 +177,14 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, every key of ours written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return an export's JSON record, or an empty mapping where it is missing or no JSON object."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,8 @@ def run_summary(run: RunDir) -> str:
         f"{record.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
         f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
     ]
-    if run.scores_file.is_file():
-        lines += score_lines(json.loads(run.scores_file.read_text(encoding="utf-8")))
+    if scores := run.read_scores():
+        lines += score_lines(scores)
     if record.get("merge"):
         lines.append(merge_line(record["merge"]))
     if record.get("faults"):

@@ -10,6 +10,7 @@ are computed (`_get_per_token_logps_and_entropies`), how a batch is cut into for
 `tests/test_trainer_contract.py` fails when these methods change.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from grpo_lite.sampling import shuffle_groups
 from grpo_lite.scoring import Scoring, base_model, score
 from grpo_lite.trainer_checkpoint import ResumableGRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class PackedGRPOTrainer(ResumableGRPOTrainer):
     """GRPOTrainer whose compute is group-packed; see `EngineOptions` for the switches."""
@@ -39,6 +42,11 @@ class PackedGRPOTrainer(ResumableGRPOTrainer):
     def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
         self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
         super().__init__(*args, options=options, **kwargs)
+        if self.options.compute == "packed" and self.aux_loss_enabled:
+            logger.warning(
+                "Packed training is off, TRL's own is used: the experts' router has an auxiliary loss over the batch "
+                "(grpo.router_aux_loss_coef: 0 leaves it out). Rollouts stay shared."
+            )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's has placeholders for licence and base. `grpo-lite push` writes the real one."""

@@ -117,6 +117,29 @@ def test_a_window_that_a_rollout_could_leave_is_told_once_and_generate_is_used(
     assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
 
 
+@pytest.mark.parametrize(("coefficient", "packed_calls"), [(0.01, 0), (0.0, 1)])
+def test_a_router_with_an_auxiliary_loss_is_trained_by_trl_and_said(
+    coefficient: float,
+    packed_calls: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    calls: list[int] = []
+    loss = PackedGRPOTrainer._packed_loss
+    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
+    found = []
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+        settings = tiny_args(tmp_path, router_aux_loss_coef=coefficient)
+        found.append(train_fixed(trainer_class, model, settings)[1].steps[0])
+    assert len(calls) == packed_calls
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1 - packed_calls
+    assert all("auxiliary loss" in line for line in lines)
+    assert relative_difference(found[1], found[0]) < 1e-4
+
+
 def test_full_attention_layers_have_no_window():
     model = tiny_model("qwen2", sliding_window=8, use_sliding_window=False)
     assert attention.sliding_window(model) is None

@@ -54,6 +54,7 @@ def tiny_model(
         "gemma": "Gemma",
         "gemma2": "Gemma2",
         "mistral": "Mistral",
+        "mixtral": "Mixtral",
         "gpt2": "GPT2",
     }
     if kind == "gpt2":
