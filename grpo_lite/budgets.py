@@ -15,6 +15,7 @@ from grpo_lite.errors import ModelError
 from grpo_lite.hardware import Device
 from grpo_lite.memory import CONTEXT_BYTES, GIB
 from grpo_lite.memory_plan import advice, plan_memory, recipe_job, require_fit
+from grpo_lite.ranks import share_of_batch, this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.unsloth_backend import uses_unsloth
 
@@ -57,6 +58,8 @@ def fit_to_device(recipe: Recipe, device: Device, prompt_tokens: int, show: Call
     options = engine_options(recipe)
     if not recipe.memory.fit or device.kind != "cuda" or uses_unsloth(recipe.model):
         return Fit(options)
+    own = share_of_batch(recipe, this_process().world)
+    recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
     try:
         job, _ = recipe_job(recipe, prompt=prompt_tokens, bfloat16=device.bfloat16)
     except ModelError as error:  # an architecture that the arithmetic does not know

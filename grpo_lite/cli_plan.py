@@ -45,8 +45,8 @@ def plan(
 @click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--prompts", default=32, show_default=True, help="Training prompts to sample.")
-@click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: grpo.num_generations]")
+@click.option("--prompts", default=32, type=click.IntRange(1), show_default=True, help="Training prompts to sample.")
+@click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: 8, or num_generations if more]")
 def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | None) -> None:
     """Will it learn? Samples the untrained model on RECIPE's prompts: pass rates, equal groups, cut lengths, ETA."""
     from grpo_lite.recipe_load import load_recipe
@@ -56,11 +56,14 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     from grpo_lite.hardware import detect_device
     from grpo_lite.model import load_for_sampling, load_tokenizer
     from grpo_lite.probe import probe_lines, probe_recipe
+    from grpo_lite.probe_record import keep_times
 
     tokenizer = load_tokenizer(loaded)
     rows = load_prompts(loaded, tokenizer)
-    model = load_for_sampling(loaded, detect_device())
+    device = detect_device()
+    model = load_for_sampling(loaded, device)
     made = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
+    keep_times(loaded, device.name, made.to_json())
     click.echo("\n".join(probe_lines(made)))
 
 

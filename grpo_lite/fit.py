@@ -11,7 +11,8 @@ from typing import Any
 from grpo_lite.base_model import resolve_base
 from grpo_lite.checkpoints import last_usable, publishing, require_room, step_of
 from grpo_lite.data import Prompts
-from grpo_lite.ranks import this_process
+from grpo_lite.errors import RunDirError
+from grpo_lite.ranks import agree, this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir, now
 from grpo_lite.views import View
@@ -60,7 +61,7 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     from grpo_lite.progress import StopCleanly, read_metrics
 
     begun = time.monotonic()
-    checkpoint = _last_checkpoint(run, view.show)
+    checkpoint = _common_checkpoint(_last_checkpoint(run, view.show), run)
     with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
         if deadline:
@@ -93,6 +94,23 @@ def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
     elif found.skipped:
         show("no checkpoint is usable: training begins again")
     return found.folder
+
+
+def _common_checkpoint(found: Path | None, run: RunDir) -> Path | None:
+    """Return the first process's checkpoint: processes that began at different steps would train apart.
+
+    Raises:
+        RunDirError: it is not on this machine.
+    """
+    name = agree(found.name if found else None, this_process())
+    if name is None:
+        return None
+    if not (run.path / name).is_dir():
+        raise RunDirError(
+            f"{run.path}: the first process goes on from {name}, which is not here. With several machines put the run "
+            "directory on a disk that all of them see, or begin a new run."
+        )
+    return run.path / name
 
 
 def _save_adapter(run: RunDir, trainer: Any) -> None:

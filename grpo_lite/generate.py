@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from grpo_lite import attention
+from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.rollout import GroupDecoder, decoding_obstacle
 from grpo_lite.scoring import base_model
 from grpo_lite.shadow import dequantized
+
+logger = logging.getLogger(__name__)
 
 
 def generate_completions(
@@ -33,12 +38,15 @@ def generate_completions(
         max_new_tokens: cap per completion.
         samples: completions per prompt at `temperature`; None: one greedy completion.
         temperature: of the samples; top-p and top-k are off, as in training.
-        batch_size: sequences generated at once.
+        batch_size: sequences generated at once; halved, and kept so, where memory runs out.
         seed: of the samples; the caller's random state is left untouched.
         progress: called with (prompts done, prompts in all).
 
     Returns:
         For each prompt, in the order given, its `samples or 1` completions.
+
+    Raises:
+        MemoryBudgetError: memory runs out for a single sequence.
     """
     import torch
 
@@ -50,26 +58,62 @@ def generate_completions(
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
-    per_batch = max(1, batch_size // count)
+    rows = [i for i in order for _ in range(count)]
+    at_once = max(1, batch_size // count) * count
     decoder = _group_decoder(model, config, max(map(len, prompt_ids), default=0) + max_new_tokens)
     engine = dequantized(base_model(model)) if decoder else nullcontext()
+    done = 0
     try:
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), engine:
             torch.manual_seed(seed)
-            for start in range(0, len(order), per_batch):
-                chosen = order[start : start + per_batch]
-                rows = [prompt_ids[i] for i in chosen for _ in range(count)]
-                ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder
-                )
-                for j, row in enumerate(out[:, ids.shape[1] :].tolist()):
-                    results[chosen[j // count]].append(_until_stop(row, stops))
+            while done < len(rows):
+                chosen = rows[done : done + at_once]
+                answers = _answers(model, tokenizer, [prompt_ids[i] for i in chosen], config, decoder)
+                if answers is None:
+                    at_once = _fewer(len(chosen), max_new_tokens)
+                    continue
+                for i, answer in zip(chosen, answers, strict=True):
+                    results[i].append(_until_stop(answer, stops))
+                done += len(chosen)
                 if progress:
-                    progress(min(start + per_batch, len(order)), len(order))
+                    progress(done // count, len(order))
     finally:
         model.train(was_training)
     return results
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: list[Sequence[int]], config: Any, decoder: Any
+) -> list[list[int]] | None:
+    """Return what follows each prompt, or None where memory ran out; the random state is then as it was."""
+    import torch
+
+    on_cuda = model.device.type == "cuda"
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(model.device) if on_cuda else None
+    try:
+        ids, mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
+        answers: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return answers
+    except torch.OutOfMemoryError as error:
+        logger.info("%s", error)
+    # Outside the handler: the traceback holds the frames, and they hold the keys and values.
+    gc.collect()
+    torch.set_rng_state(before[0])
+    if before[1] is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_rng_state(before[1], model.device)
+    return None
+
+
+def _fewer(rows: int, cap: int) -> int:
+    if rows == 1:
+        raise MemoryBudgetError(
+            f"out of memory while generating a single completion of up to {cap} tokens. Lower "
+            "grpo.max_completion_length (or eval.max_new_tokens), or take model.load_in=4bit or a smaller model."
+        )
+    logger.warning("out of memory while generating %d completions at once: now %d (eval.batch_size)", rows, rows // 2)
+    return rows // 2
 
 
 def _group_decoder(model: Any, config: Any, longest: int) -> Any:

@@ -58,9 +58,24 @@ class Job:
         return self.prompt + self.completion
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether the longest sequences leave the attention window, beyond which TRL's own paths are taken."""
+        return self.shape.sliding_window is not None and self.longest > self.shape.sliding_window
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether forward and backward are group-packed."""
+        return self.compute == "packed" and not self.is_windowed
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rollouts share their prompts."""
+        return self.rollout == "shared" and not self.is_windowed
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one micro-step if every completion reaches its cap."""
-        if self.compute == "plain":
+        if not self.is_packed:
             return self.rows * self.longest
         straddling = 0 if self.rows % self.group == 0 or self.group % self.rows == 0 else 1
         return (math.ceil(self.rows / self.group) + straddling) * self.prompt + self.rows * self.completion
@@ -68,14 +83,14 @@ class Job:
     @property
     def microbatch_tokens(self) -> int:
         """Tokens that go through the model at once."""
-        if self.tokens is None or self.compute == "plain":
+        if self.tokens is None or not self.is_packed:
             return self.step_tokens
         return min(self.step_tokens, max(self.tokens, self.longest))
 
     @property
     def microbatch_rows(self) -> int:
         """Completions of capped length in the largest micro-batch."""
-        if self.compute == "plain":
+        if not self.is_packed:
             return self.rows
         tokens = self.microbatch_tokens
         fitting = max(1, (tokens - self.prompt) // self.completion)
@@ -157,7 +172,7 @@ def rollout_phase(job: Job) -> PhaseBytes:
         return PhaseBytes(tuple(items))  # vLLM's share of the card comes on top, in both phases: see MemoryPlan
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     rows, groups = wave(job)
-    if job.rollout == "shared":
+    if job.is_shared:
         held = groups * job.prompt + rows * cache_capacity(job.completion)
         wide = 4 * shape.kv_heads * shape.head_dim + 12 * shape.heads  # keys in float32; scores, their exponentials
         attention = rows * job.completion * wide
@@ -166,7 +181,7 @@ def rollout_phase(job: Job) -> PhaseBytes:
         held = rows * job.longest
         attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
         logits = rows * shape.vocab * 20
-    prefill = (groups if job.rollout == "shared" else rows) * job.prompt
+    prefill = (groups if job.is_shared else rows) * job.prompt
     step = max(attention, logits, prefill * 6 * shape.intermediate) + 2 * shape.hidden * shape.intermediate
     items.append((f"keys and values, {rows} completions at once", shape.layers * per_token * held))
     items.append(("decoding buffers", step))
@@ -181,7 +196,7 @@ def cache_capacity(completion: int) -> int:
 
 def wave(job: Job) -> tuple[int, int]:
     """Return how many completions and prompts are decoded at once (rollout.plan_waves)."""
-    if job.rollout != "shared" or job.kv_tokens is None:
+    if not job.is_shared or job.kv_tokens is None:
         return job.batch, math.ceil(job.batch / job.group)
     rows = max(1, min(job.batch, (job.kv_tokens - job.prompt) // job.completion))
     while rows > 1 and math.ceil(rows / job.group) * job.prompt + rows * job.completion > job.kv_tokens:
@@ -193,14 +208,14 @@ def _block(job: Job) -> tuple[int, int]:
     """Return, for one decoder layer, what its forward saves for backward, and what its backward adds at its peak."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     heads = shape.heads * shape.head_dim
-    attended = job.microbatch_rows * job.longest if job.compute == "packed" else 0  # each completion with its prompt
+    attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
     norms = shape.norms_per_layer * (4 + width) * shape.hidden  # the input in float32, the output
     if shape.qk_norm:
         norms += 4 * (heads + shape.kv_heads * shape.head_dim)
     attention = 5 * width * heads  # queries, keys and values spread over the heads, output, its contiguous copy
     gated = 4 * width * shape.intermediate  # gate, its activation, up, their product
     saved = tokens * (norms + attention + gated + 26 * job.rank) + 2 * width * heads * attended
-    if job.compute == "plain":
+    if not job.is_packed:
         saved += 3 * job.rows * job.longest**2  # the mask, and its copy in the compute dtype
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
     elementwise, product = 2 * width * tokens * shape.intermediate, width * tokens * shape.intermediate + weight
@@ -212,7 +227,7 @@ def _head(job: Job) -> int:
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     scored = job.microbatch_rows * job.completion
     hidden = tokens * shape.hidden * (4 + width)  # the last norm's input in float32 and its output
-    if job.compute == "plain":
+    if not job.is_packed:
         return hidden + scored * shape.hidden * (4 + 2 * width) + 2 * PLAIN_TILE * width
     rows = max(16, CHUNK_ELEMENTS // shape.vocab)
     chunk = min(rows, scored) * shape.vocab * (16 if scored > rows else 12)
@@ -222,7 +237,7 @@ def _head(job: Job) -> int:
 
 def _masks(job: Job) -> int:
     """Return the masks of completions behind their prompt: one per distinct length, in the compute dtype."""
-    if job.compute == "plain" or job.group * job.completion + job.prompt <= 192:
+    if not job.is_packed or job.group * job.completion + job.prompt <= 192:
         return 0
     distinct = min(job.microbatch_rows, 8)
     return distinct * job.completion * job.longest * job.dtype_bytes

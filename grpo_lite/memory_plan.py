@@ -115,9 +115,22 @@ def recipe_job(
         kv_tokens=recipe.memory.rollout_kv_tokens,
         checkpointing=bool(grpo.get("gradient_checkpointing", True)),
         offload=recipe.memory.offload_activations,
-        vllm_share=float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
+        vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
     )
-    return job, tuple(notes)
+    return job, (*notes, *_limits_of(job, recipe))
+
+
+def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
+    """Yield what the arithmetic takes for granted about how a job is computed."""
+    if job.is_windowed and recipe.compute == "packed":
+        yield (
+            f"TRL's own compute: {job.longest} tokens are more than the model's attention window of "
+            f"{job.shape.sliding_window}"
+        )
+    if not job.is_packed:
+        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits); compared with nothing yet"
+    if recipe.model.backend == "unsloth":
+        yield "our engine: how much the backend unsloth takes is not counted"
 
 
 def _optimizer_bytes(name: str) -> float:
@@ -141,9 +154,9 @@ def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> M
         kv_tokens = _largest(
             job.longest, _wave_tokens(job), lambda n: fits(replace(job, tokens=job.longest, kv_tokens=n))
         )
-        if kv_tokens is not None and job.rollout == "shared":
+        if kv_tokens is not None and job.is_shared:
             job, chosen["memory.rollout_kv_tokens"] = replace(job, kv_tokens=kv_tokens), kv_tokens
-    if not fits(job) and job.compute == "packed":
+    if not fits(job) and job.is_packed:
         tokens = _largest(job.longest, job.microbatch_tokens, lambda n: fits(replace(job, tokens=n)))
         if tokens is not None:
             job, chosen["memory.tokens_per_microbatch"] = replace(job, tokens=tokens), tokens
@@ -207,7 +220,7 @@ def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:
         yield "grpo.optim=paged_adamw_8bit"
     if not job.offload and job.checkpointing and fits(offload=True):
         yield "memory.offload_activations=true   (slower: activations wait in main memory)"
-    if job.load_in != "4bit" and fits(load_in="4bit", dtype_bytes=2):
+    if job.load_in != "4bit" and fits(load_in="4bit"):  # computing in float32 may be the card's or the recipe's will
         yield "model.load_in=4bit"
     shorter = _largest(STEP, job.completion - 1, lambda n: fits(completion=n))
     if shorter is not None:

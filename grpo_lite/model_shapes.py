@@ -159,8 +159,16 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
         qkv_bias=qwen2 or bool(config.get("attention_bias")),
         qk_norm=kind.startswith("qwen3") or gemma3,
         norms_per_layer=4 if gemma3 or kind.startswith("gemma2") else 2,
-        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", not qwen2) else None,
+        sliding_window=config.get("sliding_window") if _slides(config, qwen2) else None,
     )
+
+
+def _slides(config: dict[str, Any], qwen2: bool) -> bool:
+    """Return whether some layer really attends within `sliding_window` only (attention.sliding_window)."""
+    kinds = config.get("layer_types")
+    if kinds is not None and "sliding_attention" not in kinds:
+        return False
+    return bool(config.get("use_sliding_window", not qwen2))
 
 
 def model_shape(model_id: str, revision: str | None = None, offline: bool = False) -> tuple[ModelShape, str]:

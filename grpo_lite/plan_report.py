@@ -9,6 +9,7 @@ from grpo_lite.errors import ModelError
 from grpo_lite.hardware import CARDS, Card
 from grpo_lite.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, PhaseBytes, weight_bytes
 from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, plan_memory, recipe_job
+from grpo_lite.probe_record import time_line
 from grpo_lite.recipe import Recipe
 
 UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
@@ -61,6 +62,7 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
         f"longest completions that fit: {whole or 0} tokens with groups of {job.group} in one piece, "
         f"{divided or 0} one completion at a time"
     )
+    yield time_line(recipe)
     yield UNMEASURED
 
 
@@ -76,7 +78,7 @@ def _line(what: str, size: int) -> str:
 
 
 def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
-    """Yield the recipe × GPU table as Markdown: planned need in GiB, or that it does not fit."""
+    """Yield the recipe × GPU table as Markdown: need in GiB or that it does not fit, every cell marked as planned."""
     names = list(CARDS)
     yield "| recipe | model | " + " | ".join(f"{name}<br>{CARDS[name].memory_bytes / GIB:.1f}" for name in names) + " |"
     yield "|---|---|" + "---|" * len(names)
@@ -87,13 +89,15 @@ def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
             continue
         cells = []
         for plan in plans:
-            job = plan.job
-            divided = "" if plan.job.microbatch_tokens == job.step_tokens else "÷"
-            cells.append(f"{plan.needed / GIB:.1f}{divided}" if plan.fits else "out of memory")
+            divided = " ÷" if {"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen) else ""
+            cells.append(f"{plan.needed / GIB:.1f}{divided} planned" if plan.fits else "out of memory (planned)")
         yield (
             f"| `{recipe.name}` | {recipe.model.id.rpartition('/')[2]} {recipe.model.load_in} | "
             + " | ".join(cells)
             + " |"
         )
     yield ""
-    yield f"GiB planned; ÷: in smaller micro-batches than the recipe's, same gradient. {UNMEASURED}"
+    yield (
+        "What a card must have, in GiB, at the recipe's longest prompts and completions; in the head what it has. "
+        f"÷: divided into smaller pieces than the recipe's to fit, same gradient. {UNMEASURED}"
+    )

@@ -6,11 +6,12 @@ of a prompt are right, or none is, or all are cut at the cap, there is nothing t
 
 from __future__ import annotations
 
+import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from grpo_lite.board import format_seconds
@@ -21,10 +22,9 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import weighted_sum
 from grpo_lite.reward_loader import load_rewards
 from grpo_lite.statistics import mean_pass_at_k
+from grpo_lite.timing import forward_seconds, schedule, training_forwards
 
-# A step's training in multiples of one forward pass over its completions: forward, backward, and the forward that
-# activation checkpointing repeats.
-BACKWARD_SHARE = 2.0
+PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
 OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
 
 
@@ -45,12 +45,17 @@ class Probe:
     tokens_per_s: float
     step_s: float
     steps: int
+    evaluation_s: float = 0.0  # of base and trained model, before the merge
     notes: tuple[str, ...] = field(default=())
 
     @property
     def eta_s(self) -> float:
         """Seconds for the whole training."""
         return self.step_s * self.steps
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for run.json, with the verdict."""
+        return {**asdict(self), "eta_s": self.eta_s, "verdict": verdict(self)}
 
 
 def probe_recipe(
@@ -59,7 +64,7 @@ def probe_recipe(
     tokenizer: Any,
     prompts: Prompts,
     *,
-    count: int = 32,
+    count: int = PROMPTS,
     samples: int | None = None,
     show: Callable[[str], None] = lambda line: None,
 ) -> Probe:
@@ -70,12 +75,13 @@ def probe_recipe(
         model: its base model, without an adapter or with an untrained one.
         tokenizer: its tokenizer.
         prompts: its prompts.
-        count: how many of them.
-        samples: per prompt; None: the recipe's group size.
+        count: how many of them, drawn by the recipe's seed: files are often sorted.
+        samples: per prompt; None: 8, or the group size where that is larger.
         show: gets progress lines.
     """
-    samples = samples or recipe.num_generations
-    rows = prompts.train[:count]
+    group = recipe.num_generations
+    samples = samples or max(SAMPLES, group)
+    rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
     template = recipe.grpo.get("chat_template_kwargs")
     ids = [prompt_ids(row["prompt"], tokenizer, template) for row in rows]
     cap = recipe.max_completion_length
@@ -97,28 +103,30 @@ def probe_recipe(
     right, _ = score_completions(tokenizer, recipe, repeated, completions)
     judged = [right[i : i + samples] for i in range(0, len(right), samples)]
     counts = [sum(bool(r) for r in group) for group in judged if None not in group]
+    begun = time.monotonic()
     totals, formats = _rewards(recipe, tokenizer, repeated, completions, prompts.lead_in)
-    equal = [len(set(totals[i : i + samples])) == 1 for i in range(0, len(totals), samples)]
+    reward_s = time.monotonic() - begun
     lengths = [len(completion) for completion in completions]
-    tokens = max(1, sum(lengths))
-    per_step = recipe.generation_batch / len(completions)
-    forward_s = _forward_seconds(model, [a + b for a, b in zip(ids, (g[0] for g in groups), strict=True)])
-    checkpointing = 1.0 if recipe.grpo.get("gradient_checkpointing", True) else 0.0
-    training_s = per_step * samples * forward_s * (1.0 + BACKWARD_SHARE + checkpointing)
+    caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
+    plan = schedule(recipe, len(prompts.train))
+    forward_s = forward_seconds(recipe, model, tokenizer, ids, groups)
+    step_s = plan.sampled * (rollout_s + reward_s) / len(completions)
+    step_s += plan.trained * forward_s * training_forwards(recipe)
     return Probe(
         prompts=len(rows),
         samples=samples,
         pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
         pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
-        equal_groups=statistics.fmean(equal),
+        equal_groups=statistics.fmean(_equal(totals, samples, min(group, samples))),
         cap=cap,
-        truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in (cap // 4, cap // 2, cap)},
+        truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
         format_rate=None if formats is None else statistics.fmean(formats),
         rewarded=statistics.fmean(total for total in totals if total is not None) if any(totals) else 0.0,
         opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
-        tokens_per_s=tokens / max(rollout_s, 1e-9),
-        step_s=per_step * rollout_s + training_s,
-        steps=_steps(recipe, len(prompts.train)),
+        tokens_per_s=max(1, sum(lengths)) / max(rollout_s, 1e-9),
+        step_s=step_s,
+        steps=plan.steps,
+        evaluation_s=_evaluated(recipe, len(prompts.eval)) * rollout_s / len(completions),
         notes=() if counts else ("no probed prompt has a usable gold answer",),
     )
 
@@ -144,25 +152,16 @@ def _rewards(
     return weighted_sum(functions, weights)(**given), formats
 
 
-def _forward_seconds(model: Any, sequences: list[list[int]], most: int = 8) -> float:
-    """Return the seconds of one forward pass without gradients, per sequence."""
-    import torch
-
-    chosen = sequences[:most]
-    with torch.inference_mode():
-        begun = time.monotonic()
-        for ids in chosen:
-            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-    return (time.monotonic() - begun) / len(chosen)
+def _equal(totals: Sequence[float | None], samples: int, group: int) -> list[bool]:
+    """Return for each whole group inside the samples of each prompt whether its rewards are all equal."""
+    starts = [i + j for i in range(0, len(totals), samples) for j in range(0, samples - group + 1, group)]
+    return [len(set(totals[start : start + group])) == 1 for start in starts]
 
 
-def _steps(recipe: Recipe, rows: int) -> int:
-    if recipe.grpo.get("max_steps", -1) > 0:
-        return int(recipe.grpo["max_steps"])
-    prompts_a_step = max(1, recipe.generation_batch // recipe.num_generations)
-    return max(1, round(float(recipe.grpo.get("num_train_epochs", 3)) * rows / prompts_a_step))
+def _evaluated(recipe: Recipe, held_out: int) -> int:
+    """Return how many completions the evaluation of base and trained model generates."""
+    section = recipe.eval
+    return 2 * (1 + section.samples) * min(held_out, section.limit or held_out) if section.enabled else 0
 
 
 def verdict(probe: Probe) -> str:
@@ -210,7 +209,8 @@ def probe_lines(probe: Probe) -> Iterator[str]:
     if probe.format_rate is not None:
         yield f"  in the agreed format {probe.format_rate:.0%}"
     yield (
-        f"  a step about {probe.step_s:.0f} s (training counted as multiples of a measured forward pass), "
-        f"{probe.steps} steps about {format_seconds(probe.eta_s)}"
+        f"  a step about {probe.step_s:.3g} s (training counted as multiples of a measured forward pass), "
+        f"{probe.steps} steps about {format_seconds(probe.eta_s)}, "
+        f"evaluation about {format_seconds(probe.evaluation_s)}"
     )
     yield f"verdict: {verdict(probe)}"

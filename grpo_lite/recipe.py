@@ -202,6 +202,9 @@ class LogSection(_Section):
     """What is shown while it runs."""
 
     sample_every: int = Field(10, ge=0, description="Steps between sample completions; 0: never.")
+    preflight: bool | None = Field(
+        None, description="Begin training with the probe (32 prompts × 8 samples: verdict, ETA); null: on a GPU only."
+    )
 
 
 class Recipe(_Section):

@@ -17,12 +17,14 @@ from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
 from grpo_lite.model import compute_dtype, load_tokenizer, load_trained
+from grpo_lite.preflight import add_preflight
 from grpo_lite.ranks import agree, share_of_batch, this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_guard import GuardedReward
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
+from grpo_lite.unsloth_backend import uses_unsloth, with_trl_defaults
 from grpo_lite.views import View, ViewKind, make_view
 
 Show = Callable[[str], None]
@@ -76,6 +78,7 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
             if ranks.is_first:
                 require_room_for(recipe, run, trainer)
                 _record_start(recipe, run, device, state)
+                add_preflight(recipe, run, device, trainer, tokenizer, prompts, watched.show)
             result = fit(run, watched, trainer, deadline_of(recipe, run, show, prompts, begun))
             if result.stopped_by or not ranks.is_first:
                 return result
@@ -141,7 +144,8 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
     }
     shared = share_of_batch(recipe, this_process().world)
     try:
-        args = GRPOConfig(**{**recipe.grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
+        grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
+        args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
     except (ValueError, TypeError) as error:
         raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {error}") from None
     if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)

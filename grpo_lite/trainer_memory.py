@@ -95,12 +95,13 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
         self._set_budget("training", failure, tokens_per_microbatch=max(longest, budget // 2))
 
     def rehearse(self, prompt: list[int]) -> None:
-        """Let an overflow of the longest prompt at full completion length happen now, and lower the budgets for it."""
-        if not self._is_packable(self.model):
-            return
+        """Let an overflow of the longest prompt at full completion length happen now, and lower the budgets for it.
+
+        Rollouts by `generate` or vLLM are not rehearsed: theirs cannot be cut short at full length.
+        """
         undo = _Undo(self)
-        if self.options.rollout == "shared" and not self.use_vllm:
-            round_ids = longest_round(self, prompt)
+        round_ids = longest_round(self, prompt)
+        if self.options.rollout == "shared" and self._can_share_rollout(round_ids[:1], (), {}):
             self._until_it_fits(
                 lambda: rehearse_rollout(self, prompt), lambda why: self._lower_wave(round_ids, why, True)
             )

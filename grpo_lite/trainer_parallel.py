@@ -27,6 +27,8 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_parallel = self.accelerator.num_processes > 1
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("FSDP shards what this trainer reads whole: take launch/fsdp_qlora.py (docs/scaling.md)")
         if self._is_parallel and (self.options.refill or self.options.difficulty):
             raise ValueError("sampling.refill and sampling.difficulty look at one process's rewards: set GPUS=1")
 

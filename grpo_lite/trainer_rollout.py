@@ -41,6 +41,11 @@ class RolloutGRPOTrainer(SamplingGRPOTrainer):
         if not self.options.is_plain:
             shorten_lora(self.model)
 
+    def prepare_decoding(self) -> None:
+        """Decide now whether the model is served by our decoder, for sampling outside of a step."""
+        if self.options.rollout == "shared" and not self.use_vllm:
+            self._is_supported(self.model)
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, images, multimodal = super()._tokenize_prompts(prompts)
         template = {"chat_template": self.chat_template, "tools": self.tools or None, **self.chat_template_kwargs}

@@ -17,6 +17,15 @@ from grpo_lite.recipe import ModelSection, Recipe
 
 # FastLanguageModel's own default, and what peft's `all-linear` means for the models it knows.
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# TRL 1.14's and transformers' own, where Unsloth's patched GRPOConfig puts others if nothing is said
+# (unsloth/models/rl.py 2026.10.9): a recipe means the same under both backends.
+TRL_DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0.0,  # 0.001
+    "warmup_steps": 0,  # 0.1: a tenth of all steps
+    "optim": "adamw_torch_fused",  # adamw_8bit
+    "loss_type": "dapo",
+    "mask_truncated_completions": False,  # True with loss_type dapo
+}
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "init_lora_weights")
 
 
@@ -94,6 +103,16 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
         "use_gradient_checkpointing": _checkpointing(recipe),
         "random_state": recipe.seed,
     }
+
+
+def with_trl_defaults(grpo: dict[str, Any]) -> dict[str, Any]:
+    """Return GRPOConfig's arguments with everything said that Unsloth's patched one would decide otherwise."""
+    said = {**TRL_DEFAULTS, **grpo}
+    if said.get("epsilon_high") is None:  # 0.28 with dapo, 5.0 with cispo; TRL's own is epsilon
+        said["epsilon_high"] = said.get("epsilon", 0.2)
+    if str(said["loss_type"]).lower() == "dr_grpo" and said.get("scale_rewards", "group") in (True, "group"):
+        said["scale_rewards"] = None  # read as "scale them"; anything else it switches off
+    return said
 
 
 def _checkpointing(recipe: Recipe) -> str | bool:

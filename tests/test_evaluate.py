@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_lite.errors import EvaluationError
+from grpo_lite.errors import EvaluationError, MemoryBudgetError
 from grpo_lite.evaluate import compare, honest_section, score_completions
 from grpo_lite.generate import generate_completions
 from grpo_lite.recipe import Recipe
@@ -131,3 +131,72 @@ def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(
     assert [len(group) for group in first] == [3, 3]
     assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=1) == first
     assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=2) != first
+
+
+def holds(rows: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pretend a card that generates no more than so many sequences at once, and notices late; returns what it tried."""
+    import torch
+
+    tried: list[int] = []
+    real = model.generate
+
+    def generate(**given: Any) -> Any:
+        out = real(**given)  # random numbers are drawn before the overflow
+        tried.append(len(given["input_ids"]))
+        if tried[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return out
+
+    monkeypatch.setattr(model, "generate", generate)
+    return tried
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["generate", "shared"])
+def test_out_of_memory_while_evaluating_is_redone_in_halves(
+    shared: bool, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_lite import attention
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    if shared:
+        attention.install(model)
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5, 1, 7, 2)]
+    greedy = generate_completions(model, tokenizer, prompts, max_new_tokens=6)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "samples": 2, "seed": 3}
+    sampled = generate_completions(model, tokenizer, prompts, batch_size=3, **settings)  # 2 at once from the start
+    seen: list[tuple[int, int]] = []
+    tried = holds(3, model, monkeypatch)
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=6, progress=lambda *at: seen.append(at)) == (
+        greedy
+    )
+    assert tried == [6, 3, 3]
+    assert seen == [(3, 6), (6, 6)]
+    assert "6 completions at once: now 3 (eval.batch_size)" in caplog.text
+    tried.clear()
+    assert generate_completions(model, tokenizer, prompts, batch_size=4, **settings) == sampled
+    assert tried == [4, 2, 2, 2, 2, 2, 2]
+
+
+def test_the_samples_of_one_prompt_are_divided_too(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    tried = holds(2, model, monkeypatch)
+    groups = generate_completions(model, tokenizer, [[5, 6], [7, 8, 9]], max_new_tokens=3, samples=5, batch_size=1)
+    assert [len(group) for group in groups] == [5, 5]
+    assert tried == [5, 2, 2, 2, 2, 2]
+
+
+def test_a_single_completion_too_many_says_what_to_lower(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32").train()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    holds(0, model, monkeypatch)
+    with pytest.raises(MemoryBudgetError, match=r"a single completion of up to 3 tokens\. Lower grpo\.max_completion"):
+        generate_completions(model, tokenizer, [[5, 6], [7]], max_new_tokens=3)
+    assert model.training

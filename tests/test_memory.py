@@ -365,3 +365,66 @@ def test_a_long_prompt_of_the_data_counts_instead_of_the_cap() -> None:
     short, long = (recipe_job(recipe, prompt=tokens)[0] for tokens in (10, 3000))
     assert training_phase(short).total < training_phase(long).total
     assert rollout_phase(short).total < rollout_phase(long).total
+
+
+def test_sequences_beyond_the_attention_window_are_planned_as_they_are_computed() -> None:
+    """Gemma 3 looks back 512 tokens: longer ones take TRL's own paths, whose mask and padded rows cost more."""
+    inside, outside = (job("gemma-3-1b", completion=length, rows=8, batch=8) for length in (312, 313))
+    assert (inside.is_windowed, inside.is_packed, inside.is_shared) == (False, True, True)
+    assert (outside.is_windowed, outside.is_packed, outside.is_shared) == (True, False, False)
+    assert outside.step_tokens == 8 * 513
+    assert inside.step_tokens == 200 + 8 * 312
+    assert training_phase(outside).total > 1.1 * training_phase(inside).total
+    assert plan_memory(replace(outside, tokens=600), 40 * GIB).job.microbatch_tokens == 8 * 513  # it divides nothing
+    assert not [text for text in cheapest_changes(outside, 3 * GIB) if text.startswith(("compute", "rollout"))]
+    notes = recipe_job(load_recipe("unsloth-gemma3-1b"))[1]
+    assert [note for note in notes if "1024 tokens are more than the model's attention window of 512" in note]
+
+
+def test_a_window_that_no_layer_uses_is_none() -> None:
+    config = KNOWN["mistral-7b-v0.3"] | {"sliding_window": 4096}
+    assert read_shape(config, "x").sliding_window == 4096
+    assert read_shape(config | {"layer_types": ["full_attention"] * 32}, "x").sliding_window is None
+    assert read_shape(config | {"layer_types": ["full_attention", "sliding_attention"]}, "x").sliding_window == 4096
+    assert read_shape(KNOWN["qwen2.5-7b"] | {"sliding_window": 131072}, "x").sliding_window is None
+
+
+def test_a_float32_card_is_offered_4_bit_only_where_float32_fits_too() -> None:
+    """Gemma 3 on a card without bfloat16 computes in float32, whatever its weights are stored in."""
+    recipe = load_recipe("unsloth-gemma3-1b", ["model.load_in=32bit", "grpo.max_completion_length=6000"])
+    planned, _ = recipe_job(recipe, bfloat16=False)
+    for gib in range(4, 40, 2):
+        for text in cheapest_changes(planned, gib * GIB):
+            if text.startswith("model.load_in=4bit"):
+                again, _ = recipe_job(
+                    load_recipe("unsloth-gemma3-1b", ["model.load_in=4bit", "grpo.max_completion_length=6000"]),
+                    bfloat16=False,
+                )
+                assert plan_memory(again, gib * GIB).fits, gib
+
+
+def test_a_vllm_server_takes_no_share_of_this_card() -> None:
+    keys = ["grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.4"]
+    shared, own = (recipe_job(load_recipe("gsm8k", [*keys, f"grpo.vllm_mode={m}"]))[0] for m in ("colocate", "server"))
+    assert needed_bytes(shared, 16 * GIB) - needed_bytes(own, 16 * GIB) == int(0.4 * 16 * GIB)
+
+
+def test_several_processes_plan_their_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite import budgets
+    from grpo_lite.hardware import Device
+
+    planned: list[Job] = []
+    real = budgets.plan_memory
+    monkeypatch.setattr(budgets, "plan_memory", lambda job, *rest: planned.append(job) or real(job, *rest))
+    monkeypatch.setattr(budgets, "free_bytes", lambda: 14 * GIB)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    device = Device("cuda", "Tesla T4", 15 * GIB, bfloat16=False, compute_capability=(7, 5), count=2)
+    budgets.fit_to_device(load_recipe("gsm8k"), device, 300, lambda line: None)
+    assert (planned[0].batch, planned[0].rows, planned[0].prompt) == (16, 4, 300)
+
+
+def test_the_recipes_page_has_the_table_that_plan_prints(root: Any) -> None:
+    page = (root / "recipes" / "README.md").read_text(encoding="utf-8")
+    names = [name for name in recipe_names() if name != "smoke"]
+    for line in all_cards_table([load_recipe(name) for name in names]):
+        assert line in page, f"{line}\nWrite it anew: grpo-lite plan --all-gpus"

@@ -277,6 +277,40 @@ def test_the_rehearsal_fills_the_largest_wave(tmp_path: Path, monkeypatch: pytes
     assert trainer.options.rollout_kv_tokens is not None
 
 
+def test_plain_compute_is_rehearsed_too_and_ends_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest prompt with completions at the cap is 8 × 52 tokens; nothing that is trained on reaches 8 × 51."""
+    from trl import GRPOTrainer
+
+    sizes: list[int] = []
+    real = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def logps(self: Any, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 8 * 51:
+            raise overflow()
+        return real(self, model, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", logps)
+    plain = EngineOptions(compute="plain", rollout="generate")
+    train(FittingGRPOTrainer, tmp_path, options=plain)
+    assert max(sizes) <= 8 * 51
+    sizes.clear()
+    with pytest.raises(MemoryBudgetError, match="out of memory in training at step 1, with nothing left to divide"):
+        train(FittingGRPOTrainer, tmp_path, options=plain, rehearsal=list(range(3, 43)))
+    assert sizes == [8 * 52]
+
+
+def test_a_rehearsal_of_plain_compute_changes_no_gradient(tmp_path: Path) -> None:
+    plain = EngineOptions(compute="plain", rollout="generate")
+    _, expected = train(FittingGRPOTrainer, tmp_path, steps=2, options=plain)
+    trainer, found = train(FittingGRPOTrainer, tmp_path, steps=2, options=plain, rehearsal=list(range(3, 43)))
+    assert len(trainer.state.log_history[0]) > 5
+    for ours, without in zip(found.steps, expected.steps, strict=True):
+        assert relative_difference(ours, without) < 1e-6
+
+
 def test_offloaded_activations_give_the_same_gradient(tmp_path: Path) -> None:
     _, expected = train(PackedGRPOTrainer, tmp_path, settings={"gradient_checkpointing": True})
     options = EngineOptions(offload_activations=True, tokens_per_microbatch=60)

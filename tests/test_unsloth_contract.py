@@ -1,20 +1,27 @@
-"""What we pass to Unsloth exists in the installed wheel: read from its source, without GPU or import."""
+"""What we pass to Unsloth exists in the installed wheel: read from its source, without GPU or import.
+
+Without unsloth installed: `pip download --no-deps unsloth unsloth_zoo`, unpack both wheels into one folder, and set
+UNSLOTH_SOURCE=folder/unsloth. What is imported (slow) also needs the packages that Unsloth imports.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grpo_lite.errors import ModelError
 from grpo_lite.recipe import ModelSection
 from grpo_lite.recipe_load import load_recipe, recipe_names
-from grpo_lite.unsloth_backend import adapter_arguments, load_arguments, prepare
+from grpo_lite.unsloth_backend import adapter_arguments, load_arguments, prepare, with_trl_defaults
 
 PRESETS = ["unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"]
 
@@ -30,8 +37,14 @@ def source() -> Path:
     return Path(spec.origin).parent
 
 
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def parameters(file: Path, class_name: str, function: str) -> set[str]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in tree(file).body:  # classes at the top only: walking 5,000 lines for each recipe takes minutes
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == function:
@@ -54,11 +67,102 @@ def test_every_argument_for_the_adapter_exists(name: str, source: Path) -> None:
 def test_all_linear_means_the_layers_that_unsloth_takes_by_default(source: Path) -> None:
     from grpo_lite.unsloth_backend import ALL_LINEAR
 
-    for node in ast.parse((source / "models" / "llama.py").read_text(encoding="utf-8")).body:
+    for node in tree(source / "models" / "llama.py").body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_DEFAULT_TARGET_MODULES":
             assert ast.literal_eval(node.value) == ALL_LINEAR
             return
     pytest.fail("unsloth has no _DEFAULT_TARGET_MODULES any more")
+
+
+# What its patched GRPOConfig sets if nothing is said, and that changes nothing about what is learnt: ours or TRL's
+# owned keys, evaluation's batch (there is none), logs, and what only vLLM or mixtures of experts read.
+HARMLESS = {
+    "output_dir", "seed", "bf16", "fp16", "dataloader_pin_memory", "logging_nan_inf_filter", "logging_steps",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps", "max_seq_length", "vllm_mode",
+    "generation_kwargs", "include_tokens_per_second", "include_num_input_tokens_seen", "auto_find_batch_size",
+    "padding_free", "vllm_importance_sampling_correction", "router_aux_loss_coef", "report_to",
+}  # fmt: skip
+
+
+def replaced_defaults(source: Path) -> dict[str, Any]:
+    """Read the defaults that Unsloth writes into GRPOConfig's signature: dicts named `replacements` in rl.py."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree(source / "models" / "rl.py")):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "replacements":
+            assert isinstance(node.value, ast.Dict)
+            values = {key.value: value for key, value in zip(node.value.keys, node.value.values, strict=True)}  # type: ignore[union-attr]
+            if set(values) != {"loss_type"}:  # that one is SFT's
+                found |= values
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("replacements["):
+            found[ast.literal_eval(node.targets[0].slice)] = node.value  # type: ignore[attr-defined]
+    return found
+
+
+def test_no_default_of_its_own_changes_what_a_recipe_means(source: Path) -> None:
+    found = set(replaced_defaults(source))
+    assert {"optim", "weight_decay", "loss_type", "beta"} <= found, "unsloth writes its defaults elsewhere now"
+    for name in recipe_names():
+        left = found - HARMLESS - {"warmup_ratio"} - set(with_trl_defaults(load_recipe(name).grpo))
+        assert not left, f"{name}: unsloth would decide {sorted(left)}"
+
+
+def test_what_it_overrides_by_loss_type_is_said_too(source: Path) -> None:
+    text = (source / "models" / "rl.py").read_text(encoding="utf-8")
+    for statement in ("epsilon_high = 0.28", "mask_truncated_completions = True", "scale_rewards = False"):
+        assert statement in text, f"unsloth no longer sets {statement}: see with_trl_defaults"
+    dapo = with_trl_defaults({"loss_type": "dapo", "epsilon": 0.3})
+    assert (dapo["epsilon_high"], dapo["mask_truncated_completions"]) == (0.3, False)
+    assert with_trl_defaults({"epsilon_high": 0.28, "mask_truncated_completions": True})["epsilon_high"] == 0.28
+    assert with_trl_defaults({"loss_type": "dr_grpo"})["scale_rewards"] is None
+    assert with_trl_defaults({"loss_type": "dr_grpo", "scale_rewards": "none"})["scale_rewards"] == "none"
+    assert "scale_rewards" not in with_trl_defaults({"loss_type": "dapo"})
+
+
+def test_trl_s_defaults_are_trl_s() -> None:
+    from trl import GRPOConfig
+
+    from grpo_lite.unsloth_backend import TRL_DEFAULTS
+
+    args = GRPOConfig(output_dir="x", use_cpu=True, bf16=False, report_to="none")
+    for key, value in TRL_DEFAULTS.items():
+        assert getattr(getattr(args, key), "value", getattr(args, key)) == value, key
+    assert args.epsilon == 0.2
+    assert args.epsilon_high is None or args.epsilon_high == args.epsilon
+
+
+# Builds TRL's GRPOConfig as Unsloth rewrites it on a GPU, with every recipe's arguments, and prints what it says.
+PATCHED = """
+import json, sys
+import unsloth
+from unsloth.models.rl import _patch_trl_rl_trainers
+_patch_trl_rl_trainers("grpo_trainer")
+from trl import GRPOConfig
+assert GRPOConfig.__name__ == "UnslothGRPOConfig" or hasattr(GRPOConfig, "_unsloth_patched_rl_config"), GRPOConfig
+for name, given in json.loads(sys.argv[1]).items():
+    print("RECIPE", name)
+    args = GRPOConfig(output_dir="x", use_cpu=True, bf16=False, fp16=False, **given)
+    for key, value in given.items():
+        found = getattr(args, key)
+        found = getattr(found, "value", found)
+        if found != value and key not in ("report_to", "scale_rewards"):
+            print("Unsloth: changed", key, value, found)
+"""
+
+
+@pytest.mark.slow
+def test_every_recipe_s_config_builds_under_the_patched_one(source: Path, tmp_path: Path) -> None:
+    given = {name: with_trl_defaults(load_recipe(name).grpo) for name in recipe_names()}
+    environment = {**os.environ, "UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path)}
+    environment["PYTHONPATH"] = f"{source.parent}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-W", "ignore", "-c", PATCHED, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=500)
+    if importlib.util.find_spec("unsloth") is None and "ModuleNotFoundError" in done.stderr:
+        pytest.skip(f"unsloth's own requirements are not installed: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = done.stdout[done.stdout.index("RECIPE") :]
+    assert said.count("RECIPE") == len(given)
+    told = [line for line in said.splitlines() if "Unsloth" in line]
+    assert not told, "\n".join(told)
 
 
 def test_its_ranges_hold_a_version_that_we_allow(source: Path) -> None:
@@ -69,7 +173,8 @@ def test_its_ranges_hold_a_version_that_we_allow(source: Path) -> None:
 
     folder = next(iter(sorted(source.parent.glob("unsloth-*.dist-info"))), None)
     assert folder is not None, "the wheel's metadata is not beside its source"
-    wanted = {(r := Requirement(line)).name: r.specifier for line in PathDistribution(folder).requires or []}
+    lines = [Requirement(line) for line in PathDistribution(folder).requires or []]
+    wanted = {line.name: line.specifier for line in lines if "extra" not in str(line.marker)}
     for package, ours, version in (
         ("trl", ">=1.14,!=1.15.*,<1.17", "1.14.0"),
         ("transformers", ">=5.10,<5.24", "5.17.0"),

@@ -1,0 +1,65 @@
+"""Preflight: the probe as the first minutes of a training.
+
+It says what a night would show: too hard, too easy, cut short. It stops nothing and leaves the random state alone, so
+the training behind it is the same with and without.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from grpo_lite.data import Prompts
+from grpo_lite.hardware import Device
+from grpo_lite.probe import PROMPTS, SAMPLES, probe_lines, probe_recipe, verdict
+from grpo_lite.probe_record import keep_times
+from grpo_lite.ranks import this_process
+from grpo_lite.recipe import Recipe
+from grpo_lite.run_dir import RunDir
+
+Show = Callable[[str], None]
+
+
+def add_preflight(
+    recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
+) -> None:
+    """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
+    wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
+    if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
+        show("preflight: left out with several processes; before: grpo-lite probe")
+    elif wanted:  # before all other callbacks, whose clocks start with the training
+        callback = Preflight(recipe, run, device, trainer, tokenizer, prompts, show)
+        trainer.callback_handler.callbacks.insert(0, callback)
+
+
+class Preflight(TrainerCallback):
+    """Probes the untrained policy when a training begins, not when one goes on; figures go into run.json."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
+    ) -> None:
+        self.recipe, self.run, self.device, self.trainer = recipe, run, device, trainer
+        self.tokenizer, self.prompts, self.show = tokenizer, prompts, show
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, self.trainer = self.trainer, None  # or the optimizer would outlive the training
+        if state.global_step > 0:
+            return
+        begun = time.monotonic()
+        samples = max(SAMPLES, self.recipe.num_generations)
+        self.show(f"preflight: {PROMPTS} prompts × {samples} samples first (log.preflight=false leaves it out)")
+        ours = hasattr(trainer, "prepare_decoding")  # Unsloth's trainer is not
+        if ours:
+            trainer.prepare_decoding()
+        made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
+        for line in probe_lines(made):
+            self.show(f"preflight: {line.strip()}")
+        if not verdict(made).startswith("it can learn"):
+            self.show("preflight: training goes on all the same; Ctrl-C twice stops it at once")
+        self.run.update_run(preflight=made.to_json())
+        keep_times(self.recipe, self.device.name, made.to_json())
+        if ours:
+            trainer.seconds_before -= time.monotonic() - begun  # it is no training time

@@ -1,0 +1,84 @@
+"""Train a recipe whose 4-bit base is too large for one card: TRL's own GRPOTrainer, the base sharded (FSDP-QLoRA).
+
+Usage: accelerate launch --config_file launch/fsdp_qlora.yaml launch/fsdp_qlora.py RECIPE OUT [KEY=VALUE …]
+
+The recipe's prompts, rewards and settings, plain compute. OUT becomes a run: `make merge RUN=OUT` merges it on a CPU.
+Not resumed when interrupted, and not yet run on a GPU (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(recipe_name: str, out: str, *overrides: str) -> None:
+    """Train and save OUT/adapter."""
+    from grpo_lite.cli_export import set_environment
+
+    set_environment()
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from grpo_lite.data import load_prompts
+    from grpo_lite.hardware import detect_device
+    from grpo_lite.model import load_tokenizer, lora_config
+    from grpo_lite.ranks import agree, this_process
+    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.reward_loader import load_rewards
+    from grpo_lite.run_dir import RunDir, environment_record, now
+    from grpo_lite.train import fill_a_round, grpo_config
+
+    recipe, run, first = load_recipe(recipe_name, overrides), RunDir(out), this_process().is_first
+    agree(run.prepare(recipe) if first else None, this_process())
+    tokenizer = load_tokenizer(recipe)
+    prompts = load_prompts(recipe, tokenizer)
+    columns = sorted({key for row in prompts.train for key in row if key != "prompt"})
+    rewards, weights = load_rewards(recipe, columns, prompts.lead_in)
+    rows = [{"prompt": row["prompt"], **{key: row.get(key) for key in columns}} for row in prompts.train]
+    args = grpo_config(recipe, run, detect_device(), weights)
+    args.save_strategy = "no"
+    trainer = GRPOTrainer(
+        model=load_sharded(recipe, args),
+        args=args,
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_list(fill_a_round(rows, recipe, print)),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+    )
+    if first:
+        run.update_run(**environment_record(), recipe=recipe.name, seed=recipe.seed)
+    trainer.train()
+    trainer.save_model(str(run.adapter))  # by all processes: the shards are gathered
+    if first:
+        run.update_run(trained_at=now(), steps=trainer.state.global_step)
+        print(f"adapter: {run.adapter}\nmerge it: make merge RUN={out}")
+
+
+def load_sharded(recipe: Any, args: Any) -> Any:
+    """Return the base, its 4-bit weights stored in the compute dtype, as FSDP can shard nothing else."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from grpo_lite.base_model import resolve_base
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    quantized: dict[str, Any] = {}
+    if recipe.model.load_in == "4bit":
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_base(recipe.model.id, recipe.model.revision), dtype=dtype, **quantized
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
