@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_lite.evidence import Finding, part_name
+from grpo_lite.evidence import Finding, printable
 from grpo_lite.recipe import Recipe
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -69,7 +69,7 @@ class Board:
             last.get("heldout/lenient"),
             self.tokens_per_second,
         )
-        parts = [(part_name(s), last.get(f"rewards/{part_name(s)}/mean")) for s in self.recipe.rewards]
+        parts = [(name, last.get(f"rewards/{name}/mean")) for name in self.recipe.reward_names]
         memory = last.get("memory/peak_gib")
         left = self.seconds_left
         pieces = [
@@ -91,7 +91,7 @@ class Board:
         """Return the board's rows: name, latest value, sparkline."""
         names = [("reward", "reward")]
         if len(self.recipe.rewards) > 1:
-            names += [(part_name(s), f"rewards/{part_name(s)}/mean") for s in self.recipe.rewards]
+            names += [(name, f"rewards/{name}/mean") for name in self.recipe.reward_names]
         rows = [(name, f"{v[-1]:.3f}", sparkline(v)) for name, key in names if (v := self.series(key))]
         if held := self.series("heldout/lenient"):
             rows.append(("held-out", f"{held[-1]:.1%}", sparkline(held)))
@@ -112,7 +112,7 @@ class Board:
         return " · ".join(piece for piece in pieces if piece)
 
     def sample(self, width: int = 100) -> list[str]:
-        """Return the last prompt with its best and worst completion and the reward of each part."""
+        """Return a prompt with its best and worst completion and the reward of each part."""
         return describe_sample(self.rows, width).splitlines() if self.rows else []
 
 
@@ -131,17 +131,35 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
 
 
 def describe_sample(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
-    """Return the last prompt with its best and worst completion, as lines for people."""
-    prompt = rows[-1]["prompt"]
-    group = [row for row in rows if row["prompt"] == prompt]
-    best, worst = (pick(group, key=lambda row: row["reward"]) for pick in (max, min))
+    """Return the prompt whose rewards differ most with its best and worst completion, as lines for people."""
+    best, worst = _telling_pair(rows)
     pairs = [("best  ", best), ("worst ", worst)] if best["reward"] != worst["reward"] else [("all   ", best)]
-    lines = [f"  prompt {_short(_text(prompt), width, tail=True)}"]
+    lines = [f"  prompt {_short(_text(best['prompt']), width, tail=True)}"]
     for name, row in pairs:
         parts = ", ".join(f"{part} {value:g}" for part, value in row["rewards"].items() if value is not None)
         shown = f" [{parts}]" if len(row["rewards"]) > 1 else ""
-        lines.append(f"  {name} ({row['reward']:+.2f}){shown} {_short(row['completion'], width)}")
+        reward = "no reward" if row["reward"] is None else f"{row['reward']:+.2f}"
+        lines.append(f"  {name} ({reward}){shown} {_short(row['completion'], width)}")
     return "\n".join(lines)
+
+
+def _telling_pair(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return best and worst completion of the prompt whose rewards lie furthest apart: it is what a step learns from.
+
+    Where they lie equally far apart, the later prompt's; where nothing has a reward, the last completion twice.
+    """
+    extremes: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["reward"] is not None:
+            best, worst = extremes.get(key := repr(row["prompt"]), (row, row))
+            extremes[key] = (max(best, row, key=_reward), min(worst, row, key=_reward))
+    if not extremes:
+        return rows[-1], rows[-1]
+    return max(reversed(extremes.values()), key=lambda pair: _reward(pair[0]) - _reward(pair[1]))
+
+
+def _reward(row: Mapping[str, Any]) -> float:
+    return float(row["reward"])
 
 
 def _text(prompt: Any) -> str:
@@ -152,7 +170,7 @@ def _short(text: str, width: int, tail: bool = False) -> str:
     import json
 
     shown = text if len(text) <= width else "…" + text[-width:] if tail else text[:width] + "…"
-    return json.dumps(shown, ensure_ascii=False)
+    return printable(json.dumps(shown, ensure_ascii=False))
 
 
 def format_seconds(seconds: float) -> str:

@@ -71,7 +71,7 @@ def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
         return
     from grpo_lite.train import train_run
 
-    again = RunDir(into or f"{run_path.rstrip('/')}-again")
+    again = RunDir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")
     click.echo(f"run directory: {again.path}")
     if train_run(recipe, again, click.echo).stopped_by:
         sys.exit(130)
@@ -85,11 +85,14 @@ def doctor(run_path: str | None) -> None:
     """Say what is wrong with RUN and what to type; without RUN, what this machine has."""
     if run_path is None:
         return _describe_machine()
-    from grpo_lite.doctor import examine
+    from grpo_lite.doctor import clean_bill, examine
+    from grpo_lite.evidence import read_evidence
     from grpo_lite.run_dir import RunDir
 
-    findings = examine(RunDir(run_path))
-    click.echo("\n".join(finding.line() for finding in findings) or f"doctor: nothing found wrong with {run_path}")
+    run = RunDir(run_path)
+    findings = examine(run)
+    for line in [finding.line() for finding in findings] or [f"doctor: {run_path}: {clean_bill(read_evidence(run))}"]:
+        click.echo(line)
 
 
 def _describe_machine() -> None:

@@ -9,11 +9,10 @@ import math
 import statistics
 from collections.abc import Mapping
 
-from grpo_lite.evidence import FEWEST, Evidence, Finding, mean_of
+from grpo_lite.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
+from grpo_lite.unpaid import is_penalty, twice_the_cap, twice_the_group, zero_reward
 
 LOW_LORA_LR = 5e-6
-_PENALTIES = ("penalty", "punishment")  # their top is 0
-_GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in data.answer"
 
 
 def truncation(e: Evidence) -> Finding | None:
@@ -27,7 +26,7 @@ def truncation(e: Evidence) -> Finding | None:
     enough = len(finished) >= max(4, 0.05 * len(known))  # to say what finishing earns
     whole = mean_of(finished, e.parts[0]) if enough else math.nan
     earned = e.late(e.main) if math.isnan(cut) else cut
-    harmful = earned <= 0 if math.isnan(whole) else earned < whole / 2
+    harmful = earned <= 0 if math.isnan(whole) else earned < whole - max(FLAT, abs(whole) / 2)
     if not harmful:
         return None
     cap = e.recipe.max_completion_length
@@ -35,74 +34,8 @@ def truncation(e: Evidence) -> Finding | None:
     return Finding(
         "truncation",
         f"{clipped:.0%} of the completions are cut off at {cap} tokens, and those earn {earned:.2f}{against}.",
-        f"grpo.max_completion_length={2 * cap}",
+        twice_the_cap(e),
     )
-
-
-def zero_reward(e: Evidence) -> Finding | None:
-    """The first reward has been 0 throughout: with the reason, as far as it shows."""
-    values = e.series(e.main)
-    if len(values) < FEWEST or max(values) > 0:
-        return None
-    part = e.parts[0]
-    start = f"{part} has been 0 for all {len(values)} steps"
-    if e.late(f"{part}/unusable_gold") >= 0.5:
-        share = e.late(f"{part}/unusable_gold")
-        return Finding("zero_reward", f"{start}: {share:.0%} of the gold answers cannot be used; {_GOLD_ADVICE}.")
-    if e.late("completions/clipped_ratio") >= 0.9:
-        cap = e.recipe.max_completion_length
-        return Finding(
-            "zero_reward",
-            f"{start}: {e.late('completions/clipped_ratio'):.0%} of the completions are cut off at {cap} tokens, "
-            "before an answer.",
-            f"grpo.max_completion_length={2 * cap}",
-        )
-    if half_open_thinking(e) >= 0.5:
-        return _prefilled(e, "zero_reward", start, 0)
-    if e.late(f"{part}/no_answer") >= 0.5:
-        return Finding(
-            "zero_reward",
-            f"{start}: in {e.late(f'{part}/no_answer'):.0%} of the completions the parser finds no committed answer.",
-            "rewards[0].kwargs.extract=[answer_tag,boxed,hash,phrase,last_number]",
-        )
-    return Finding(
-        "zero_reward",
-        f"{start}, though answers are found and read: they are wrong, so the task is too hard for this model as it is.",
-        "grpo.num_generations=16",
-    )
-
-
-def half_open_thinking(e: Evidence) -> float:
-    """Return the share of late completions that close a thinking block which they did not open."""
-    rows = e.rows()
-    half = [row for row in rows if "</think>" in row["completion"] and "<think>" not in row["completion"]]
-    return len(half) / len(rows) if rows else 0.0
-
-
-def _prefilled(e: Evidence, key: str, start: str, index: int) -> Finding:
-    takes_it = e.parts[index] in ("accuracy_reward", "format_reward")
-    return Finding(
-        key,
-        f"{start}: completions close </think> without opening it, because the template has already written <think>.",
-        f"rewards[{index}].kwargs.prefilled=true" if takes_it else None,
-    )
-
-
-def zero_part(e: Evidence) -> Finding | None:
-    """A further reward (not a penalty) has been 0 throughout."""
-    for index, part in enumerate(e.parts[1:], start=1):
-        values = e.series(f"rewards/{part}/mean")
-        if _is_penalty(part) or len(values) < FEWEST or any(value != 0 for value in values):
-            continue
-        start = f"{part} has been 0 for all {len(values)} steps"
-        if half_open_thinking(e) >= 0.5:
-            return _prefilled(e, "zero_part", start, index)
-        return Finding("zero_part", f"{start}, so it teaches nothing.", f"rewards[{index}].weight=0")
-    return None
-
-
-def _is_penalty(part: str) -> bool:
-    return any(word in part for word in _PENALTIES)
 
 
 def equal_groups(e: Evidence) -> Finding | None:
@@ -122,14 +55,14 @@ def equal_groups(e: Evidence) -> Finding | None:
     return Finding(
         "equal_groups",
         f"In {share:.0%} of the groups all completions earn the same, so they give no gradient.",
-        f"grpo.num_generations={2 * e.recipe.num_generations}"
-        if refilled
-        else f"sampling.refill={max(1, groups)} sampling.difficulty=true",
+        twice_the_group(e) if refilled else f"sampling.refill={max(1, groups)} sampling.difficulty=true",
     )
 
 
 def _solved(e: Evidence) -> bool:
-    return e.late(e.main) >= 0.9
+    """Tell whether the first reward is nearly at its top: 1, or the most that was paid lately where that is more."""
+    paid = [row["rewards"].get(e.parts[0]) for row in e.rows()]
+    return e.late(e.main) >= 0.9 * max([1.0, *(value for value in paid if value is not None)])
 
 
 def format_up_accuracy_flat(e: Evidence) -> Finding | None:
@@ -138,7 +71,7 @@ def format_up_accuracy_flat(e: Evidence) -> Finding | None:
         return None
     for index, part in enumerate(e.parts[1:], start=1):
         key = f"rewards/{part}/mean"
-        if e.rise(key) >= 0.2 and not _is_penalty(part) and not e.recipe.rewards[index].gate:
+        if e.rise(key) >= 0.2 and not is_penalty(e, index) and not e.recipe.rewards[index].gate:
             return Finding(
                 "format_up_accuracy_flat",
                 f"{part} rose from {e.early(key):.2f} to {e.late(key):.2f} while {e.parts[0]} stayed at "
@@ -166,13 +99,26 @@ def length_growth(e: Evidence) -> Finding | None:
     before, after = e.early("completions/mean_length"), e.late("completions/mean_length")
     if not after > 2 * before or e.rises(e.main) is not False:
         return None
-    loss = str(e.recipe.grpo.get("loss_type") or "dapo")
-    cure = "grpo.loss_type=dr_grpo" if loss == "grpo" else "grpo.mask_truncated_completions=true"
     return Finding(
         "length_growth",
         f"Completions grew from {before:.0f} to {after:.0f} tokens while {e.parts[0]} did not rise "
         f"({e.early(e.main):.2f} → {e.late(e.main):.2f}).",
-        cure,
+        _shorter(e),
+    )
+
+
+def _shorter(e: Evidence) -> str:
+    if (e.recipe.grpo.get("loss_type") or "dapo") == "grpo":
+        return "grpo.loss_type=dr_grpo"
+    if not e.recipe.grpo.get("mask_truncated_completions"):
+        return "grpo.mask_truncated_completions=true"
+    cap, new = e.recipe.max_completion_length, f"rewards[{len(e.parts)}]"
+    for index, part in enumerate(e.parts):
+        if part == "soft_overlong_punishment":
+            return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
+    return (
+        f"{new}.function=rewards.soft_overlong_punishment {new}.weight=0.2 "
+        f"{new}.kwargs.max_completion_length={cap} {new}.kwargs.cache_length={max(1, cap // 4)}"
     )
 
 
@@ -196,6 +142,8 @@ def _lower_lr(e: Evidence) -> str:
 def kl_blow_up(e: Evidence) -> Finding | None:
     """The policy has left the base model: more than one nat a token, where useful runs stay well below a half."""
     early, late = e.early("kl"), e.late("kl")
+    if any(record.get("kl") == math.inf for record in e.steps[-e.window :]) and len(e.steps) >= FEWEST:
+        late = math.inf
     if not late > 1:
         return None
     return Finding(
@@ -227,8 +175,8 @@ def fp16_scale_skips(e: Evidence) -> Finding | None:
     """The grad scaler skips steps because float16 gradients overflow; a few at the start are normal."""
     if not _trains_in_fp16(e):
         return None
-    late = [record.get("grad_norm") for record in e.steps[-max(8, e.window) :]]
-    skipped = sum(1 for value in late if value is None or not math.isfinite(value))
+    late = e.steps[-max(8, e.window) :]
+    skipped = _skipped(e, len(late))
     if len(e.steps) < 2 * FEWEST or skipped < 3 or skipped < len(late) / 4:
         return None
     return Finding(
@@ -236,6 +184,15 @@ def fp16_scale_skips(e: Evidence) -> Finding | None:
         f"{skipped} of the last {len(late)} steps were skipped because gradients overflowed float16.",
         f"{_lower_lr(e)} grpo.max_grad_norm=0.3",
     )
+
+
+def _skipped(e: Evidence, latest: int) -> int:
+    """Return how many of the latest steps moved nothing: by the scaler's own count, else by their gradient norm."""
+    counts = [record["optimizer_steps_skipped"] for record in e.steps if "optimizer_steps_skipped" in record]
+    if counts:
+        return round(counts[-1] - (counts[-latest - 1] if len(counts) > latest else 0.0))
+    norms = [record["grad_norm"] for record in e.steps[-latest:] if "grad_norm" in record]
+    return sum(norm is None or not math.isfinite(norm) for norm in norms)
 
 
 def _trains_in_fp16(e: Evidence) -> bool:
@@ -254,28 +211,4 @@ def learning_rate_too_low(e: Evidence) -> Finding | None:
         f"The learning rate {rate:g} is for full fine-tuning; with LoRA the reward has stayed at "
         f"{e.late('reward'):.2f} (1e-5 to 3e-4 works).",
         "grpo.learning_rate=2e-5",
-    )
-
-
-def unusable_golds(e: Evidence) -> Finding | None:
-    """Part of the rows cannot be judged at all."""
-    key = f"{e.parts[0]}/unusable_gold"
-    if not e.late(key) >= 0.05 or zero_reward(e):
-        return None
-    return Finding(
-        "unusable_golds",
-        f"{e.late(key):.0%} of the completions answer a prompt whose gold cannot be used, so they are generated for "
-        f"nothing; {_GOLD_ADVICE}.",
-    )
-
-
-def judge_timeouts(e: Evidence) -> Finding | None:
-    """The judge runs out of time on answers, which then count as wrong."""
-    key = f"{e.parts[0]}/timeout"
-    if not e.late(key) >= 0.05:
-        return None
-    return Finding(
-        "judge_timeouts",
-        f"The judge ran out of time on {e.late(key):.0%} of the answers, and they count as wrong.",
-        "rewards[0].kwargs.timeout_s=5",
     )

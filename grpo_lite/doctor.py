@@ -1,7 +1,7 @@
 """The run doctor: a table of diagnoses over a run's metrics and completions, live and afterwards (`doctor RUN`).
 
-    evidence.py                 diagnoses.py, hacking.py         here                    progress.RunDoctor
-    Evidence, Finding           one small function a disease     the table, `diagnose`   live, once until it changes
+    evidence.py         diagnoses.py, unpaid.py, hacking.py      here                    progress.RunDoctor
+    Evidence, Finding   one small function a disease             the table, `diagnose`   live, once until it changes
 
 Any stage may state a finding of its own with `state_finding`; docs/troubleshooting.md is written from the table.
 """
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite import diagnoses, hacking
-from grpo_lite.evidence import FEWEST, Evidence, Finding, read_evidence, read_lines
+from grpo_lite import diagnoses, hacking, unpaid
+from grpo_lite.evidence import FEWEST, Evidence, Finding, read_evidence, read_json_lines
 from grpo_lite.run_dir import RunDir, write_atomic
 
 Show = Callable[[str], None]
@@ -42,7 +42,7 @@ class Diagnosis:
 
 TABLE = (
     Diagnosis(
-        diagnoses.zero_reward,
+        unpaid.zero_reward,
         "The reward is 0 from the first step on",
         "Nothing is ever paid, so nothing is learnt. The finding names the reason it found: the cap cuts every "
         "completion off, the parser meets no answer, the template has already opened the thinking block, the golds "
@@ -55,7 +55,7 @@ TABLE = (
         "shorter answers costs nothing. Where cut completions earn as much as finished ones, nothing is said.",
     ),
     Diagnosis(
-        diagnoses.zero_part,
+        unpaid.zero_part,
         "One of several rewards is always 0",
         "Its form never occurs in the completions, or the template writes the part that it looks for.",
     ),
@@ -110,12 +110,12 @@ TABLE = (
         "1e-6 is TRL's default for full fine-tuning. LoRA needs ten times the rate and more.",
     ),
     Diagnosis(
-        diagnoses.unusable_golds,
+        unpaid.unusable_golds,
         "`accuracy_reward/unusable_gold` is above 0",
         "A gold that cannot be read pays nobody. The column may be the wrong one, or some rows are broken.",
     ),
     Diagnosis(
-        diagnoses.judge_timeouts,
+        unpaid.judge_timeouts,
         "`accuracy_reward/timeout` is above 0",
         "Answers that need computer algebra hit the limit and count as wrong. Often they are not answers at all.",
     ),
@@ -151,6 +151,14 @@ def diagnose(evidence: Evidence) -> list[Finding]:
     return [finding for row in TABLE if (finding := row.find(evidence))]
 
 
+def clean_bill(evidence: Evidence) -> str:
+    """Return what may be said where nothing was found: that all is well only where there was enough to look at."""
+    count = len(evidence.steps)
+    if count >= FEWEST:
+        return "nothing found wrong in the metrics and the latest completions"
+    return f"{count or 'no'} step{'s' * (count != 1)} logged so far; nothing is said before there are {FEWEST}"
+
+
 def examine(run: RunDir) -> list[Finding]:
     """Return the findings on a run's folder, finished or not, and those that stages stated themselves.
 
@@ -173,8 +181,7 @@ def state_finding(run: RunDir, finding: Finding, step: int, show: Show) -> None:
 
 def stated_findings(run: RunDir) -> list[dict[str, Any]]:
     """Return what was stated while the run went on, oldest first: `step`, `key`, `sentence`, `override`."""
-    path = findings_file(run)
-    return read_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return read_json_lines(findings_file(run))
 
 
 def forget_findings_after(run: RunDir, step: int) -> None:

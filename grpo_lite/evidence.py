@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from grpo_lite.recipe import Recipe, RewardSection
+from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir
 
 FEWEST = 4  # logged steps before anything about a trend is said
 FLAT = 0.03  # a mean reward that moved by less has not moved
 LATEST_FILES = 8  # files of completions that are looked into
+_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: control, format, surrogate, line and paragraph ends
+_JOINERS = "\u200c\u200d"  # part of many scripts and emoji
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Evidence:
 
     Args:
         recipe: of the run.
-        steps: the records of metrics.jsonl that have a reward, oldest first.
+        steps: the records of metrics.jsonl that have a reward (None where nothing could be scored), oldest first.
         completions: rows of the latest steps, oldest first: `completion`, `rewards`, `reward`, and where known
             `truncated`, `answer`.
         scores: metrics.json; empty while it trains.
@@ -58,6 +62,11 @@ class Evidence:
         """Steps that count as "at first" and as "of late": a quarter of the run, 2 to 10."""
         return min(10, max(2, len(self.steps) // 4))
 
+    @property
+    def last_step(self) -> int:
+        """The step that was logged last; 0 before there is one."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
     def early(self, key: str) -> float:
         """Return a metric's mean over the first window; NaN where there are too few steps to speak of a trend."""
         values = self.series(key)
@@ -71,7 +80,7 @@ class Evidence:
     @property
     def parts(self) -> list[str]:
         """Names of the rewards, as TRL logs them, in the recipe's order."""
-        return [part_name(section) for section in self.recipe.rewards]
+        return self.recipe.reward_names
 
     @property
     def main(self) -> str:
@@ -106,34 +115,36 @@ class Evidence:
         return default if value is None else float(value)
 
 
-def part_name(section: RewardSection) -> str:
-    """Return the name under which TRL logs a reward."""
-    return section.function.replace(":", ".").rpartition(".")[2]
-
-
 def read_evidence(run: RunDir) -> Evidence:
     """Return what a run's folder holds for the doctor.
 
     Raises:
-        RunDirError: the folder is not a run.
+        RunDirError: the folder is not a run, or its metrics.json is damaged.
     """
     recipe = run.load_recipe()
     files = sorted((run.path / "completions").glob("step_*.jsonl"))[-LATEST_FILES:]
-    rows = [row for file in files for row in read_lines(file.read_text(encoding="utf-8"))]
-    scores = run.read_scores()
-    return Evidence(recipe, read_steps(run), rows, scores, run.read_run().get("device") or {})
+    rows = [row for file in files for row in read_json_lines(file)]
+    return Evidence(recipe, read_steps(run), rows, run.read_scores(), run.read_run().get("device") or {})
 
 
 def read_steps(run: RunDir) -> list[dict[str, Any]]:
-    """Return metrics.jsonl's records of training steps, in order."""
-    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
-    return [record for record in read_lines(text) if record.get("reward") is not None]
+    """Return the records of metrics.jsonl that tell of a step, oldest first."""
+    return [record for record in read_json_lines(run.metrics_file) if "reward" in record and "step" in record]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; none where there is no such file, and no line cut by a kill."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut within a character
+    except FileNotFoundError:
+        return []
+    return read_lines(text)
 
 
 def read_lines(text: str) -> list[dict[str, Any]]:
     """Return the objects of JSON lines; a line cut by a kill is left out."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: U+2028 and the like stand bare in JSON, and models write them
         try:
             value = json.loads(line)
         except ValueError:
@@ -141,6 +152,17 @@ def read_lines(text: str) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def printable(text: str) -> str:
+    r"""Return a text that cannot steer a terminal: control and direction characters are written out.
+
+    >>> printable("a\x1b[2J \u202eb")
+    'a\\u001b[2J \\u202eb'
+    """
+    return "".join(
+        f"\\u{ord(c):04x}" if unicodedata.category(c) in _STEERING and c not in _JOINERS else c for c in text
+    )
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], part: str | None = None) -> float:

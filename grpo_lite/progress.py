@@ -114,7 +114,7 @@ class RunDoctor(TrainerCallback):
         self._once.news(diagnose(self._evidence))  # said before the interruption
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or logs.get("reward") is None:
+        if not logs or "reward" not in logs:
             return
         old = self._evidence
         first = state.global_step - LATEST_FILES * max(1, args.logging_steps)

@@ -259,6 +259,15 @@ class Recipe(_Section):
         return rewards
 
     @property
+    def reward_names(self) -> list[str]:
+        """Names that the rewards are logged under (`rewards/<name>/mean`): the function's, numbered where taken."""
+        names: list[str] = []
+        for i, section in enumerate(self.rewards):
+            name = section.function.replace(":", ".").rpartition(".")[2]
+            names.append(f"{name}_{i}" if name in names else name)
+        return names
+
+    @property
     def num_generations(self) -> int:
         """Completions per prompt, G."""
         return int(self.grpo.get("num_generations", 8))

@@ -49,9 +49,7 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     functions: list[Reward] = []
     for i, section in enumerate(recipe.rewards):
         function = load_function(section, f"rewards[{i}]", columns, lead_in)
-        taken = [other.__name__ for other in functions]
-        if function.__name__ in taken:
-            function.__name__ = f"{function.__name__}_{i}"
+        function.__name__ = recipe.reward_names[i]  # as the recipe calls it: a closure's own name may be "inner"
         functions.append(function)
     functions[0] = _with_honest_metric(functions[0], recipe.rewards[0], lead_in)
     gated = [i for i, section in enumerate(recipe.rewards) if section.gate]

@@ -14,6 +14,7 @@ def latest_completions(trainer: Any) -> list[dict[str, Any]]:
 
     Returns:
         Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage, tokens, truncated, answer}`.
+        A reward that was None, and the sum where all were, is None.
     """
     logs = trainer._logs
     names = list(logs["rewards"])
@@ -22,13 +23,14 @@ def latest_completions(trainer: Any) -> list[dict[str, Any]]:
     rows = []
     for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
         parts = {name: _number(logs["rewards"][name][i]) for name in names}
+        paid = [weights.get(name, 1.0) * value for name, value in parts.items() if value is not None]
         rows.append(
             {
                 "step": trainer.state.global_step,
                 "prompt": prompt,
                 "completion": completion if isinstance(completion, str) else completion[-1]["content"],
                 "rewards": parts,
-                "reward": sum(weights.get(name, 1.0) * value for name, value in parts.items() if value is not None),
+                "reward": sum(paid) if paid else None,
                 "advantage": _number(logs["advantages"][i]),
                 **{name: column[i] for name, column in extra.items() if i < len(column)},
             }

@@ -50,7 +50,7 @@ class View(TrainerCallback):
         self.board = replace(self.board, total=state.max_steps, begun_at=state.global_step, steps=[])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and logs.get("reward") is not None:
+        if logs and "reward" in logs:
             self.board.steps.append({"step": state.global_step, **logs})
             self.board.seconds = now_s() - self._begun
             self.board.rows = self.latest()

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_lite import diagnoses, hacking
+from grpo_lite import diagnoses, hacking, unpaid
 from grpo_lite.doctor import (
     TABLE,
     OnceUntilItChanges,
+    clean_bill,
     diagnose,
     examine,
     forget_findings_after,
@@ -25,7 +26,7 @@ from grpo_lite.doctor import (
     troubleshooting,
 )
 from grpo_lite.evidence import Evidence, Finding, read_evidence
-from grpo_lite.recipe_load import build_recipe, load_recipe, read_yaml
+from grpo_lite.recipe_load import apply_override, build_recipe, load_recipe, read_yaml, recipe_names
 from grpo_lite.run_dir import RunDir
 from grpo_lite.train import train_run
 from grpo_lite.trainer_rollout import RolloutGRPOTrainer
@@ -93,6 +94,7 @@ class Case:
     rewards: list[str] = field(default_factory=lambda: ["learnable"])
     overrides: tuple[str, ...] = ()
     script: Callable[[int, random.Random], str] | None = None  # of the step
+    golds: list[str] = field(default_factory=list)  # of the rows, in turn; without any: sums
     sharpen: bool = False  # from the fifth step on the model's logits are made ten times as large
     says: str = ""
     override: str | None = None
@@ -104,6 +106,8 @@ def words(count: int, rng: random.Random) -> str:
 
 CASES = [
     Case(None, overrides=("grpo.max_steps=14", "grpo.learning_rate=0.05")),
+    Case(None, ["rewards.accuracy_reward"], ("grpo.max_completion_length=30",), golds=["2\\sqrt{3}"],
+         script=lambda s, r: "\\boxed{\\sqrt{12}}" if r.random() < 0.1 + 0.1 * s else "\\boxed{\\sqrt{8}}"),
     Case("truncation", ["ended"], script=lambda s, r: words(r.choice([3, 20, 20, 20]), r),
          says="are cut off at 8 tokens, and those earn 0.00 where finished ones earn 1.00",
          override="grpo.max_completion_length=16"),
@@ -117,9 +121,9 @@ CASES = [
          override="rewards[0].kwargs.prefilled=true"),
     Case("zero_reward", ["rewards.accuracy_reward"], ("grpo.max_completion_length=20",),
          script=lambda s, r: f"\\boxed{{{r.randint(200, 300)}}}", says="too hard for this model",
-         override="grpo.num_generations=16"),
+         override="grpo.num_generations=8"),
     Case("zero_part", ["noise", "rewards.format_reward"], ("grpo.max_completion_length=60",),
-         script=lambda s, r: words(4, r) + "</think>\n<answer>4</answer>", says="format_reward has been 0 for all",
+         script=lambda s, r: words(4, r) + "</think>\n<answer>4</answer>", says="format_reward has been 0 in all",
          override="rewards[1].kwargs.prefilled=true"),
     Case("equal_groups", ["same"], says="In 100% of the groups all completions earn the same, so they give no",
          override="sampling.refill=4 sampling.difficulty=true"),
@@ -138,6 +142,13 @@ CASES = [
          "grpo.max_grad_norm=1000000"), says="steps had a gradient norm up to"),
     Case("learning_rate_too_low", overrides=("grpo.learning_rate=1e-6",), says="The learning rate 1e-06 is for full",
          override="grpo.learning_rate=2e-5"),
+    Case("unusable_golds", ["rewards.accuracy_reward"], ("grpo.max_completion_length=20",), golds=["2", ""],
+         script=lambda s, r: f"\\boxed{{{r.choice([2, 3])}}}",
+         says="of the completions answer a prompt whose gold cannot be used"),
+    Case("judge_timeouts", ["rewards.accuracy_reward"], ("grpo.max_completion_length=60",
+         "rewards[0].kwargs.timeout_s=0.05", "grpo.max_steps=5"), golds=["\\prod_{n=1}^{10^{8}} n"],
+         script=lambda s, r: f"\\boxed{{\\prod_{{n={r.choice([1, 2])}}}^{{10^{{8}}}} n}}",
+         says="The judge ran out of time (0.05 s) on", override="rewards[0].kwargs.timeout_s=0.125"),
     Case("repeated_text", ["long"], ("grpo.max_completion_length=130",),
          script=lambda s, r: "and so on and " * r.randint(4, 8), says="repeat themselves, such as “and so on",
          override="rewards[1].function=rewards.repetition_penalty_reward rewards[1].weight=0.5"),
@@ -172,8 +183,10 @@ def train(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Ru
     raw = read_yaml(ROOT / "recipes" / "smoke.yaml")
     raw["name"] = "sick"
     raw["rewards"] = [{"function": name if "." in name else f"{folder / 'mine.py'}:{name}"} for name in case.rewards]
-    from grpo_lite.recipe_load import apply_override
-
+    if case.golds:
+        rows = [{"question": f"{i} and {i}", "answer": case.golds[i % len(case.golds)]} for i in range(40)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        raw["data"]["train"] = {"path": str(folder / "rows.jsonl")}
     for override in [*OVERRIDES, *case.overrides]:
         apply_override(raw, override)
     if case.script:
@@ -303,9 +316,9 @@ def test_solved_prompts_are_called_solved() -> None:
     assert finding.override == "sampling.difficulty=true"
 
 
-@pytest.mark.parametrize("key, function", [("unusable_gold", diagnoses.unusable_golds),
-                                           ("timeout", diagnoses.judge_timeouts)])  # fmt: skip
-def test_golds_that_cannot_be_used_and_a_judge_out_of_time_are_named(key: str, function: Any) -> None:
+@pytest.mark.parametrize("key, function", [("unusable_gold", unpaid.unusable_golds),
+                                           ("timeout", unpaid.judge_timeouts)])  # fmt: skip
+def test_a_few_golds_that_cannot_be_used_and_a_rare_time_out_are_left_alone(key: str, function: Any) -> None:
     part = "rewards__accuracy_reward__mean"
     some = {f"accuracy_reward__{key}": lambda i: 0.2, part: lambda i: 0.5, "reward": lambda i: 0.5}
     few = {**some, f"accuracy_reward__{key}": lambda i: 0.01}
@@ -416,9 +429,7 @@ def test_the_signs_are_cheap_on_long_completions() -> None:
 
 
 def test_every_row_of_the_table_is_proven_on_a_run_here() -> None:
-    proven = {case.key for case in CASES} | {
-        "reward_without_progress", "fp16_scale_skips", "unusable_golds", "judge_timeouts",
-    }  # fmt: skip
+    proven = {case.key for case in CASES} | {"reward_without_progress", "fp16_scale_skips"}
     assert {row.key for row in TABLE} <= proven
 
 
@@ -431,9 +442,12 @@ def test_the_command_line_reads_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
     run, _ = train(Case(None, ["same"]), tmp_path, monkeypatch)
     assert 'Try: ARGS="sampling.refill=4 sampling.difficulty=true"' in in_process("doctor", str(run.path))
-    run.metrics_file.write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
     (run.path / "findings.jsonl").unlink()
+    healthy = [{"step": i, "reward": 0.1 * i} for i in range(1, 6)]
+    run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in healthy))
     assert "nothing found wrong" in in_process("doctor", str(run.path))
+    run.metrics_file.write_text(json.dumps(healthy[0]) + "\n")
+    assert "1 step logged so far; nothing is said before there are 4" in in_process("doctor", str(run.path))
     assert "is not a run" in in_process("doctor", str(tmp_path / "nowhere"), expect=1)
 
 
@@ -449,3 +463,207 @@ def test_a_fault_of_the_doctor_does_not_end_the_training(
     run, _ = train(Case(None, overrides=("grpo.max_steps=2",)), tmp_path, monkeypatch)
     assert run.read_run()["steps"] == 2
     assert "training goes on" in caplog.text
+
+
+PART = "rewards__accuracy_reward__mean"
+
+
+def test_nothing_is_called_healthy_that_has_not_been_looked_at() -> None:
+    assert clean_bill(sums()).startswith("no steps logged so far")
+    assert clean_bill(replace(sums(), steps=steps(4, reward=lambda i: 0.5))).startswith("nothing found wrong")
+
+
+@pytest.mark.parametrize(
+    "means, spread, expected",
+    [
+        ([-1.0] * 6, 0.0, "accuracy_reward has been -1 in all 5 steps"),
+        ([-1.0, -0.9, -0.8, -0.7, -0.6, -0.5], 0.3, None),
+        ([0.0] * 6, 0.7, None),
+    ],
+    ids=["always at the bottom", "negative and rising", "centred in every batch"],
+)
+def test_only_a_first_reward_that_never_moves_is_called_stuck(
+    means: list[float], spread: float, expected: str | None
+) -> None:
+    series = {PART: lambda i: means[i], "rewards__accuracy_reward__std": lambda i: spread}
+    found = unpaid.zero_reward(replace(sums(), steps=steps(6, reward=lambda i: means[i], **series)))
+    assert (found and found.sentence.startswith(expected or "?")) == (None if expected is None else True)
+
+
+def test_a_penalty_that_is_never_due_is_no_disease() -> None:
+    zero = steps(6, reward=lambda i: 0.5, rewards__accuracy_reward__mean=lambda i: 0.5, rewards__f__mean=lambda i: 0.0)
+    for weight, expected in ((1, True), (0, False), (-1, False)):
+        with_part = sums(**{"rewards[1].function": "mine.py:f", "rewards[1].kwargs": "{}", "rewards[1].weight": weight})
+        assert bool(unpaid.zero_part(replace(with_part, steps=zero))) is expected
+    alone = sums(rewards="[{function: rewards.repetition_penalty_reward}]")
+    never = steps(6, reward=lambda i: 0.0, rewards__repetition_penalty_reward__mean=lambda i: 0.0)
+    assert unpaid.zero_reward(replace(alone, steps=never)) is None
+
+
+def test_a_gated_reward_is_not_blamed_for_a_gate_that_never_opens() -> None:
+    nothing = steps(6, reward=lambda i: 0.0, rewards__accuracy_reward__mean=lambda i: 0.0,
+                    rewards__format_reward__mean=lambda i: 0.0)  # fmt: skip
+    gated = sums(**{"rewards[1].function": "rewards.format_reward", "rewards[1].kwargs": "{}", "rewards[1].gate": True})
+    assert [finding.key for finding in diagnose(replace(gated, steps=nothing))] == ["zero_reward"]
+
+
+def test_a_larger_cap_is_told_to_the_rewards_that_know_it() -> None:
+    recipe = sums().recipe  # its soft_overlong_punishment is told of the cap of 8 tokens
+    override = unpaid.twice_the_cap(sums())
+    assert override == "grpo.max_completion_length=16 rewards[1].kwargs.max_completion_length=16"
+    assert recipe.rewards[1].kwargs["max_completion_length"] == recipe.max_completion_length
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [*((name, []) for name in recipe_names()), ("smoke", ["grpo.steps_per_generation=3"]),
+     ("smoke", ["grpo.generation_batch_size=24"])],
+)  # fmt: skip
+def test_twice_the_group_is_advised_in_a_way_that_every_recipe_takes(name: str, more: list[str]) -> None:
+    path = str(ROOT / "recipes" / f"{name}.yaml")
+    recipe = load_recipe(path, more)
+    advised = load_recipe(path, [*more, *unpaid.twice_the_group(Evidence(recipe, [])).split()])
+    assert advised.num_generations == 2 * recipe.num_generations
+    assert advised.generation_batch >= recipe.generation_batch
+
+
+def test_a_reward_of_a_larger_scale_is_not_called_solved_half_way() -> None:
+    rows = [{"step": 7, "prompt": "p", "completion": "c", "reward": r, "rewards": {"accuracy_reward": r}}
+            for r in (1.0, 10.0)]  # fmt: skip
+    half = replace(
+        sums(), steps=steps(8, reward=lambda i: 5.0, frac_reward_zero_std=lambda i: 1.0, **{PART: lambda i: 5.0})
+    )
+    assert "are solved" not in diagnose(replace(half, completions=rows))[0].sentence
+
+
+def test_cut_completions_that_earn_more_than_finished_ones_are_left_alone_below_zero_too() -> None:
+    def row(cut: bool, paid: float) -> dict[str, Any]:
+        return {"step": 7, "prompt": "p", "completion": "c", "truncated": cut, "reward": paid,
+                "rewards": {"accuracy_reward": paid}}  # fmt: skip
+
+    moving = steps(8, reward=lambda i: -0.4 + i / 100, completions__clipped_ratio=lambda i: 0.5,
+                   **{PART: lambda i: -0.4 + i / 100})  # fmt: skip
+    for cut, whole, expected in ((-0.3, -0.5, None), (-0.9, -0.2, "truncation")):
+        rows = [row(True, cut)] * 8 + [row(False, whole)] * 8
+        found = diagnoses.truncation(replace(sums(), steps=moving, completions=rows))
+        assert (found and found.key) == expected
+
+
+def test_a_kl_that_is_infinite_is_a_blow_up() -> None:
+    kl = [0.1, 0.2, 0.3, 0.4, math.inf, math.inf]
+    found = diagnoses.kl_blow_up(replace(sums(), steps=steps(6, reward=lambda i: 0.5, kl=lambda i: kl[i])))
+    assert found is not None
+
+
+def test_skipped_steps_are_counted_by_the_scaler_where_it_is_logged() -> None:
+    gpu = {"kind": "cuda", "bfloat16": False}
+    of_few, of_many = (
+        replace(sums(), device=gpu, steps=steps(16, reward=lambda i: 0.5, optimizer_steps_skipped=count))
+        for count in (lambda i: float(min(i, 3)), lambda i: i / 2)
+    )
+    assert diagnoses.fp16_scale_skips(of_few) is None  # three at the start
+    finding = diagnoses.fp16_scale_skips(of_many)
+    assert finding is not None
+    assert finding.sentence.startswith("4 of the last 8 steps")
+
+
+def test_a_run_without_a_gradient_norm_is_not_taken_for_one_that_overflows() -> None:
+    silent = replace(sums(), device={"kind": "cuda", "bfloat16": False}, steps=steps(12, reward=lambda i: 0.5))
+    assert diagnoses.fp16_scale_skips(silent) is None
+
+
+def test_golds_of_which_none_can_be_used_are_named_though_no_step_has_a_reward() -> None:
+    unusable = steps(6, reward=lambda i: None, accuracy_reward__unusable_gold=lambda i: 1.0)
+    (finding,) = diagnose(replace(sums(), steps=unusable))
+    assert finding.sentence.startswith("100% of the completions answer a prompt whose gold cannot be used")
+
+
+def test_lengthening_runs_that_leave_out_cut_completions_already_get_other_advice() -> None:
+    growing = steps(8, reward=lambda i: 0.5, completions__mean_length=lambda i: 4.0 + 4 * i, **{PART: lambda i: 0.5})
+    masked = {"grpo.mask_truncated_completions": True}
+    found = diagnoses.length_growth(replace(sums(**masked), steps=growing))
+    assert found is not None
+    assert found.override == "rewards[1].weight=0.2"  # twice that of its soft_overlong_punishment
+    alone = sums(rewards="[{function: rewards.accuracy_reward}]", **masked)
+    found = diagnoses.length_growth(replace(alone, steps=growing))
+    assert found is not None
+    assert found.override is not None
+    load_recipe(str(ROOT / "recipes" / "smoke.yaml"), ["rewards=[{function: rewards.accuracy_reward}]",
+                                                       *found.override.split()])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, many",
+    [
+        ("1 2 3 4 5 6 7 8 9 10", True),
+        ("The answer is 4. The answer is 5. The answer is 6.", True),
+        ("<think>\\boxed{1} \\boxed{2} \\boxed{3}</think><answer>3</answer>", False),
+        ("2+3=5\n4+4=8\n6+1=7\n9+8=17", False),
+        ("1,234,567,890,123,456", False),
+        ("The answer is 4. To check: 2 + 2 is 4, so the answer is 4.", False),
+    ],
+    ids=["a list", "phrases", "second thoughts", "sums", "one large number", "said twice"],
+)
+def test_a_list_of_answers_is_told_from_an_honest_text(text: str, many: bool) -> None:
+    assert hacking.commits_often(text) is many
+
+
+def paid_rows(text: str, answer: str | None = None) -> list[dict[str, Any]]:
+    return [{"step": 7, "prompt": "p", "completion": text, "answer": answer, "reward": 1.0,
+             "rewards": {"accuracy_reward": 1.0, "f": 1.0}}] * 10  # fmt: skip
+
+
+def test_a_list_is_no_sign_where_a_list_is_asked_for_or_the_last_answer_counts() -> None:
+    own = sums(**{"rewards[0].function": "mine.py:f", "rewards[0].kwargs": "{}"})
+    for evidence, gold, expected in (
+        (own, "5", True), (own, "12 numbers\n#### 5", True), (own, "1, 2, 3, 4, 5", False), (sums(), "5", False),
+    ):  # fmt: skip
+        found = hacking.many_answers(replace(evidence, completions=paid_rows("1, 2, 3, 4, 5", gold)))
+        assert (found is not None) is expected, gold
+
+
+def test_tags_of_the_recipe_s_own_are_looked_for() -> None:
+    own = sums(**{"rewards[1].function": "rewards.format_reward", "rewards[1].kwargs": "{tags: [work, result]}"})
+    rows = paid_rows("<work><work><work>4")
+    assert hacking.stuffed_tags(replace(own, completions=rows)) is not None
+    assert hacking.stuffed_tags(replace(sums(), completions=rows)) is None
+
+
+def test_a_finding_cannot_steer_the_terminal() -> None:
+    rows = paid_rows("\x1b[2J\u202e" + "again and again " * 9)
+    found = hacking.repeated_text(replace(sums(), completions=rows))
+    assert found is not None
+    assert "\x1b" not in found.sentence
+    assert "\\u001b[2J\\u202e" in found.sentence
+
+
+def test_rewards_are_known_by_the_recipe_s_names_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward given twice, and one whose function calls itself otherwise, are each logged, shown and examined."""
+    monkeypatch.setitem(globals(), "REWARDS", REWARDS + "\ndef make():\n    def inner(completions, **kwargs):\n"
+                        "        return noise(completions)\n    return inner\n\nmade = make()\n")  # fmt: skip
+    run, said = train(Case(None, ["noise", "noise", "made"], ("grpo.max_steps=1",)), tmp_path, monkeypatch)
+    assert run.load_recipe().reward_names == ["noise", "noise_1", "made"]
+    (step,) = read_evidence(run).steps
+    assert {f"rewards/{name}/mean" for name in ("noise", "noise_1", "made")} <= step.keys()
+    (line,) = [line for line in said if line.startswith("step 1/1")]
+    assert " noise_1 0." in line
+    assert " made 0." in line
+
+
+def test_completions_with_line_separators_of_unicode_are_read_whole(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text((ROOT / "recipes" / "smoke.yaml").read_text() + "name: smoke\n")
+    (tmp_path / "completions").mkdir()
+    text = "one\u2028two\u2029three\x85four\x0cfive"
+    rows = [{"step": 1, "completion": text, "reward": 1.0, "rewards": {}}] * 3
+    file = tmp_path / "completions" / "step_000001.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [row["completion"] for row in read_evidence(run).completions] == [text] * 3
+
+
+def test_a_finding_cut_within_a_character_by_a_kill_costs_no_other(tmp_path: Path) -> None:
+    run, said = RunDir(tmp_path), []
+    state_finding(run, Finding("k", "One: “so”."), 1, said.append)
+    file = tmp_path / "findings.jsonl"
+    file.write_bytes(file.read_bytes() + '{"step": 2, "key": "“'.encode()[:-1])
+    assert [record["key"] for record in stated_findings(run)] == ["k"]
