@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#8a56c8", "#b8891f", "#c2417c")
 _GRID, _TEXT, _PAPER = "#e6e8ec", "#5b6270", "#ffffff"
 _VARIABLES = {**{c: f"var(--line{i})" for i, c in enumerate(COLOURS)}, _GRID: "var(--grid)", _TEXT: "var(--soft)"}
 _SIZE_INCHES = (3.8, 2.25)
+_STYLES = ("-", "--", ":")  # of lines beyond the last colour
 _SMOOTH_FROM = 24  # steps from which a bold moving average is drawn over the raw line
 
 
@@ -55,7 +59,7 @@ def charts(e: Evidence) -> list[Chart]:
         Chart(
             "groups",
             "Groups without a signal",
-            "share of groups whose rewards are all equal, and of completions cut off",
+            "share of groups whose rewards are all equal; of completions cut off",
             [_line(e, "frac_reward_zero_std", "equal rewards"), _line(e, "completions/clipped_ratio", "cut off")],
             1.0,
         ),
@@ -107,7 +111,7 @@ def svg(chart: Chart) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**_style(), "svg.hashsalt": chart.key}):
+    with rc_context({**_style(), "svg.hashsalt": chart.key}), _any_script():
         figure = Figure(figsize=_SIZE_INCHES)
         draw(figure.add_axes(_AXES), chart)
         out = io.StringIO()
@@ -156,7 +160,7 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
 
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
-    with rc_context(_style()):
+    with rc_context(_style()), _any_script():
         width, height = 4.4 * columns, 2.75 * rows + 0.45  # inches; placed by hand, as automatic layout takes a second
         figure = Figure(figsize=(width, height), facecolor=_PAPER)
         figure.subplots_adjust(
@@ -169,6 +173,7 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
         )
         if title:
             place = {"x": 0.2 / width, "y": 1 - 0.15 / height, "ha": "left", "va": "top"}
+            title = textwrap.shorten(_drawable(title), int(13 * width), placeholder=" …")
             figure.suptitle(title, fontsize=11, fontweight="bold", color="#20242c", **place)
         for index, chart in enumerate(found):
             axes = figure.add_subplot(rows, columns, index + 1)
@@ -179,24 +184,26 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
 
 def draw(axes: Any, chart: Chart) -> None:
     """Draw a chart into matplotlib axes."""
-    for colour, line in zip(_cycled(len(chart.lines)), chart.lines, strict=True):
+    for i, line in enumerate(chart.lines):
+        colour, style = COLOURS[i % len(COLOURS)], _STYLES[i // len(COLOURS) % len(_STYLES)]
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
         smooth = len(line.y) >= _SMOOTH_FROM
-        label = line.name if len(chart.lines) > 1 else None
+        name = f" {line.name}" if line.name.startswith("_") else line.name  # matplotlib leaves `_x` out of legends
+        label = name if len(chart.lines) > 1 else None
         marker: Mapping[str, Any] = {"marker": "o", "markersize": 3.2} if len(line.y) <= 16 else {}
         axes.plot(
             line.x, line.y, color=colour, linewidth=0.9 if smooth else 1.7, alpha=0.35 if smooth else 1,
-            label=None if smooth else label, **marker,
+            linestyle=style, label=None if smooth else label, **marker,
         )  # fmt: skip
         if smooth:
-            axes.plot(
-                line.x, moving_average(line.y, max(5, len(line.y) // 20)), color=colour, linewidth=1.9, label=label
-            )
+            averages = moving_average(line.y, max(5, len(line.y) // 20))
+            axes.plot(line.x, averages, color=colour, linewidth=1.9, linestyle=style, label=label)
     if chart.top is not None:
         axes.set_ylim(-0.03 * chart.top, 1.05 * chart.top)
     xs = [x for line in chart.lines for x in line.x]
-    axes.set_xlim(min(xs), max(xs))
+    if min(xs) < max(xs):
+        axes.set_xlim(min(xs), max(xs))
     axes.margins(y=0.08)
     if len(chart.lines) > 1:
         axes.legend(loc="best", frameon=False, fontsize=9.5, labelcolor=_TEXT, handlelength=1.2, borderaxespad=0.2)
@@ -211,13 +218,26 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
     return out
 
 
-def _cycled(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+@contextlib.contextmanager
+def _any_script() -> Iterator[None]:
+    """Let matplotlib measure names in scripts that its font lacks: the page's reader has fonts for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _drawable(text: str) -> str:
+    """Return a text without the characters that matplotlib's font cannot draw in a PNG."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c for c in text if ord(c) in known).strip(" :")
 
 
 def _style() -> Any:
     return {
-        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "text.color": _TEXT,
+        "svg.fonttype": "none", "text.parse_math": False,
+        "font.family": "sans-serif", "font.size": 9.5, "text.color": _TEXT,
         "axes.edgecolor": _GRID, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": _GRID,
         "grid.linewidth": 0.8, "xtick.color": _TEXT, "ytick.color": _TEXT, "xtick.major.size": 0, "ytick.major.size": 0,

@@ -11,15 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.curves import COLOURS, Chart, Line, charts, placement, svg, write_png
-from grpo_lite.doctor import OnceUntilItChanges, examine, state_finding, stated_findings
+from grpo_lite.curves import Chart, Line, charts, placement, svg, write_png
+from grpo_lite.doctor import OnceUntilItChanges, clean_bill, examine, state_finding, stated_findings
 from grpo_lite.errors import RunDirError
 from grpo_lite.evidence import Finding
 from grpo_lite.model_card import without_paths
 from grpo_lite.report_data import (
     RunPage,
     completion_rows,
-    duration,
     for_script,
     gib,
     headline,
@@ -32,6 +31,7 @@ from grpo_lite.report_data import (
     versions,
 )
 from grpo_lite.run_dir import RunDir, dump_recipe, write_atomic
+from grpo_lite.summary import duration
 
 logger = logging.getLogger(__name__)
 Show = Callable[[str], None]
@@ -47,17 +47,15 @@ def write_report(run: RunDir) -> Path:
     page = read_page(run)
     found = charts(page.evidence)
     write_png(found, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
-    rows, count = completion_rows(run)
-    data = {
-        "charts": {chart.key: placement(chart) for chart in found},
-        "completions": rows,
-        "heldout": held_out_rows(run),
-    }
+    (rows, count), (held_out, held_out_count) = completion_rows(run), held_out_rows(run)
+    data = {"charts": {chart.key: placement(chart) for chart in found}, "completions": rows, "heldout": held_out}
+    recipe = without_paths(page.recipe)
     html = _template("report.html").render(
         page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
         charts=_drawn(found), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
-        held_out=len(data["heldout"]), not_measured=not_measured(page), versions=versions(page),
-        recipe=dump_recipe(without_paths(page.recipe)), data=_safe(for_script(data)), colours=COLOURS,
+        held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
+        versions=versions(page), clean=clean_bill(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
+        data=_safe(for_script(data)),
     )  # fmt: skip
     path = run.path / "report.html"
     write_atomic(path, html)
@@ -102,7 +100,7 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
     html = _template("compare.html").render(
         names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
         differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(found),
-        findings=[page.findings for page in pages], colours=COLOURS,
+        findings=[page.findings for page in pages], clean=[clean_bill(page.evidence) for page in pages],
         data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in found}})),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +124,7 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
     """Return charts in which every run has one line, of its first line there."""
     per_run = [{chart.key: chart for chart in charts(page.evidence)} for page in pages]
-    keys = [key for key in per_run[0] if key != "parts" and sum(key in found for found in per_run) >= 2]
-    keys += [key for found in per_run[1:] for key in found if key not in per_run[0] and key != "parts"]
+    keys = [key for found in per_run for key in found if key != "parts"]
     result = []
     for key in dict.fromkeys(keys):
         having = [(name, found[key]) for name, found in zip(names, per_run, strict=True) if key in found]

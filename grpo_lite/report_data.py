@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_lite.doctor import examine, stated_findings
-from grpo_lite.evidence import Evidence, Finding, read_evidence, read_lines
+from grpo_lite.evidence import Evidence, Finding, read_evidence, read_json_lines
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir
+from grpo_lite.summary import duration
 
 MOST_ROWS = 1500  # completions kept in the page; of longer runs a selection, and the page says so
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
@@ -45,14 +46,15 @@ def read_page(run: RunDir) -> RunPage:
         RunDirError: the folder is not a run.
     """
     e = read_evidence(run)
-    return RunPage(run.path.name, e.recipe, run.read_run(), e.scores, e, examine(run), stated_findings(run))
+    return RunPage(run.name, e.recipe, run.read_run(), e.scores, e, examine(run), stated_findings(run))
 
 
 def headline(page: RunPage) -> dict[str, Any]:
     """Return the verdict: `label`, `sentence`, `tone` (good, bad, flat, none) and, once measured, both rates."""
     if not page.scores:
-        done = page.evidence.steps[-1]["step"] if page.evidence.steps else 0
-        state = "trained, not evaluated" if page.record.get("trained_at") else f"not finished: {done} steps so far"
+        done = page.evidence.last_step
+        so_far = f"not finished: {done} step{'s' * (done != 1)} so far"
+        state = "trained, not evaluated" if page.record.get("trained_at") else so_far
         return {"label": state, "sentence": "There is no held-out score before and after.", "tone": "none"}
     part = page.scores["lenient"]
     label = part["verdict"]["label"]
@@ -123,17 +125,6 @@ def _speed(e: Evidence) -> str | None:
     return f"{(tokens[-1] - tokens[0]) / sum(seconds[1:]):,.0f}"
 
 
-def duration(seconds: float | None) -> str | None:
-    """Return seconds as `42 s`, `3 min 28 s` or `2 h 05 min`."""
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def gib(size: float | None) -> str | None:
     """Return bytes in GiB."""
     return None if not size else f"{size / 2**30:.1f} GiB"
@@ -174,7 +165,7 @@ def not_measured(page: RunPage) -> list[str]:
     recipe, scores = page.recipe, page.scores
     lines = [] if scores else ["The task itself: there is no score before or after."]
     if page.record.get("paused_at") and not page.record.get("finished_at"):
-        done, total = page.evidence.steps[-1]["step"] if page.evidence.steps else 0, page.record.get("max_steps")
+        done, total = page.evidence.last_step, page.record.get("max_steps")
         lines.append(f"The rest of the run: it paused after step {done} of {total}, and the same command goes on.")
     if scores and not recipe.eval.strict:
         lines.append("The form of the answers: this recipe has no strict score of its own.")
@@ -203,11 +194,10 @@ def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     count = 0
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        found = [row for row in read_lines(text) if row.get("reward") is not None] if path in chosen else []
-        count += len(found) if path in chosen else text.count("\n")
+        found = [row for row in read_json_lines(path) if "reward" in row] if path in chosen else []
+        count += len(found) if path in chosen else path.read_bytes().count(b"\n")
         if len(found) > per_step:
-            ranked = sorted(range(len(found)), key=lambda i: found[i]["reward"])
+            ranked = sorted(range(len(found)), key=lambda i: found[i]["reward"] or 0.0)
             kept = {ranked[0], ranked[1], ranked[-1], ranked[-2], *range(per_step - 4)}
             found = [row for i, row in enumerate(found) if i in kept]
         rows += [_browsable(row) for row in found]
@@ -218,27 +208,31 @@ def _browsable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": row["step"], "prompt": prompt_text(row["prompt"]), "text": shortened(row["completion"]),
         "reward": _finite(row["reward"]), "parts": {k: _finite(v) for k, v in row["rewards"].items()},
-        "answer": None if row.get("answer") is None else shortened(str(row["answer"])),
+        "answer": _gold(row),
         "tokens": row.get("tokens"), "cut": bool(row.get("truncated")),
     }  # fmt: skip
+
+
+def _gold(row: Mapping[str, Any]) -> str | None:
+    return None if row.get("answer") is None else shortened(str(row["answer"]))
 
 
 def _finite(value: float | None) -> float | None:
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
-def held_out_rows(run: RunDir) -> list[dict[str, Any]]:
-    """Return base and trained answers to the held-out prompts, side by side."""
-    path = run.evaluation / "records.jsonl"
-    records = read_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [
+def held_out_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    """Return base and trained answers to the held-out prompts, at most MOST_ROWS, and how many there are in all."""
+    records = read_json_lines(run.evaluation / "records.jsonl")
+    rows = [
         {
-            "prompt": prompt_text(row["prompt"]), "answer": shortened(str(row.get("answer", ""))),
+            "prompt": prompt_text(row["prompt"]), "answer": _gold(row),
             **{side: {"text": shortened(row[side]["completion"]), "right": row[side]["lenient"],
                       "strict": row[side]["strict"]} for side in ("base", "trained")},
         }
         for row in records[:MOST_ROWS]
     ]  # fmt: skip
+    return rows, len(records)
 
 
 def prompt_text(prompt: Any) -> str:

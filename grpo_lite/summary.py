@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 def run_summary(run: RunDir) -> str:
     """Return the end-of-run summary."""
     record = run.read_run()
-    minutes = record.get("training_seconds", 0.0) / 60
     lines = [
         "",
-        f"trained {record['steps']} steps in {minutes:.1f} min, peak memory "
+        f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
         f"{record.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
         f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
     ]
@@ -40,6 +39,17 @@ def run_summary(run: RunDir) -> str:
     if run.merged.is_dir():
         lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
     return "\n".join(lines)
+
+
+def duration(seconds: float | None) -> str | None:
+    """Return seconds as `4.2 s`, `42 s`, `3 min 28 s` or `2 h 05 min`."""
+    if seconds is None:
+        return None
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _number(value: Any) -> str:

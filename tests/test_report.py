@@ -143,7 +143,18 @@ def test_a_counter_that_a_resume_began_again_is_added_up() -> None:
     assert total_of([]) == 0.0
 
 
-@pytest.mark.parametrize("seconds, text", [(None, None), (3.4, "3 s"), (208, "3 min 28 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (None, None),
+        (0.04, "0.0 s"),
+        (3.4, "3.4 s"),
+        (9.97, "10 s"),
+        (59.7, "1 min 00 s"),
+        (208, "3 min 28 s"),
+        (7500, "2 h 05 min"),
+    ],
+)
 def test_durations_read_well(seconds: float | None, text: str | None) -> None:
     assert duration(seconds) == text
 
@@ -244,3 +255,70 @@ def test_a_very_long_run_s_values_are_thinned_for_the_page(tmp_path: Path) -> No
     (line,) = data_of(page.read_text(encoding="utf-8"))["charts"]["reward"]["lines"]
     assert len(line["x"]) == len(line["y"]) == 556  # every ninth of 5,000
     assert page.stat().st_size < 400_000
+
+
+def test_text_that_looks_like_mathematics_is_drawn_as_it_is(tmp_path: Path) -> None:
+    # matplotlib would read it as TeX, and fail: "Learns $\\boxed{}$ for $5"
+    run = write_run(tmp_path / "$x^{$", overrides=('description="Learns $\\\\boxed{$ for $5 奖励"',))
+    write_report(run)
+    assert (run.path / "curves.png").is_file()
+    other = write_run(tmp_path / "_hidden")
+    html = write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")
+    legend = html[html.index('data-chart="reward"') :]
+    assert "$x^{$" in legend
+    assert " _hidden</text>" in legend  # matplotlib leaves names that begin with _ out of a legend
+
+
+def test_more_runs_than_colours_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"r{i}", steps=4) for i in range(8)]
+    html = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "stroke-dasharray" in html[html.index('data-chart="reward"') :]
+
+
+def test_a_curve_that_one_run_alone_has_is_shown_whichever_it_is(tmp_path: Path) -> None:
+    with_kl, without = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    without.metrics_file.write_text(without.metrics_file.read_text().replace('"kl"', '"other"'))
+    for runs in ([with_kl, without], [without, with_kl]):
+        charts_shown = data_of(write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8"))["charts"]
+        assert [line["name"] for line in charts_shown["kl"]["lines"]] == ["a"]
+
+
+def test_a_run_given_as_the_folder_one_stands_in_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_run(tmp_path / "mine").path)
+    assert "<h1>mine</h1>" in write_report(RunDir(".")).read_text(encoding="utf-8")
+
+
+def test_a_damaged_metrics_json_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    run.scores_file.write_text('{"lenient": ')
+    for command in ("report", "doctor"):
+        assert "metrics.json: is not valid JSON" in in_process(command, str(run.path), expect=1)
+
+
+def test_a_local_model_s_folder_is_not_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", overrides=(f"model.id={tmp_path}/secret/base",))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "secret" not in html
+    assert '<span class="mono">base</span>' in html
+
+
+def test_completions_without_a_reward_are_in_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=1)
+    file = run.path / "completions" / "step_000001.jsonl"
+    file.write_text(file.read_text().replace('"reward": 1.0', '"reward": null'))
+    rows = data_of(write_report(run).read_text(encoding="utf-8"))["completions"]
+    assert None in {row["reward"] for row in rows}
+
+
+def test_a_run_of_one_step_is_not_called_healthy(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run", steps=1)).read_text(encoding="utf-8")
+    assert "1 step logged so far; nothing is said before there are 4." in html
+    assert "othing found wrong" not in html
+
+
+def test_held_out_answers_beyond_what_a_page_can_hold_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    records = run.evaluation / "records.jsonl"
+    records.write_text(records.read_text() * 80)  # 1,600
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "1,500 of 1,600 are in this page" in html

@@ -66,11 +66,12 @@
     return box;
   };
   const found = (text, ...where) => !text || where.some((value) => value && value.toLowerCase().includes(text));
-  const inRange = (value, low, high) => (low === "" || value >= +low) && (high === "" || value <= +high);
+  const inRange = (value, low, high) => value === null ? low === "" && high === "" :
+    (low === "" || value >= +low) && (high === "" || value <= +high);
 
   const improvement = () => {  // per prompt: mean reward of its last step minus that of its first
     const byPrompt = new Map();
-    for (const row of data.completions) {
+    for (const row of data.completions.filter((each) => each.reward !== null)) {
       if (!byPrompt.has(row.prompt)) byPrompt.set(row.prompt, new Map());
       const steps = byPrompt.get(row.prompt);
       if (!steps.has(row.step)) steps.set(row.step, []);
@@ -108,20 +109,20 @@
         if (parts.length > 1) for (const [name, value] of parts) meta.append(make("span", "", name + " " + number(value)));
         if (row.tokens) meta.append(make("span", "", row.tokens + " tokens" + (row.cut ? ", cut off" : "")));
         if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
-        card.append(meta, promptBox(row.prompt, browser.skip), make("pre", "", row.text));
+        card.append(meta, promptBox(row.prompt, browser.skip), make("pre", "", row.text || "(empty)"));
         return card;
       },
     },
     heldout: {
       select(form) {
         const text = form.text.value.trim().toLowerCase(), kind = form.kind.value;
-        const is = { all: () => true, improved: (b, t) => !b && t, worse: (b, t) => b && !t, both: (b, t) => b && t, none: (b, t) => !b && !t };
+        const is = { all: () => true, improved: (b, t) => b === false && t, worse: (b, t) => b && t === false, both: (b, t) => b && t, none: (b, t) => b === false && t === false };
         return data.heldout.filter((row) => is[kind](row.base.right, row.trained.right) &&
           found(text, row.prompt, row.answer, row.base.text, row.trained.text));
       },
       draw(row, browser) {
         const card = make("article", "card item"), meta = make("div", "meta"), pair = make("div", "sidepair");
-        meta.append(make("span", "", "gold " + row.answer));
+        if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
         for (const [side, name] of [["base", "base"], ["trained", "trained"]]) {
           const right = row[side].right, box = make("div", right ? "right" : "wrong");
           const form = right && !row[side].strict ? ", not in the asked form" : "";
