@@ -63,6 +63,11 @@ def _explain(error: Exception) -> str:
             f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
             "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What was saved is kept."
         )
+    if type(error).__module__.partition(".")[0] == "wandb":
+        said = str(error).strip().splitlines() or [name]
+        return (
+            f"wandb: {said[0]} Log in by `wandb login`, keep it here by WANDB_MODE=offline, or change grpo.report_to."
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}: {error.filename or ''}. What was saved before is kept."
     return (

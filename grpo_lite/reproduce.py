@@ -72,4 +72,4 @@ def result_lines(run: RunDir, again: RunDir) -> list[str]:
 
 
 def _rewards(run: RunDir) -> dict[int, float]:
-    return {record["step"]: record["reward"] for record in read_steps(run)}
+    return {record["step"]: record["reward"] for record in read_steps(run) if record["reward"] is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ from grpo_lite.errors import RunDirError
 from grpo_lite.recipe import Recipe
 from grpo_lite.redact import redact, secret_in
 
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "vllm")
 
 
@@ -32,6 +34,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    name = property(lambda self: self.path.name or self.path.resolve().name)  # of `.` too
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     run_file = property(lambda self: self.path / "run.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
@@ -161,12 +164,23 @@ class RunDir:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunDirError(
-                    f"run directory {self.path}: another process is working in it. Wait for it, or choose another "
-                    "with RUN=…"
-                ) from None
+            except OSError as error:
+                if error.errno in _HELD:
+                    raise RunDirError(
+                        f"run directory {self.path}: another process is working in it. Wait for it, or choose another "
+                        "with RUN=…"
+                    ) from None
+                # Anything else: a mounted folder without locks (Google Drive, some network disks). Go on without.
             yield
+
+    def in_use(self) -> bool | None:
+        """Tell whether a process of this machine works in the folder; None where no lock says so."""
+        try:
+            with (self.path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return True if error.errno in _HELD else None
+        return False
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:

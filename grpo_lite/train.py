@@ -24,6 +24,7 @@ from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_guard import GuardedReward
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
+from grpo_lite.trackers import require_trackers
 from grpo_lite.unsloth_backend import uses_unsloth, with_trl_defaults
 from grpo_lite.views import View, ViewKind, make_view
 
@@ -130,6 +131,7 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
     """
     from trl import GRPOConfig
 
+    require_trackers(recipe.grpo.get("report_to"), str(run.recipe_file))
     dtype = "float32" if recipe.model.load_in == "32bit" else compute_dtype(recipe.model, device)
     owned: dict[str, Any] = {
         "output_dir": str(run.path),

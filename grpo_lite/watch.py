@@ -9,11 +9,15 @@ from typing import Any
 
 from grpo_lite.board import Board, rendered
 from grpo_lite.doctor import stated_findings
-from grpo_lite.evidence import Finding, read_lines
+from grpo_lite.evidence import Finding, read_json_lines, read_steps
 from grpo_lite.run_dir import RunDir
 
 Show = Callable[[str], None]
-ENDED = ("finished", "paused", "quiet")
+ENDED = ("finished", "paused", "stopped", "quiet")
+_NOTES = {
+    "stopped": ", no process of this machine works in it; the same `train` command goes on",
+    "quiet": ", no step for ten minutes",
+}
 
 
 def read_board(run: RunDir) -> Board:
@@ -23,25 +27,32 @@ def read_board(run: RunDir) -> Board:
         RunDirError: the folder is not a run.
     """
     recipe, record = run.load_recipe(), run.read_run()
-    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.is_file() else ""
-    steps = [r for r in read_lines(text) if r.get("reward") is not None]
+    steps = read_steps(run)
     files = sorted((run.path / "completions").glob("step_*.jsonl"))
-    rows = read_lines(files[-1].read_text(encoding="utf-8")) if files else []
+    rows = read_json_lines(files[-1]) if files else []
     findings = {r["key"]: Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run)}
     begun = int(record.get("first_step") or 0)
     total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
     seconds = sum(r.get("step_time") or 0.0 for r in steps if r["step"] > begun)
-    return Board(recipe, total, list(steps), rows, list(findings.values())[-3:], seconds, begun)
+    return Board(recipe, total, [*steps], rows, list(findings.values())[-3:], seconds, begun)
 
 
 def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
-    """Return "running", "finished", "paused" (limits.max_minutes), "evaluating" (trained, not finished) or "quiet"."""
+    """Return how a run stands, in a word.
+
+    Returns:
+        "running"; "evaluating" (trained, not finished); "finished"; "paused" (limits.max_minutes); "stopped" (nobody
+        holds its lock, as after Ctrl-C, a kill or a refusal); or "quiet" (no step for long).
+    """
+    idle = run.in_use() is False  # asked first: a run that ends meanwhile is then seen as finished
     record = run.read_run()
     if record.get("finished_at"):
         return "finished"
     begun = max([record.get("started_at") or "", *(record.get("resumed_at") or [])])
     if (record.get("paused_at") or "") > begun:
         return "paused"
+    if idle:
+        return "stopped"
     if record.get("trained_at"):
         return "evaluating"
     started = record.get("started_at")
@@ -68,7 +79,7 @@ def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any]
         yield from (Finding(r["key"], r["sentence"], r.get("override")).line() for r in found[stated:])
         stated = len(found)
         if state in ENDED:
-            yield f"{run.path}: {state}" + (", no step for ten minutes" if state == "quiet" else "")
+            yield f"{run.path}: {state}{_NOTES.get(state, '')}"
             return
         sleep(every_s)
 

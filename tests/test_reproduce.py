@@ -67,3 +67,18 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, option: str) -> None:
     run = write_run(tmp_path / "run")
     assert "reproduce: " in in_process("reproduce", str(run.path), option)
     assert not (tmp_path / "run-again").exists()
+
+
+def test_a_run_given_as_the_folder_one_stands_in_is_repeated_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_run(tmp_path / "run").path)
+    begun: list[RunDir] = []
+
+    def train(recipe: object, run: RunDir, show: object) -> object:
+        begun.append(run)
+        return type("Result", (), {"stopped_by": None})()
+
+    monkeypatch.setattr("grpo_lite.train.train_run", train)
+    in_process("reproduce", ".")
+    assert begun[0].path == tmp_path / "run-again"

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from command_line import ROOT
 
+from grpo_lite.cli import _explain
+from grpo_lite.errors import GRPOLiteError
+from grpo_lite.trackers import require_trackers
+
 TRACKERS = [name for name in ("tensorboard", "trackio", "wandb") if importlib.util.find_spec(name)]
 SMALL = ["grpo.max_steps=2", "eval.enabled=false", "merge=false"]
 
@@ -54,3 +58,25 @@ def test_wandb_offline_writes_the_metrics(tracked: Path) -> None:
 def test_trackio_keeps_the_metrics_in_its_local_database(tracked: Path) -> None:
     kept = b"".join(path.read_bytes() for path in (tracked / "trackio").rglob("*.db*"))  # and its write-ahead log
     assert b"rewards/accuracy_reward/mean" in kept
+
+
+@pytest.mark.parametrize("given", ["wandb", ["trackio", "wandb"]])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(
+    given: str | list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_lite.trackers.importlib.util.find_spec", lambda name: None if name == "wandb" else 1)
+    with pytest.raises(GRPOLiteError, match=r"grpo.report_to: wandb is given, and it is not installed.*pip install"):
+        require_trackers(given, "recipe.yaml")
+
+
+@pytest.mark.parametrize("given", ["none", None, [], "all", ["tensorboard"]])
+def test_other_trackers_are_upstream_s_to_judge(given: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_lite.trackers.importlib.util.find_spec", lambda name: 1)
+    require_trackers(given, "recipe.yaml")
+
+
+def test_wandb_without_a_login_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+    text = _explain(fault("No API key configured. Use `wandb login` to log in."))
+    assert text.startswith("wandb: No API key configured.")
+    assert "WANDB_MODE=offline" in text

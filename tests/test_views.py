@@ -16,7 +16,7 @@ import pytest
 from command_line import ROOT, in_process, kill, start
 from run_files import write_run
 
-from grpo_lite.board import Board, format_seconds, rendered, sparkline
+from grpo_lite.board import Board, describe_sample, format_seconds, rendered, sparkline
 from grpo_lite.evidence import Finding
 from grpo_lite.recipe_load import load_recipe
 from grpo_lite.views import as_html, make_view
@@ -196,3 +196,46 @@ def test_watch_in_another_process_sees_a_real_run_s_steps(tmp_path: Path) -> Non
         kill(process)
     assert "step 6/6" in text
     assert "finished" in text
+
+
+def group(prompt: str, *rewards: float | None) -> list[dict[str, Any]]:
+    return [{"prompt": prompt, "completion": f"{prompt}{r}", "rewards": {"r": r}, "reward": r} for r in rewards]
+
+
+def test_the_sample_is_the_prompt_whose_rewards_differ_most() -> None:
+    rows = [*group("a", 0.0, 0.2), *group("b", 0.0, 1.0, 0.5), *group("c", 1.0, 1.0)]
+    lines = describe_sample(rows).splitlines()
+    assert [line.strip() for line in lines] == ['prompt "b"', 'best   (+1.00) "b1.0"', 'worst  (+0.00) "b0.0"']
+    assert 'prompt "c"' in describe_sample([*group("a", 0.0, 0.0), *group("c", 1.0, 1.0)])  # none differs: the last
+
+
+def test_a_sample_without_any_reward_is_shown_too() -> None:
+    assert "all    (no reward)" in describe_sample(group("a", None, None))
+    assert "worst  (+0.00)" in describe_sample(group("a", None, 1.0, 0.0))
+
+
+def test_control_characters_of_a_completion_do_not_reach_the_terminal() -> None:
+    row = {"prompt": "p", "completion": "\x1b[2J\x9b31m\u202eevil\u2028", "rewards": {"r": 1.0}, "reward": 1.0}
+    text = describe_sample([row])
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "\\u009b31m\\u202eevil" in text
+
+
+def test_a_step_without_any_reward_is_shown_as_that() -> None:
+    recipe = load_recipe(str(ROOT / "recipes" / "smoke.yaml"))
+    board = Board(recipe, total=2, steps=[{"step": 1, "reward": None, "completions/mean_length": 4.0}])
+    assert board.line().startswith("step 1/2 · no reward · ")
+    assert "step 1/2" in as_text(board)
+
+
+def test_a_run_that_nobody_works_in_any_more_is_stopped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    record = {k: v for k, v in run.read_run().items() if k not in ("finished_at", "trained_at")}
+    run.run_file.write_text(json.dumps(record))
+    with run.locked():
+        assert state_of(run) == "running"
+    assert state_of(run) == "stopped"  # Ctrl-C, a kill, a refusal before the first step
+    (last,) = [line for line in watch_lines(run) if "stopped" in line]
+    assert "the same `train` command goes on" in last
+    run.update_run(finished_at="x")
+    assert state_of(run) == "finished"
