@@ -27,13 +27,14 @@ _SMOOTH_FROM = 24  # steps from which a bold moving average is drawn over the ra
 
 @dataclass(frozen=True)
 class Line:
-    """One named line of a chart; `low` and `high` make a band."""
+    """One named line of a chart; `low` and `high` make a band, `slot` is the place of its colour (None: in order)."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,21 @@ _AXES = (0.135, 0.14, 0.84, 0.81)  # left, bottom, width, height, as fractions o
 
 def placement(chart: Chart) -> dict[str, Any]:
     """Return what a page needs to say the values under the pointer: axes' place, limits and the values."""
-    xs = [x for line in chart.lines for x in line.x]
+    low, high = _span(chart)
     return {
-        "left": _AXES[0], "width": _AXES[2], "low": min(xs), "high": max(xs),
+        "left": _AXES[0], "width": _AXES[2], "low": low, "high": high,
         "lines": [
             {"name": line.name, "x": list(line.x[:: _stride(line)]), "y": [_short(y) for y in line.y[:: _stride(line)]]}
             for line in chart.lines
         ],
     }  # fmt: skip
+
+
+def _span(chart: Chart) -> tuple[float, float]:
+    """Return the steps at both ends of the axis, a little apart from the first and the last mark."""
+    xs = [x for line in chart.lines for x in line.x]
+    margin = 0.02 * (max(xs) - min(xs)) or 0.5
+    return min(xs) - margin, max(xs) + margin
 
 
 def _stride(line: Line, most: int = 600) -> int:
@@ -184,13 +192,15 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
 
 def draw(axes: Any, chart: Chart) -> None:
     """Draw a chart into matplotlib axes."""
-    for i, line in enumerate(chart.lines):
+    named = len(chart.lines) > 1 or chart.lines[0].slot is not None
+    for order, line in enumerate(chart.lines):
+        i = order if line.slot is None else line.slot
         colour, style = COLOURS[i % len(COLOURS)], _STYLES[i // len(COLOURS) % len(_STYLES)]
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
         smooth = len(line.y) >= _SMOOTH_FROM
         name = f" {line.name}" if line.name.startswith("_") else line.name  # matplotlib leaves `_x` out of legends
-        label = name if len(chart.lines) > 1 else None
+        label = name if named else None
         marker: Mapping[str, Any] = {"marker": "o", "markersize": 3.2} if len(line.y) <= 16 else {}
         axes.plot(
             line.x, line.y, color=colour, linewidth=0.9 if smooth else 1.7, alpha=0.35 if smooth else 1,
@@ -201,11 +211,9 @@ def draw(axes: Any, chart: Chart) -> None:
             axes.plot(line.x, averages, color=colour, linewidth=1.9, linestyle=style, label=label)
     if chart.top is not None:
         axes.set_ylim(-0.03 * chart.top, 1.05 * chart.top)
-    xs = [x for line in chart.lines for x in line.x]
-    if min(xs) < max(xs):
-        axes.set_xlim(min(xs), max(xs))
+    axes.set_xlim(*_span(chart))
     axes.margins(y=0.08)
-    if len(chart.lines) > 1:
+    if named:
         axes.legend(loc="best", frameon=False, fontsize=9.5, labelcolor=_TEXT, handlelength=1.2, borderaxespad=0.2)
 
 

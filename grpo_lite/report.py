@@ -127,8 +127,9 @@ def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
     keys = [key for found in per_run for key in found if key != "parts"]
     result = []
     for key in dict.fromkeys(keys):
-        having = [(name, found[key]) for name, found in zip(names, per_run, strict=True) if key in found]
-        lines = [Line(name, chart.lines[0].x, chart.lines[0].y) for name, chart in having]
+        having = [(slot, found[key]) for slot, found in enumerate(per_run) if key in found]
+        # a run keeps its colour also where another run has no line
+        lines = [Line(names[slot], chart.lines[0].x, chart.lines[0].y, slot=slot) for slot, chart in having]
         result.append(Chart(key, having[0][1].title, having[0][1].note.partition(";")[0], lines, having[0][1].top))
     return result
 
@@ -141,7 +142,12 @@ def comparison_table(pages: Sequence[RunPage]) -> list[tuple[str, list[str]]]:
 
 
 def _figures(page: RunPage) -> dict[str, str]:
-    figures = {row["name"]: f"{row['base']} → {row['trained']}".removeprefix(" → ") for row in score_rows(page)}
+    figures: dict[str, str] = {}
+    for row in score_rows(page):
+        before, after = (row[side].partition(" (")[0] for side in ("base", "trained"))
+        figures[row["name"]] = f"{before} → {after}".removeprefix(" → ")
+        if "(" in row["difference"]:  # with its interval
+            figures[f"{row['name']}: gain"] = row["difference"]
     figures |= dict(tiles(page))
     record = page.record
     extra = {
@@ -158,7 +164,7 @@ def recipe_differences(recipes: Sequence[Any]) -> list[tuple[str, list[str]]]:
     """Return the keys in which recipes differ, with each one's value."""
     flat = [dict(_flatten(recipe.model_dump(mode="json"))) for recipe in recipes]
     keys = dict.fromkeys(key for values in flat for key in values)
-    rows = [(key, ["–" if key not in values else str(values[key]) for values in flat]) for key in keys]
+    rows = [(key, ["–" if values.get(key) in (None, [], {}) else str(values[key]) for values in flat]) for key in keys]
     return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
 
 

@@ -14,7 +14,7 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir
 from grpo_lite.summary import duration
 
-MOST_ROWS = 1500  # completions kept in the page; of longer runs a selection, and the page says so
+MOST_ROWS = 2000  # completions kept in the page; of longer runs a selection, and the page says so
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
 PHASES = {
     "rollout": "generating completions",

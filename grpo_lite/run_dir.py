@@ -122,7 +122,15 @@ class RunDir:
 
     def read_scores(self) -> dict[str, Any]:
         """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
-        return dict(json.loads(self.scores_file.read_text(encoding="utf-8"))) if self.scores_file.is_file() else {}
+        try:
+            return dict(json.loads(self.scores_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunDirError(
+                f"{self.scores_file}: is not valid JSON ({error}). Remove it and measure again: "
+                f"make eval RUN={self.path}"
+            ) from None
 
     def update_run(self, **values: Any) -> None:
         """Merge values into run.json, atomically."""

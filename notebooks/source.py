@@ -22,6 +22,7 @@
 
 # %% tags=["parameters", "colab"]
 SOURCE = "grpo_lite"  # folder of the project: a clone, or an upload
+CLONE = ""  # the project's git address: cloned into SOURCE where that is not there
 RECIPE = "gsm8k"
 RUN = "/content/drive/MyDrive/grpo_lite/gsm8k"  # on Drive: survives a disconnect
 DRIVE = True  # ask for Google Drive
@@ -35,6 +36,7 @@ REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 
 # %% tags=["parameters", "kaggle"]
 SOURCE = "/kaggle/working/grpo_lite"  # folder of the project: a clone, or a dataset you attached
+CLONE = ""  # the project's git address: cloned into SOURCE where that is not there
 RECIPE = "gsm8k"
 RUN = "/kaggle/working/gsm8k"
 MINUTES = 480  # a session lasts 9 hours at most; run all cells again to go on
@@ -68,6 +70,13 @@ if DRIVE:
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a 4-bit model cannot be spread over the two T4s
+
+# %% tags=["colab", "kaggle"]
+import subprocess
+from pathlib import Path
+
+if CLONE and not Path(SOURCE).is_dir():
+    subprocess.run(["git", "clone", "-q", "--depth", "1", CLONE, SOURCE], check=True)
 
 # %%
 import importlib

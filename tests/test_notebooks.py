@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,31 @@ def test_each_platform_gets_its_own_cells_only() -> None:
             assert stage in text, stage
 
 
+def a_repository(folder: Path) -> Path:
+    """Commit this working tree's code to a git repository that a notebook can clone."""
+    folder.mkdir()
+    for part in ("grpo_lite", "rewards", "recipes", "pyproject.toml"):
+        source, copy = ROOT / part, folder / part
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def a_drive(folder: Path) -> None:
+    """Put a `google.colab` where the kernel starts: its drive only says that it was asked for."""
+    package = folder / "google" / "colab"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "drive.py").write_text("def mount(place):\n    print('mounted at', place)\n")
+
+
 def run(name: str, tmp_path: Path, **parameters: Any) -> Any:
-    notebook = build.overridden(build.build(name), SOURCE=str(ROOT), RUN=str(tmp_path / "run"), **parameters)
+    notebook = build.overridden(build.build(name), **{"SOURCE": str(ROOT), "RUN": str(tmp_path / "run"), **parameters})
     return build.execute(notebook, tmp_path, timeout_s=300)
 
 
@@ -86,9 +110,18 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
     )
     own = [f"data.train.path={tmp_path / 'rows.jsonl'}", f"rewards[0].function={tmp_path / 'varied.py'}:varied",
            "rewards[0].kwargs={}", "check.enabled=false"]  # fmt: skip
-    extra = {"DRIVE": False} if name == "colab_gsm8k" else {}
-    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own, "limits.max_minutes=30"], GGUF="", PROBE=2, **extra)
+    own += ["limits.max_minutes=30"]
+    project = tmp_path / "project"
+    extra: dict[str, Any] = {"SOURCE": str(project), "CLONE": str(a_repository(tmp_path / "remote"))}
+    if name == "colab_gsm8k":
+        a_drive(tmp_path)
+        extra["DRIVE"] = True
+    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own], GGUF="", PROBE=2, **extra)
     shown = outputs(notebook)
+    assert ("mounted at /content/drive" in shown) == (name == "colab_gsm8k")
+    assert (project / "grpo_lite" / "train.py").is_file()  # cloned
+    assert "KV cache" in shown or "GiB" in shown  # the plan for a T4
+    assert "pass@1" in shown  # the probe
     assert "srcdoc" in shown  # the report, inline
     assert "step 2/2" in shown
     assert (tmp_path / "run" / "merged").is_dir()

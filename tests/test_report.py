@@ -278,9 +278,12 @@ def test_more_runs_than_colours_are_told_apart(tmp_path: Path) -> None:
 def test_a_curve_that_one_run_alone_has_is_shown_whichever_it_is(tmp_path: Path) -> None:
     with_kl, without = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     without.metrics_file.write_text(without.metrics_file.read_text().replace('"kl"', '"other"'))
-    for runs in ([with_kl, without], [without, with_kl]):
-        charts_shown = data_of(write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8"))["charts"]
-        assert [line["name"] for line in charts_shown["kl"]["lines"]] == ["a"]
+    for runs, colour in (([with_kl, without], "--line0"), ([without, with_kl], "--line1")):
+        html = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+        assert [line["name"] for line in data_of(html)["charts"]["kl"]["lines"]] == ["a"]
+        chart = html[html.index('data-chart="kl"') :].partition("</svg>")[0]
+        assert ">a</text>" in chart  # named, though it is alone
+        assert set(re.findall(r"--line\d", chart)) == {colour}  # the colour that the run has in the other charts
 
 
 def test_a_run_given_as_the_folder_one_stands_in_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +322,6 @@ def test_a_run_of_one_step_is_not_called_healthy(tmp_path: Path) -> None:
 def test_held_out_answers_beyond_what_a_page_can_hold_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     records = run.evaluation / "records.jsonl"
-    records.write_text(records.read_text() * 80)  # 1,600
+    records.write_text(records.read_text() * 120)  # 2,400
     html = write_report(run).read_text(encoding="utf-8")
-    assert "1,500 of 1,600 are in this page" in html
+    assert "2,000 of 2,400 are in this page" in html

@@ -8,6 +8,7 @@
     if (text !== undefined) node.textContent = text;  // never HTML: completions are the model's words
     return node;
   };
+  const shown = (text) => text ? text.replace(/\n+$/, (ends) => " " + "↵".repeat(ends.length)) : "(empty)";
   const number = (value) => value === null || value === undefined ? "–" : String(+(+value).toFixed(3));
 
   // Curves: the values under the pointer
@@ -109,7 +110,7 @@
         if (parts.length > 1) for (const [name, value] of parts) meta.append(make("span", "", name + " " + number(value)));
         if (row.tokens) meta.append(make("span", "", row.tokens + " tokens" + (row.cut ? ", cut off" : "")));
         if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
-        card.append(meta, promptBox(row.prompt, browser.skip), make("pre", "", row.text || "(empty)"));
+        card.append(meta, promptBox(row.prompt, browser.skip), make("pre", "", shown(row.text)));
         return card;
       },
     },
@@ -127,7 +128,7 @@
           const right = row[side].right, box = make("div", right ? "right" : "wrong");
           const form = right && !row[side].strict ? ", not in the asked form" : "";
           box.append(make("small", "", name + " · " + (right === null ? "no usable gold" : right ? "right" + form : "wrong")));
-          box.append(make("pre", "", row[side].text || "(empty)"));
+          box.append(make("pre", "", shown(row[side].text)));
           pair.append(box);
         }
         card.append(meta, promptBox(row.prompt, browser.skip), pair);
