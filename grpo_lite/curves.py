@@ -172,7 +172,7 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
         width, height = 4.4 * columns, 2.75 * rows + 0.45  # inches; placed by hand, as automatic layout takes a second
         figure = Figure(figsize=(width, height), facecolor=_PAPER)
         figure.subplots_adjust(
-            left=0.5 / width,
+            left=0.6 / width,
             right=1 - 0.2 / width,
             bottom=0.35 / height,
             top=1 - 0.75 / height,
