@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import TrainerCallback
@@ -54,7 +55,8 @@ class Preflight(TrainerCallback):
         ours = hasattr(trainer, "prepare_decoding")  # Unsloth's trainer is not
         if ours:
             trainer.prepare_decoding()
-        made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
+        with trainer.accelerator.autocast() if ours else nullcontext():  # as training samples and computes
+            made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
         for line in probe_lines(made):
             self.show(f"preflight: {line.strip()}")
         if not verdict(made).startswith("it can learn"):

@@ -45,6 +45,7 @@ class Probe:
     tokens_per_s: float
     step_s: float
     steps: int
+    cuts_cost: bool = True  # completions that reach the cap are right less than half as often as those that end
     evaluation_s: float = 0.0  # of base and trained model, before the merge
     notes: tuple[str, ...] = field(default=())
 
@@ -85,19 +86,27 @@ def probe_recipe(
     template = recipe.grpo.get("chat_template_kwargs")
     ids = [prompt_ids(row["prompt"], tokenizer, template) for row in rows]
     cap = recipe.max_completion_length
+    sampling: dict[str, Any] = {
+        "max_new_tokens": cap,
+        "temperature": float(recipe.grpo.get("temperature", 1.0)),
+        "seed": recipe.seed,
+    }
     begun = time.monotonic()
     groups = generate_completions(
         model,
         tokenizer,
         ids,
-        max_new_tokens=cap,
         samples=samples,
-        temperature=float(recipe.grpo.get("temperature", 1.0)),
         batch_size=recipe.eval.batch_size,
-        seed=recipe.seed,
         progress=lambda done, total: show(f"probe: {done}/{total} prompts sampled"),
+        **sampling,
     )
-    rollout_s = time.monotonic() - begun
+    sampled_s = time.monotonic() - begun
+    # A round of training again, by itself: how long one takes hardly depends on how many are decoded at once.
+    begun = time.monotonic()
+    chosen = ids[: max(1, recipe.generation_batch // group)]
+    generate_completions(model, tokenizer, chosen, samples=group, batch_size=recipe.generation_batch, **sampling)
+    round_s = (time.monotonic() - begun) * recipe.generation_batch / (group * len(chosen))
     completions = [completion for group in groups for completion in group]
     repeated = [row for row in rows for _ in range(samples)]
     right, _ = score_completions(tokenizer, recipe, repeated, completions)
@@ -110,23 +119,26 @@ def probe_recipe(
     caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
     plan = schedule(recipe, len(prompts.train))
     forward_s = forward_seconds(recipe, model, tokenizer, ids, groups)
-    step_s = plan.sampled * (rollout_s + reward_s) / len(completions)
-    step_s += plan.trained * forward_s * training_forwards(recipe)
+    equal = statistics.fmean(_equal(totals, samples, min(group, samples)))
+    live = 1.0 - equal if recipe.compute == "packed" and not recipe.grpo.get("beta") else 1.0  # the rest is left out
+    step_s = plan.sampled * (round_s / recipe.generation_batch + reward_s / len(completions))
+    step_s += plan.trained * live * forward_s * training_forwards(recipe)
     return Probe(
         prompts=len(rows),
         samples=samples,
         pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
         pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
-        equal_groups=statistics.fmean(_equal(totals, samples, min(group, samples))),
+        equal_groups=equal,
         cap=cap,
+        cuts_cost=_cuts_cost(right, [n >= cap for n in lengths]),
         truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
         format_rate=None if formats is None else statistics.fmean(formats),
         rewarded=statistics.fmean(total for total in totals if total is not None) if any(totals) else 0.0,
         opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
-        tokens_per_s=max(1, sum(lengths)) / max(rollout_s, 1e-9),
+        tokens_per_s=max(1, sum(lengths)) / max(sampled_s, 1e-9),
         step_s=step_s,
         steps=plan.steps,
-        evaluation_s=_evaluated(recipe, len(prompts.eval)) * rollout_s / len(completions),
+        evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled_s / len(completions),
         notes=() if counts else ("no probed prompt has a usable gold answer",),
     )
 
@@ -158,6 +170,16 @@ def _equal(totals: Sequence[float | None], samples: int, group: int) -> list[boo
     return [len(set(totals[start : start + group])) == 1 for start in starts]
 
 
+def _cuts_cost(right: Sequence[bool | None], cut: Sequence[bool]) -> bool:
+    """Return whether reaching the cap costs rewards: answers that come first and run on lose nothing by it."""
+    rates = []
+    for kind in (True, False):
+        judged = [bool(r) for r, reached in zip(right, cut, strict=True) if reached is kind and r is not None]
+        rates.append(statistics.fmean(judged) if judged else None)
+    among_cut, among_ended = rates
+    return not among_cut or (among_ended is not None and among_cut < among_ended / 2)
+
+
 def _evaluated(recipe: Recipe, held_out: int) -> int:
     """Return how many completions the evaluation of base and trained model generates."""
     section = recipe.eval
@@ -174,7 +196,7 @@ def verdict(probe: Probe) -> str:
     if probe.notes:
         return f"{probe.notes[0]}, so nothing can be paid; correct data.answer or data.gold_completion"
     cut = probe.truncated[probe.cap]
-    if cut >= 0.3:
+    if cut >= 0.3 and probe.cuts_cost:
         return (
             f"the cap is too short: {cut:.0%} of the completions are cut at {probe.cap} tokens; "
             f"paste: grpo.max_completion_length={2 * probe.cap}"

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grpo_lite import attention
 from grpo_lite.recipe import Recipe
 
 BACKWARD_FORWARDS = 2.0  # a backward pass multiplies twice where the forward multiplies once
-MEASURED_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,37 @@ def forward_seconds(
         model: the policy.
         tokenizer: whose end-of-sequence token closes a completion.
         prompts: token ids.
-        groups: completions of each prompt; the first few groups are measured.
+        groups: completions of each prompt; as many as make one micro-step are measured.
     """
     import torch
 
-    count = min(MEASURED_GROUPS, len(prompts))
     size = min(recipe.num_generations, len(groups[0]))
     end = [0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)]
-    chosen = [[[*prompts[i], *completion, *end] for completion in groups[i][:size]] for i in range(count)]
+    pairs = [(prompt, [*ids, *end]) for prompt, group in zip(prompts, groups, strict=True) for ids in group[:size]]
+    rows = [(list(prompt), ids) for prompt, ids in pairs[: int(recipe.grpo.get("per_device_train_batch_size", 8))]]
     run = _packed if _is_packed(recipe, model) else _padded
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            run(model, chosen[0], len(prompts[0]))  # the first time compiles kernels and lays out weights
-            _wait(model)
-            begun = time.perf_counter()
-            for i, rows in enumerate(chosen):
-                run(model, rows, len(prompts[i]))
-            _wait(model)
-            return (time.perf_counter() - begun) / (count * size)
+            while True:
+                try:
+                    run(model, rows)  # the first time compiles kernels and lays out weights
+                    return _timed(partial(run, model, rows), model) / len(rows)
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    rows = rows[: len(rows) // 2]  # training divides a micro-step too
     finally:
         model.train(was_training)
+
+
+def _timed(run: Callable[[], None], model: Any) -> float:
+    _wait(model)
+    begun = time.perf_counter()
+    run()
+    _wait(model)
+    return time.perf_counter() - begun
 
 
 def _is_packed(recipe: Recipe, model: Any) -> bool:
@@ -94,27 +103,32 @@ def _is_packed(recipe: Recipe, model: Any) -> bool:
     return recipe.compute == "packed" and base_model(model).config._attn_implementation == attention.IMPLEMENTATION
 
 
-def _packed(model: Any, rows: list[list[int]], prompt: int) -> None:
-    import torch
-
-    from grpo_lite.packing import PaddedBatch, pack
+def _packed(model: Any, rows: list[tuple[list[int], list[int]]]) -> None:
+    from grpo_lite.packing import pack, plan_microbatches, read_padded_batch
     from grpo_lite.scoring import Scoring, score
 
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)  # (G, P + C)
-    everyone = [list(range(len(rows)))]
-    batch = PaddedBatch(ids, [prompt] * len(rows), [len(row) - prompt for row in rows], prompt, everyone)
-    score(model, pack(batch, everyone), Scoring(1.0), nullcontext)
+    ids, mask, width = _batch(model, rows)
+    batch = read_padded_batch(ids, mask, width)
+    assert batch is not None  # made just now, without holes
+    score(model, pack(batch, plan_microbatches(batch, range(len(rows)), None)[0]), Scoring(1.0), nullcontext)
 
 
-def _padded(model: Any, rows: list[list[int]], prompt: int) -> None:
+def _padded(model: Any, rows: list[tuple[list[int], list[int]]]) -> None:
+    ids, mask, _ = _batch(model, rows)
+    model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+
+
+def _batch(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[Any, Any, int]:
+    """Return ids and mask `(B, P + C)`, padded as TRL pads, and C."""
     import torch
 
-    del prompt
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)  # (G, P + C)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+    before, after = max(len(prompt) for prompt, _ in rows), max(len(ids) for _, ids in rows)
+    ids, mask = [], []
+    for prompt, completion in rows:
+        left, right = before - len(prompt), after - len(completion)
+        ids.append([0] * left + prompt + completion + [0] * right)
+        mask.append([0] * left + [1] * (len(prompt) + len(completion)) + [0] * right)
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device), after
 
 
 def _wait(model: Any) -> None:

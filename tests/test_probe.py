@@ -9,7 +9,7 @@ import pytest
 from grpo_lite.data import load_prompts
 from grpo_lite.hardware import detect_device
 from grpo_lite.model import load_for_sampling, load_tokenizer
-from grpo_lite.probe import Probe, probe_lines, probe_recipe, verdict
+from grpo_lite.probe import Probe, _cuts_cost, probe_lines, probe_recipe, verdict
 from grpo_lite.recipe_load import load_recipe
 
 HEALTHY = Probe(
@@ -23,6 +23,7 @@ HEALTHY = Probe(
     [
         ({}, "it can learn"),
         ({"truncated": {512: 0.6}}, "60% of the completions are cut at 512 tokens; paste: grpo.max_completion"),
+        ({"truncated": {512: 1.0}, "cuts_cost": False}, "it can learn"),  # the answer comes first, the text runs on
         ({"pass_at_1": 0.0, "pass_at_k": 0.0, "equal_groups": 1.0}, "too hard: none of 32 prompts is solved"),
         ({"pass_at_1": 0.95, "equal_groups": 0.9}, "too easy: 95% of single samples are right already"),
         ({"format_rate": 0.0}, "the agreed format never occurs"),
@@ -56,3 +57,20 @@ def test_a_random_model_is_found_too_weak_or_cut_short_and_measured() -> None:
     text = "\n".join(probe_lines(probe))
     assert "verdict: the cap is too short" in text
     assert "pass@3" in text
+
+
+@pytest.mark.parametrize(
+    "right, cut, expected",
+    [
+        ([True, False, True, False], [True, True, False, False], False),  # 50 % of both
+        ([False, False, True, False], [True, True, False, False], True),  # none of the cut ones
+        ([True, False, False, True], [True, True, True, True], False),  # all are cut, some are right
+        ([False, False, None, False], [True, True, True, True], True),  # nothing is right: the cap comes first
+        ([True, True, True, False, False], [False, False, True, True, True], True),  # a third against all
+        ([False, False], [False, False], True),
+    ],
+)
+def test_a_cap_is_too_short_where_reaching_it_costs_rewards(
+    right: list[bool | None], cut: list[bool], expected: bool
+) -> None:
+    assert _cuts_cost(right, cut) is expected
