@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from grpo_lite.run_dir import RunDir
 
 Show = Callable[[str], None]
 ENDED = ("finished", "paused", "stopped", "quiet")
+STOPPED_AFTER_S = 30.0
 _NOTES = {
     "stopped": ", no process of this machine works in it; the same `train` command goes on",
     "quiet": ", no step for ten minutes",
@@ -42,7 +42,8 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
 
     Returns:
         "running"; "evaluating" (trained, not finished); "finished"; "paused" (limits.max_minutes); "stopped" (nobody
-        holds its lock, as after Ctrl-C, a kill or a refusal); or "quiet" (no step for long).
+        holds its lock, as after Ctrl-C, a kill or a refusal, and nothing has happened for half a minute: another
+        machine's locks may not be seen here); or "quiet" (no step for long).
     """
     idle = run.in_use() is False  # asked first: a run that ends meanwhile is then seen as finished
     record = run.read_run()
@@ -51,17 +52,13 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
     begun = max([record.get("started_at") or "", *(record.get("resumed_at") or [])])
     if (record.get("paused_at") or "") > begun:
         return "paused"
-    if idle:
+    files = (run.recipe_file, run.run_file, run.metrics_file)  # run.json: a resume writes it long before its first step
+    still_s = time.time() - max(file.stat().st_mtime for file in files if file.is_file())
+    if idle and still_s > STOPPED_AFTER_S:
         return "stopped"
     if record.get("trained_at"):
         return "evaluating"
-    started = record.get("started_at")
-    newest = run.metrics_file.stat().st_mtime if run.metrics_file.is_file() else _seconds(started)
-    return "quiet" if time.time() - newest > stale_after_s else "running"
-
-
-def _seconds(stamp: str | None) -> float:
-    return float(calendar.timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ"))) if stamp else time.time()
+    return "quiet" if still_s > stale_after_s else "running"
 
 
 def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:

@@ -19,6 +19,7 @@ from run_files import write_run
 from grpo_lite.board import Board, describe_sample, format_seconds, rendered, sparkline
 from grpo_lite.evidence import Finding
 from grpo_lite.recipe_load import load_recipe
+from grpo_lite.run_dir import RunDir
 from grpo_lite.views import as_html, make_view
 from grpo_lite.watch import read_board, state_of, watch_lines
 
@@ -158,9 +159,10 @@ def test_a_run_without_a_step_for_long_is_quiet(tmp_path: Path) -> None:
     record = {k: v for k, v in run.read_run().items() if k not in ("finished_at", "trained_at")}
     run.run_file.write_text(json.dumps(record))
     assert state_of(run) == "running"
-    long_ago = time.time() - 3600
-    os.utime(run.metrics_file, (long_ago, long_ago))
+    last_change(run, 3600)
     assert state_of(run) == "quiet"
+    run.update_run(resumed_at=["2026-01-01T00:06:00Z"])
+    assert state_of(run) == "running"  # it loads, and its first step is yet to come
 
 
 def test_a_run_paused_by_its_time_budget_is_paused_until_it_is_resumed(tmp_path: Path) -> None:
@@ -234,8 +236,29 @@ def test_a_run_that_nobody_works_in_any_more_is_stopped(tmp_path: Path) -> None:
     run.run_file.write_text(json.dumps(record))
     with run.locked():
         assert state_of(run) == "running"
-    assert state_of(run) == "stopped"  # Ctrl-C, a kill, a refusal before the first step
+    assert state_of(run) == "running"  # perhaps on another machine: it has just moved
+    last_change(run, 60)
+    with run.locked():
+        assert state_of(run) == "running"  # a slow step
+    assert state_of(run) == "stopped"  # Ctrl-C, a kill
     (last,) = [line for line in watch_lines(run) if "stopped" in line]
     assert "the same `train` command goes on" in last
     run.update_run(finished_at="x")
     assert state_of(run) == "finished"
+
+
+def test_a_run_that_was_refused_before_its_first_step_is_stopped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for file in (run.metrics_file, run.run_file):
+        file.unlink()
+    with run.locked():
+        pass
+    last_change(run, 60)
+    assert state_of(run) == "stopped"
+
+
+def last_change(run: RunDir, seconds_ago: float) -> None:
+    then = time.time() - seconds_ago
+    for file in (run.recipe_file, run.run_file, run.metrics_file):
+        if file.is_file():
+            os.utime(file, (then, then))
