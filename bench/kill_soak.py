@@ -3,8 +3,9 @@
     python bench/kill_soak.py --kills 60 --seed 0 --markdown
 
 Every run is killed once or more (SIGKILL), resumed until it ends, and must then equal the undisturbed run of the same
-configuration bit for bit: adapter, metrics lines (without `step_time`), completions, merged weights. Runs are forked
-from a process that has imported everything; no GPU, no network.
+configuration bit for bit: adapter, metrics lines (without `step_time`), completions, findings, merged weights; its
+report is there. Some of the kills fall into the exports (NF4, GGUF) of a merged run, which must then be those of an
+undisturbed export. Runs are forked from a process that has imported everything; no GPU, no network.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from killing import CONFIGURATIONS, MOMENTS, Server, outcome, train
+from finished_run import make_run
+from killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
+
+EXPORT = "exports"
 
 
 def has_ended(run: Path) -> bool:
-    """Say whether a run was finished, reported or not, when it was killed."""
+    """Say whether a run was finished and reported when it was killed."""
     record = run / "run.json"
-    return record.is_file() and bool(json.loads(record.read_text()).get("finished_at"))
+    ended = record.is_file() and bool(json.loads(record.read_text()).get("finished_at"))
+    return ended and (run / "report.html").is_file()
 
 
 def main() -> None:
@@ -52,30 +57,43 @@ def main() -> None:
                 sys.exit(f"the undisturbed run failed:\n{run.with_name('log').read_text()}")
             seconds[configuration] = time.monotonic() - started
             references[configuration] = outcome(run)
-        moments = list(MOMENTS)
-        draw.shuffle(moments)
+        merged = make_run(Path(scratch) / "merged", hidden_size=64, intermediate_size=128, head_dim=16).path
+        started = time.monotonic()
+        shutil.copytree(merged, run := Path(scratch) / EXPORT / "run")
+        if server.run(export(run), run.with_name("log")):
+            sys.exit(f"the undisturbed export failed:\n{run.with_name('log').read_text()}")
+        seconds[EXPORT], references[EXPORT] = time.monotonic() - started, exported(run)
+        moments = {EXPORT: list(EXPORT_MOMENTS), "": list(MOMENTS)}
+        for names in moments.values():
+            draw.shuffle(names)
         while sum(counts.values()) < arguments.kills and not failures:
-            configuration = draw.choice(list(CONFIGURATIONS))
+            configuration = draw.choice([*CONFIGURATIONS, EXPORT])
             run = Path(scratch) / "killed" / "run"
             run.parent.mkdir()
             log, story = run.with_name("log"), []
+            command = train(run, configuration) if configuration != EXPORT else export(run)
+            if configuration == EXPORT:
+                shutil.copytree(merged, run)
+            names = moments.get(configuration, moments[""])
             for _ in range(draw.choice((1, 1, 2, 3))):
                 if draw.random() < arguments.timed:
                     after_s = draw.uniform(0.1, seconds[configuration])
-                    status = server.run(train(run, configuration), log, after_s=after_s)
+                    status = server.run(command, log, after_s=after_s)
                     story.append(f"after {after_s:.2f} s")
-                    counts["at a random time"] += status == -9
+                    counts["export: at a random time" if configuration == EXPORT else "at a random time"] += (
+                        status == -9
+                    )
                 else:
-                    moments.append(moments.pop(0))  # each in turn
-                    moment, call = moments[-1], draw.choice((1, 1, 2, 3, 5, 8))
-                    status = server.run(train(run, configuration), log, moment, call)
+                    names.append(names.pop(0))  # each in turn
+                    moment, call = names[-1], draw.choice((1, 1, 2, 3, 5, 8))
+                    status = server.run(command, log, moment, call)
                     story.append(f"{moment}, call {call}")
                     counts[moment] += status == -9
-                if status == 0 or has_ended(run):  # killed while it said good-bye: nothing is left to do
+                if status == 0 or (configuration != EXPORT and has_ended(run)):  # killed while it said good-bye
                     status = 0
                     break
-            status = status and server.run(train(run, configuration), log)
-            found = outcome(run) if status == 0 else {}
+            status = status and server.run(command, log)
+            found = {} if status else exported(run) if configuration == EXPORT else outcome(run)
             different = [key for key, value in references[configuration].items() if found.get(key) != value]
             runs += 1
             print(f"{sum(counts.values())} kills, {runs} runs: {configuration}: {', '.join(story)}", file=sys.stderr)
@@ -87,9 +105,11 @@ def main() -> None:
         print("| killed | times |\n|---|---|")
         for moment, count in sorted(counts.items()):
             print(f"| {moment} | {count} |")
+    missed = [name for name in (*MOMENTS, *EXPORT_MOMENTS) if not counts[name]]
+    print(f"never killed at: {', '.join(missed) or 'nothing, every moment had its kill'}")
     print(
-        f"{killed} kills in {runs} runs of {len(CONFIGURATIONS)} configurations, {len(failures)} that ended otherwise "
-        f"than undisturbed ones, {time.monotonic() - begun:.0f} s, seed {arguments.seed}"
+        f"{killed} kills in {runs} runs of {len(CONFIGURATIONS)} configurations and of exports, {len(failures)} that "
+        f"ended otherwise than undisturbed ones, {time.monotonic() - begun:.0f} s, seed {arguments.seed}"
     )
     if failures:
         sys.exit("\n".join(failures))

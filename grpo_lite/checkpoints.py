@@ -83,6 +83,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def processes_of(folder: Path) -> int:
+    """Return how many processes wrote a checkpoint together."""
+    return int(read_facts(folder).get("processes") or 1)
+
+
 @contextlib.contextmanager
 def saving(run: Path, step: int) -> Iterator[Path]:
     """Give a scratch folder in which `checkpoint-<step>` is to be written; publish it when the block ends well.
@@ -172,12 +177,12 @@ def clear_scratch(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def rotate(run: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints, and the one with the best training reward as well.
+def rotate(run: Path, limit: int | None, saved: int) -> None:
+    """Keep the newest `limit` checkpoints up to the step just saved, and the one with the best training reward as well.
 
-    Nothing is removed before the newest is complete, and one that is newer than it (damaged, passed over) stays.
+    Later ones are damaged (they were passed over): they neither count nor go, until training comes and replaces them.
     """
-    folders = [folder for folder in checkpoint_folders(run) if (folder / MANIFEST_NAME).is_file()]
+    folders = [f for f in checkpoint_folders(run) if step_of(f) <= saved and (f / MANIFEST_NAME).is_file()]
     if not limit or len(folders) <= limit:
         return
     best = best_checkpoint(folders)

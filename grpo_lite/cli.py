@@ -15,7 +15,8 @@ from grpo_lite import __version__, cli_export, cli_plan, cli_report
 from grpo_lite.cli_export import set_environment
 from grpo_lite.cli_options import trust_option
 from grpo_lite.errors import GRPOLiteError
-from grpo_lite.redact import RedactingFormatter, redact
+from grpo_lite.redact import redact, redact_logs, redact_tracebacks
+from grpo_lite.screen import steadfast
 
 if TYPE_CHECKING:
     from grpo_lite.run_dir import RunDir
@@ -92,8 +93,8 @@ def main(verbose: bool) -> None:
 def quieten(verbose: bool) -> None:
     """Keep the libraries' banners, bars and notices off the screen unless asked for."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(RedactingFormatter("%(name)s: %(message)s"))
+    redact_logs()
+    redact_tracebacks()
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -138,13 +139,14 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
+    say = steadfast(click.echo)
     result = train_run(loaded, run, click.echo, view="plain" if plain else _view())
     if not this_process().is_first:
         return
     if result.stopped_by:
-        click.echo(interrupted_summary(result))
+        say(interrupted_summary(result))
         sys.exit(INTERRUPTED)
-    click.echo(run_summary(run))
+    say(run_summary(run))
 
 
 def _view() -> Any:

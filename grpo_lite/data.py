@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -101,17 +102,19 @@ def _read_file(path: Path, where: str) -> list[Row]:
             loaded = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
                 raise DataError(f"{where}.path: {path} must hold a list of objects, one a row.")
+            for index, row in enumerate(loaded):
+                _require_text(row, f"{where}.path: {path} row {index}")
             return loaded
         if path.suffix == ".csv":
-            import csv
-
+            csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB, and prompts may be longer
             with path.open(encoding="utf-8-sig", newline="") as file:
                 return [dict(row) for row in csv.DictReader(file)]
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             return list(pyarrow.parquet.read_table(path).to_pylist())
-    except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+    # JSON, Unicode and most Arrow errors are ValueErrors
+    except (OSError, ValueError, RecursionError, csv.Error, NotImplementedError, LookupError, TypeError) as error:
         raise DataError(f"{where}.path: {path} cannot be read as {path.suffix}: {error}") from None
     raise DataError(f"{where}.path: {path.name} is given; allowed endings: .jsonl, .json, .csv, .parquet.")
 
@@ -124,12 +127,23 @@ def _read_jsonl(path: Path, where: str) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}.path: {path} line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}.path: {path} line {number} is {type(row).__name__}, not an object.")
+            if "\\u" in line:
+                _require_text(row, f"{where}.path: {path} line {number}")
             rows.append(row)
     return rows
+
+
+def _require_text(row: Row, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON's escapes can write and no tokenizer can read."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{where} holds {half} alone, half of a character. Write the whole one, or \\ufffd.") from None
 
 
 def _read_hub(source: SourceSection, where: str) -> list[Row]:

@@ -16,6 +16,7 @@ from grpo_lite.generators import Row
 from grpo_lite.hardware import detect_device
 from grpo_lite.model import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe import Recipe, RewardSection, ScoreSection
+from grpo_lite.reward_guard import limited
 from grpo_lite.reward_loader import Reward, load_function
 from grpo_lite.run_dir import RunDir, now, write_atomic
 from grpo_lite.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
@@ -161,16 +162,23 @@ def score_completions(
 def _scores(
     section: Any, where: str, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[float | None]:
+    """Score completions as many at a time as in training, each call within the recipe's time limit."""
     columns = sorted({key for row in rows for key in row if key != "prompt"})
     function: Reward = load_function(section, where, columns, lead_in(rows, recipe, tokenizer))
+    function = limited(function, recipe.limits.reward_timeout_s, where)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
-    return function(
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-        prompts=[row["prompt"] for row in rows],
-        completion_ids=[list(ids) for ids in completions],
-        **{key: [row.get(key) for row in rows] for key in columns},
-    )
+    size = recipe.generation_batch
+    scores: list[float | None] = []
+    for start in range(0, len(rows), size):
+        part, said = rows[start : start + size], texts[start : start + size]
+        scores += function(
+            completions=[[{"role": "assistant", "content": text}] for text in said] if chat else said,
+            prompts=[row["prompt"] for row in part],
+            completion_ids=[list(ids) for ids in completions[start : start + size]],
+            **{key: [row.get(key) for row in part] for key in columns},
+        )
+    return scores
 
 
 def compare(recipe: Recipe, base: list[Row], trained: list[Row]) -> dict[str, Any]:

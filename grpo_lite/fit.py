@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.base_model import resolve_base
-from grpo_lite.checkpoints import last_usable, publishing, require_room, step_of
+from grpo_lite.checkpoints import last_usable, processes_of, publishing, require_room, step_of
 from grpo_lite.data import Prompts
-from grpo_lite.errors import RunDirError
+from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.ranks import agree, this_process
 from grpo_lite.recipe import Recipe
 from grpo_lite.run_dir import RunDir, now
@@ -66,7 +66,16 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         trainer.add_callback(stop)
         if deadline:
             trainer.add_callback(deadline)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if this_process().world > 1:
+            from grpo_lite.trainer_parallel import StopTogether
+
+            trainer.add_callback(StopTogether(stop, deadline))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if told := _told(error, checkpoint):
+                raise TrainingError(f"{run.path}: {told}") from error
+            raise
     done = trainer.state.global_step
     paused = bool(deadline and deadline.reached)
     if stop.signal_name and done < trainer.state.max_steps:
@@ -84,6 +93,17 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     return TrainResult(run, done, paused=paused)
 
 
+def _told(error: Exception, checkpoint: Path | None) -> str | None:
+    """Return what to do about an error of a library below, where that is known."""
+    if type(error).__name__ == "UnpicklingError" and checkpoint:
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"{checkpoint.name} holds a file that is more than numbers, and such are never loaded: they can run code. "
+            f"({first}) Remove {checkpoint} to go on from the one before, and find out who wrote it."
+        )
+    return None
+
+
 def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
     """Return the newest checkpoint that is whole, and say which ones are passed over."""
     found = last_usable(run.path)
@@ -91,6 +111,8 @@ def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
         show(f"passed over, damaged: {fault}")
     if found.folder:
         show(f"resuming from step {step_of(found.folder)} ({found.folder})")
+        if (before := processes_of(found.folder)) != this_process().world:
+            show(f"it was saved with GPUS={before}: random states are other ones now, so this is no exact resume")
     elif found.skipped:
         show("no checkpoint is usable: training begins again")
     return found.folder

@@ -33,14 +33,15 @@ def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwri
     made = read_record(out / RECORD_NAME)
     fit = (made.get("proof") or {}).get("passed") and made.get("merged_sha256") == merged_sha256
     if fit and not overwrite:
-        return [
-            f"{out / made['file']}: is there already, of this merge and proven ({verify_manifest(out)} files intact)"
-        ]
+        try:
+            intact = verify_manifest(out)
+            return [f"{out / made['file']}: is there already, of this merge and proven ({intact} files intact)"]
+        except ExportError as error:  # damaged since, or killed between the record and its checksum
+            show(f"written again: {error}")
     show(f"writing {out}")
     prompting = prompting_of(recipe)
-    record = export_gguf(
-        run.merged, out, kind, name=recipe.name, prompting=prompting, overwrite=overwrite or bool(made)
-    )
+    # Overwrite in any case: after a kill between the swap's two renames the old folder gets its name back first.
+    record = export_gguf(run.merged, out, kind, name=recipe.name, prompting=prompting, overwrite=True)
     proof = _prove(run, recipe, out / record.file, record.kind)
     added = record.to_json() | {"merged_sha256": merged_sha256, "proof": proof.to_json()}
     write_atomic(out / RECORD_NAME, json.dumps(added, indent=2) + "\n")

@@ -18,7 +18,7 @@ from grpo_lite.errors import ExportError
 MANIFEST_NAME = "MANIFEST.sha256"
 
 _ENTRY = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-_SIZE = re.compile(r"# (\d+) bytes: (.+)")
+_SIZE = re.compile(r"# ([0-9]{1,19}) bytes: (.+)")
 
 
 @dataclass(frozen=True)

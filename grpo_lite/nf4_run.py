@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from grpo_lite.data import load_prompts
@@ -10,7 +11,7 @@ from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import MANIFEST_NAME, sha256_of, verify_manifest
 from grpo_lite.model import load_tokenizer
 from grpo_lite.nf4 import RECORD_NAME, export_nf4
-from grpo_lite.run_dir import RunDir, read_record
+from grpo_lite.run_dir import RunDir, read_record, write_atomic
 
 LOSS_PROMPTS = 16
 
@@ -26,22 +27,24 @@ def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = F
     """
     out = run.path / "merged-nf4"
     recipe = run.load_recipe()
-    made_of = read_record(out / RECORD_NAME).get("merged_sha256")
-    there = not overwrite and made_of == sha256_of(run.merged / MANIFEST_NAME)
+    record = {} if overwrite else read_record(out / RECORD_NAME)
+    there = record.get("merged_sha256") == sha256_of(run.merged / MANIFEST_NAME)
     prompts = None
     if there:
         lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
+        run.update_run(nf4=record)  # a kill may have come between the folder and this
     else:
         show(f"writing {out}")
+        _forget_score(run)
         tokenizer = load_tokenizer(recipe)
         prompts = load_prompts(recipe, tokenizer)
         texts = prompts.proof_texts(LOSS_PROMPTS, recipe, tokenizer)
-        record = export_nf4(run.merged, out, texts, tokenizer, device=detect_device().kind, overwrite=True)
-        run.update_run(nf4=record.to_json())
-        loss = record.agreement
+        made = export_nf4(run.merged, out, texts, tokenizer, device=detect_device().kind, overwrite=True)
+        run.update_run(nf4=made.to_json())
+        loss = made.agreement
         lines = [
-            f"{out}: {record.size_bytes / 2**20:.0f} MiB (merged: {record.merged_bytes / 2**20:.0f} MiB); against the "
-            f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {record.positions}"
+            f"{out}: {made.size_bytes / 2**20:.0f} MiB (merged: {made.merged_bytes / 2**20:.0f} MiB); against the "
+            f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {made.positions}"
         ]
     if recipe.eval.enabled and (scores := run.read_scores()):
         if not there or "merged_nf4" not in scores:
@@ -50,3 +53,10 @@ def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = F
         beside = "" if merged is None else f", the merged 16-bit model {merged:.3f}"
         lines.append(f"held-out score in 4 bits: {nf4:.3f}{beside}")
     return lines
+
+
+def _forget_score(run: RunDir) -> None:
+    """Take an earlier export's score out of metrics.json: after a kill it would stand for the new one's."""
+    scores = run.read_scores()
+    if scores.pop("merged_nf4", None) is not None:
+        write_atomic(run.scores_file, json.dumps(scores, indent=2) + "\n")

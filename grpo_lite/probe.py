@@ -20,6 +20,7 @@ from grpo_lite.evaluate import score_completions
 from grpo_lite.generate import generate_completions
 from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import weighted_sum
+from grpo_lite.reward_guard import limited
 from grpo_lite.reward_loader import load_rewards
 from grpo_lite.statistics import mean_pass_at_k
 from grpo_lite.timing import forward_seconds, schedule, training_forwards
@@ -149,6 +150,7 @@ def _rewards(
     """Return the total reward of each completion, and whether it earned the format reward (None without one)."""
     columns = sorted({key for row in rows for key in row if key != "prompt"})
     functions, weights = load_rewards(recipe, columns, lead_in)
+    functions = [limited(function, recipe.limits.reward_timeout_s, "probe") for function in functions]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = not isinstance(rows[0]["prompt"], str)
     given: dict[str, Any] = {

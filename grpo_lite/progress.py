@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -143,6 +144,8 @@ class StopCleanly(TrainerCallback):
 
     def __enter__(self) -> StopCleanly:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the run is to go on when its terminal closes
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
@@ -157,7 +160,10 @@ class StopCleanly(TrainerCallback):
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        self.show("stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once, without one)")
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another line's writing
+            self.show(
+                "stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once, without it)"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.signal_name is not None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import json
 import logging
 import os
 import re
+import sys
+import traceback
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY|KEY|CREDENTIALS?)(_|$)", re.IGNORECASE)
+# TOKENIZERS_PARALLELISM holds none; KEY has to be a word of its own (KEYBOARD, MONKEY).
+_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|_)(KEYS?|PAT|AUTH)(_|$)",
+    re.IGNORECASE,
+)
 _SHORTEST = 8  # shorter values would be found everywhere
 HIDDEN = "[secret]"
 
@@ -17,23 +28,37 @@ HIDDEN = "[secret]"
 def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return where secrets are named -> their values: environment variables, and the Hub's login."""
     given = os.environ if environment is None else environment
-    found = {f"${name}": value for name, value in given.items() if _NAME.search(name)}
+    found = {f"${name}": value.strip() for name, value in given.items() if _NAME.search(name)}
     home = given.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found["the Hub's login"] = Path(given.get("HF_TOKEN_PATH") or Path(home) / "token").read_text().strip()
-    return {name: value for name, value in found.items() if len(value) >= _SHORTEST and not value.startswith("/")}
+    return {name: value for name, value in found.items() if len(value) >= _SHORTEST and not _is_path(value)}
+
+
+def _is_path(value: str) -> bool:
+    """Say whether a value names a file that is there (SSL_KEY_FILE …); base64 may begin with a slash, too."""
+    try:
+        return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
+    except ValueError:
+        return False
+
+
+def _spellings(value: str) -> set[str]:
+    """Return a value as it stands, and as JSON, Python, HTML and addresses write it."""
+    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
+    return found | {html.escape(value), urllib.parse.quote(value, safe="", errors="replace")}
 
 
 def redact(text: str) -> str:
-    """Return the text with every secret's value replaced."""
-    for value in sorted(secrets().values(), key=len, reverse=True):
-        text = text.replace(value, HIDDEN)
+    """Return the text with every secret's value replaced, however it is spelled."""
+    for spelling in sorted({s for value in secrets().values() for s in _spellings(value)}, key=len, reverse=True):
+        text = text.replace(spelling, HIDDEN)
     return text
 
 
 def secret_in(text: str) -> str | None:
     """Return the name of a secret whose value is in the text, or None."""
-    return next((name for name, value in secrets().items() if value in text), None)
+    return next((name for name, value in secrets().items() if any(s in text for s in _spellings(value))), None)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -42,3 +67,32 @@ class RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the formatted record."""
         return redact(super().format(record))
+
+
+def redact_logs() -> None:
+    """Hide secrets in what is logged: here, and by libraries with handlers of their own (transformers, datasets)."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(name)s: %(message)s"))
+    make = logging.getLogRecordFactory()
+    if getattr(make, "hides_secrets", False):
+        return
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # a faulty call: logging itself tells of it
+            message = made.getMessage()
+            if (hidden := redact(message)) != message:
+                made.msg, made.args = hidden, None
+        return made
+
+    record.hides_secrets = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)
+
+
+def redact_tracebacks() -> None:
+    """Hide secrets in the traceback of an error that nobody catches (GRPO_LITE_TRACEBACK=1)."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = show

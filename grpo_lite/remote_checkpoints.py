@@ -139,7 +139,8 @@ class HubRemote:
         prefix = f"{PREFIX}{step}/"
         for name in self._files():
             inside = name.removeprefix(prefix)
-            if name.startswith(prefix) and ".." not in Path(inside).parts:
+            outside = Path(inside).is_absolute() or ".." in Path(inside).parts
+            if name.startswith(prefix) and not outside:
                 (target / inside).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._download(name), target / inside)
 

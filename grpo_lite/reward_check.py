@@ -9,8 +9,8 @@ from grpo_lite.check import gold_completion
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.errors import GRPOLiteError, RewardError
 from grpo_lite.recipe import Recipe
+from grpo_lite.reward_guard import limited
 from grpo_lite.reward_loader import Reward, load_rewards
-from grpo_lite.time_limit import TimeLimitExceeded, call_within
 from rewards.testing import Report, check_rewards, score_rows
 
 _VERDICTS = ("accuracy", "choice", "countdown", "exact_match", "format", "reasoning_gym", "unit_test")
@@ -26,7 +26,7 @@ def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
     rows = prompts.train[: recipe.check.rows]
     columns = sorted({key for row in rows for key in row if key != "prompt"})
     functions, weights = load_rewards(recipe, columns, prompts.lead_in)
-    functions = [_limited(function, recipe.limits.reward_timeout_s) for function in functions]
+    functions = [limited(function, recipe.limits.reward_timeout_s, "check") for function in functions]
 
     def gold(row: Mapping[str, Any]) -> str:
         return gold_completion(recipe, dict(row), prompts.lead_in)
@@ -101,22 +101,6 @@ def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], No
         + (tail if cheats else "")
     )
     return report
-
-
-def _limited(function: Reward, seconds: float | None) -> Reward:
-    """Return the reward with its time limit, so that one that hangs is told before training."""
-
-    def reward(completions: list[Any], **columns: Any) -> list[float | None]:
-        try:
-            scores: list[float | None] = call_within(seconds, lambda: function(completions=completions, **columns))
-        except TimeLimitExceeded:
-            raise RewardError(
-                f"check: {function.__name__} took longer than limits.reward_timeout_s = {seconds:g} s on "
-                f"{len(completions)} completions. Mend it, or raise the limit."
-            ) from None
-        return scores
-
-    return reward
 
 
 def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[..., list[float | None]]:

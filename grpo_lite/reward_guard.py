@@ -113,6 +113,26 @@ class GuardedReward:
         self.show(f"reward failed: {reason}; {lost} of {groups} groups are left out of this step")
 
 
+def limited(function: Reward, seconds: float | None, where: str) -> Reward:
+    """Return the reward with its time limit, for checks and scores, where a group cannot just be left out.
+
+    Raises:
+        RewardError: (when called) it took longer.
+    """
+
+    def reward(completions: list[Any], **columns: Any) -> list[float | None]:
+        try:
+            scores: list[float | None] = call_within(seconds, lambda: function(completions=completions, **columns))
+        except TimeLimitExceeded:
+            raise RewardError(
+                f"{where}: {function.__name__} took longer than limits.reward_timeout_s = {seconds:g} s on "
+                f"{len(completions)} completions. Mend it, or raise the limit."
+            ) from None
+        return scores
+
+    return reward
+
+
 def _is_column(value: Any, length: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == length
 

@@ -40,14 +40,16 @@ class RunDir:
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     scores_file = property(lambda self: self.path / "metrics.json")
     adapter = property(lambda self: self.path / "adapter")
+    report_file = property(lambda self: self.path / "report.html")
     merged = property(lambda self: self.path / "merged")
     evaluation = property(lambda self: self.path / "evaluation")
 
-    def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish"]:
+    def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish", "report"]:
         """Make the folder, or recognise an interrupted run of the same recipe.
 
         Returns:
-            "new"; "resume" from a checkpoint; or "finish", trained but not yet evaluated and merged.
+            "new"; "resume" from a checkpoint; "finish", trained but not yet evaluated and merged; or "report",
+            finished, but killed before its report was written.
 
         Raises:
             RunDirError: finished already, another recipe, or not writable.
@@ -62,7 +64,8 @@ class RunDir:
                 f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
                 "--run … (grpo-lite)."
             ) from None
-        if name := secret_in(dump_recipe(recipe)):
+        _clear_scraps(self.path)
+        if name := secret_in(dump_recipe(recipe) + json.dumps(recipe.model_dump(mode="json"))):
             raise RunDirError(
                 f"{recipe.name}: the recipe or an override holds the value of a secret ({name}), and a run keeps its "
                 "recipe in plain text. Leave it out, and let the reward read it from os.environ."
@@ -75,6 +78,8 @@ class RunDir:
         record = self.read_run()
         if record.get("trained_at") and not record.get("finished_at"):
             return "finish"
+        if record.get("trained_at") and not self.report_file.is_file():
+            return "report"
         if record.get("trained_at"):
             raise RunDirError(
                 f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
@@ -114,11 +119,14 @@ class RunDir:
     def read_run(self) -> dict[str, Any]:
         """Return run.json, or an empty mapping before there is one."""
         try:
-            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+            found = json.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirError(f"{self.run_file}: is not valid JSON ({error}). Restore or remove it.") from None
+        if not isinstance(found, dict):
+            raise RunDirError(f"{self.run_file}: holds a {type(found).__name__}, not an object. Restore or remove it.")
+        return found
 
     def read_scores(self) -> dict[str, Any]:
         """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
@@ -212,11 +220,34 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _clear_scraps(folder: Path) -> None:
+    """Remove what `write_atomic` left when it was killed, other processes' files in use excepted."""
+    for place in (folder, folder / "completions", folder / "evaluation"):
+        for path in place.glob(".*.tmp"):
+            owner = path.name.split(".")[-2]
+            if owner.isdecimal() and (int(owner) == os.getpid() or not _is_alive(int(owner))):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def environment_record() -> dict[str, Any]:

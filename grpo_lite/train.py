@@ -24,6 +24,7 @@ from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_guard import GuardedReward
 from grpo_lite.reward_loader import Reward, load_rewards
 from grpo_lite.run_dir import RunDir, environment_record, now
+from grpo_lite.screen import steadfast
 from grpo_lite.trackers import require_trackers
 from grpo_lite.unsloth_backend import uses_unsloth, with_trl_defaults
 from grpo_lite.views import View, ViewKind, make_view
@@ -43,14 +44,16 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
     """
     begun = time.monotonic()
     ranks = this_process()
-    if not ranks.is_first:
-        show = _quiet
+    show = steadfast(show if ranks.is_first else _quiet)
     with run.locked() if ranks.is_first else nullcontext():
         if recipe.push_checkpoints and ranks.is_first:
             from grpo_lite.remote_checkpoints import fetch_checkpoint
 
             fetch_checkpoint(run, recipe.push_checkpoints, show)
         state = agree(run.prepare(recipe) if ranks.is_first else None, ranks)
+        if state == "report":
+            show("the run is finished; its report is made up for")
+            return _report(run, TrainResult(run, run.read_run()["steps"]), show)
         recipe = run.with_base_commit(recipe)
         device = detect_device()
         show(device_line(recipe, device))
@@ -92,10 +95,16 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
         run.update_run(
             **{"paused_at" if result.paused else "finished_at": now()}, peak_memory_bytes=peak_memory_bytes(device)
         )
+        return _report(run, result, show)
+
+
+def _report(run: RunDir, result: TrainResult, show: Show) -> TrainResult:
+    """Write the report in the first process; `train` again makes up for one that a kill prevented."""
+    if this_process().is_first:
         from grpo_lite.report import finish_with_report
 
         finish_with_report(run, show)
-        return result
+    return result
 
 
 def _quiet(line: str) -> None:
@@ -195,7 +204,7 @@ def build_trainer(
     if not first:
         return trainer
     if recipe.eval.every:
-        trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer))
+        trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer, view.show))
     for callback in (
         view,
         Completions(run, view.show, recipe.log.sample_every if view.shows_lines else 0, view.latest),

@@ -86,21 +86,31 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
         self.require_finite_weights()
         run, step = Path(self.args.output_dir), self.state.global_step
         with checkpoints.saving(run, step) as scratch:
-            self._saving_to = scratch
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_to = None
-            folder = scratch / f"{checkpoints.PREFIX}{step}"
-            torch.save(self._captured(), folder / STATE_FILE)
-            (folder / checkpoints.FACTS_FILE).write_text(json.dumps(self._facts(step)) + "\n", encoding="utf-8")
+            self._save_into(scratch, model, trial)
+            facts = scratch / f"{checkpoints.PREFIX}{step}" / checkpoints.FACTS_FILE
+            facts.write_text(json.dumps(self._facts(step)) + "\n", encoding="utf-8")
         self._rewards_since_save = []
-        checkpoints.rotate(run, self.args.save_total_limit)
+        checkpoints.rotate(run, self.args.save_total_limit, step)
+
+    def _save_into(self, scratch: Path, model: Any, trial: Any) -> None:
+        """Write this process's part of a checkpoint below `scratch`."""
+        self._saving_to = scratch
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_to = None
+        torch.save(self._captured(), scratch / f"{checkpoints.PREFIX}{self.state.global_step}" / self._state_file)
+
+    @property
+    def _state_file(self) -> str:
+        rank = self.accelerator.process_index
+        return f"grpo_lite_state_{rank}.pt" if rank else STATE_FILE
 
     def _facts(self, step: int) -> dict[str, Any]:
         rewards = self._rewards_since_save
         return {
             "step": step,
+            "processes": self.accelerator.num_processes,
             "reward": sum(rewards) / len(rewards) if rewards else None,
             "seconds_trained": round(self.seconds_trained, 1),
             "faults": dict(self.faults),
@@ -126,15 +136,16 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "") / STATE_FILE
-        if checkpoint is None or not path.is_file():
+        if checkpoint is None:
             return
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._take_up(checkpoints.read_facts(Path(checkpoint)))
+        state = self._own_state(Path(checkpoint))
+        if state is None:
+            return
         self._step = state["counters"]["_step"]
         self._buffered_inputs = state["buffered"]
         if state["logs"] is not None:
             _restore_logs(self._logs, state["logs"])
-        self._take_up(checkpoints.read_facts(Path(checkpoint)))
         self.faults_in_a_row.update(state["faults_in_a_row"])
         self._spent_s.update(state["spent_s"])
 
@@ -142,15 +153,27 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
         """Also restore what `train` resets on its way here: transformers calls this just before the first step."""
         self._is_supported(self.model)  # its self-check must not come between the random states and the first step
         super()._load_rng_state(checkpoint)
-        path = Path(checkpoint or "") / STATE_FILE
-        if checkpoint is None or not path.is_file():
+        state = self._own_state(Path(checkpoint)) if checkpoint else None
+        if state is None:
             return
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._tr_loss = state["loss"]
         self._entropy_window_stats = state["entropy_window"]
         self._metrics["train"] = defaultdict(list, state["metrics"])
+
+    def _own_state(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Return what this process kept in a checkpoint; None where another number of processes wrote it.
+
+        Their rounds are divided otherwise: the rest of a round in use is then sampled anew.
+        """
+        path = checkpoint / self._state_file
+        if not path.is_file() or checkpoints.processes_of(checkpoint) != self.accelerator.num_processes:
+            return None
+        device = self.args.device
+        where = device.type if device.type == "cpu" else device  # torch does not know the "cpu:0" of a launcher
+        state: dict[str, Any] = torch.load(path, map_location=where, weights_only=True)
+        return state
 
     # Weights
 

@@ -36,8 +36,12 @@ class FaultTolerantGRPOTrainer(RolloutGRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
-        excluded = {row for function in self.reward_funcs for row in getattr(function, "excluded", ())}
-        self._exclude(rewards, excluded, GROUPS)
+        # Each process knows the rows that it scored itself; the rewards here are those of all processes, in order.
+        failed = torch.zeros(rewards.size(0) // self.accelerator.num_processes, device=rewards.device)
+        for function in self.reward_funcs:
+            for row in getattr(function, "excluded", ()):
+                failed[row] = 1.0
+        self._exclude(rewards, set(self.accelerator.gather(failed).nonzero().squeeze(1).tolist()), GROUPS)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         # TRL 1.16 turns what overflows into 0 or into 3.4e38 (`nan_to_num`), so it is found before.
         overflowing = ~(weighted.abs() < LARGEST_REWARD)
@@ -46,7 +50,7 @@ class FaultTolerantGRPOTrainer(RolloutGRPOTrainer):
 
     def _exclude(self, rewards: Tensor, rows: set[int], kind: str) -> None:
         """Make the rewards of these rows' groups NaN, in place: TRL then gives them no advantage."""
-        groups = {row // self.num_generations for row in rows if row < rewards.size(0)}
+        groups = {row // self.num_generations for row in rows}
         for group in groups:
             rewards[group * self.num_generations : (group + 1) * self.num_generations] = torch.nan
         if groups:

@@ -7,17 +7,18 @@ step over the adapter's gradients (tens of MB), and DDP's forward is never calle
 
 from __future__ import annotations
 
-import tempfile
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from trl import GRPOTrainer
+from transformers import TrainerCallback
 
+from grpo_lite.checkpoints import PREFIX
 from grpo_lite.trainer import PackedGRPOTrainer
 
 
@@ -58,15 +59,22 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
         super().drop_step_unless_finite()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.accelerator.is_main_process:
+        if not self._is_parallel or self.accelerator.is_main_process:
             super()._save_checkpoint(model, trial)
             return
-        with tempfile.TemporaryDirectory() as scratch:  # only the first one's counts, but all meet in its barriers
-            self._saving_to = Path(scratch)
-            try:
-                GRPOTrainer._save_checkpoint(self, model, trial)
-            finally:
-                self._saving_to = None
+        self.require_finite_weights()
+        self._save_into(Path(), model, trial)
+
+    def _save_into(self, scratch: Path, model: Any, trial: Any) -> None:
+        """Write each process's random state and buffered round into the first one's folder, before that is sealed."""
+        if self._is_parallel:
+            told = [str(scratch.resolve())]
+            broadcast_object_list(told, from_process=0)
+            scratch = Path(told[0])
+            (scratch / f"{PREFIX}{self.state.global_step}").mkdir(exist_ok=True)
+        super()._save_into(scratch, model, trial)
+        if self._is_parallel:
+            self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -96,3 +104,30 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = flat[offset : offset + gradient.numel()].view_as(gradient).clone()
         offset += gradient.numel()
+
+
+class StopTogether(TrainerCallback):
+    """Let all processes stop after the same step: a signal or a clock reaches each at its own time.
+
+    Comes after the callbacks that stop: one that asks for it stops all, for its reason.
+
+    Args:
+        stop: `progress.StopCleanly`.
+        deadline: `limits.Deadline`, or None.
+    """
+
+    def __init__(self, stop: Any, deadline: Any) -> None:
+        self.stop, self.deadline = stop, deadline
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name = self.stop.signal_name
+        reasons = [int(signal.Signals[name]) if name else 0, int(bool(self.deadline and self.deadline.reached))]
+        said = torch.tensor(reasons, device=args.device)
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        number, paused = said.tolist()
+        if number:
+            self.stop.signal_name = signal.Signals(number).name
+        if paused:
+            self.deadline.reached = True
+        if number or paused:
+            control.should_save = control.should_training_stop = True

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from grpo_lite.board import Board, now_s, rendered
 from grpo_lite.evidence import Finding
 from grpo_lite.recipe import Recipe
+from grpo_lite.screen import surviving
 
 Show = Callable[[str], None]
 ViewKind = Literal["plain", "live", "notebook"]
@@ -78,18 +79,21 @@ class LiveView(View):
 
         # Redrawn at each log only: no thread of rich's that a forked judge or sandbox could inherit in mid-write.
         self._live = Live(get_renderable=self._render, auto_refresh=False, vertical_overflow="crop")
-        self._live.__enter__()
+        with surviving():
+            self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
-        self._live.__exit__(None, None, None)
+        with surviving():
+            self._live.__exit__(None, None, None)
 
     def _render(self) -> Any:
         return rendered(self.board, self.board.recipe.name)
 
     def draw(self) -> None:
-        self._live.refresh()
+        with surviving():
+            self._live.refresh()
 
 
 class NotebookView(View):

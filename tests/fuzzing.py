@@ -121,6 +121,7 @@ def data_file(content: bytes, suffix: str) -> None:
             return
         assert rows
         assert all(isinstance(row, dict) for row in rows)
+        json.dumps(rows, ensure_ascii=False, default=str).encode("utf-8")
 
 
 def rows(found: list[Any], template: str, chat: bool) -> None:
@@ -259,7 +260,8 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]
         ["grpo.beta", "rewards[0].weight", "data.train", "name", "lora.r", "model", "rewards[9]", "seed.x", "[0]", "."]
     ), TEXT))}),
     "data bytes": (data_file, {"content": st.one_of(st.binary(max_size=200), VALUE.map(
-        lambda value: json.dumps(value).encode())),
+        lambda value: json.dumps(value).encode()), st.sampled_from(
+            [b'{"a": "\\ud83d"}', b'[{"\\udc00": 1}]', b"[" * 99_999, b'{"a":' * 99_999, b"a\n" + b"x" * 200_000])),
         "suffix": st.sampled_from([".jsonl", ".json", ".csv", ".parquet"])}),
     "rows": (rows, {"found": st.lists(st.dictionaries(st.sampled_from(["question", "answer", "prompt", "x"]), VALUE),
                                       min_size=1, max_size=4),

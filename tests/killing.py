@@ -44,12 +44,30 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "adapter": ("grpo_lite.fit:_save_adapter", "before"),
     "adapter written": ("grpo_lite.fit:_save_adapter", "after"),
     "run.json": ("grpo_lite.run_dir:RunDir.update_run", "before"),
+    "report": ("grpo_lite.report:write_report", "before"),
     "evaluation": ("grpo_lite.evaluate:score_model", "before"),
     "evaluation: written": ("grpo_lite.evaluate:_write_records", "after"),
     "merge: a block": ("grpo_lite.merge_write:ShardWriter._put", "before"),
     "merge: a shard": ("grpo_lite.merge_write:ShardWriter.write", "after"),
     "merge: swap": ("grpo_lite.export_folder:_swap", "before"),
     "merge: verify": ("grpo_lite.merge_run:verify_merge", "before"),
+}
+
+# Moments of `export --nf4 --gguf q8_0`, after training.
+EXPORT_MOMENTS: dict[str, tuple[str, str]] = {
+    "nf4: quantised": ("grpo_lite.nf4:_quantise", "after"),
+    "nf4: manifest": ("grpo_lite.nf4:write_manifest", "before"),
+    "nf4: in its place": ("grpo_lite.nf4_run:export_nf4", "after"),
+    "nf4: score": ("grpo_lite.evaluate:score_model", "before"),
+    "gguf: a tensor": ("grpo_lite.gguf_tensors:_encode", "before"),
+    "gguf: manifest": ("grpo_lite.gguf_export:write_manifest", "before"),
+    "gguf: proof": ("grpo_lite.gguf_run:_prove", "before"),
+    "gguf: record": ("grpo_lite.gguf_run:write_atomic", "after"),
+    "gguf: recorded": ("grpo_lite.gguf_run:update_manifest", "after"),
+    "export: flushed": ("grpo_lite.export_folder:_sync", "after"),
+    "export: swap": ("grpo_lite.export_folder:_swap", "before"),
+    "export: swapped": ("grpo_lite.export_folder:_swap", "after"),
+    "export: a rename of the swap": ("os:rename", "after"),
 }
 
 # Recipe overrides of runs that have every kind of state.
@@ -139,13 +157,48 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": [json.dumps(line) for line in lines],
         "completions": completions,
         "merged": merged.read_bytes() if merged.is_file() else None,
-        "strangers": [path.name for path in run.iterdir() if path.name.startswith(".") and path.name != ".lock"],
+        "report": (run / "report.html").is_file(),
+        "findings": (run / "findings.jsonl").read_text() if (run / "findings.jsonl").is_file() else "",
+        "faults": json.loads((run / "run.json").read_text()).get("faults"),
+        "strangers": [path.name for path in run.rglob(".*") if path.name != ".lock"],
+    }
+
+
+def export(run: Path) -> list[str]:
+    """Return the command line that exports a run in 4 bits and as GGUF."""
+    return ["export", str(run), "--nf4", "--gguf", "q8_0"]
+
+
+def exported(run: Path) -> dict[str, Any]:
+    """Return all of an exported run that has to be the same, however often the export was killed."""
+    from grpo_lite.manifest import verify_manifest
+
+    folders = {name: run / name for name in ("merged", "merged-nf4", "gguf/q8_0")}
+    scores = json.loads((run / "metrics.json").read_text())
+    record = json.loads((run / "run.json").read_text())
+    proof = json.loads((run / "gguf" / "q8_0" / "gguf.json").read_text())["proof"]
+    return {
+        "files": {
+            path.relative_to(run).as_posix(): path.read_bytes()
+            for folder in folders.values()
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".safetensors", ".gguf") or path.name in ("Modelfile", "config.json", "tokenizer.json")
+        },
+        "intact": {name: verify_manifest(folder) for name, folder in folders.items()},
+        "score": scores["merged_nf4"],
+        "loss": record["nf4"]["agreement"],
+        "proof": {key: proof[key] for key in ("passed", "faults", "prompts")},
+        "strangers": sorted(
+            path.name
+            for path in (*run.iterdir(), *(run / "gguf").iterdir())
+            if path.name.endswith((".partial", ".previous", ".tmp"))
+        ),
     }
 
 
 def kill_at(moment: str, call: int) -> None:
     """Wrap a moment's function so that its nth call kills this process."""
-    target, when = MOMENTS[moment]
+    target, when = (MOMENTS | EXPORT_MOMENTS)[moment]
     module_name, _, path = target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
@@ -189,7 +242,8 @@ def _run(job: dict[str, Any]) -> None:
 def _serve() -> None:
     import logging
 
-    for name in ("grpo_lite.train", "grpo_lite.trainer", "grpo_lite.merge_run", "grpo_lite.evaluate", "bitsandbytes"):
+    ours = ("train", "trainer", "merge_run", "evaluate", "gguf_run", "nf4_run", "report")
+    for name in (*(f"grpo_lite.{module}" for module in ours), "bitsandbytes"):
         importlib.import_module(name)
     importlib.import_module("datasets")
     importlib.import_module("transformers.models.llama.modeling_llama")

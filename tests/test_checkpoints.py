@@ -100,9 +100,34 @@ def test_pickles_that_nobody_loads_are_not_kept(tmp_path: Path) -> None:
 def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     for step, reward in ((1, 0.1), (2, 0.9), (3, 0.3), (4, 0.2), (5, None)):
         save(tmp_path, step, reward)
-        rotate(tmp_path, 2)
+        rotate(tmp_path, 2, step)
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert best_checkpoint(checkpoint_folders(tmp_path)) == tmp_path / "checkpoint-2"
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_the_new_one_out(tmp_path: Path) -> None:
+    """Two newer ones were passed over: with save_total_limit = 2 they would otherwise be all that is kept."""
+    for step, reward in ((3, 0.1), (9, 0.9), (12, 0.2)):
+        save(tmp_path, step, reward)
+    for step in (9, 12):
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x" * 10)
+    assert last_usable(tmp_path).folder == tmp_path / "checkpoint-3"
+    save(tmp_path, 6, 0.05)
+    rotate(tmp_path, 2, 6)
+    assert last_usable(tmp_path).folder == tmp_path / "checkpoint-6"
+    save(tmp_path, 9, 0.3)
+    rotate(tmp_path, 2, 9)
+    save(tmp_path, 12, 0.2)
+    rotate(tmp_path, 2, 12)
+    assert last_usable(tmp_path) == checkpoints.Found(tmp_path / "checkpoint-12", ())
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-12"]
+
+
+def test_a_manifest_with_an_absurd_size_is_a_fault_and_no_traceback(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = tmp_path / "checkpoint-1" / "MANIFEST.sha256"
+    manifest.write_text(manifest.read_text().replace("# 10 bytes", f"# {'9' * 5000} bytes"))
+    assert last_usable(tmp_path).folder is None
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"),

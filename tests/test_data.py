@@ -225,3 +225,27 @@ def test_a_template_that_cannot_be_filled_in_is_shown_with_the_way_to_write_brac
 ) -> None:
     with pytest.raises(DataError, match=r"data\.prompt: .* cannot be filled in"):
         load(tmp_path, prompt=template, answer="gold")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_half_of_a_character_is_told_with_its_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    rows = '{"q": "fine \\ud83d\\ude00"}', '{"q": "half \\ud83d"}'
+    path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{','.join(rows)}]")
+    with pytest.raises(DataError, match=r"(line 2|row 1) holds \\ud83d alone, half of a character"):
+        read_rows(SourceSection(path=str(path)), 0, "data.train")  # type: ignore[call-arg]
+
+
+def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"q,a\n{'x' * 200_000},1\n")
+    (row,) = read_rows(SourceSection(path=str(path)), 0, "data.train")  # type: ignore[call-arg]
+    assert len(row["q"]) == 200_000
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_nesting_without_end_is_one_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_text("[" * 99_999)
+    with pytest.raises(DataError):
+        read_rows(SourceSection(path=str(path)), 0, "data.train")  # type: ignore[call-arg]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import CONFIGURATIONS, MOMENTS, Server, outcome, train
+from finished_run import make_run
+from killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def survives(server: Server, run: Path, configuration: str, expected: dict[str, 
 
 KILLS: list[tuple[str, list[tuple[str, int]]]] = [
     ("all at once", [("backward", 17), ("checkpoint: tensors written", 2)]),
-    ("to the merge", [("checkpoint: older removed", 3), ("adapter written", 1), ("merge: a block", 5)]),
+    ("to the merge", [("checkpoint: older removed", 3), ("adapter written", 1), ("merge: a block", 5), ("report", 1)]),
 ]
 
 
@@ -51,7 +53,10 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     server: Server, references: Any, tmp_path: Path, configuration: str, kills: list[tuple[str, int]]
 ) -> None:
     text = survives(server, tmp_path / "run", configuration, references(configuration), *kills)
-    assert text.count("resuming from step") >= 1
+    if ("report", 1) in kills:  # by then the run is recorded as finished
+        assert "the run is finished; its report is made up for" in text
+    else:
+        assert "resuming from step" in text
 
 
 @pytest.mark.slow
@@ -65,6 +70,50 @@ def test_every_moment_of_every_configuration(
         if server.run(train(run, configuration), log, moment if call else None, call or 0) == 0:
             break
     assert outcome(run) == references(configuration), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def merged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished, merged run of a model that llama.cpp could read; copies of it are exported."""
+    return make_run(tmp_path_factory.mktemp("merged"), hidden_size=64, intermediate_size=128, head_dim=16).path
+
+
+@pytest.fixture(scope="module")
+def undisturbed_export(server: Server, merged_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(merged_run, run)
+    log = run.with_name("log")
+    assert server.run(export(run), log) == 0, log.read_text()
+    return exported(run)
+
+
+def test_a_killed_export_is_completed_by_the_next(
+    server: Server, merged_run: Path, undisturbed_export: Any, tmp_path: Path
+) -> None:
+    """Both folders: before the swap of the second, and between the GGUF's record and its checksum."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(merged_run, run)
+    for moment, call in (("nf4: in its place", 1), ("export: swap", 1), ("gguf: record", 1)):
+        assert server.run(export(run), log, moment, call) == -9, log.read_text()
+    assert server.run(export(run), log) == 0, log.read_text()
+    assert exported(run) == undisturbed_export
+    assert "gguf.json: corrupted" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("moment", EXPORT_MOMENTS)
+def test_every_moment_of_the_exports(
+    server: Server, merged_run: Path, undisturbed_export: Any, tmp_path: Path, moment: str, call: int
+) -> None:
+    """An export that had been made before is replaced: what lay there is never lost half way."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(merged_run, run)
+    for repeat in (False, True):
+        command = [*export(run), *(["--overwrite"] if repeat else [])]
+        server.run(command, log, moment, call)
+        assert server.run(export(run), log) == 0, log.read_text()
+        assert exported(run) == undisturbed_export
 
 
 def test_the_newest_checkpoint_is_passed_over_by_name_when_it_is_damaged(

@@ -57,7 +57,7 @@ def train_until(run: RunDir, address: str, show: Callable[[str], None], *steps: 
             folder.mkdir()
             (folder / "adapter_model.safetensors").write_bytes(bytes(str(step), "ascii") * 1000)
             (folder / checkpoints.FACTS_FILE).write_text(json.dumps({"step": step, "reward": None}))
-        rotate(run.path, 2)
+        rotate(run.path, 2, step)
         push.on_save(None, State(step), None)
 
 

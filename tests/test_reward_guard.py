@@ -142,3 +142,54 @@ def test_training_goes_on_without_the_groups_that_could_not_be_scored(root: Path
     assert "mine took longer than limits.reward_timeout_s = 0.4 s; 2 of 2 groups are left out" in text
     assert steps_of(run) == [1, 2, 3]
     assert RunDir(run).read_run()["faults"] == {"excluded_groups": 2}
+
+
+HANGS_IN_EVALUATION = (
+    "import time\n\n\n"
+    "def mine(completions, trainer_state=None, **kwargs):\n"
+    "    while trainer_state is None:\n"
+    "        time.sleep(0.01)\n"
+    "    return [float(len(c[0]['content']) % 3) for c in completions]\n"
+)
+
+
+def test_a_reward_that_hangs_in_evaluation_ends_it_and_nothing_that_was_trained(root: Path, tmp_path: Path) -> None:
+    """TRL passes trainer_state, evaluation does not. Held-out scores on the way are left out, and training goes on."""
+    reward, run = tmp_path / "mine.py", tmp_path / "run"
+    reward.write_text(HANGS_IN_EVALUATION)
+    arguments = ["train", "smoke", "--run", str(run), f"rewards=[{{function: '{reward}:mine'}}]", "merge=false",
+                 "limits.reward_timeout_s=0.4", "check.enabled=false", "grpo.beta=0", "eval.every=1", "eval.samples=0",
+                 "eval.every_limit=2", "eval.limit=2", "grpo.max_steps=1"]  # fmt: skip
+    text = in_process(*arguments, expect=1)
+    told = "eval.lenient: mine took longer than limits.reward_timeout_s = 0.4 s on 2 completions"
+    assert f"held-out score of step 1 left out: {told}" in text
+    assert f"error: {told}. Mend it, or raise the limit." in text
+    assert RunDir(run).read_run()["faults"] == {"unscored_heldout": 1}
+    reward.write_text(HANGS_IN_EVALUATION.replace("while", "if"))
+    assert "training had ended" in in_process(*arguments)
+    assert steps_of(run) == [1]
+
+
+def test_evaluation_scores_as_many_at_a_time_as_training_does(root: Path) -> None:
+    """The limit of a call is then the same thing in both."""
+    from grpo_lite.evaluate import score_completions
+    from grpo_lite.model import load_tokenizer
+    from grpo_lite.recipe_load import load_recipe
+
+    calls: list[int] = []
+
+    def counting(completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        assert len(answer) == len(completion_ids) == len(completions)
+        return [float(len(ids) == int(gold)) for ids, gold in zip(completion_ids, answer, strict=True)]
+
+    import sys
+    import types
+
+    sys.modules["counting_rewards"] = types.ModuleType("counting_rewards")
+    sys.modules["counting_rewards"].f = counting  # type: ignore[attr-defined]
+    recipe = load_recipe("smoke", ["rewards=[{function: counting_rewards.f}]"])  # a round of 8
+    rows = [{"prompt": [{"role": "user", "content": "x"}], "answer": str(n % 3)} for n in range(19)]
+    lenient, _ = score_completions(load_tokenizer(recipe), recipe, rows, [[5] * (n % 2) for n in range(19)])
+    assert calls == [8, 8, 3]
+    assert lenient == [n % 2 == n % 3 for n in range(19)]

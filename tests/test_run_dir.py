@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -43,6 +44,8 @@ def test_a_finished_run_is_never_overwritten(root: Path, tmp_path: Path) -> None
     run.update_run(trained_at="2026-01-01")
     assert run.prepare(recipe) == "finish"  # killed while it was evaluated or merged
     run.update_run(finished_at="2026-01-01")
+    assert run.prepare(recipe) == "report"  # killed before it was written
+    run.report_file.write_text("<html>")
     with pytest.raises(RunDirError, match=r"holds a finished run, and it is not overwritten"):
         run.prepare(recipe)
 
@@ -100,9 +103,10 @@ def test_run_json_merges_values_and_names_damage(tmp_path: Path) -> None:
     run.update_run(a=1)
     run.update_run(b=2)
     assert run.read_run() == {"a": 1, "b": 2}
-    run.run_file.write_text("{")
-    with pytest.raises(RunDirError, match="is not valid JSON"):
-        run.read_run()
+    for text, fault in (("{", "is not valid JSON"), ("[1]", "holds a list"), ("[" * 99_999, "is not valid JSON")):
+        run.run_file.write_text(text)
+        with pytest.raises(RunDirError, match=fault):
+            run.read_run()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "\ud800")  # a lone surrogate cannot be encoded
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path)[:1] != []
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_limits_may_change_between_sessions(root: Path, tmp_path: Path) -> None:
@@ -125,3 +129,28 @@ def test_limits_may_change_between_sessions(root: Path, tmp_path: Path) -> None:
 def test_a_fetch_that_was_killed_is_no_stranger(root: Path, tmp_path: Path) -> None:
     (tmp_path / "r" / ".saving-fetched" / "checkpoint-3").mkdir(parents=True)
     assert RunDir(tmp_path / "r").prepare(load_recipe("smoke")) == "new"
+
+
+def test_scraps_of_killed_writes_are_cleared_and_files_in_use_are_not(root: Path, tmp_path: Path) -> None:
+    run, recipe = RunDir(tmp_path / "r"), load_recipe("smoke")
+    run.prepare(recipe)
+    (run.path / "completions").mkdir()
+    gone = multiprocessing.get_context("spawn").Process()
+    gone.start()
+    gone.join()
+    scraps = [run.path / f".run.json.{gone.pid}.tmp", run.path / "completions" / f".step_000001.jsonl.{gone.pid}.tmp"]
+    used = run.path / f".report.html.{os.getppid()}.tmp"
+    for path in (*scraps, used):
+        path.touch()
+    run.prepare(recipe)
+    assert not any(path.exists() for path in scraps)
+    assert used.exists()
+
+
+def test_a_drive_without_locks_can_hold_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("grpo_lite.run_dir.fcntl.flock", no_locks)
+    with RunDir(tmp_path / "r").locked():
+        pass

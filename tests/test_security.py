@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import ast
+import html
+import io
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import in_process
 from finished_run import make_base, make_recipe, replaced
+from killing import ALONE, FAST, Server
 
 from grpo_lite import trust
 from grpo_lite.errors import GRPOLiteError, ModelError, RecipeError
 from grpo_lite.hardware import detect_device
+from grpo_lite.manifest import write_manifest
 from grpo_lite.model import load_model, load_tokenizer
 from grpo_lite.recipe_load import load_recipe, read_yaml
-from grpo_lite.redact import HIDDEN, RedactingFormatter, redact, secrets
+from grpo_lite.redact import HIDDEN, RedactingFormatter, redact, redact_logs, secret_in, secrets
 from grpo_lite.run_dir import RunDir
+from grpo_lite.screen import steadfast
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hf_" + "Zq7" * 11
@@ -55,6 +64,24 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, na
     torch.save({"x": Bomb(tmp_path / "owned")}, tmp_path / name)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / name, weights_only=True)
+    assert not (tmp_path / "owned").exists()
+
+
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo_lite_state.pt", "rng_state.pth", "scheduler.pt")]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", *slow])
+def test_a_resume_from_a_forged_checkpoint_runs_no_code_and_says_why(server: Server, tmp_path: Path, name: str) -> None:
+    """Sealed with a right manifest, so that only the way of loading protects: ours and transformers'."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", "smoke", "--run", str(run), *FAST, *ALONE, "grpo.max_steps=2"]
+    assert server.run(command, log, "optimizer step", 2) == -9, log.read_text()
+    checkpoint = run / "checkpoint-1"
+    assert (checkpoint / name).is_file()
+    torch.save({"x": Bomb(tmp_path / "owned")}, checkpoint / name)
+    write_manifest(checkpoint)
+    assert server.run(command, log) == 1
+    assert "checkpoint-1 holds a file that is more than numbers" in log.read_text()
     assert not (tmp_path / "owned").exists()
 
 
@@ -110,6 +137,64 @@ def test_secrets_are_found_by_their_names_and_hidden(monkeypatch: pytest.MonkeyP
     (tmp_path / "token").write_text("hf_login_" + "x" * 20)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert "hf_login_" + "x" * 20 in secrets().values()
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "HFTOKEN", "githubToken", "DB_PASSWD", "AWS_SECRET_ACCESS_KEY",
+                                  "MY_KEY", "SERVICE_CREDENTIALS", "APIKEY", "GITHUB_PAT", "accessKey"])  # fmt: skip
+def test_names_of_secrets_in_many_spellings(name: str) -> None:
+    assert secrets({name: SECRET}) == {f"${name}": SECRET}
+
+
+@pytest.mark.parametrize("name", ["KEYBOARD_LAYOUT", "PATH", "TOKENIZERS_PARALLELISM", "MONKEY_TYPE", "PWD", "AUTHOR"])
+def test_names_that_only_look_like_secrets(name: str) -> None:
+    assert secrets({name: "a-long-harmless-value"}) == {}
+
+
+def test_base64_that_begins_with_a_slash_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").touch()
+    given = {"AWS_SECRET_ACCESS_KEY": "/bPxRfiCYEXAMPLE/K7MDENG", "SSL_KEY": str(tmp_path / "key.pem")}
+    assert secrets(given) == {"$AWS_SECRET_ACCESS_KEY": "/bPxRfiCYEXAMPLE/K7MDENG"}
+
+
+def test_a_secret_is_hidden_however_a_file_spells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = 'pä"ss\\wo&rd <1>'
+    monkeypatch.setenv("SERVICE_PASSWORD", value)
+    run = RunDir(tmp_path)
+    run.update_run(command=["train", f"x={value}"])
+    assert json.loads(run.run_file.read_text())["command"] == ["train", f"x={HIDDEN}"]
+    for spelled in (json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value), html.escape(value),
+                    urllib.parse.quote(value, safe="")):  # fmt: skip
+        assert HIDDEN in redact(f"… {spelled} …"), spelled
+        assert secret_in(spelled) == "$SERVICE_PASSWORD"
+
+
+def test_libraries_with_handlers_of_their_own_log_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.getLogRecordFactory())  # restored afterwards
+    redact_logs()
+    stream = io.StringIO()
+    logger = logging.Logger("a library's")
+    logger.addHandler(logging.StreamHandler(stream))
+    logger.warning("sent %s with %d", SECRET, 3)
+    assert stream.getvalue() == f"sent {HIDDEN} with 3\n"
+
+
+def test_a_traceback_that_was_asked_for_shows_no_secret(tmp_path: Path) -> None:
+    code = (
+        "from grpo_lite.cli import quieten; quieten(False)\n"
+        "import os; raise ValueError('sent ' + os.environ['HF_TOKEN'])"
+    )
+    environment = {**os.environ, "HF_TOKEN": SECRET, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert SECRET not in result.stderr
+    assert f"ValueError: sent {HIDDEN}" in result.stderr
+
+
+def test_a_reward_s_own_message_shows_no_secret(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", SECRET)
+    lines: list[str] = []
+    steadfast(lines.append)(f"reward failed: mine raised HTTPError: 401 for key {SECRET}")
+    assert lines == [f"reward failed: mine raised HTTPError: 401 for key {HIDDEN}"]
 
 
 def test_secrets_reach_neither_run_json_nor_logs_nor_errors(

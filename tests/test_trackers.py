@@ -80,3 +80,25 @@ def test_wandb_without_a_login_says_what_to_type(monkeypatch: pytest.MonkeyPatch
     text = _explain(fault("No API key configured. Use `wandb login` to log in."))
     assert text.startswith("wandb: No API key configured.")
     assert "WANDB_MODE=offline" in text
+
+
+def run_with(tracker: str, tmp_path: Path, **environment: str) -> str:
+    from killing import ALONE, FAST
+
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli", "train", "smoke", "--run", str(tmp_path / "run"), *FAST,
+         *ALONE, f"grpo.report_to={tracker}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        env={**{k: v for k, v in os.environ.items() if "WANDB" not in k}, "HOME": str(tmp_path), **environment},
+    )  # fmt: skip
+    assert result.returncode == 1, result.stdout + result.stderr
+    return result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("wandb" not in TRACKERS, reason="wandb is not installed")
+def test_wandb_without_a_key_is_one_error_that_says_what_to_do(tmp_path: Path) -> None:
+    text = run_with("wandb", tmp_path)
+    assert "error: wandb:" in text
+    assert "WANDB_MODE=offline" in text
+    assert "fault of grpo_lite" not in text

@@ -1,0 +1,84 @@
+"""A screen that is gone, and signals: a run ends with a checkpoint, whoever still watches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import GRPO_LITE, ROOT
+
+from grpo_lite.progress import StopCleanly
+
+
+def test_what_cannot_be_written_ends_nothing() -> None:
+    """A pipe whose reader died: the first line fails, all further ones go to nowhere."""
+    code = (
+        "from grpo_lite.screen import steadfast\n"
+        "import sys\n"
+        "say = steadfast(lambda line: print(line, flush=True))\n"
+        "say('one')\n"
+        "sys.stdin.read()\n"
+        "[say(f'line {n}') for n in range(3)]\n"
+        "print('as well', flush=True)\n"
+        "sys.exit(7)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"one\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 7
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_costs_nothing(tmp_path: Path) -> None:
+    """SSH drops: SIGHUP comes, and every write to the terminal fails from then on."""
+    run = tmp_path / "run"
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [*GRPO_LITE, "train", "smoke", "--run", str(run), "grpo.max_steps=300", "grpo.save_steps=1000",
+         "eval.enabled=false", "merge=false"],
+        cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    seen = b""
+    while b"3/300" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 130
+    (checkpoint,) = run.glob("checkpoint-*")
+    assert (checkpoint / "MANIFEST.sha256").is_file()
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopCleanly(print) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert stop.signal_name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_middle_of_a_line_s_writing_is_kept() -> None:
+    """Python refuses to enter a buffered writer twice; the signal must count all the same."""
+
+    def writing(line: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with StopCleanly(writing) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal_name == "SIGTERM"
