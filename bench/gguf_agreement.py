@@ -22,7 +22,7 @@ from grpo_lite.base_model import resolve_base  # noqa: E402
 from grpo_lite.data import load_prompts, prompt_ids, prompt_text  # noqa: E402
 from grpo_lite.evaluate import score_completions  # noqa: E402
 from grpo_lite.gguf_export import KINDS, export_gguf  # noqa: E402
-from grpo_lite.gguf_proof import prove_gguf  # noqa: E402
+from grpo_lite.gguf_proof import llama_cpp_greedy, prove_gguf  # noqa: E402
 from grpo_lite.model import load_tokenizer  # noqa: E402
 from grpo_lite.recipe import Recipe  # noqa: E402
 from grpo_lite.run_dir import RunDir  # noqa: E402
@@ -76,15 +76,7 @@ def held_out_score(file: Path, recipe: Recipe, tokenizer: Any, rows: list[dict[s
     cap = recipe.eval.max_new_tokens or recipe.max_completion_length
     prompts = [prompt_ids(row["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs")) for row in rows]
     model = llama_cpp.Llama(model_path=str(file), n_ctx=max(map(len, prompts)) + cap + 8, n_gpu_layers=0, verbose=False)
-    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    completions = []
-    for prompt in prompts:
-        new: list[int] = []
-        for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            new.append(int(token))
-            if len(new) == cap or llama_cpp.llama_vocab_is_eog(vocabulary, token):
-                break
-        completions.append(new)
+    completions = [llama_cpp_greedy(model, prompt, cap) for prompt in prompts]
     model.close()
     right = [score for score in score_completions(tokenizer, recipe, rows, completions)[0] if score is not None]
     return sum(right) / len(right)

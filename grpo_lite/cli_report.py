@@ -97,8 +97,8 @@ def doctor(run_path: str | None) -> None:
 
 def _describe_machine() -> None:
     """Print device, versions, and what isolates the code that models write."""
+    from grpo_lite.environment import environment_record
     from grpo_lite.hardware import detect_device
-    from grpo_lite.run_dir import environment_record
     from rewards.sandbox import layers
 
     record = environment_record()

@@ -53,7 +53,7 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     result = compare(recipe, records["base"], records["trained"])
     run.evaluation.mkdir(exist_ok=True)
     _write_records(run.evaluation / "records.jsonl", rows, records)
-    write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
+    run.write_scores(result)
     return result
 
 
@@ -89,8 +89,8 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
         for kind in ("lenient", "strict")
     }
-    result = {**json.loads(run.scores_file.read_text(encoding="utf-8")), name: rates}
-    write_atomic(run.scores_file, json.dumps(result, indent=2) + "\n")
+    result = {**run.read_scores(), name: rates}
+    run.write_scores(result)
     return result
 
 

@@ -211,6 +211,21 @@ def _by_transformers(
     return best, given, None
 
 
+def llama_cpp_greedy(model: Any, prompt: list[int], cap: int) -> list[int]:
+    """Return llama.cpp's greedy continuation of token ids, its end token included if it comes before the cap.
+
+    Not create_completion: it waits for whole characters, past every cap if a model never completes one.
+    """
+    lib = importlib.import_module("llama_cpp")
+    vocabulary = lib.llama_model_get_vocab(model.model)
+    new: list[int] = []
+    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        new.append(int(token))
+        if len(new) == cap or lib.llama_vocab_is_eog(vocabulary, token):
+            break
+    return new
+
+
 def _by_llama_cpp(
     path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
 ) -> Compared:
@@ -227,12 +242,7 @@ def _by_llama_cpp(
         first, last = len(prompt) - 1, len(prompt) + len(answer.ids) - 1
         best.append([int(row.argmax()) for row in model.scores[first:last]])
         model.reset()
-        new: list[int] = []
-        # Not create_completion: it waits for whole characters, past every cap if a model never completes one.
-        for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            new.append(int(token))
-            if len(new) == cap or lib.llama_vocab_is_eog(vocabulary, token):
-                break
+        new = llama_cpp_greedy(model, prompt, cap)
         stopped = bool(lib.llama_vocab_is_eog(vocabulary, new[-1]))
         given.append(_Answer(new, tokenizer.decode(new, skip_special_tokens=True), stopped))
     own = [model.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in prompts]

@@ -200,7 +200,7 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
     merge = record.get("merge") or {}
     if what != "adapter" and not merge.get("passed"):
         yield f"the merge is not verified (make merge RUN={run.path} ARGS=--overwrite)"
-    if what != "adapter" and _merged_adapter(run) not in (None, sha256_of(run.adapter / _ADAPTER_FILES[1])):
+    if what != "adapter" and run.merged_adapter() not in (None, sha256_of(run.adapter / _ADAPTER_FILES[1])):
         yield "the merged model is of another adapter than the run's: merge again"
     for gguf in records:
         if gguf.get("merged_sha256") not in (None, sha256_of(run.merged / MANIFEST_NAME)):
@@ -227,13 +227,6 @@ def _doubts_by_scores(run: RunDir, what: What, scores: Mapping[str, Any], merged
         yield "the trained model scored below its base: " + verdict["sentence"]
     if what != "adapter" and merged and merged["rate"] < before:
         yield f"the merged 16-bit model scored {merged['rate']:.3f}, below the base's {before:.3f}"
-
-
-def _merged_adapter(run: RunDir) -> str | None:
-    try:
-        return str(json.loads((run.merged / "merge.json").read_text(encoding="utf-8"))["adapter_sha256"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _paths_of_this_machine(folder: Path) -> Iterator[str]:

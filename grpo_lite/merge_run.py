@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.lora_adapter import WEIGHTS_NAME
 from grpo_lite.manifest import sha256_of, verify_manifest
-from grpo_lite.merge import RECORD_NAME, merge_adapter
+from grpo_lite.merge import merge_adapter
 from grpo_lite.merge_write import Progress
 from grpo_lite.model import load_tokenizer
 from grpo_lite.run_dir import RunDir
@@ -147,17 +146,8 @@ def export_run(run: RunDir, show: Callable[[str], None]) -> int:
     Raises:
         ExportError: a file was altered, or the merge did not pass.
     """
-    if not (run.read_run().get("merge") or {}).get("passed") or _merged_adapter(run) != sha256_of(
+    if not (run.read_run().get("merge") or {}).get("passed") or run.merged_adapter() != sha256_of(
         run.adapter / WEIGHTS_NAME
     ):
         merge_and_score(run, show, overwrite=run.merged.is_dir())
     return verify_manifest(run.merged)
-
-
-def _merged_adapter(run: RunDir) -> str | None:
-    """Return the sha256 of the adapter that the merge was made of; a paused run that went on has a newer one."""
-    try:
-        found = json.loads((run.merged / RECORD_NAME).read_text(encoding="utf-8"))
-        return str(found["adapter_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

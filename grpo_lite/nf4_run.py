@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from grpo_lite.data import load_prompts
@@ -11,7 +10,7 @@ from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import MANIFEST_NAME, sha256_of, verify_manifest
 from grpo_lite.model import load_tokenizer
 from grpo_lite.nf4 import RECORD_NAME, export_nf4
-from grpo_lite.run_dir import RunDir, read_record, write_atomic
+from grpo_lite.run_dir import RunDir, read_record
 
 LOSS_PROMPTS = 16
 
@@ -59,4 +58,4 @@ def _forget_score(run: RunDir) -> None:
     """Take an earlier export's score out of metrics.json: after a kill it would stand for the new one's."""
     scores = run.read_scores()
     if scores.pop("merged_nf4", None) is not None:
-        write_atomic(run.scores_file, json.dumps(scores, indent=2) + "\n")
+        run.write_scores(scores)

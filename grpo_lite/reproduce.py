@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_lite.environment import environment_record
 from grpo_lite.errors import RunDirError
 from grpo_lite.evidence import read_steps
-from grpo_lite.run_dir import RunDir, environment_record
+from grpo_lite.run_dir import RunDir
 
 SAME = 1e-6  # relative difference of metrics that are called the same
 

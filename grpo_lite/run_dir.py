@@ -6,14 +6,10 @@ import contextlib
 import difflib
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +21,6 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.redact import redact, secret_in
 
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds
-_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "vllm")
 
 
 class RunDir:
@@ -140,6 +135,15 @@ class RunDir:
                 f"make eval RUN={self.path}"
             ) from None
 
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write metrics.json, atomically."""
+        write_atomic(self.scores_file, json.dumps(scores, indent=2) + "\n")
+
+    def merged_adapter(self) -> str | None:
+        """Return the sha256 of the adapter that merged/ was made of; a paused run that went on has a newer one."""
+        found = read_record(self.merged / "merge.json").get("adapter_sha256")
+        return None if found is None else str(found)
+
     def update_run(self, **values: Any) -> None:
         """Merge values into run.json, atomically."""
         write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
@@ -250,44 +254,6 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def environment_record() -> dict[str, Any]:
-    """Return what a reader needs to reproduce the run: versions, commit, platform, command."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "grpo_lite": importlib.metadata.version("grpo-lite") if _installed("grpo-lite") else "source tree",
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started_at": now(),
-    }
-
-
 def now() -> str:
     """Return the time, UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _installed(name: str) -> bool:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(name))
-    return False
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

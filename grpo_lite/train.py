@@ -13,6 +13,7 @@ from grpo_lite.base_model import commit_of, resolve_base
 from grpo_lite.budgets import Fit, fit_to_device, longest_prompt
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.engine import device_line, load_base, make_trainer
+from grpo_lite.environment import environment_record
 from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
@@ -23,7 +24,7 @@ from grpo_lite.recipe import Recipe
 from grpo_lite.reward_check import require_paid_gold
 from grpo_lite.reward_guard import GuardedReward
 from grpo_lite.reward_loader import Reward, load_rewards
-from grpo_lite.run_dir import RunDir, environment_record, now
+from grpo_lite.run_dir import RunDir, now
 from grpo_lite.screen import steadfast
 from grpo_lite.trackers import require_trackers
 from grpo_lite.unsloth_backend import uses_unsloth, with_trl_defaults

@@ -48,9 +48,6 @@ class PackedGRPOTrainer(ResumableGRPOTrainer):
                 "(grpo.router_aux_loss_coef: 0 leaves it out). Rollouts stay shared."
             )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: TRL's has placeholders for licence and base. `grpo-lite push` writes the real one."""
-
     # Scoring
 
     def _get_per_token_logps_and_entropies(

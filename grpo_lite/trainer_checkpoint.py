@@ -47,9 +47,6 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
         """Seconds of training in this process and those it resumed."""
         return self.seconds_before + time.monotonic() - self._begun
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: TRL's card has placeholders, and a run's own is made from its measured scores when pushed."""
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._begun = time.monotonic()
         if isinstance(resume_from_checkpoint, str) and self._was_the_last(Path(resume_from_checkpoint)):

@@ -24,12 +24,13 @@ def main(recipe_name: str, out: str, *overrides: str) -> None:
     from trl import GRPOTrainer
 
     from grpo_lite.data import load_prompts
+    from grpo_lite.environment import environment_record
     from grpo_lite.hardware import detect_device
     from grpo_lite.model import load_tokenizer, lora_config
     from grpo_lite.ranks import agree, this_process
     from grpo_lite.recipe_load import load_recipe
     from grpo_lite.reward_loader import load_rewards
-    from grpo_lite.run_dir import RunDir, environment_record, now
+    from grpo_lite.run_dir import RunDir, now
     from grpo_lite.train import fill_a_round, grpo_config
 
     recipe, run, first = load_recipe(recipe_name, overrides), RunDir(out), this_process().is_first

@@ -11,6 +11,7 @@ from rewards._sandbox_session import Channel, GoneError, Session, message
 from rewards.sandbox_forms import Calls, Streams, TestCode, Tests
 
 _AT_ONCE_BYTES = 64 << 10  # sent without waiting for answers; the socket holds more
+_GATHER_S = 0.001  # of answers to requests that were sent at once
 _SHOWN_CHARACTERS = 2000
 _OUTPUT_BYTES = 1 << 20  # more output than this, and than twice what is wanted, is wrong whatever it says
 _JUDGE_GRACE_S = 1.0  # for the judge to finish when the program's time is over
@@ -69,6 +70,7 @@ def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
     at_once = len(first) + sum(map(len, requests)) <= _AT_ONCE_BYTES
     try:
         channel.send(b"".join([first, *requests]) if at_once else first)
+        channel.gather_s = _GATHER_S if at_once else 0.0
         outcome = _load(channel, outcome)
         if outcome.error:
             return outcome

@@ -14,7 +14,6 @@ from rewards._sandbox_codec import MAX_FRAME_BYTES, CodecError, dumps, loads
 from rewards._sandbox_frames import LENGTH_BYTES, pack
 from rewards._sandbox_pool import SandboxError, Worker
 
-_GATHER_S = 0.001  # how long answers may gather before they are read
 _MOST_BYTES = 4 * MAX_FRAME_BYTES  # that a process may send in all
 
 
@@ -39,6 +38,7 @@ class Channel:
         self.deadline = deadline
         self.buffer = bytearray()
         self.received = 0
+        self.gather_s = 0.0  # how long to let answers gather before they are read: one awakening for several
 
     def left_s(self) -> float:
         """Return the seconds until the deadline."""
@@ -77,7 +77,7 @@ class Channel:
 
     def receive_some(self) -> bool:
         """Wait for more bytes in the buffer; False at the end of the stream."""
-        time.sleep(min(_GATHER_S, self.left_s()))  # one awakening for several answers
+        time.sleep(min(self.gather_s, self.left_s()))
         part: bytes = self._bounded(lambda: self.socket.recv(1 << 16))
         self.received += len(part)
         if self.received > _MOST_BYTES:

@@ -9,8 +9,9 @@ import pytest
 from command_line import in_process
 from run_files import write_run
 
+from grpo_lite.environment import environment_record
 from grpo_lite.reproduce import differences, result_lines
-from grpo_lite.run_dir import RunDir, environment_record
+from grpo_lite.run_dir import RunDir
 from grpo_lite.train import train_run
 
 

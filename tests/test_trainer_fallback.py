@@ -79,23 +79,29 @@ def test_prompt_tuning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert len(gradients.steps) == 1
 
 
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with every packed loss."""
+    calls: list[int] = []
+    loss = PackedGRPOTrainer._packed_loss
+    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
+    return calls
+
+
 @pytest.mark.parametrize(("window", "packed_calls"), [(8, 0), (200, 1)], ids=["active", "never reached"])
 def test_sliding_window(
     window: int,
     packed_calls: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    packed: list[int],
     caplog: pytest.LogCaptureFixture,
 ):
-    calls: list[int] = []
-    loss = PackedGRPOTrainer._packed_loss
-    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
     found = []
     for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
         model = tiny_lora(tiny_model("mistral", sliding_window=window))
         _, gradients = train_fixed(trainer_class, model, tiny_args(tmp_path))
         found.append(gradients.steps[0])
-    assert len(calls) == packed_calls
+    assert len(packed) == packed_calls
     lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
     assert len(lines) == 1 - packed_calls
     assert all("has a window of 8 tokens" in line for line in lines)
@@ -122,18 +128,15 @@ def test_a_router_with_an_auxiliary_loss_is_trained_by_trl_and_said(
     coefficient: float,
     packed_calls: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    packed: list[int],
     caplog: pytest.LogCaptureFixture,
 ):
-    calls: list[int] = []
-    loss = PackedGRPOTrainer._packed_loss
-    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
     found = []
     for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
         model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
         settings = tiny_args(tmp_path, router_aux_loss_coef=coefficient)
         found.append(train_fixed(trainer_class, model, settings)[1].steps[0])
-    assert len(calls) == packed_calls
+    assert len(packed) == packed_calls
     lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
     assert len(lines) == 1 - packed_calls
     assert all("auxiliary loss" in line for line in lines)
