@@ -13,12 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, whose rewards.py would hide the package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo_lite.progress import read_metrics  # noqa: E402
-from grpo_lite.recipe_load import load_recipe  # noqa: E402
-from grpo_lite.run_dir import RunDir  # noqa: E402
-from grpo_lite.train import train_run  # noqa: E402
+from grpo_lite.progress import read_metrics
+from grpo_lite.recipe_load import load_recipe
+from grpo_lite.run_dir import RunDir
+from grpo_lite.train import train_run
 
 SETTINGS = {
     "neither": [],

@@ -75,6 +75,14 @@ def test_no_circle_of_imports_not_even_a_lazy_one() -> None:
         visit(name, ())
 
 
+def test_no_script_hides_a_package() -> None:
+    """`python bench/x.py` puts bench/ first on the path: a bench/rewards.py there would be found as `rewards`."""
+    packages = {"grpo_lite", "rewards", "recipes", "tests", *sys.stdlib_module_names}
+    scripts = [path for folder in ("bench", "tests", "docs", "launch") for path in (ROOT / folder).glob("*.py")]
+    assert len(scripts) > 50
+    assert [path.name for path in scripts if path.stem in packages] == []
+
+
 def test_nobody_imports_the_command_line() -> None:
     assert not [name for name, targets in graph().items() if "cli" in targets]
 

@@ -1,6 +1,6 @@
 """Throughput and correctness of the text rewards on one core.
 
-    python bench/rewards.py [--data FOLDER] [--cases FOLDER]
+    python bench/text_rewards.py [--data FOLDER] [--cases FOLDER]
 
 Prints Markdown tables for docs/measurements/rewards.md. Answers that need computer algebra are timed on their first
 pass with a fresh judge process, since in training they are new. math-verify alone is measured with its time-outs off
