@@ -140,7 +140,7 @@ def lora_config(recipe: Recipe) -> Any:
 
     try:
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # peft looks into some values with no check of its own
         raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
 
 

@@ -107,6 +107,11 @@ def _allowed(annotation: Any, value: Any, error: ValidationError) -> str:
 
 def cross_faults(recipe: Recipe) -> list[str]:
     """Return what does not fit together in a recipe whose single values are all right."""
+    missing = [key for key in ("num_generations", "max_completion_length") if recipe.grpo.get(key, 0) is None]
+    if missing:
+        return [
+            f"grpo.{key}: null is given; a whole number is needed. Remove the key for TRL's own." for key in missing
+        ]
     faults = [*_batch_faults(recipe), *_range_faults(recipe)]
     if recipe.lora.get("lora_dropout"):
         faults.append(
@@ -147,6 +152,8 @@ def _range_faults(recipe: Recipe) -> list[str]:
     positive = (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "generation_batch_size",
+        "steps_per_generation",
         "max_completion_length",
         "temperature",
         "learning_rate",

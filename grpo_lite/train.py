@@ -158,8 +158,9 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
     try:
         grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
         args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
-    except (ValueError, TypeError) as error:
-        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {error}") from None
+    except Exception as error:  # upstream looks into some values with no check of its own
+        said = f"{type(error).__name__}: {error}"
+        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {said}") from None
     if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)
         args._n_gpu = 1
     return args

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -102,6 +103,32 @@ def override(text: str) -> None:
 
     with contextlib.suppress(RecipeError):
         load_recipe(str(ROOT / "recipes" / "smoke.yaml"), [text])
+
+
+def upstream_arguments(given: list[tuple[str, Any]]) -> None:
+    """Give keys of GRPOConfig and LoraConfig arbitrary values, and build both as a run does."""
+    from grpo_lite.hardware import Device
+    from grpo_lite.model import lora_config
+    from grpo_lite.recipe_load import build_recipe
+    from grpo_lite.run_dir import RunDir
+    from grpo_lite.train import grpo_config
+
+    raw = yaml.safe_load(_smoke()) | {"name": "fuzz"}
+    for key, value in given:
+        section, _, name = key.partition(".")
+        raw.setdefault(section, {})[name] = value
+    with _scratch() as folder, warnings.catch_warnings(), contextlib.suppress(GRPOLiteError):
+        warnings.simplefilter("ignore")  # upstream's, of deprecated keys
+        recipe = build_recipe(raw, "fuzz")
+        grpo_config(recipe, RunDir(folder), Device("cpu", "a CPU", 1 << 34, False), [1.0])
+        lora_config(recipe)
+
+
+def upstream_keys() -> list[str]:
+    """Return `grpo.…` and `lora.…` for every key that upstream's configurations have."""
+    from grpo_lite.upstream import config_fields
+
+    return [f"{section}.{name}" for section in ("grpo", "lora") for name in config_fields(section)]
 
 
 # Data
@@ -259,6 +286,9 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]
     "overrides": (override, {"text": st.one_of(TEXT, st.builds("{}={}".format, st.sampled_from(
         ["grpo.beta", "rewards[0].weight", "data.train", "name", "lora.r", "model", "rewards[9]", "seed.x", "[0]", "."]
     ), TEXT))}),
+    "upstream arguments": (upstream_arguments, {"given": st.lists(st.tuples(st.sampled_from(upstream_keys()), st.one_of(
+        SCALAR, VALUE, st.sampled_from(["no", "steps", "epoch", "auto", "none", "q_proj", ["q_proj"], 2, 4, 0.5, {}])
+    )), min_size=1, max_size=3)}),
     "data bytes": (data_file, {"content": st.one_of(st.binary(max_size=200), VALUE.map(
         lambda value: json.dumps(value).encode()), st.sampled_from(
             [b'{"a": "\\ud83d"}', b'[{"\\udc00": 1}]', b"[" * 99_999, b'{"a":' * 99_999, b"a\n" + b"x" * 200_000])),

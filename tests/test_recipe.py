@@ -102,6 +102,9 @@ def test_all_faults_are_reported_together() -> None:
         ("grpo: 3", "allowed is a mapping of trl.GRPOConfig keys"),
         ("grpo: {learning_rate: 0}", "it must be above 0"),
         ("grpo: {num_generations: 1}", "needs at least 2"),
+        ("grpo: {num_generations: null}", "grpo.num_generations: null is given; a whole number is needed"),
+        ("grpo: {max_completion_length: null}", "grpo.max_completion_length: null is given; a whole number"),
+        ("grpo: {steps_per_generation: -2}", "grpo.steps_per_generation: -2 is given; it must be above 0"),
         ("seed: -1", "seed: -1 is given"),
     ],
 )  # fmt: skip
