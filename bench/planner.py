@@ -32,6 +32,7 @@ from grpo_lite.memory import (  # noqa: E402
     training_phase,
 )
 from grpo_lite.model_shapes import KNOWN, read_shape  # noqa: E402
+from grpo_lite.out_of_memory import is_out_of_memory  # noqa: E402
 
 GIB = 1 << 30
 LENGTHS = [(200, 256, 4), (200, 512, 8), (400, 1024, 8), (200, 4096, 1)]  # prompt, completion, completions at once
@@ -74,7 +75,9 @@ def measured(models: list[str]) -> list[dict[str, Any]]:
                 planned = job(name, prompt, completion, rows, load_in, max(rows, 2))
                 try:
                     rollout, training, seconds = rehearse(planned, KNOWN[name])
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     records.append({"shape": name, "load_in": load_in, "error": str(error).splitlines()[0]})
                     continue
                 without = int(8 * trained_parameters(planned))  # no optimizer yet while the wave is rehearsed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 
 from grpo_lite import attention
 from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.rollout import GroupDecoder, decoding_obstacle
 from grpo_lite.scoring import base_model
 from grpo_lite.shadow import dequantized
@@ -95,13 +95,14 @@ def _answers(
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
         answers: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return answers
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         logger.info("%s", error)
     # Outside the handler: the traceback holds the frames, and they hold the keys and values.
-    gc.collect()
+    free_memory()
     torch.set_rng_state(before[0])
     if before[1] is not None:
-        torch.cuda.empty_cache()
         torch.cuda.set_rng_state(before[1], model.device)
     return None
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from grpo_lite import attention
+from grpo_lite.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.recipe import Recipe
 
 BACKWARD_FORWARDS = 2.0  # a backward pass multiplies twice where the forward multiplies once
@@ -81,10 +82,11 @@ def forward_seconds(
                 try:
                     run(model, rows)  # the first time compiles kernels and lays out weights
                     return _timed(partial(run, model, rows), model) / len(rows)
-                except torch.OutOfMemoryError:
-                    if len(rows) == 1:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or len(rows) == 1:
                         raise
-                    rows = rows[: len(rows) // 2]  # training divides a micro-step too
+                rows = rows[: len(rows) // 2]  # training divides a micro-step too
+                free_memory()
     finally:
         model.train(was_training)
 

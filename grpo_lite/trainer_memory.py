@@ -1,14 +1,14 @@
 """`FittingGRPOTrainer`: a step that runs out of memory is done again with a smaller budget, not lost.
 
-The topmost layer over `trainer.py`. What is caught is `torch.OutOfMemoryError` in the rollout, in scoring, and in the
-forward and backward passes; each is undone (gradients, metrics, random state), the budget that bounds it is halved, and
-the same work is done again: same prompts, same groups, same effective batch. The smaller budget goes into checkpoints.
+The topmost layer over `trainer.py`. What is caught is memory running out (`is_out_of_memory`) in the rollout, in
+scoring, and in the forward and backward passes; each is undone (gradients, metrics, random state), the budget that
+bounds it is halved, and the same work is done again: same prompts, same groups, same effective batch. The smaller
+budget goes into checkpoints.
 Read in trl 1.14.0 and 1.16.0.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grpo_lite.checkpoints import read_facts
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.loss_scale import LossScale
+from grpo_lite.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.packing import read_padded_batch
 from grpo_lite.rehearsal import longest_inputs, longest_round, rehearse_rollout, rehearse_training
 from grpo_lite.trainer_parallel import ParallelGRPOTrainer
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class FittingGRPOTrainer(ParallelGRPOTrainer):
-    """PackedGRPOTrainer that survives `torch.OutOfMemoryError`.
+    """PackedGRPOTrainer that survives memory running out.
 
     Args:
         show: Gets one line for every budget that is lowered.
@@ -67,8 +68,8 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
                 self._prepared = None
                 return loss
-            except torch.OutOfMemoryError as error:
-                failure = _first_line(error)
+            except RuntimeError as error:
+                failure = _overflow(error)
             # Outside the handler: the traceback holds the frames, and they hold the activations.
             if self._is_parallel:  # the other processes wait in a collective that this one would enter twice
                 raise self._hopeless("training", failure)
@@ -116,8 +117,8 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
         while True:
             try:
                 return run()
-            except torch.OutOfMemoryError as error:
-                failure = _first_line(error)
+            except RuntimeError as error:
+                failure = _overflow(error)
             lower(failure)
 
     # Scoring without gradients
@@ -130,8 +131,8 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
         while True:
             try:
                 return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                failure = _first_line(error)
+            except RuntimeError as error:
+                failure = _overflow(error)
             width = input_ids.size(1)
             budget = self.options.tokens_per_microbatch or input_ids.numel()
             if budget <= width or not self._is_packable(model):
@@ -145,8 +146,8 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
         while True:
             try:
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                failure = _first_line(error)
+            except RuntimeError as error:
+                failure = _overflow(error)
             _set_random_state(random_state)
             self._lower_wave(prompt_ids, failure, self._can_share_rollout(prompt_ids, args, kwargs))
 
@@ -232,13 +233,6 @@ def _trainable(trainer: FittingGRPOTrainer) -> list[nn.Parameter]:
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
-def free_memory() -> None:
-    """Give what no tensor needs back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _tokens(inputs: dict[str, Any]) -> tuple[int, int]:
     """Return a micro-step's packed tokens and its longest row."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -265,6 +259,9 @@ def _smaller(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
 
-def _first_line(error: BaseException) -> str:
+def _overflow(error: RuntimeError) -> str:
+    """Return the first line of an error that says memory ran out; any other error goes on its way."""
+    if not is_out_of_memory(error):
+        raise error
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

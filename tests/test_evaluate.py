@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from overflows import OTHERS, OVERFLOWS
 
 from grpo_lite.errors import EvaluationError, MemoryBudgetError
 from grpo_lite.evaluate import compare, honest_section, score_completions
@@ -133,9 +134,9 @@ def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(
     assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=2) != first
 
 
-def holds(rows: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def holds(rows: int, model: Any, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator") -> list[int]:
     """Pretend a card that generates no more than so many sequences at once, and notices late; returns what it tried."""
-    import torch
+    error = {**OVERFLOWS, **OTHERS}[kind]
 
     tried: list[int] = []
     real = model.generate
@@ -144,7 +145,7 @@ def holds(rows: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out = real(**given)  # random numbers are drawn before the overflow
         tried.append(len(given["input_ids"]))
         if tried[-1] > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+            raise type(error)(*error.args)
         return out
 
     monkeypatch.setattr(model, "generate", generate)
@@ -178,6 +179,23 @@ def test_out_of_memory_while_evaluating_is_redone_in_halves(
     tried.clear()
     assert generate_completions(model, tokenizer, prompts, batch_size=4, **settings) == sampled
     assert tried == [4, 2, 2, 2, 2, 2, 2]
+
+
+def test_out_of_memory_in_other_words_is_redone_and_another_error_is_not(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5, 1)]
+    greedy = generate_completions(model, tokenizer, prompts, max_new_tokens=3)
+    for kind in ("driver", "cublas", "triton"):
+        with monkeypatch.context() as patched:
+            tried = holds(2, model, patched, kind)
+            assert generate_completions(model, tokenizer, prompts, max_new_tokens=3) == greedy
+            assert tried == [4, 2, 2]
+    tried = holds(2, model, monkeypatch, "shapes")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        generate_completions(model, tokenizer, prompts, max_new_tokens=3)
+    assert tried == [4]
 
 
 def test_the_samples_of_one_prompt_are_divided_too(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

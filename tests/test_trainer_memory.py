@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from overflows import OTHERS, OVERFLOWS
 from tiny import (
     Gradients,
     parity_reward,
@@ -31,11 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 LENGTHS = [5, 9, 3, 12, 7, 7, 1, 4]
 
 
-def overflow(*_: Any) -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+def overflow(kind: str = "allocator") -> BaseException:
+    error = {**OVERFLOWS, **OTHERS}[kind]
+    return type(error)(*error.args)
 
 
-def card_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def card_of(tokens: int, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator") -> list[int]:
     """Pretend a card that holds no more than so many tokens at once; returns the sizes that were tried."""
     tried: list[int] = []
     real = scoring.score
@@ -43,7 +47,7 @@ def card_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def score(model: Any, packed: Any, *args: Any) -> Any:
         tried.append(packed.num_tokens)
         if packed.num_tokens > tokens:
-            raise overflow()
+            raise overflow(kind)
         return real(model, packed, *args)
 
     monkeypatch.setattr("grpo_lite.trainer.score", score)
@@ -170,7 +174,7 @@ def sampled(
     return rounds, trainer
 
 
-def small_cache(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def small_cache(rows: int, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator") -> list[int]:
     """Pretend a card that holds the keys and values of no more than so many completions, and notices late."""
     tried: list[int] = []
     real = GroupDecoder._choose
@@ -179,7 +183,7 @@ def small_cache(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out = real(self, ids, *args)  # random numbers are drawn before the overflow
         tried.append(len(ids))
         if len(ids) > rows:
-            raise overflow()
+            raise overflow(kind)
         return out
 
     monkeypatch.setattr(GroupDecoder, "_choose", choose)
@@ -221,6 +225,49 @@ def test_scoring_against_the_reference_is_divided_too(tmp_path: Path, monkeypatc
     _, found = train(FittingGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
     assert "out of memory in scoring" in said[0]
     assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["driver", "cublas", "cpu"])
+def test_memory_that_a_library_below_lacks_is_recovered_from_in_every_phase(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with monkeypatch.context() as patched:
+        card_of(20, patched, kind)
+        train(FittingGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
+    small_cache(4, monkeypatch, kind)
+    card_of(55, monkeypatch, kind)
+    sampled(tmp_path, steps=1, said=said)
+    assert [line for line in said if "in scoring" in line]
+    assert [line for line in said if "in training" in line]
+    assert [line for line in said if "in rollout" in line]
+    first = str(OVERFLOWS[kind]).splitlines()[0]
+    assert all(f"({first[:200]})" in line for line in said)
+
+
+@pytest.mark.parametrize("phase", ["training", "scoring", "rehearsal", "rehearsed rollout", "rollout"])
+@pytest.mark.parametrize("kind", ["shapes", "assert", "triton-shared-memory"])
+def test_an_error_that_is_not_about_memory_goes_on_its_way_at_once(
+    phase: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    if phase in ("rollout", "rehearsed rollout"):
+        tried = small_cache(0, monkeypatch, kind)
+        monkeypatch.setattr(GroupDecoder, "_logits", lambda *_: tried.append(0) or fail(kind))
+    else:
+        tried = card_of(0, monkeypatch, kind)
+    settings = {"beta": 0.1} if phase == "scoring" else {}
+    rehearsal = list(range(3, 43)) if phase.startswith("rehears") else None
+    fixed = partial(train, FittingGRPOTrainer, settings=settings, rehearsal=rehearsal, show=said.append)
+    run = partial(sampled, steps=1, said=said) if phase == "rollout" else fixed
+    with pytest.raises(RuntimeError, match=re.escape(str(OTHERS[kind]).splitlines()[0])):
+        run(tmp_path)
+    assert len(tried) == 1
+    assert said == []
+
+
+def fail(kind: str) -> Any:
+    raise overflow(kind)
 
 
 def test_a_rollout_by_generate_cannot_be_divided_and_says_so(tmp_path: Path) -> None:

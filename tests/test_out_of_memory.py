@@ -1,0 +1,51 @@
+"""What counts as memory running out, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from overflows import OTHERS, OVERFLOWS
+from tiny import tiny_model, tiny_tokenizer
+
+from grpo_lite import timing
+from grpo_lite.out_of_memory import is_out_of_memory
+from grpo_lite.recipe_load import load_recipe
+
+
+@pytest.mark.parametrize("kind", OVERFLOWS)
+def test_memory_running_out_is_recognised_whoever_says_it(kind: str) -> None:
+    assert is_out_of_memory(OVERFLOWS[kind])
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_error_is_not_taken_for_it(kind: str) -> None:
+    assert not is_out_of_memory(OTHERS[kind])
+
+
+def test_what_this_pytorch_raises_itself_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("kind, tried", [("cublas", [8, 4, 2, 2]), ("shapes", [8])])
+def test_the_probe_s_forward_is_measured_on_fewer_rows(
+    kind: str, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def padded(model: object, rows: list[object]) -> None:
+        seen.append(len(rows))
+        if len(rows) > 2:
+            error = {**OVERFLOWS, **OTHERS}[kind]
+            raise type(error)(*error.args)
+
+    monkeypatch.setattr(timing, "_padded", padded)
+    recipe = load_recipe("smoke", ["grpo.per_device_train_batch_size=8", "compute=plain"])
+    given = recipe, tiny_model(), tiny_tokenizer(), [[5, 6]] * 2, [[[7]] * 4] * 2
+    if kind == "cublas":
+        assert timing.forward_seconds(*given) >= 0
+    else:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            timing.forward_seconds(*given)
+    assert seen == tried
