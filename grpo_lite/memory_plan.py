@@ -247,6 +247,8 @@ def _smaller_models(job: Job, fits: Callable[..., bool]) -> Iterator[str]:
 def largest_completion(job: Job, memory_bytes: int, whole_groups: bool) -> int | None:
     """Return the longest completion cap that fits, in tokens.
 
+    Never more than the model has positions for behind the prompt.
+
     Args:
         job: whose prompt, group and model stay.
         memory_bytes: of the card.
@@ -260,4 +262,14 @@ def largest_completion(job: Job, memory_bytes: int, whole_groups: bool) -> int |
         candidate = replace(job, completion=completion, rows=max(job.rows, pieces), tokens=tokens, kv_tokens=tokens)
         return needed_bytes(candidate, memory_bytes) <= memory_bytes
 
-    return _largest(STEP, 131072, fits)
+    most = most_completion(job)
+    if most is None:
+        return _largest(STEP, 131072, fits)
+    if most < 1:
+        return None
+    return most if fits(most) else _largest(min(STEP, most), most, fits)
+
+
+def most_completion(job: Job) -> int | None:
+    """Return the tokens that the model's positions leave for a completion behind the longest prompt; None: unknown."""
+    return None if job.shape.positions is None else max(0, job.shape.positions - job.prompt)

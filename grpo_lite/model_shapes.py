@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ModelError
+from grpo_lite.positions import read_positions
 from grpo_lite.recipe import EMBEDDED_MODEL, TINY_MODEL
 
 
@@ -33,6 +34,7 @@ class ModelShape:
     qk_norm: bool = False
     norms_per_layer: int = 2  # Gemma 2 and 3 have four
     sliding_window: int | None = None
+    positions: int | None = field(default=None, compare=False)  # of the longest sequence it was made for
 
     @property
     def overflows_in_float16(self) -> bool:
@@ -78,38 +80,42 @@ class ModelShape:
 
 
 def _config(kind: str, sizes: str, **more: Any) -> dict[str, Any]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size"
+    )
     values = [int(word) for word in sizes.split()]
-    config: dict[str, Any] = {"model_type": kind, **dict(zip((*names, "head_dim", "vocab_size"), values, strict=True))}
+    keys = [*names.split(), "max_position_embeddings"]
+    config: dict[str, Any] = {"model_type": kind, **dict(zip(keys, values, strict=True))}
     return config | {"tie_word_embeddings": True} | more
 
 
-# hidden, intermediate, layers, heads, key/value heads, head dim, vocabulary
+# hidden, intermediate, layers, heads, key/value heads, head dim, vocabulary, positions (the fewer ones where the base
+# model and the instruction-tuned one differ)
 _LOOSE: dict[str, Any] = {"tie_word_embeddings": False}
 _GEMMA3: dict[str, Any] = {"sliding_window": 512, "sliding_window_pattern": 6}
 KNOWN: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": _config("qwen2", "896 4864 24 14 2 64 151936"),
-    "qwen2.5-1.5b": _config("qwen2", "1536 8960 28 12 2 128 151936"),
-    "qwen2.5-3b": _config("qwen2", "2048 11008 36 16 2 128 151936"),
-    "qwen2.5-7b": _config("qwen2", "3584 18944 28 28 4 128 152064", **_LOOSE),
-    "qwen2.5-14b": _config("qwen2", "5120 13824 48 40 8 128 152064", **_LOOSE),
-    "qwen3-0.6b": _config("qwen3", "1024 3072 28 16 8 128 151936"),
-    "qwen3-1.7b": _config("qwen3", "2048 6144 28 16 8 128 151936"),
-    "qwen3-4b": _config("qwen3", "2560 9728 36 32 8 128 151936"),
-    "qwen3-8b": _config("qwen3", "4096 12288 36 32 8 128 151936", **_LOOSE),
-    "llama-3.2-1b": _config("llama", "2048 8192 16 32 8 64 128256"),
-    "llama-3.2-3b": _config("llama", "3072 8192 28 24 8 128 128256"),
-    "llama-3.1-8b": _config("llama", "4096 14336 32 32 8 128 128256", **_LOOSE),
-    "mistral-7b-v0.3": _config("mistral", "4096 14336 32 32 8 128 32768", **_LOOSE),
-    "gemma-3-1b": _config("gemma3_text", "1152 6912 26 4 1 256 262144", **_GEMMA3),
-    "gemma-3-270m": _config("gemma3_text", "640 2048 18 4 1 256 262144", **_GEMMA3),
-    "smollm2-135m": _config("llama", "576 1536 30 9 3 64 49152"),
-    "smollm2-360m": _config("llama", "960 2560 32 15 5 64 49152"),
-    "smollm2-1.7b": _config("llama", "2048 8192 24 32 32 64 49152"),
+    "qwen2.5-0.5b": _config("qwen2", "896 4864 24 14 2 64 151936 32768"),
+    "qwen2.5-1.5b": _config("qwen2", "1536 8960 28 12 2 128 151936 32768"),
+    "qwen2.5-3b": _config("qwen2", "2048 11008 36 16 2 128 151936 32768"),
+    "qwen2.5-7b": _config("qwen2", "3584 18944 28 28 4 128 152064 32768", **_LOOSE),
+    "qwen2.5-14b": _config("qwen2", "5120 13824 48 40 8 128 152064 32768", **_LOOSE),
+    "qwen3-0.6b": _config("qwen3", "1024 3072 28 16 8 128 151936 32768"),
+    "qwen3-1.7b": _config("qwen3", "2048 6144 28 16 8 128 151936 32768"),
+    "qwen3-4b": _config("qwen3", "2560 9728 36 32 8 128 151936 32768"),
+    "qwen3-8b": _config("qwen3", "4096 12288 36 32 8 128 151936 32768", **_LOOSE),
+    "llama-3.2-1b": _config("llama", "2048 8192 16 32 8 64 128256 131072"),
+    "llama-3.2-3b": _config("llama", "3072 8192 28 24 8 128 128256 131072"),
+    "llama-3.1-8b": _config("llama", "4096 14336 32 32 8 128 128256 131072", **_LOOSE),
+    "mistral-7b-v0.3": _config("mistral", "4096 14336 32 32 8 128 32768 32768", **_LOOSE),
+    "gemma-3-1b": _config("gemma3_text", "1152 6912 26 4 1 256 262144 32768", **_GEMMA3),
+    "gemma-3-270m": _config("gemma3_text", "640 2048 18 4 1 256 262144 32768", **_GEMMA3),
+    "smollm2-135m": _config("llama", "576 1536 30 9 3 64 49152 8192"),
+    "smollm2-360m": _config("llama", "960 2560 32 15 5 64 49152 8192"),
+    "smollm2-1.7b": _config("llama", "2048 8192 24 32 32 64 49152 8192"),
 }
 _OWN = {
     EMBEDDED_MODEL: KNOWN["smollm2-135m"],
-    TINY_MODEL: _config("llama", "64 128 2 4 2 16 261"),
+    TINY_MODEL: _config("llama", "64 128 2 4 2 16 261 512"),
 }
 
 
@@ -121,7 +127,8 @@ def known_config(model_id: str) -> dict[str, Any] | None:
     name = re.sub(r"-(unsloth-)?bnb-[48]bit$", "", name)
     name = re.sub(r"-(instruct|it|base|chat)(-[0-9]{4})?$", "", name)
     name = re.sub(r"^(qwen2\.5)-(coder|math)-", r"\1-", name)
-    return KNOWN.get(name)
+    known = KNOWN.get(name)
+    return known | {"max_position_embeddings": 4096} if known and "-math-" in model_id.lower() else known
 
 
 def read_shape(config: dict[str, Any], where: str) -> ModelShape:
@@ -160,6 +167,7 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
         qk_norm=kind.startswith("qwen3") or gemma3,
         norms_per_layer=4 if gemma3 or kind.startswith("gemma2") else 2,
         sliding_window=config.get("sliding_window") if _slides(config, qwen2) else None,
+        positions=read_positions(config),
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import CARDS, Card
-from grpo_lite.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, PhaseBytes, weight_bytes
-from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, plan_memory, recipe_job
+from grpo_lite.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
+from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory, recipe_job
+from grpo_lite.positions import too_long
 from grpo_lite.probe_record import time_line
 from grpo_lite.recipe import Recipe
 
@@ -31,6 +32,8 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
     )
     for note in plan.assumed:
         yield f"assumed: {note}"
+    if fault := too_long(recipe.model.id, job.shape.positions, job.prompt, job.completion):
+        yield f"too long: {fault}"
     rollout, training = plan.rollout, plan.training
     yield ""
     yield from _phase("rollout", rollout)
@@ -57,13 +60,19 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
         and plan_memory(replace(job, checkpointing=False), card.memory_bytes).job.checkpointing is False
     ):
         yield "fits without activation checkpointing too, which is faster: grpo.gradient_checkpointing=false"
-    whole, divided = (largest_completion(job, card.memory_bytes, kind) for kind in (True, False))
-    yield (
-        f"longest completions that fit: {whole or 0} tokens with groups of {job.group} in one piece, "
-        f"{divided or 0} one completion at a time"
-    )
+    yield _longest_completions(job, card.memory_bytes)
     yield time_line(recipe)
     yield UNMEASURED
+
+
+def _longest_completions(job: Job, memory_bytes: int) -> str:
+    whole, divided = (largest_completion(job, memory_bytes, kind) or 0 for kind in (True, False))
+    line = f"longest completions that fit: {whole} tokens with groups of {job.group} in one piece"
+    line += f", {divided} one completion at a time"
+    if divided == most_completion(job):
+        which = "both" if whole == divided else "the latter"
+        line += f" ({which} bounded by the model's {job.shape.positions} positions, not by memory)"
+    return line
 
 
 def _phase(name: str, phase: PhaseBytes) -> Iterator[str]:

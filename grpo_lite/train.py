@@ -18,6 +18,7 @@ from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
 from grpo_lite.model import compute_dtype, load_tokenizer, load_trained
+from grpo_lite.positions import positions_note
 from grpo_lite.preflight import add_preflight
 from grpo_lite.ranks import agree, share_of_batch, this_process
 from grpo_lite.recipe import Recipe
@@ -74,6 +75,8 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
             if recipe.check.enabled:
                 require_paid_gold(recipe, prompts, show)
             longest = longest_prompt(prompts.train, tokenizer, recipe)
+            if beyond := positions_note(recipe, len(longest)):
+                show(beyond)
             fitted = fit_to_device(recipe, device, len(longest), show)
             args = grpo_config(recipe, run, device, weights, fitted)
             base = load_base(recipe, device, len(longest))
