@@ -15,7 +15,7 @@ from typing import Any
 from grpo_lite.base_model import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.errors import DataError
 from grpo_lite.generators import Row, generate_rows
-from grpo_lite.prompt_tokens import holds_special_tokens, prompt_ids, prompt_text
+from grpo_lite.prompt_tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
 from grpo_lite.recipe import DataSection, Recipe, SourceSection
 
 __all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", "render_row"]
@@ -197,7 +197,15 @@ def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
                 f"{where}: row {index} has no column {name!r}. It has: {', '.join(map(str, columns))}. "
                 "Correct data.prompt or data.answer."
             )
+        if name in columns and columns[name] is None and name != data.answer:
+            raise DataError(
+                f"{where}: row {index} has null in the column {name!r}, which data.prompt names. Fill it in."
+            )
     passthrough = data.prompt == "{prompt}" and isinstance(row.get("prompt"), list)
+    if passthrough:
+        require_messages(row["prompt"], f"{where}: row {index}")
+    if passthrough and data.format != "chat":
+        raise DataError(f"{where}: row {index} has chat messages in the column prompt. Set data.format=chat.")
     try:
         question = "" if passthrough else data.prompt.format_map(columns)
     except (ValueError, TypeError, LookupError, AttributeError) as error:

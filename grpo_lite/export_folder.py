@@ -86,6 +86,21 @@ def replacing_folder(
         os.close(lock)
 
 
+def clear_leftovers(out_dir: Path) -> None:
+    """Remove what an export left that was killed while it replaced a whole `out_dir`, unless a process is at it."""
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    if out_dir.is_dir() and (_previous(out_dir) / MANIFEST_NAME).is_file():
+        shutil.rmtree(_previous(out_dir), ignore_errors=True)
+    if partial.is_symlink() or not partial.is_dir():
+        return
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        if not _locked_by_other(lock):
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
 def copy_files(model_dir: Path, tokenizer_dir: Path, out_dir: Path) -> None:
     """Copy generation config, custom code and licences from one folder, tokenizer and chat template from another.
 

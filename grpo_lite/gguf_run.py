@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grpo_lite.data import load_prompts
 from grpo_lite.errors import ExportError
+from grpo_lite.export_folder import clear_leftovers
 from grpo_lite.gguf_export import RECORD_NAME, export_gguf
 from grpo_lite.gguf_proof import GgufProof, prove_gguf
 from grpo_lite.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify_manifest
@@ -35,6 +36,7 @@ def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwri
     if fit and not overwrite:
         try:
             intact = verify_manifest(out)
+            clear_leftovers(out)
             return [f"{out / made['file']}: is there already, of this merge and proven ({intact} files intact)"]
         except ExportError as error:  # damaged since, or killed between the record and its checksum
             show(f"written again: {error}")

@@ -10,6 +10,7 @@ from typing import Any
 from grpo_lite.base_model import resolve_base
 from grpo_lite.data import Prompts, load_prompts
 from grpo_lite.errors import ExportError, NothingToMerge
+from grpo_lite.export_folder import clear_leftovers
 from grpo_lite.lora_adapter import WEIGHTS_NAME
 from grpo_lite.manifest import sha256_of, verify_manifest
 from grpo_lite.merge import merge_adapter
@@ -150,4 +151,6 @@ def export_run(run: RunDir, show: Callable[[str], None]) -> int:
         run.adapter / WEIGHTS_NAME
     ):
         merge_and_score(run, show, overwrite=run.merged.is_dir())
-    return verify_manifest(run.merged)
+    files = verify_manifest(run.merged)
+    clear_leftovers(run.merged)
+    return files

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from grpo_lite.data import load_prompts
 from grpo_lite.evaluate import evaluate_saved
+from grpo_lite.export_folder import clear_leftovers
 from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import MANIFEST_NAME, sha256_of, verify_manifest
 from grpo_lite.model import load_tokenizer
@@ -30,6 +31,7 @@ def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = F
     there = record.get("merged_sha256") == sha256_of(run.merged / MANIFEST_NAME)
     prompts = None
     if there:
+        clear_leftovers(out)
         lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
         run.update_run(nf4=record)  # a kill may have come between the folder and this
     else:

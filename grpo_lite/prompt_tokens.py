@@ -18,7 +18,11 @@ _PATTERNS: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
 
 
 def prompt_text(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> str:
-    """Return the text the model sees for a prompt: the chat template applied, or the text itself."""
+    """Return the text the model sees for a prompt: the chat template applied, or the text itself.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses the messages.
+    """
     if isinstance(prompt, str):
         return prompt
     kwargs = dict(template_kwargs or {})
@@ -27,7 +31,32 @@ def prompt_text(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | N
             "data.format: 'chat' is given, but the model's tokenizer has no chat template (a base model). "
             "Use data.format=text, or an instruct model."
         )
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs))
+    try:
+        return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs))
+    except Exception as error:  # a template is a program of the model's makers
+        raise DataError(
+            f"data: the model's chat template refuses the messages {str(prompt)[:200]}: {error}. Change the prompts "
+            "(some templates know no system message, and want user and assistant to take turns), or the template: "
+            "grpo.chat_template_kwargs."
+        ) from None
+
+
+def require_messages(prompt: list[Any], where: str) -> None:
+    """Check a column of chat messages that a row brings.
+
+    Raises:
+        DataError: there is none, or one is no mapping with `role` and `content` (text, or parts with a `type`).
+    """
+    for message in prompt or [None]:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        parts = content if isinstance(content, list) else []
+        good = isinstance(content, str | list) or (isinstance(message, dict) and message.get("tool_calls"))
+        good = good and all(isinstance(part, dict) and "type" in part for part in parts)
+        if not (role and isinstance(role, str) and good):
+            raise DataError(
+                f"{where}: {str(message)[:200] if prompt else 'an empty list'} is no chat message. Expected in the "
+                "column prompt: text, or messages such as {'role': 'user', 'content': '1+1='}, at least one."
+            )
 
 
 def prompt_ids(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> list[int]:

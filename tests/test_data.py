@@ -211,6 +211,34 @@ def test_generator_arguments_out_of_range_are_refused(name: str, kwargs: dict[st
         generate_rows(name, kwargs, 0)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [[], [None], ["hi"], [{}], [{"role": "user"}], [{"role": None, "content": "x"}], [{"role": "user", "content": 3}],
+     [{"role": "user", "content": [None]}], [{"role": "user", "content": "x"}, {"role": "user", "content": None}]],
+)  # fmt: skip
+def test_what_is_no_chat_message_is_shown_with_its_row(tmp_path: Path, prompt: list[object]) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "1+1"}], "gold": "2"}, {"prompt": prompt, "gold": "2"}]
+    with pytest.raises(DataError, match=r"data\.\w+: row \d: .* is no chat message\. Expected"):
+        load(tmp_path, rows=rows, prompt="{prompt}")
+
+
+def test_messages_as_text_and_null_in_a_prompt_are_refused(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "1+1"}]
+    with pytest.raises(DataError, match=r"row 0 has chat messages .* data\.format=chat"):
+        load(tmp_path, rows=[{"prompt": messages, "gold": "2"}] * 2, prompt="{prompt}", format="text")
+    with pytest.raises(DataError, match=r"row \d has null in the column 'question'"):
+        load(tmp_path, rows=[{"question": "a", "gold": "2"}, {"question": None, "gold": "2"}], prompt="{question}")
+
+
+def test_a_template_that_refuses_the_messages_is_one_error(tiny_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    refusing = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match=r"chat template refuses the messages .*System role not supported"):
+        prompt_ids([{"role": "system", "content": "x"}], tokenizer, {"chat_template": refusing})
+
+
 def test_gsm8k_rows_load_from_a_file(shared_data: Path) -> None:
     rows = read_rows(SourceSection(path=str(shared_data / "gsm8k_train.jsonl"), limit=5), 0, "x")
     assert len(rows) == 5
