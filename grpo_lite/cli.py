@@ -132,8 +132,10 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
+    from grpo_lite.backend_choice import with_chosen_backend
     from grpo_lite.unsloth_backend import prepare
 
+    loaded = with_chosen_backend(loaded, run, click.echo)
     prepare(loaded.model)
     from grpo_lite.ranks import this_process
     from grpo_lite.summary import interrupted_summary, run_summary

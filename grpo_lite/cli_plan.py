@@ -1,4 +1,4 @@
-"""The commands that say beforehand what a run will need: `plan` and `probe`."""
+"""The commands that say beforehand what a run will need: `plan`, `probe` and `backends`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def register(main: click.Group) -> None:
     """Add the commands to the command line."""
     main.add_command(plan)
     main.add_command(probe)
+    main.add_command(backends)
 
 
 @click.command()
@@ -65,6 +66,27 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     made = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
     keep_times(loaded, device.name, made.to_json())
     click.echo("\n".join(probe_lines(made)))
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--steps", default=4, type=click.IntRange(2), show_default=True, help="Of each; the first is left out.")
+@click.option("--minutes", default=5.0, type=click.FloatRange(0.1), show_default=True, help="Longest time for each.")
+def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float) -> None:
+    """Race hf against unsloth on RECIPE's shape; `model.backend: auto` takes the winner on this card from then on."""
+    from grpo_lite.backend_choice import card_of_a_choice, keep_race, race
+    from grpo_lite.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    card = card_of_a_choice()
+    if card is None:
+        click.echo("no choice here: it takes CUDA and the package unsloth (make setup). auto is hf")
+        return
+    click.echo(f"{loaded.name}: {steps} steps of each on {card}")
+    found = race(loaded, click.echo, steps, minutes * 60)
+    keep_race(loaded, card, found)
+    click.echo(f"auto takes {found['chosen']}: {found['why']}")
 
 
 def _this_card() -> Card:

@@ -50,7 +50,8 @@ class ModelSection(_Section):
     )
     attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2 …; null: upstream's.")
     backend: Literal["auto", "hf", "unsloth"] = Field(
-        "auto", description="What loads and trains it: hf anywhere, unsloth on CUDA with its package; auto: hf."
+        "auto",
+        description="What loads and trains it: hf anywhere, unsloth on CUDA with its package; auto: the faster there.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
 

@@ -30,7 +30,7 @@ LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_t
 
 
 def uses_unsloth(section: ModelSection) -> bool:
-    """Return whether a recipe's model is loaded by Unsloth; `auto` is the backend `hf` (DECISIONS.md)."""
+    """Return whether a recipe's model is loaded by Unsloth; an `auto` that nobody settled is `hf` (backend_choice)."""
     return section.backend == "unsloth"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +66,46 @@ def test_a_torch_that_is_there_is_pinned_and_shared(
     assert (tmp_path / "env" / "torch-constraint.txt").read_text() == "torch==2.9.1+cu128\n"
     assert not any(part.startswith("torch") for call in calls for part in call)
     assert calls[0][0] == "-c"
+    assert calls[-1][:3] == ("--no-deps", "--upgrade", "--target")  # Unsloth's source, for the contract tests
+
+
+@pytest.mark.parametrize(
+    ("driver", "works", "asked"),
+    [(False, True, [""]), (True, True, ["[unsloth]"]), (True, False, ["[unsloth]", ""])],
+    ids=["no driver", "a driver", "a driver, but it cannot be installed"],
+)
+def test_unsloth_is_installed_where_there_is_a_driver(
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    driver: bool,
+    works: bool,
+    asked: list[str],
+) -> None:
+    calls: list[str] = []
+
+    def pip(target: Path, *arguments: str) -> bool:
+        calls.append(arguments[-1])
+        return works or not arguments[-1].endswith("[unsloth]")
+
+    monkeypatch.setattr(bootstrap, "pip", pip)
+    monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(bootstrap, "installed_torch", lambda: "2.13.0")
+    monkeypatch.setattr(bootstrap, "make_environment", lambda target, share_packages: target.mkdir())
+    assert bootstrap.main(["bootstrap.py", str(tmp_path / "env"), "unsloth?"]) == 0
+    root = str(PATH.parent.parent)
+    assert calls == [*[root + extra for extra in asked], bootstrap.EMBEDDED]
+    assert ("unsloth cannot be installed here" in capsys.readouterr().out) == (not works)
+
+
+@pytest.mark.parametrize(("backend", "extras"), [("", ["unsloth?"]), ("BACKEND=hf", []), ("BACKEND=unsloth", [])])
+def test_make_setup_asks_for_it_unless_told_not_to(tmp_path: Path, backend: str, extras: list[str]) -> None:
+    command = ["make", "-n", "setup", f"VENV={tmp_path / 'env'}", *filter(None, [backend])]
+    lines = subprocess.run(command, cwd=PATH.parent.parent, capture_output=True, text=True, check=True).stdout
+    first = next(line for line in lines.splitlines() if "bootstrap.py" in line)
+    assert shlex.split(first.partition("&&")[0])[3:] == extras
+    assert ("bootstrap.py" in lines.replace(first, "")) == (backend == "BACKEND=unsloth")
 
 
 def test_a_failed_install_is_a_failed_setup(

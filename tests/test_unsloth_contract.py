@@ -1,8 +1,9 @@
-"""What we pass to Unsloth exists in the installed wheel: read from its source, without GPU or import.
+"""What we pass to Unsloth exists in the wheel: read from its source, without GPU or import.
 
-Without unsloth installed: `pip download --no-deps unsloth unsloth_zoo`, unpack both wheels into one folder, and set
-UNSLOTH_SOURCE=folder/unsloth. The slow test imports it, so UNSLOTH_REQUIREMENTS=folder[:folder] must have what that
-needs: `pip install --no-deps --target folder tyro cut_cross_entropy einops msgspec … trl==1.14.0 transformers==5.17.0`.
+`make setup-dev` unpacks it beside the environment's packages; for another version: `pip install --no-deps --target
+folder unsloth unsloth_zoo`, and UNSLOTH_SOURCE=folder/unsloth. The slow test imports it, so
+UNSLOTH_REQUIREMENTS=folder[:folder] must have what that needs: `pip install --no-deps --target folder tyro
+cut_cross_entropy einops msgspec … trl==1.14.0 transformers==5.17.0`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from grpo_lite.bootstrap import SOURCE_FOLDER
 from grpo_lite.errors import ModelError
 from grpo_lite.recipe import ModelSection
 from grpo_lite.recipe_load import load_recipe, recipe_names
@@ -29,13 +31,16 @@ PRESETS = ["unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "un
 
 @pytest.fixture(scope="module")
 def source() -> Path:
-    """The folder of unsloth's source: installed, or unpacked and named by UNSLOTH_SOURCE."""
+    """The folder of unsloth's source: named by UNSLOTH_SOURCE, installed, or unpacked by `make setup-dev`."""
     if os.environ.get("UNSLOTH_SOURCE"):
         return Path(os.environ["UNSLOTH_SOURCE"])
     spec = importlib.util.find_spec("unsloth")
-    if spec is None or spec.origin is None:
-        pytest.skip("unsloth is not installed (pip download --no-deps unsloth, unpack, set UNSLOTH_SOURCE)")
-    return Path(spec.origin).parent
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    unpacked = Path(sys.prefix) / SOURCE_FOLDER / "unsloth"
+    if not unpacked.is_dir():
+        pytest.skip("unsloth's source is not there (make setup-dev fetches it; or set UNSLOTH_SOURCE)")
+    return unpacked
 
 
 @functools.cache
