@@ -210,7 +210,19 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, every key of ours written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that escapes what YAML takes for the end of a line; PyYAML writes it as it is and reads a line end."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the text's node, in double quotes where it holds such a character."""
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -71,8 +71,6 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
             except RuntimeError as error:
                 failure = _overflow(error)
             # Outside the handler: the traceback holds the frames, and they hold the activations.
-            if self._is_parallel:  # the other processes wait in a collective that this one would enter twice
-                raise self._hopeless("training", failure)
             self._lower_microbatch(failure)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ step over the adapter's gradients (tens of MB), and DDP's forward is never calle
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
@@ -26,6 +26,7 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
     """PackedGRPOTrainer for one or more processes; with one it adds nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._answers: list[Any] = []  # what this micro-step's collectives have brought
         super().__init__(*args, **kwargs)
         self._is_parallel = self.accelerator.num_processes > 1
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -40,14 +41,16 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
         return data_parallel and rows % self.num_generations == 0 and self.top_entropy_quantile == 1.0
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return super().compute_loss(
-            self.accelerator.unwrap_model(model) if self._is_parallel else model, *args, **kwargs
-        )
+        if not self._is_parallel:
+            return super().compute_loss(model, *args, **kwargs)
+        with self._asked_once():
+            return super().compute_loss(self.accelerator.unwrap_model(model), *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._is_parallel and self.accelerator.sync_gradients:
             average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        self._answers.clear()
         return loss
 
     def drop_step_unless_finite(self) -> None:
@@ -83,26 +86,65 @@ class ParallelGRPOTrainer(PackedGRPOTrainer):
             with super()._unrecorded():
                 yield
             return
+        with self._collectives(lambda real: lambda tensor, *_, **__: tensor), super()._unrecorded():
+            yield
+
+    @contextmanager
+    def _asked_once(self) -> Iterator[None]:
+        """Let a micro-step that is done again (out of memory) find the other processes' answers of the first time.
+
+        They entered each collective once and would wait in the next one. The answers come in the same order: what is
+        divided otherwise the second time asks for nothing (`_unrecorded`).
+        """
+        known, asking = iter(list(self._answers)), False
+
+        def remembering(real: Callable[..., Any]) -> Callable[..., Any]:
+            def ask(*args: Any, **kwargs: Any) -> Any:
+                nonlocal asking
+                if asking:  # gather_for_metrics gathers
+                    return real(*args, **kwargs)
+                if (answer := next(known, None)) is not None:
+                    return answer
+                asking = True
+                try:
+                    answer = real(*args, **kwargs)
+                finally:
+                    asking = False
+                self._answers.append(answer)
+                return answer
+
+            return ask
+
+        with self._collectives(remembering):
+            yield
+
+    @contextmanager
+    def _collectives(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
         names = ("gather", "gather_for_metrics", "reduce")
-        for name in names:
-            self.accelerator.__dict__[name] = lambda tensor, *_, **__: tensor
+        before = {name: self.accelerator.__dict__.get(name) for name in names}
+        self.accelerator.__dict__.update({name: change(getattr(self.accelerator, name)) for name in names})
         try:
-            with super()._unrecorded():
-                yield
+            yield
         finally:
-            for name in names:
-                del self.accelerator.__dict__[name]
+            for name, real in before.items():
+                if real is None:
+                    del self.accelerator.__dict__[name]
+                else:
+                    self.accelerator.__dict__[name] = real
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one message."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    """Replace every gradient by its mean over the processes, in one message; nothing is allocated after it."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
     offset = 0
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = flat[offset : offset + gradient.numel()].view_as(gradient).clone()
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
 
 

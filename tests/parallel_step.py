@@ -28,7 +28,22 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(ids[0] % 5) + 0.1 * len(ids) for ids in completion_ids]
 
 
-def main(out: str, loss_type: str) -> None:
+def overflow_at(trainer: Fixed, backwards: list[int]) -> None:
+    """Let memory run out in these backward passes of this process (counted over attempts), halfway through."""
+    real, count = trainer.accelerator.backward, 0
+
+    def backward(loss: torch.Tensor, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        real(loss, **kwargs)
+        if count in backwards:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    trainer.accelerator.backward = backward
+
+
+def main(out: str, loss_type: str, *overflows: str) -> None:
+    """Train; `overflows` are RANK:BACKWARD,BACKWARD… where memory is to run out."""
     torch.manual_seed(0)
     world = int(__import__("os").environ.get("WORLD_SIZE", "1"))
     model = tiny_lora(tiny_model())
@@ -42,12 +57,24 @@ def main(out: str, loss_type: str) -> None:
         # The processes cut their shares into different numbers of micro-batches.
         options=EngineOptions(tokens_per_microbatch=70),
     )  # fmt: skip
+    lines: list[str] = []
+    trainer._show = lines.append
+    for rank, _, backwards in (text.partition(":") for text in overflows):
+        if int(rank) == trainer.accelerator.process_index:
+            overflow_at(trainer, [int(number) for number in backwards.split(",")])
     trainer.train()
+    assert len(lines) == sum(
+        len(backwards.split(","))
+        for rank, _, backwards in (text.partition(":") for text in overflows)
+        if int(rank) == trainer.accelerator.process_index
+    ), lines
     if trainer.accelerator.is_main_process:
         trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
         packed = set(trainer._supported.values()) == {True}
-        rewards = [record["reward"] for record in trainer.state.log_history if "reward" in record]
-        torch.save({"weights": trained, "start": start, "packed": packed, "reward": rewards}, out)
+        logged = [record for record in trainer.state.log_history if "reward" in record]
+        rewards = [record["reward"] for record in logged]
+        kept = [{k: v for k, v in record.items() if "time" not in k and "memory" not in k} for record in logged]
+        torch.save({"weights": trained, "start": start, "packed": packed, "reward": rewards, "logged": kept}, out)
 
 
 if __name__ == "__main__":

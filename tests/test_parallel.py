@@ -70,6 +70,27 @@ def test_two_processes_train_what_one_does(loss_type: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "overflows",
+    [["1:1"], ["1:2"], ["0:3", "1:2,4"], ["0:1", "1:1"]],
+    ids=["the first backward", "after the collectives", "several", "both at once"],
+)
+def test_memory_that_runs_out_in_one_process_holds_up_the_other_and_changes_nothing(
+    overflows: list[str], tmp_path: Path
+) -> None:
+    found = []
+    for name, given in (("whole", []), ("overflows", overflows)):
+        file = tmp_path / f"{name}.pt"
+        launch(2, str(ROOT / "tests" / "parallel_step.py"), str(file), "dapo", *given)
+        found.append(torch.load(file))
+    whole, disturbed = found
+    for name, weight in whole["weights"].items():
+        torch.testing.assert_close(disturbed["weights"][name], weight, rtol=1e-4, atol=1e-6)
+    for before, after in zip(whole["logged"], disturbed["logged"], strict=True):
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_a_whole_run_by_two_processes_ends_as_one_s_does(tmp_path: Path) -> None:
     run = tmp_path / "run"
     launch(2, str(ROOT / "tests" / "parallel_run.py"), str(run), "smoke", "grpo.max_steps=2")

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo_lite.errors import RunDirError
 from grpo_lite.recipe_load import load_recipe
-from grpo_lite.run_dir import RunDir, write_atomic
+from grpo_lite.run_dir import RunDir, dump_recipe, write_atomic
 
 
 def checkpoint(run: RunDir, step: int) -> Path:
@@ -25,6 +26,14 @@ def test_a_new_run_keeps_its_resolved_recipe(root: Path, tmp_path: Path) -> None
     run, recipe = RunDir(tmp_path / "a" / "b"), load_recipe("smoke")
     assert run.prepare(recipe) == "new"
     assert run.load_recipe() == recipe
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\ufeff", "\x00", "é", "a\n\n b", " x "])
+def test_any_character_of_a_recipe_comes_back_from_its_yaml(root: Path, mark: str) -> None:
+    """PyYAML writes U+0085 as it is and reads a line end: such a run could not have been resumed."""
+    for text in (mark, f"a{mark}b", f"{mark}\n- b: '{mark}"):
+        recipe = load_recipe("smoke").model_copy(update={"description": text})
+        assert yaml.safe_load(dump_recipe(recipe))["description"] == text
 
 
 def test_an_interrupted_run_is_resumed_from_its_newest_checkpoint(root: Path, tmp_path: Path) -> None:
