@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_lite.evidence import Finding, printable
+from grpo_lite.evidence import Finding
 from grpo_lite.recipe import Recipe
+from grpo_lite.screen import printable
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

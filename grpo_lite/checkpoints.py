@@ -106,7 +106,7 @@ def saving(run: Path, step: int) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_disk_full(error, run):
-            raise TrainingError(_disk_full(run, f"{name} was not saved")) from error
+            raise TrainingError(disk_full(run, f"{name} was not saved")) from error
         raise
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -129,7 +129,7 @@ def publishing(target: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_disk_full(error, run):
-            raise TrainingError(_disk_full(run, f"{target.name}/ was not saved")) from error
+            raise TrainingError(disk_full(run, f"{target.name}/ was not saved")) from error
         raise
 
 
@@ -252,7 +252,8 @@ def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _disk_full(run: Path, what: str) -> str:
+def disk_full(run: Path, what: str) -> str:
+    """Return what to say when a run's disk is full: what was lost, what is whole, what to do."""
     usable = last_usable(run).folder
     kept = f"{usable} is whole, and nothing before it is lost" if usable else "no checkpoint had been saved before"
     free = shutil.disk_usage(run).free / 2**20

@@ -13,10 +13,10 @@ import click
 
 from grpo_lite import __version__, cli_export, cli_plan, cli_report
 from grpo_lite.cli_export import set_environment
-from grpo_lite.cli_options import trust_option
+from grpo_lite.cli_options import say, trust_option
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.redact import redact, redact_logs, redact_tracebacks
-from grpo_lite.screen import steadfast
+from grpo_lite.screen import printable, ready_streams
 
 if TYPE_CHECKING:
     from grpo_lite.run_dir import RunDir
@@ -27,13 +27,17 @@ INTERRUPTED = 130  # the shell's exit status for SIGINT
 class _Commands(click.Group):
     """Turns our errors into one message and exit status 1, and offers the nearest command."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        ready_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except GRPOLiteError as error:
             if os.environ.get("GRPO_LITE_TRACEBACK"):
                 raise
-            click.echo(f"error: {redact(str(error))}", err=True)
+            click.echo(f"error: {_harmless(str(error))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped at once. Give the same command again to go on from the last checkpoint.", err=True)
@@ -43,7 +47,7 @@ class _Commands(click.Group):
         except Exception as error:  # a fault of ours or of a library: one line, and how to see the rest
             if os.environ.get("GRPO_LITE_TRACEBACK"):
                 raise
-            click.echo(f"error: {redact(_explain(error))}", err=True)
+            click.echo(f"error: {_harmless(_explain(error))}", err=True)
             sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -55,6 +59,11 @@ class _Commands(click.Group):
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx) from None
+
+
+def _harmless(text: str) -> str:
+    """Return a message without secrets and control characters: it may quote data or a completion."""
+    return printable(redact(text), keep="\n\t")
 
 
 def _explain(error: Exception) -> str:
@@ -141,7 +150,6 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
-    say = steadfast(click.echo)
     result = train_run(loaded, run, click.echo, view="plain" if plain else _view())
     if not this_process().is_first:
         return
@@ -170,11 +178,11 @@ def evaluate(run_path: str) -> None:
     run = _run_dir(run_path)
     require_trained(run)
     with run.locked():
-        scores = evaluate_run(run, click.echo)
+        scores = evaluate_run(run, say)
         if run.merged.is_dir():
-            scores = evaluate_merged(run, click.echo)
-        click.echo("\n".join(score_lines(scores)))
-    click.echo(f"records: {run.evaluation / 'records.jsonl'}")
+            scores = evaluate_merged(run, say)
+        say("\n".join(score_lines(scores)))
+    say(f"records: {run.evaluation / 'records.jsonl'}")
 
 
 @main.command()
@@ -190,9 +198,9 @@ def merge(run_path: str, overwrite: bool) -> None:
     run = _run_dir(run_path)
     require_trained(run)
     with run.locked():
-        record = merge_and_score(run, click.echo, overwrite=overwrite)
-    click.echo(merge_line(record))
-    click.echo(f"merged model: {run.merged}")
+        record = merge_and_score(run, say, overwrite=overwrite)
+    say(merge_line(record))
+    say(f"merged model: {run.merged}")
 
 
 @main.command()
@@ -233,7 +241,7 @@ def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
     from grpo_lite.check import check_recipe
 
     for line in check_recipe(loaded, previews):
-        click.echo(line)
+        say(line)
 
 
 @main.group("rewards")
@@ -251,7 +259,7 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
     from grpo_lite.reward_check import check_rewards_alone
 
     report, notes = check_rewards_alone(loaded)
-    click.echo("\n".join([*notes, report.table()]))
+    say("\n".join([*notes, report.table()]))
     if not report.gold_scores:
         sys.exit(1)
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo_lite.cli_options import trust_option
+from grpo_lite.cli_options import say, trust_option
+from grpo_lite.redact import redact
+from grpo_lite.screen import printable
 
 if TYPE_CHECKING:
     from grpo_lite.run_dir import RunDir
@@ -40,20 +42,20 @@ def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) ->
     from grpo_lite.merge_run import export_run
 
     with run.locked():
-        files = export_run(run, click.echo)
-        click.echo(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
-        click.echo(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+        files = export_run(run, say)
+        say(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
+        say(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
         if nf4:
             from grpo_lite.nf4_run import export_run_nf4
 
-            for line in export_run_nf4(run, click.echo, overwrite):
-                click.echo(line)
+            for line in export_run_nf4(run, say, overwrite):
+                say(line)
         if kinds:
             from grpo_lite.gguf_run import export_run_gguf
 
             for kind in kinds:
-                for line in export_run_gguf(run, kind, click.echo, overwrite):
-                    click.echo(line)
+                for line in export_run_gguf(run, kind, say, overwrite):
+                    say(line)
 
 
 @click.command()
@@ -70,11 +72,11 @@ def push(run_path: str, repo_id: str, what: Any, private: bool, dry_run: bool, f
 
     with run.locked(), hub.stage(run, repo_id, what) as staged:
         if dry_run:
-            click.echo(f"dry run: nothing is sent. {repo_id} would get:")
-            click.echo("\n".join(staged.lines()))
+            say(f"dry run: nothing is sent. {repo_id} would get:")
+            say("\n".join(staged.lines()))
             return
-        address = hub.push(staged, click.echo, private=private, force=force)
-    click.echo(f"pushed: {address}")
+        address = hub.push(staged, say, private=private, force=force)
+    say(f"pushed: {address}")
 
 
 @click.command()
@@ -96,12 +98,12 @@ def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> N
     interactive = prompt is None and sys.stdin.isatty()
     loaded = Chat(run, settings, compare)
     if prompt is not None:
-        click.echo("\n".join(answer_lines(loaded.ask(prompt))))
+        say("\n".join(answer_lines(loaded.ask(prompt))))
         return
     if interactive:
-        click.echo(f"{loaded.recipe.name}: {HELP}")
+        say(f"{loaded.recipe.name}: {HELP}")
     lines = _typed() if interactive else sys.stdin
-    talk(loaded, lines, click.echo, interactive, _piece if interactive else None)
+    talk(loaded, lines, say, interactive, _piece if interactive else None)
 
 
 @click.command()
@@ -141,4 +143,5 @@ def _typed() -> Iterator[str]:
 
 
 def _piece(text: str) -> None:
-    click.echo(text, nl=False)
+    if text:
+        click.echo(printable(redact(text), keep="\n\t"), nl=False)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import click
 
+from grpo_lite.screen import steadfast
+
+say = steadfast(click.echo)  # lines that may quote data, completions or a library's message
+
 
 def _confirm(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
     if given:

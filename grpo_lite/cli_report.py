@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from grpo_lite.cli_options import say
+
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
 
 
@@ -51,7 +53,7 @@ def watch(run_path: str, plain: bool) -> None:
         watch_live(run)
         return
     for line in watch_lines(run):
-        click.echo(line)
+        say(line)
 
 
 @click.command()
@@ -66,17 +68,17 @@ def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
     run = RunDir(run_path)
     recipe = run.load_recipe()
     for line in differences(run) or ["same versions, same hardware, same commit"]:
-        click.echo(f"reproduce: {line}")
+        say(f"reproduce: {line}")
     if dry_run:
         return
     from grpo_lite.train import train_run
 
     again = RunDir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")
     click.echo(f"run directory: {again.path}")
-    if train_run(recipe, again, click.echo).stopped_by:
+    if train_run(recipe, again, say).stopped_by:
         sys.exit(130)
     for line in result_lines(run, again):
-        click.echo(line)
+        say(line)
 
 
 @click.command()
@@ -92,7 +94,7 @@ def doctor(run_path: str | None) -> None:
     run = RunDir(run_path)
     findings = examine(run)
     for line in [finding.line() for finding in findings] or [f"doctor: {run_path}: {clean_bill(read_evidence(run))}"]:
-        click.echo(line)
+        say(line)
 
 
 def _describe_machine() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
 
 
 def _read_file(path: Path, where: str) -> list[Row]:
+    if re.match(r"\w[\w+.-]+:/", str(path)):
+        raise DataError(f"{where}.path: {str(path)!r} is an address, and files are read from disks only. Download it.")
     if not path.is_file():
         raise DataError(f"{where}.path: {str(path)!r} is given, but there is no such file. Check the path.")
     try:

@@ -15,6 +15,7 @@ from grpo_lite.generate import generate_completions
 from grpo_lite.generators import Row
 from grpo_lite.hardware import detect_device
 from grpo_lite.model import load_merged, load_tokenizer, load_trained
+from grpo_lite.outside_files import tell_changes
 from grpo_lite.recipe import Recipe, RewardSection, ScoreSection
 from grpo_lite.reward_guard import limited
 from grpo_lite.reward_loader import Reward, load_function
@@ -42,6 +43,8 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     recipe = run.load_recipe()
     if not recipe.eval.enabled:
         raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to measure.")
+    if prompts is None:
+        tell_changes(run, recipe, show)
     tokenizer = load_tokenizer(recipe)
     rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
     if model is None:

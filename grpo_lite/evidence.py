@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,6 @@ from grpo_lite.run_dir import RunDir
 FEWEST = 4  # logged steps before anything about a trend is said
 FLAT = 0.03  # a mean reward that moved by less has not moved
 LATEST_FILES = 8  # files of completions that are looked into
-_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: control, format, surrogate, line and paragraph ends
-_JOINERS = "\u200c\u200d"  # part of many scripts and emoji
 
 
 @dataclass(frozen=True)
@@ -152,17 +149,6 @@ def read_lines(text: str) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(value)
     return found
-
-
-def printable(text: str) -> str:
-    r"""Return a text that cannot steer a terminal: control and direction characters are written out.
-
-    >>> printable("a\x1b[2J \u202eb")
-    'a\\u001b[2J \\u202eb'
-    """
-    return "".join(
-        f"\\u{ord(c):04x}" if unicodedata.category(c) in _STEERING and c not in _JOINERS else c for c in text
-    )
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], part: str | None = None) -> float:

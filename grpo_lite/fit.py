@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.base_model import resolve_base
-from grpo_lite.checkpoints import last_usable, processes_of, publishing, require_room, step_of
+from grpo_lite.checkpoints import (
+    disk_full,
+    is_disk_full,
+    last_usable,
+    processes_of,
+    publishing,
+    require_room,
+    step_of,
+)
 from grpo_lite.data import Prompts
 from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.ranks import agree, this_process
@@ -18,6 +27,9 @@ from grpo_lite.run_dir import RunDir, now
 from grpo_lite.views import View
 
 Show = Callable[[str], None]
+
+
+_LOST_PEER = re.compile("Connection (closed|reset) by peer|remote process has terminated|NCCL.*(remote|abort)", re.I)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Exception as error:
-            if told := _told(error, checkpoint):
+            if told := _told(error, checkpoint, run):
                 raise TrainingError(f"{run.path}: {told}") from error
             raise
     done = trainer.state.global_step
@@ -90,11 +102,18 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         training_seconds=round(getattr(trainer, "seconds_trained", time.monotonic() - begun), 1),
         reward_first=first, reward_last=last, faults=dict(getattr(trainer, "faults", {})),
     )  # fmt: skip
-    return TrainResult(run, done, paused=paused)
+    return TrainResult(run, done, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
 
 
-def _told(error: Exception, checkpoint: Path | None) -> str | None:
+def _told(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
     """Return what to do about an error of a library below, where that is known."""
+    if is_disk_full(error, run.path) and not isinstance(error, TrainingError):  # metrics, completions, run.json
+        return disk_full(run.path, "training stopped").partition(": ")[2]
+    if this_process().world > 1 and _LOST_PEER.search(str(error)):
+        return (
+            f"another of the {this_process().world} processes has ended, so this one stops; its message stands above. "
+            "What was saved is kept: the same command goes on from there."
+        )
     if type(error).__name__ == "UnpicklingError" and checkpoint:
         first = str(error).strip().partition("\n")[0]
         return (

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from grpo_lite.evidence import FEWEST, Evidence, Finding, mean_of, printable
+from grpo_lite.evidence import FEWEST, Evidence, Finding, mean_of
+from grpo_lite.screen import printable
 
 SUSPICIOUS = 0.25  # share of the paid completions that must show a sign
 FEWEST_PAID = 8

@@ -18,7 +18,7 @@ from grpo_lite.hardware import Device, DtypeName
 from grpo_lite.model_shapes import model_shape
 from grpo_lite.ranks import this_process
 from grpo_lite.recipe import ModelSection, Recipe
-from grpo_lite.shadow import keep_weights_unpacked
+from grpo_lite.shadow import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.trust import trusts_remote_code
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,7 @@ def load_merged(folder: Path, device: Device) -> Any:
     dtype = torch.float32 if device.best_dtype == "float32" else "auto"
     place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
+    keep_odd_widths_unpacked(model)
     if attention.obstacle(model) is None:
         attention.install(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ _SOURCE_KINDS = {
     "generator": ("hub", "path", "config", "revision", "split"),
 }
 _MOST_ALIASES = 20
+_LARGEST = 4_000_000  # values and characters of a recipe, aliases written out
 _TEMPLATE_KEYS = ("prompt", "system", "gold_completion")  # `{question}` is a template here, not a YAML mapping
 
 
@@ -99,9 +101,15 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which PyYAML would silently overwrite, and a flood of aliases."""
+    """SafeLoader that refuses a key given twice, which PyYAML would silently overwrite, and what aliases blow up."""
 
     aliases = 0
+
+    def get_single_data(self) -> Any:
+        data = super().get_single_data()
+        if self.aliases and _written_out(data, {}) > _LARGEST:  # 20 are enough for 3**6 copies of a long list
+            raise yaml.composer.ComposerError(None, None, "its aliases (*name) make it too large, or endless", None)
+        return data
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -122,6 +130,17 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str | int | float | bool):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(value: Any, known: dict[int, float]) -> float:
+    """Return how many values and characters data has once every alias is written out; infinite if it holds itself."""
+    if not isinstance(value, dict | list):
+        return 1.0 + (len(value) if isinstance(value, str) else 0)
+    if id(value) not in known:
+        known[id(value)] = math.inf  # while it is being counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1.0 + sum(_written_out(part, known) for part in parts)
+    return known[id(value)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -152,6 +171,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     Raises:
         RecipeError: the override has no `=`, or its path runs through a plain value or past a list's end.
     """
+    try:
+        override.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecipeError(f"override {override!a}: is not UTF-8. If it reads well, set LC_ALL=C.UTF-8.") from None
     key, equals, text = override.partition("=")
     steps = [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
     if not equals or not steps:

@@ -22,6 +22,15 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST = 8  # shorter values would be found everywhere
+# Secrets that give themselves away, whatever the environment says: `https://user:password@host` (pathlib makes one
+# slash of two), and tokens of the Hub, GitHub, GitLab, OpenAI and its imitators, Slack, AWS.
+_USERINFO = re.compile(r"(?<=:/)(/?)[^\s/@:'\"]*:[^\s/@'\"]+@")
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|sk-(?=[\w-]*\d)[\w-]{20,}|xox[abeprs]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
+)
+_KEY = re.compile(r"(api|access|private|secret)_?key|(api|access|auth|hub|hf)_?token|secret|passw", re.IGNORECASE)
+_PROSE = ("description", "data.prompt", "data.system", "data.examples", "data.gold_completion")
 HIDDEN = "[secret]"
 
 
@@ -50,15 +59,36 @@ def _spellings(value: str) -> set[str]:
 
 
 def redact(text: str) -> str:
-    """Return the text with every secret's value replaced, however it is spelled."""
+    """Return the text with every secret's value replaced, however it is spelled, and what has a secret's form."""
     for spelling in sorted({s for value in secrets().values() for s in _spellings(value)}, key=len, reverse=True):
         text = text.replace(spelling, HIDDEN)
-    return text
+    return _TOKEN.sub(HIDDEN, _USERINFO.sub(rf"\1{HIDDEN}@", text) if "@" in text else text)
 
 
 def secret_in(text: str) -> str | None:
     """Return the name of a secret whose value is in the text, or None."""
     return next((name for name, value in secrets().items() if any(s in text for s in _spellings(value))), None)
+
+
+def planted_secret(value: Any, where: str = "") -> str | None:
+    """Return the key of a recipe's value that looks like a secret, or None.
+
+    Such are tokens of known form, addresses with a password, and texts under keys like `api_key`; what is all capitals
+    is the name of an environment variable.
+
+    Args:
+        value: a recipe as plain data, or a part of it.
+        where: the part's key.
+    """
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else ((f"[{i}]", item) for i, item in enumerate(value))
+        pairs = ((f"{where}{key}" if str(key)[:1] == "[" or not where else f"{where}.{key}", v) for key, v in items)
+        return next((found for key, item in pairs if (found := planted_secret(item, key))), None)
+    if not isinstance(value, str):
+        return None
+    named = _KEY.search(where.rpartition(".")[2]) and len(value) >= _SHORTEST and not re.fullmatch("[A-Z0-9_]+", value)
+    address = _USERINFO.search(value) and not where.startswith(_PROSE)
+    return where if _TOKEN.search(value) or address or (named and not _is_path(value)) else None
 
 
 class RedactingFormatter(logging.Formatter):

@@ -93,9 +93,13 @@ class FolderRemote:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a folder, without the rights and times that some mounted drives refuse to set."""
+    """Copy the files of a folder, without the rights and times that some mounted drives refuse to set.
+
+    Links are left out, and the manifest then misses them: on a shared drive they could lead to any file of this
+    machine.
+    """
     for path in source.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

@@ -8,13 +8,14 @@ from typing import Any
 from grpo_lite.environment import environment_record
 from grpo_lite.errors import RunDirError
 from grpo_lite.evidence import read_steps
+from grpo_lite.outside_files import changed_files, file_sums
 from grpo_lite.run_dir import RunDir
 
 SAME = 1e-6  # relative difference of metrics that are called the same
 
 
 def differences(run: RunDir) -> list[str]:
-    """Return what differs from the run's own record: versions, Python, platform, commit, device; one line each.
+    """Return what differs from the run's own record, one line each: files, versions, platform, commit, device.
 
     Raises:
         RunDirError: the run has no run.json to compare with.
@@ -25,7 +26,9 @@ def differences(run: RunDir) -> list[str]:
     if not record.get("versions"):
         raise RunDirError(f"{run.path}: has no record of its versions (run.json). It was never started.")
     here = environment_record()
-    lines = _versions(record["versions"], here["versions"])
+    lines = changed_files(record.get("files"), file_sums(run.load_recipe()))
+    lines += [f"while the run was resumed, {line}" for line in record.get("changed_files", [])]
+    lines += _versions(record["versions"], here["versions"])
     for key in ("python", "platform", "grpo_lite", "git_commit"):
         if record.get(key) != here.get(key):
             lines.append(f"{key}: {record.get(key)} then, {here.get(key)} now")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
-import fcntl
 import json
 import os
 import time
@@ -15,19 +13,26 @@ from typing import Any, Literal
 
 import yaml
 
+from grpo_lite import run_lock
 from grpo_lite.checkpoints import checkpoint_folders
 from grpo_lite.errors import RunDirError
 from grpo_lite.recipe import Recipe
-from grpo_lite.redact import redact, secret_in
-
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds
+from grpo_lite.redact import planted_secret, redact, secret_in
 
 
 class RunDir:
     """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
 
     def __init__(self, path: str | Path) -> None:
+        """Raise RunDirError for a path that the libraries below, which write in UTF-8, could not write."""
         self.path = Path(path)
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RunDirError(
+                f"run directory {os.fsencode(path)!r}: cannot be written in UTF-8. Choose another name with RUN=…, or, "
+                "if it reads well in your terminal, set LC_ALL=C.UTF-8."
+            ) from None
 
     name = property(lambda self: self.path.name or self.path.resolve().name)  # of `.` too
     recipe_file = property(lambda self: self.path / "recipe.yaml")
@@ -60,7 +65,9 @@ class RunDir:
                 "--run … (grpo-lite)."
             ) from None
         _clear_scraps(self.path)
-        if name := secret_in(dump_recipe(recipe) + json.dumps(recipe.model_dump(mode="json"))):
+        plain = recipe.model_dump(mode="json")
+        where = planted_secret(plain)
+        if name := secret_in(dump_recipe(recipe) + json.dumps(plain)) or (where and f"what looks like one: {where}"):
             raise RunDirError(
                 f"{recipe.name}: the recipe or an override holds the value of a secret ({name}), and a run keeps its "
                 "recipe in plain text. Leave it out, and let the reward read it from os.environ."
@@ -173,34 +180,12 @@ class RunDir:
         Raises:
             RunDirError: another process holds it, or the folder is not writable.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise RunDirError(
-                f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
-                "--run … (grpo-lite)."
-            ) from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _HELD:
-                    raise RunDirError(
-                        f"run directory {self.path}: another process is working in it. Wait for it, or choose another "
-                        "with RUN=…"
-                    ) from None
-                # Anything else: a mounted folder without locks (Google Drive, some network disks). Go on without.
+        with run_lock.locked(self.path):
             yield
 
     def in_use(self) -> bool | None:
         """Tell whether a process of this machine works in the folder; None where no lock says so."""
-        try:
-            with (self.path / ".lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            return True if error.errno in _HELD else None
-        return False
+        return run_lock.in_use(self.path)
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:

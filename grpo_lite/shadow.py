@@ -48,6 +48,19 @@ def keep_weights_unpacked(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = cast(Any, False)
 
 
+def keep_odd_widths_unpacked(model: nn.Module) -> None:
+    """Stop that repacking where its layout has no place for a layer's width: an AssertionError on the first forward.
+
+    It takes rows in blocks of 32 and whole quantisation blocks a row (bitsandbytes 0.50.2).
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        shape = getattr(state, "shape", None)
+        if hasattr(module, "support_avx512bf16_for_cpu") and shape is not None and len(shape) == 2:
+            fits = shape[0] % 32 == 0 and shape[1] % getattr(state, "blocksize", 64) == 0
+            module.support_avx512bf16_for_cpu = cast(Any, module.support_avx512bf16_for_cpu and fits)
+
+
 def _is_dequantizable(layer: nn.Linear) -> bool:
     state = getattr(layer.weight, "quant_state", None)
     if state is None or layer.weight.device.type != "cpu" or len(state.shape) != 2:

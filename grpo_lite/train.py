@@ -18,6 +18,7 @@ from grpo_lite.errors import GRPOLiteError, NothingToMerge, RunDirError
 from grpo_lite.fit import TrainResult, deadline_of, fit, require_room_for
 from grpo_lite.hardware import Device, detect_device, peak_memory_bytes
 from grpo_lite.model import compute_dtype, load_tokenizer, load_trained
+from grpo_lite.outside_files import keep_sums
 from grpo_lite.positions import positions_note
 from grpo_lite.preflight import add_preflight
 from grpo_lite.ranks import agree, share_of_batch, this_process
@@ -57,6 +58,8 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
             show("the run is finished; its report is made up for")
             return _report(run, TrainResult(run, run.read_run()["steps"]), show)
         recipe = run.with_base_commit(recipe)
+        if ranks.is_first:
+            keep_sums(run, recipe, state != "new", show)
         device = detect_device()
         show(device_line(recipe, device))
         tokenizer = load_tokenizer(recipe)

@@ -18,6 +18,7 @@ import torch
 from grpo_lite.agreement import VerifyRecord, judge
 from grpo_lite.errors import ExportError
 from grpo_lite.lora_adapter import open_adapter
+from grpo_lite.shadow import keep_odd_widths_unpacked
 from grpo_lite.shards import open_checkpoint
 
 _KEPT_BYTES = 256 << 20  # for two sets of logits in float32
@@ -174,4 +175,5 @@ def load_whole(folder: Path, dtype: torch.dtype | None, device: str) -> Any:
             f"{folder}: {len(wrong)} weights are missing or of another shape, for example {wrong[0]}. The config and "
             "the weights are of different models: fetch or merge it again."
         )
+    keep_odd_widths_unpacked(model)
     return model.to(device).eval()

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import in_process
 from finished_run import make_recipe, make_run
 
 from grpo_lite.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
@@ -132,6 +133,27 @@ def test_piped_lines_are_questions_of_their_own() -> None:
     assert talk(echo, ["a\n", "\n", "/exit\n", "b"], shown.append, interactive=False) == 3  # type: ignore[arg-type]
     assert echo.asked == [("a", False), ("/exit", False), ("b", False)]
     assert shown == ["answer to a", "answer to /exit", "answer to b"]
+
+
+def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole, side by side, and in pieces as they come."""
+    from grpo_lite import cli_export
+
+    class Hostile(Echo):
+        recipe = None
+
+        def ask(self, question: str, remember: bool = False, stream: Any = None) -> dict[str, str]:
+            return {"trained": "a\x1b]0;owned\x07\nb", "base": "c\x1b[2J"}
+
+    monkeypatch.setattr("grpo_lite.cli_export._trained_run", lambda path: None)
+    monkeypatch.setattr("grpo_lite.chat.Chat", lambda *_: Hostile())
+    text = in_process("chat", str(tmp_path), "2+3")
+    assert "\x1b" not in text
+    assert "\\u001b[2J" in text
+    shown: list[str] = []
+    monkeypatch.setattr(cli_export.click, "echo", lambda text, nl: shown.append(text))
+    cli_export._piece("x\x1b[31m\ny")
+    assert shown == ["x\\u001b[31m\ny"]
 
 
 def test_terminal_knows_new_help_and_exit() -> None:

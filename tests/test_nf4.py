@@ -9,11 +9,13 @@ import pytest
 import torch
 from merge_cases import edit_config, make_adapter, make_base
 from test_verify import PROMPTS, ByteTokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grpo_lite.errors import ExportError
+from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import verify_manifest
 from grpo_lite.merge import merge_adapter
+from grpo_lite.model import load_merged
 from grpo_lite.nf4 import export_nf4
 
 pytest.importorskip("bitsandbytes")
@@ -38,6 +40,21 @@ def test_nf4_export_is_smaller_loads_in_4_bit_and_records_its_loss(merged: Path,
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     assert (tmp_path / "nf4/model.safetensors").stat().st_mode == (tmp_path / "nf4/config.json").stat().st_mode
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(30, 77), (32, 33)])
+def test_nf4_export_of_odd_widths_works_too(tmp_path: Path, hidden: int, intermediate: int) -> None:
+    """No multiples of 32 rows and 64 columns: bitsandbytes' layout for AVX512-BF16 has no place for them."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, num_attention_heads=2, head_dim=12,
+        num_key_value_heads=1, vocab_size=261,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    record = export_nf4(tmp_path / "m", tmp_path / "nf4", PROMPTS, ByteTokenizer())
+    assert 0 < record.agreement.mean_kl < 0.1
+    model = load_merged(tmp_path / "nf4", detect_device())
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
 
 
 def test_nf4_export_of_a_quantised_folder_is_refused(merged: Path, tmp_path: Path) -> None:

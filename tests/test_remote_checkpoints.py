@@ -134,6 +134,36 @@ def test_a_copy_that_fails_is_told_and_training_goes_on(hub: Hub, tmp_path: Path
     assert remote_of(REPO, RunDir(tmp_path / "run")).steps() == [2]
 
 
+def test_a_folder_that_goes_away_midway_is_told_and_is_filled_again(hub: Hub, tmp_path: Path) -> None:
+    """An unmounted drive leaves something else under its name; the next checkpoint is copied once it is back."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    drive.rename(tmp_path / "unmounted")
+    drive.write_text("not a folder")
+    train_until(run, str(drive), lines.append, 2)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"push_checkpoints: checkpoint-2 was not copied to {drive / 'run'}: NotADirectoryError")
+    drive.unlink()
+    (tmp_path / "unmounted").rename(drive)
+    train_until(run, str(drive), lines.append, 3)
+    assert remote_of(str(drive), run).steps() == [3]  # 1 is not kept here any more either
+
+
+def test_links_on_a_shared_drive_are_not_followed(tmp_path: Path) -> None:
+    """Whoever can write there knows the sum of a file of this machine: it must not end up in the run, and be pushed."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    secret = tmp_path / "id_rsa"
+    weights = drive / "run" / "checkpoint-1" / "adapter_model.safetensors"
+    weights.rename(secret)
+    weights.symlink_to(secret)
+    shutil.rmtree(run.path)
+    fetch_checkpoint(run, str(drive), lines.append)
+    assert "passed over, damaged" in lines[0]
+    assert "adapter_model.safetensors: missing" in lines[0]
+    assert last_usable(run.path).folder is None
+
+
 def test_a_place_that_cannot_be_asked_stops_before_it_could_be_overwritten(hub: Hub, tmp_path: Path) -> None:
     hub.status["/tree/"] = 500
     with pytest.raises(RunDirError, match="set push_checkpoints=null"):

@@ -75,5 +75,7 @@ def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
     arguments += ["check.enabled=false", "merge=false", "limits.reward_failures=1", "--run", str(tmp_path / "r")]
     assert "returned 1 rewards" in grpo_lite(*arguments, expect=1)
     reward.write_text(broken.replace("[1.0] if", "[0.5] * 8 if"))
-    assert "resuming from step 2" in grpo_lite(*arguments)
+    text = grpo_lite(*arguments)
+    assert "resuming from step 2" in text
+    assert f"rewards[0].function: {reward} has changed since" in text
     assert steps_of(tmp_path / "r") == [1, 2, 3]

@@ -160,6 +160,6 @@ def test_a_drive_without_locks_can_hold_a_run(tmp_path: Path, monkeypatch: pytes
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("grpo_lite.run_dir.fcntl.flock", no_locks)
+    monkeypatch.setattr("grpo_lite.run_lock.fcntl.flock", no_locks)
     with RunDir(tmp_path / "r").locked():
         pass

@@ -12,6 +12,7 @@ import pytest
 from command_line import GRPO_LITE, ROOT
 
 from grpo_lite.progress import StopCleanly
+from grpo_lite.screen import steadfast
 
 
 def test_what_cannot_be_written_ends_nothing() -> None:
@@ -82,3 +83,41 @@ def test_a_signal_in_the_middle_of_a_line_s_writing_is_kept() -> None:
     with StopCleanly(writing) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.signal_name == "SIGTERM"
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_a_process_started_without_a_screen_works_and_no_file_takes_its_number(tmp_path: Path, closed: str) -> None:
+    """`nothing` of fd 1 must not become the first file opened: what C code prints would land in it."""
+    code = (
+        "from grpo_lite.screen import ready_streams, steadfast; ready_streams()\n"
+        "import sys, os, subprocess; opened = open(sys.argv[1], 'w'); assert opened.fileno() > 2\n"
+        "steadfast(print)('x'); print('y', file=sys.stderr); assert not sys.stdout.isatty()\n"
+        "subprocess.run(['sh', '-c', 'echo z; echo z >&2'], check=True); opened.write('done')"
+    )
+    command = f'exec "$0" -c "$1" "$2" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, code, str(tmp_path / "f")], cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "f").read_text() == "done"
+
+
+@pytest.mark.parametrize("coding", ["ascii", "latin-1", "cp1252"])
+def test_what_a_narrow_locale_cannot_say_is_a_question_mark(coding: str) -> None:
+    text = subprocess.run(
+        [*GRPO_LITE, "rewards", "no-such", "é→שλ"], cwd=ROOT, capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": coding, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert text.returncode == 2
+    assert b"Traceback" not in text.stderr + text.stdout
+    code = "from grpo_lite.screen import *; ready_streams(); steadfast(print)('→ λ é 5')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": coding, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode(coding) in ("? ? é 5\n", "? ? ? 5\n")
+
+
+def test_no_line_steers_the_terminal() -> None:
+    """Titles, colours, clipboards, links, hidden text: sequences that a completion or a row may hold."""
+    lines: list[str] = []
+    steadfast(lines.append)("a\x1b]0;title\x07b\x1b[2Jc\x9b31m\u202ed\r\n\te\x1b]52;c;aGk=\x1b\\")
+    assert lines == ["a\\u001b]0;title\\u0007b\\u001b[2Jc\\u009b31m\\u202ed\\u000d\n\te\\u001b]52;c;aGk=\\u001b\\"]

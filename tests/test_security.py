@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from grpo_lite.hardware import detect_device
 from grpo_lite.manifest import write_manifest
 from grpo_lite.model import load_model, load_tokenizer
 from grpo_lite.recipe_load import load_recipe, read_yaml
-from grpo_lite.redact import HIDDEN, RedactingFormatter, redact, redact_logs, secret_in, secrets
+from grpo_lite.redact import HIDDEN, RedactingFormatter, planted_secret, redact, redact_logs, secret_in, secrets
 from grpo_lite.run_dir import RunDir
 from grpo_lite.screen import steadfast
 
@@ -218,6 +219,85 @@ def test_a_secret_in_a_recipe_is_refused_before_it_is_written(
         RunDir(tmp_path / "run").prepare(recipe)
     assert SECRET not in str(caught.value)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+TOKENS = {
+    "Hub": "hf_" + "aB3" * 11, "GitHub": "ghp_" + "aB3" * 12, "OpenAI": "sk-proj-" + "aB3-" * 8,
+    "AWS": "AKIA" + "ABCDEFGH12345678", "Slack": "xoxb-1234567890-abc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS.keys())
+def test_a_token_of_known_form_is_hidden_and_refused_without_any_environment(root: Path, token: str) -> None:
+    assert redact(f"401 for {token}: no") == f"401 for {HIDDEN}: no"
+    recipe = load_recipe("smoke", [f"rewards[0].kwargs={{header: 'Bearer {token}'}}"])
+    assert planted_secret(recipe.model_dump()) == "rewards[0].kwargs.header"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://bob:hunter22@host/x.jsonl", "https://[secret]@host/x.jsonl"),
+        ("https:/bob:hunter22@host/x.jsonl", "https:/[secret]@host/x.jsonl"),  # as pathlib writes it
+        ("proxy http://:pw@10.0.0.1:3128 refused", "proxy http://[secret]@10.0.0.1:3128 refused"),
+        ("https://host/a:b@c and git@github.com:me/x, 3:4@5", None),
+        ("scikit: risk-averse-behaviour-in-2024, task-force-of-2025-and-more", None),
+    ],
+)
+def test_passwords_in_addresses_are_hidden_and_nothing_else(text: str, shown: str | None) -> None:
+    assert redact(text) == (shown or text)
+
+
+@pytest.mark.parametrize("override", ["data.train.path=https://bob:hunter22@host/x.jsonl",
+                                      "rewards[0].kwargs.api_key=0123456789abcdef",
+                                      "rewards[0].kwargs={judge: {access_token: abcdefgh}}",
+                                      "model.id=https://bob:hunter22@host/model"])  # fmt: skip
+def test_a_secret_on_the_line_is_refused_before_anything_is_written(root: Path, tmp_path: Path, override: str) -> None:
+    text = in_process("train", "smoke", "--run", str(tmp_path / "run"), override, expect=1)
+    assert "what looks like one" in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    for word in ("hunter22", "0123456789abcdef", "abcdefgh"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("override", ["rewards[0].kwargs={api_key: JUDGE_API_KEY}", "rewards[0].kwargs={key: question}",
+                                      "rewards[0].kwargs={max_tokens: 12345678}",
+                                      "rewards[0].kwargs={eos_token: '<|endoftext|>'}",
+                                      "data.system='Connect to postgres://user:password@localhost/db'",
+                                      "rewards[0].kwargs={password: short}"])  # fmt: skip
+def test_what_only_resembles_a_secret_is_let_through(root: Path, override: str) -> None:
+    assert planted_secret(load_recipe("smoke", [override]).model_dump()) is None
+
+
+def test_few_aliases_that_grow_without_bound_are_refused_at_once(root: Path, tmp_path: Path) -> None:
+    """18 aliases, below the number allowed: 3**6 copies of a list of 20,000, 15 million values once written out."""
+    path = tmp_path / "bomb.yaml"
+    chain = ["q0: &a0 [" + ", ".join(["x"] * 20_000) + "]"]
+    chain += [f"q{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]" for i in range(1, 7)]
+    path.write_text("\n".join(chain))
+    begun = time.process_time()
+    with pytest.raises(RecipeError, match="make it too large"):
+        read_yaml(path)
+    assert time.process_time() - begun < 5  # PyYAML reads 20,000 values in about one
+
+
+@pytest.mark.parametrize("text", ["lora: &a [*a]", "lora: &a {x: *a}", "lora: &a {x: [1, {y: *a}]}"])
+def test_data_that_holds_itself_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="endless"):
+        read_yaml(path)
+
+
+def test_an_honest_alias_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "good.yaml"
+    path.write_text("a: &a [1, 2]\nb: *a\nc: {d: *a}\n")
+    assert read_yaml(path) == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+
+
+def test_an_address_is_no_file_of_rows(root: Path, tmp_path: Path) -> None:
+    text = in_process("check", "smoke", "data.train.path=https://host/rows.jsonl", expect=1)
+    assert "is an address, and files are read from disks only. Download it." in text
 
 
 @pytest.mark.parametrize("text", ["9" * 5000, "2026-13-45", "[" * 3000], ids=["digits", "date", "depth"])

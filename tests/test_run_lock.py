@@ -1,0 +1,77 @@
+"""The lock of a run directory: who holds it is named, and nobody holds it for a process that is dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ROOT
+
+from grpo_lite.errors import RunDirError
+from grpo_lite.run_dir import RunDir
+
+HOLD = "from grpo_lite.run_dir import RunDir; import os, sys, time\nwith RunDir(sys.argv[1]).locked():\n"
+
+
+def holding(folder: Path, body: str) -> subprocess.Popen[str]:
+    """Start a process that holds a folder's lock; it says `held` once it does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD + body, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("held")
+    return process
+
+
+def test_the_second_is_told_which_process_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:
+    process = holding(tmp_path, "    print('held', flush=True); time.sleep(60)")
+    with pytest.raises(RunDirError, match=rf"in it \(process {process.pid} on "), RunDir(tmp_path).locked():
+        pass
+    assert RunDir(tmp_path).in_use()
+    process.kill()
+    process.communicate()
+    assert RunDir(tmp_path).in_use() is False
+    with RunDir(tmp_path).locked():
+        pass
+
+
+def test_workers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path: Path) -> None:
+    """A reward's pool of forked processes is not killed with the run, and inherits every open file."""
+    body = "    if not os.fork(): time.sleep(60)\n    print('held', flush=True); time.sleep(60)"
+    process = holding(tmp_path, body)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    try:
+        with RunDir(tmp_path).locked():
+            assert Path(f"/proc/{children[0]}").exists(), "the worker is gone, so this shows nothing"
+    finally:
+        os.kill(int(children[0]), signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_fork_in_between_leaves_the_lock_with_the_parent(tmp_path: Path) -> None:
+    with RunDir(tmp_path).locked():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert RunDir(tmp_path).in_use()
+
+
+@pytest.mark.parametrize("written", [b"", b"\xff\xfe", b"not a number", b"9" * 5000], ids=repr)
+def test_what_stands_in_the_lock_s_file_may_be_anything(tmp_path: Path, written: bytes) -> None:
+    with RunDir(tmp_path).locked():
+        (tmp_path / ".lock").write_bytes(written)
+        with pytest.raises(RunDirError, match="another process is working in it"), RunDir(tmp_path).locked():
+            pass  # a second descriptor of one process is refused as another process's is
+
+
+def test_a_path_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=r"b'r\\xfcn': cannot be written in UTF-8"):
+        RunDir(os.fsdecode(b"r\xfcn"))
