@@ -14,9 +14,10 @@ from grpo_lite.engine_options import EngineOptions
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import Device
 from grpo_lite.memory import CONTEXT_BYTES, GIB
-from grpo_lite.memory_plan import advice, plan_memory, recipe_job, require_fit
+from grpo_lite.memory_plan import advice, plan_memory, require_fit
 from grpo_lite.ranks import share_of_batch, this_process
 from grpo_lite.recipe import Recipe
+from grpo_lite.recipe_job import recipe_job
 from grpo_lite.unsloth_backend import uses_unsloth
 
 

@@ -108,7 +108,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     kwargs = recipe.grpo.get("chat_template_kwargs")
     ids = [prompt_ids(row["prompt"], tokenizer, kwargs) for row in rows]
     cap = section.max_new_tokens or recipe.max_completion_length
-    shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size}
+    shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size, "fit": recipe.memory.fit}
 
     def tell(kind: str) -> Callable[[int, int], None]:
         return lambda done, total: show(f"evaluating {name}, {kind}: {done}/{total} prompts") if done == total else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_lite import attention
 from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.evaluation_memory import rows_that_fit
 from grpo_lite.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.rollout import GroupDecoder, decoding_obstacle
 from grpo_lite.scoring import base_model
@@ -27,6 +28,7 @@ def generate_completions(
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
+    fit: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Generate for each prompt and return token ids, ended before the first end-of-sequence token.
@@ -38,8 +40,10 @@ def generate_completions(
         max_new_tokens: cap per completion.
         samples: completions per prompt at `temperature`; None: one greedy completion.
         temperature: of the samples; top-p and top-k are off, as in training.
-        batch_size: sequences generated at once; halved, and kept so, where memory runs out.
+        batch_size: sequences generated at once; halved, and kept so, where memory runs out. It changes no greedy
+            completion, but which samples are drawn.
         seed: of the samples; the caller's random state is left untouched.
+        fit: on CUDA, begin with no more at once than the free memory holds by the plan.
         progress: called with (prompts done, prompts in all).
 
     Returns:
@@ -60,7 +64,10 @@ def generate_completions(
     model.eval()
     rows = [i for i in order for _ in range(count)]
     at_once = max(1, batch_size // count) * count
-    decoder = _group_decoder(model, config, max(map(len, prompt_ids), default=0) + max_new_tokens)
+    longest = max(map(len, prompt_ids), default=0)
+    decoder = _group_decoder(model, config, longest + max_new_tokens)
+    if fit:
+        at_once = rows_that_fit(model, longest, max_new_tokens, at_once, shared=decoder is not None)
     engine = dequantized(base_model(model)) if decoder else nullcontext()
     done = 0
     try:

@@ -51,6 +51,9 @@ class Job:
     checkpointing: bool = True
     offload: bool = False  # checkpointed activations in main memory
     vllm_share: float = 0.3  # vllm_gpu_memory_utilization
+    eval_rows: int = 0  # completions generated at once in an evaluation; 0: there is none
+    eval_completion: int = 256  # their cap
+    eval_while_training: bool = False
 
     @property
     def longest(self) -> int:
@@ -133,11 +136,11 @@ def weight_bytes(job: Job) -> int:
     return int(linear_bytes + width * (heads * shape.embedding_parameters + shape.small_parameters))
 
 
-def _adapter_items(job: Job, gradients: bool) -> list[tuple[str, int]]:
+def kept_items(job: Job) -> list[tuple[str, int]]:
+    """Return what lies under every phase."""
     trained = trained_parameters(job)
     items = [("base weights", weight_bytes(job)), ("adapter, float32", 4 * trained)]
-    items.append(("optimizer", int(job.optimizer_bytes * trained)))
-    return [*items, ("gradients", 4 * trained)] if gradients else items
+    return [*items, ("optimizer", int(job.optimizer_bytes * trained))]
 
 
 def training_phase(job: Job) -> PhaseBytes:
@@ -147,7 +150,7 @@ def training_phase(job: Job) -> PhaseBytes:
     kept = shape.layers * tokens * shape.hidden * width
     rotary = 2 * tokens * shape.head_dim * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
-    items = _adapter_items(job, gradients=True)
+    items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
     if job.checkpointing:
         held = 2 * tokens * shape.hidden * width if job.offload else kept
         items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), held + rotary))
@@ -166,7 +169,7 @@ def training_phase(job: Job) -> PhaseBytes:
 def rollout_phase(job: Job) -> PhaseBytes:
     """Return the peak of generating one wave, every completion at its cap."""
     shape, width = job.shape, job.dtype_bytes
-    items = _adapter_items(job, gradients=False)
+    items = kept_items(job)
     items.append(("adapter in the compute dtype", width * trained_parameters(job)))
     if job.rollout == "vllm":
         return PhaseBytes(tuple(items))  # vLLM's share of the card comes on top, in both phases: see MemoryPlan
@@ -182,7 +185,7 @@ def rollout_phase(job: Job) -> PhaseBytes:
         attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
         logits = rows * shape.vocab * 20
     prefill = (groups if job.is_shared else rows) * job.prompt
-    step = max(attention, logits, prefill * 6 * shape.intermediate) + 2 * shape.hidden * shape.intermediate
+    step = max(attention, logits, prefill * 3 * width * shape.intermediate) + 2 * shape.hidden * shape.intermediate
     items.append((f"keys and values, {rows} completions at once", shape.layers * per_token * held))
     items.append(("decoding buffers", step))
     items.append(("kernels' workspace", WORKSPACE_BYTES))

@@ -1,7 +1,8 @@
 """plan_memory: does a recipe fit a card, with which budgets, and if not, which changes would make it. Torch-free.
 
-Place in the line: between the device and the model. `memory.py` counts; here a recipe becomes a `Job`, and budgets are
-chosen that change no gradient: how many tokens go through the model at once, and how many are cached in a rollout.
+Place in the line: between the device and the model. `memory.py` counts a `Job` (`recipe_job.py`); here budgets are
+chosen that change no gradient: how many tokens go through the model at once, how many are cached in a rollout, and how
+many completions an evaluation generates at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.evaluation_memory import evaluation_phase, most_rows
 from grpo_lite.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -21,12 +23,9 @@ from grpo_lite.memory import (
     training_phase,
     weight_bytes,
 )
-from grpo_lite.model_shapes import KNOWN, ModelShape, model_shape, read_shape
-from grpo_lite.recipe import Recipe
+from grpo_lite.model_shapes import KNOWN, read_shape
 
-ASSUMED_PROMPT = 256  # tokens, where the recipe does not cap its prompts and none have been read yet
 STEP = 64  # budgets are multiples of it
-_OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.2, "sgd": 0.0, "lion": 4.0}
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class MemoryPlan:
         return training_phase(self.job)
 
     @property
+    def evaluation(self) -> PhaseBytes | None:
+        """Generating for the evaluation, if there is one; it takes no more than there is, so it is not in the peak."""
+        return evaluation_phase(self.job) if self.job.eval_rows else None
+
+    @property
     def peak(self) -> int:
         """The largest allocation in either phase: what `torch.cuda.max_memory_allocated` counts."""
         return max(self.rollout.total, self.training.total)
@@ -62,79 +66,18 @@ class MemoryPlan:
 
 def needed_bytes(job: Job, memory_bytes: int) -> int:
     """Return what a card must have for a job, in bytes."""
-    peak = max(rollout_phase(job).total, training_phase(job).total)
+    needed = _with_overhead(job, max(rollout_phase(job).total, training_phase(job).total), memory_bytes)
+    one = replace(job, eval_rows=min(1, job.eval_rows))  # the evaluation is divided down to single completions
+    return max(needed, _evaluation_bytes(one, memory_bytes))
+
+
+def _evaluation_bytes(job: Job, memory_bytes: int) -> int:
+    return _with_overhead(job, evaluation_phase(job).total, memory_bytes) if job.eval_rows else 0
+
+
+def _with_overhead(job: Job, peak: int, memory_bytes: int) -> int:
     vllm = int(job.vllm_share * memory_bytes) if job.rollout == "vllm" else 0
     return peak + CONTEXT_BYTES + vllm + int(FRAGMENTATION * (peak - weight_bytes(job)))
-
-
-def recipe_job(
-    recipe: Recipe, shape: ModelShape | None = None, prompt: int | None = None, bfloat16: bool = True
-) -> tuple[Job, tuple[str, ...]]:
-    """Return a recipe's job and what was assumed.
-
-    Args:
-        recipe: the recipe.
-        shape: the model's shape; None: found by `model_shape`.
-        prompt: the longest prompt in tokens; None: the recipe's cap, or an assumption.
-        bfloat16: whether the card computes in it; on others some models run in float32.
-    """
-    notes: list[str] = []
-    if shape is None:
-        shape, source = model_shape(recipe.model.id, recipe.model.revision)
-        notes.append(f"sizes of {recipe.model.id} from {source}")
-    if prompt is None:
-        prompt = recipe.data.max_prompt_tokens
-        if prompt is None:
-            prompt = ASSUMED_PROMPT
-            notes.append(f"prompts up to {prompt} tokens (the recipe sets no data.max_prompt_tokens)")
-    grpo, lora = recipe.grpo, recipe.lora
-    targets = lora.get("target_modules")
-    names = tuple(targets) if isinstance(targets, list | tuple | set) else None
-    if lora.get("modules_to_save"):
-        notes.append("lora.modules_to_save is not counted")
-    wide = recipe.model.load_in == "32bit" or recipe.model.dtype == "float32"
-    if shape.overflows_in_float16 and not bfloat16:
-        wide = True
-        notes.append("float32, as this model overflows in float16 and the card has no bfloat16")
-    job = Job(
-        shape=shape,
-        load_in=recipe.model.load_in,
-        dtype_bytes=4 if wide else 2,
-        rank=int(lora.get("r", 8)),
-        targets=names,
-        optimizer_bytes=_optimizer_bytes(str(grpo.get("optim") or "adamw_torch_fused")),
-        prompt=prompt,
-        completion=recipe.max_completion_length,
-        group=recipe.num_generations,
-        batch=recipe.generation_batch,
-        rows=int(grpo.get("per_device_train_batch_size", 8)),
-        accumulation=int(grpo.get("gradient_accumulation_steps", 1)),
-        compute=recipe.compute,
-        rollout="vllm" if grpo.get("use_vllm") else recipe.rollout,
-        tokens=recipe.memory.tokens_per_microbatch,
-        kv_tokens=recipe.memory.rollout_kv_tokens,
-        checkpointing=bool(grpo.get("gradient_checkpointing", True)),
-        offload=recipe.memory.offload_activations,
-        vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
-    )
-    return job, (*notes, *_limits_of(job, recipe))
-
-
-def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
-    """Yield what the arithmetic takes for granted about how a job is computed."""
-    if job.is_windowed and recipe.compute == "packed":
-        yield (
-            f"TRL's own compute: {job.longest} tokens are more than the model's attention window of "
-            f"{job.shape.sliding_window}"
-        )
-    if not job.is_packed:
-        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits); compared with nothing yet"
-    if recipe.model.backend == "unsloth":
-        yield "our engine: how much the backend unsloth takes is not counted"
-
-
-def _optimizer_bytes(name: str) -> float:
-    return next((size for part, size in _OPTIMIZER_BYTES.items() if part in name), 8.0)
 
 
 def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> MemoryPlan:
@@ -160,6 +103,12 @@ def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> M
         tokens = _largest(job.longest, job.microbatch_tokens, lambda n: fits(replace(job, tokens=n)))
         if tokens is not None:
             job, chosen["memory.tokens_per_microbatch"] = replace(job, tokens=tokens), tokens
+    if job.eval_rows:
+        rows = most_rows(
+            job.eval_rows, lambda n: _evaluation_bytes(replace(job, eval_rows=n), memory_bytes) <= memory_bytes
+        )
+        if rows < job.eval_rows:
+            job, chosen["eval.batch_size"] = replace(job, eval_rows=rows), rows
     return MemoryPlan(job, memory_bytes, fits(job), chosen if fits(job) else {}, assumed)
 
 
@@ -225,6 +174,9 @@ def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:
     shorter = _largest(STEP, job.completion - 1, lambda n: fits(completion=n))
     if shorter is not None:
         yield f"grpo.max_completion_length={shorter}"
+    shorter = _largest(STEP, job.eval_completion - 1, lambda n: fits(eval_completion=n)) if job.eval_rows else None
+    if shorter is not None:
+        yield f"eval.max_new_tokens={shorter}"
     if job.rank > 8 and fits(rank=8):
         yield f"lora.r=8 lora.lora_alpha=16   (instead of r={job.rank})"
     shorter = _largest(STEP, job.prompt - 1, lambda n: fits(prompt=n))

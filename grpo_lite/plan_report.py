@@ -8,10 +8,11 @@ from dataclasses import replace
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import CARDS, Card
 from grpo_lite.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
-from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory, recipe_job
+from grpo_lite.memory_plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
 from grpo_lite.positions import too_long
 from grpo_lite.probe_record import time_line
 from grpo_lite.recipe import Recipe
+from grpo_lite.recipe_job import recipe_job
 
 UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
 
@@ -38,6 +39,10 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
     yield ""
     yield from _phase("rollout", rollout)
     yield from _phase("training", training)
+    if plan.evaluation:
+        yield from _phase(
+            f"evaluation, {job.eval_rows} completions of up to {job.eval_completion} at once", plan.evaluation
+        )
     yield "not counted as tensors"
     yield _line("CUDA context and kernels", CONTEXT_BYTES)
     yield _line("what the allocator cannot fill", int(FRAGMENTATION * (plan.peak - weight_bytes(job))))

@@ -91,6 +91,7 @@ def probe_recipe(
         "max_new_tokens": cap,
         "temperature": float(recipe.grpo.get("temperature", 1.0)),
         "seed": recipe.seed,
+        "fit": recipe.memory.fit,
     }
     begun = time.monotonic()
     groups = generate_completions(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,14 +208,32 @@ def trace_training(
 
 def trace_rollout(config: dict[str, Any], prompt: int, completion: int, rows: int, group: int, rank: int = 16) -> int:
     """Count a wave's last decoding step behind full buffers, in float16, whose way through the cache is the GPU's."""
+    lengths, owners = [prompt] * -(-rows // group), torch.arange(rows) // group
+    sampling = GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=completion)
+    decoder = GroupDecoder(lambda: torch.autocast("cpu", torch.float16))
+    return _trace_wave(config, lengths, owners, decoder, sampling, rank)
+
+
+def trace_evaluation(config: dict[str, Any], prompt: int, completion: int, rows: int, rank: int = 16) -> int:
+    """Count a greedy evaluation: as many prompts as rows, read at once and answered, in float16 without autocast."""
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=completion)
+    return _trace_wave(config, [prompt] * rows, torch.arange(rows), GroupDecoder(nullcontext), greedy, rank)
+
+
+def _trace_wave(
+    config: dict[str, Any],
+    lengths: list[int],
+    owners: torch.Tensor,
+    decoder: GroupDecoder,
+    sampling: GenerationConfig,
+    rank: int,
+) -> int:
+    """Return the peak of reading the prompts and of the last decoding step."""
     model = build_model(config, "4bit", rank, torch.float16, checkpointing=False)
     inner = model.get_base_model()
-    lengths = [prompt] * -(-rows // group)
-    owners = torch.arange(rows) // group
+    rows, completion = len(owners), int(sampling.max_new_tokens)
     cache = GroupCache(lengths, owners)
-    decoder = GroupDecoder(lambda: torch.autocast("cpu", torch.float16))
     decoder.rollout.entropies = [[] for _ in range(rows)]
-    sampling = GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=completion)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda(), torch.no_grad():
         materialise(model)
         with decoder.autocast():

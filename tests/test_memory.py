@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from memory_trace import trace_rollout, trace_training
+from memory_trace import trace_evaluation, trace_rollout, trace_training
 
 from grpo_lite import logprobs
 from grpo_lite.errors import MemoryBudgetError, ModelError
+from grpo_lite.evaluation_memory import evaluation_phase
 from grpo_lite.group_cache import GroupCache
 from grpo_lite.hardware import CARDS, find_card
 from grpo_lite.memory import (
@@ -33,11 +34,11 @@ from grpo_lite.memory_plan import (
     largest_completion,
     needed_bytes,
     plan_memory,
-    recipe_job,
     require_fit,
 )
 from grpo_lite.model_shapes import KNOWN, ModelShape, known_config, model_shape, read_shape
 from grpo_lite.plan_report import all_cards_table, plan_recipe, report_lines
+from grpo_lite.recipe_job import recipe_job
 from grpo_lite.recipe_load import load_recipe, recipe_names
 from grpo_lite.rollout import plan_waves
 
@@ -148,6 +149,21 @@ def test_a_rollout_is_planned_as_counted(name: str, prompt: int, completion: int
     assert 0.97 <= compare_rollout(shallow(name), prompt, completion, rows, group) <= 1.10
 
 
+def compare_evaluation(config: dict[str, Any], prompt: int, completion: int, rows: int) -> float:
+    counted = trace_evaluation(config, prompt, completion, rows)
+    planned = Job(read_shape(config, "x"), prompt=prompt, eval_rows=rows, eval_completion=completion)
+    return (evaluation_phase(planned).total - WORKSPACE_BYTES) / counted
+
+
+@pytest.mark.parametrize(
+    "name, prompt, completion, rows",
+    [("qwen2.5-1.5b", 200, 512, 64), ("llama-3.2-3b", 100, 2048, 8), ("gemma-3-1b", 100, 128, 16)],
+)
+def test_an_evaluation_is_planned_as_counted(name: str, prompt: int, completion: int, rows: int) -> None:
+    """Once its reading of the prompts is the peak, once the decoding behind full buffers."""
+    assert 0.97 <= compare_evaluation(shallow(name), prompt, completion, rows) <= 1.10
+
+
 GRID = [
     (name, prompt, completion, rows, load_in)
     for name in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
@@ -167,6 +183,13 @@ def test_the_grid_of_real_shapes(name: str, prompt: int, completion: int, rows: 
 @pytest.mark.parametrize("prompt, completion, rows", [(200, 256, 8), (200, 512, 32), (200, 4096, 8)])
 def test_the_grid_of_rollouts(name: str, prompt: int, completion: int, rows: int) -> None:
     assert 0.97 <= compare_rollout(KNOWN[name], prompt, completion, rows, 8) <= 1.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
+@pytest.mark.parametrize("prompt, completion, rows", [(200, 256, 64), (600, 64, 16), (200, 4096, 8)])
+def test_the_grid_of_evaluations(name: str, prompt: int, completion: int, rows: int) -> None:
+    assert 0.97 <= compare_evaluation(KNOWN[name], prompt, completion, rows) <= 1.10
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ import pytest
 from grpo_lite import train
 from grpo_lite.errors import ModelError
 from grpo_lite.hardware import CARDS, find_card
-from grpo_lite.memory_plan import largest_completion, recipe_job
+from grpo_lite.memory_plan import largest_completion
 from grpo_lite.model_shapes import KNOWN, known_config, read_shape
 from grpo_lite.plan_report import plan_recipe, report_lines
 from grpo_lite.positions import positions_note, read_positions, too_long
+from grpo_lite.recipe_job import recipe_job
 from grpo_lite.recipe_load import load_recipe
 from grpo_lite.run_dir import RunDir
 
