@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,13 @@ def _licence(card: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
         stated = stated[0] if stated else None
     if stated in ("license", "unknown", ""):  # the placeholder of other tools' cards
         stated = None
-    return stated, card.get("license_name"), card.get("license_link")
+    link = _line(card.get("license_link"))
+    return _line(stated), _line(card.get("license_name")), link if link and not re.search(r"[\s()]", link) else None
+
+
+def _line(text: Any) -> str | None:
+    """Return metadata of a base as text that stays text in our card: one line, without Markdown's and HTML's marks."""
+    return re.sub(r"[<>\[\]`|]", "", " ".join(text.split()))[:200] or None if isinstance(text, str) else None
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def _front_matter(readme: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

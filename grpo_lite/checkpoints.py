@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from grpo_lite.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 
 PREFIX = "checkpoint-"
 FACTS_FILE = "grpo_lite.json"  # step, mean training reward since the checkpoint before, seconds trained
+_FACTS = ("step", "processes", "reward", "seconds_trained", "faults", "budget")
 _SCRATCH = ".saving-"
 _ASIDE = ".replaced-"
 _SPARE_BYTES = 16 << 20  # logs and completions are written beside a checkpoint
@@ -75,12 +77,24 @@ def fault_of(folder: Path) -> str | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what grpo_lite noted in a checkpoint, or an empty mapping."""
+    """Return what grpo_lite noted in a checkpoint, without what is of another kind than it writes."""
     try:
         found = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    given = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in given if key in _FACTS and _is_as_written(key, value)}
+
+
+def _is_as_written(key: str, value: Any) -> bool:
+    if key == "faults":
+        return isinstance(value, dict) and all(type(count) is int and count >= 0 for count in value.values())
+    if key == "budget":
+        return isinstance(value, dict) and all(n is None or (type(n) is int and n > 0) for n in value.values())
+    if key in ("step", "processes"):
+        return type(value) is int and value > 0
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number or (key == "reward" and value is None)
 
 
 def processes_of(folder: Path) -> int:

@@ -179,6 +179,8 @@ def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, A
 
 
 def _link(source: Path, target: Path) -> None:
+    if source.is_symlink():  # a run of somebody else's could send any file of this machine to the Hub
+        raise ExportError(f"{source}: is a symbolic link, and only files of the run are pushed. Copy the file there.")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)

@@ -100,10 +100,13 @@ class RunDir:
             )
 
     def _refuse_changed(self, recipe: Recipe) -> None:
-        old, new = self.recipe_file.read_text(encoding="utf-8"), dump_recipe(recipe)
+        from grpo_lite.recipe_load import read_yaml
+
+        begun, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # it may have come from another machine
+        old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return
-        if _fixed(yaml.safe_load(old)) == _fixed(yaml.safe_load(new)):
+        if _fixed(begun) == _fixed(yaml.safe_load(new)):
             write_atomic(self.recipe_file, new)  # tomorrow's session may be longer, and say less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")

@@ -47,7 +47,7 @@ def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain")
     """
     begun = time.monotonic()
     ranks = this_process()
-    show = steadfast(show if ranks.is_first else _quiet)
+    show = steadfast(show if ranks.is_first else partial(_show_faults, show, ranks.rank + 1))
     with run.locked() if ranks.is_first else nullcontext():
         if recipe.push_checkpoints and ranks.is_first:
             from grpo_lite.remote_checkpoints import fetch_checkpoint
@@ -114,8 +114,10 @@ def _report(run: RunDir, result: TrainResult, show: Show) -> TrainResult:
     return result
 
 
-def _quiet(line: str) -> None:
-    """Show nothing: the first process does."""
+def _show_faults(show: Show, process: int, line: str) -> None:
+    """Show what the first process cannot know: that a reward failed in another one."""
+    if line.startswith("reward "):
+        show(f"process {process}: {line}")
 
 
 def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:

@@ -198,8 +198,8 @@ class FittingGRPOTrainer(ParallelGRPOTrainer):
         if saved:
             self.options = replace(
                 self.options,
-                tokens_per_microbatch=_smaller(self.options.tokens_per_microbatch, saved["tokens_per_microbatch"]),
-                rollout_kv_tokens=_smaller(self.options.rollout_kv_tokens, saved["rollout_kv_tokens"]),
+                tokens_per_microbatch=_smaller(self.options.tokens_per_microbatch, saved.get("tokens_per_microbatch")),
+                rollout_kv_tokens=_smaller(self.options.rollout_kv_tokens, saved.get("rollout_kv_tokens")),
             )
 
 

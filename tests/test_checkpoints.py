@@ -123,6 +123,25 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_the_new_one_out(tmp_path
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-12"]
 
 
+@pytest.mark.parametrize(
+    ("facts", "left"),
+    [
+        ({"processes": "two", "reward": "much", "seconds_trained": None, "faults": [1], "budget": 7}, {}),
+        ({"processes": -1, "reward": True, "faults": {"x": None}, "budget": {"rollout_kv_tokens": "9" * 9}}, {}),
+        ({"reward": float("inf"), "seconds_trained": float("nan"), "budget": {"rollout_kv_tokens": 0}}, {}),
+        ({"reward": None, "other": 1, "faults": {"x": 2}}, {"reward": None, "faults": {"x": 2}}),
+    ],
+)
+def test_facts_of_another_kind_are_not_taken(tmp_path: Path, facts: dict[str, object], left: dict[str, object]) -> None:
+    """A checkpoint of a shared drive comes with a right manifest, and anything in its files."""
+    folder = save(tmp_path, 1)
+    (folder / checkpoints.FACTS_FILE).write_text(json.dumps({"step": 1, **facts}))
+    checkpoints.seal(folder)
+    assert checkpoints.read_facts(folder) == {"step": 1, **left}
+    assert last_usable(tmp_path).folder == folder
+    assert (checkpoints.processes_of(folder), best_checkpoint([folder])) == (1, None)
+
+
 def test_a_manifest_with_an_absurd_size_is_a_fault_and_no_traceback(tmp_path: Path) -> None:
     save(tmp_path, 1)
     manifest = tmp_path / "checkpoint-1" / "MANIFEST.sha256"

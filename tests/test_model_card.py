@@ -232,6 +232,24 @@ def test_licence_is_read_from_the_local_bases_own_card(tmp_path: Path, readme: s
     assert base_facts(ModelSection(id=str(tmp_path))).licence == licence  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "license: [{}, 1]", "license: {a: b}", "license: 7", "license: " + "[" * 3000, "license: 2026-13-45",
+        "license: other\nlicense_name: |\n  x\n\n  # Owned\n  <script>alert(1)</script> [here](http://evil)\n"
+        "license_link: 'http://x) <img src=y>'",
+    ],
+    ids=["list", "mapping", "number", "depth", "date", "markup"],
+)  # fmt: skip
+def test_a_base_s_metadata_stays_text_in_the_card(run: RunDir, tmp_path: Path, readme: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{readme}\n---\n")
+    base = base_facts(run.load_recipe().model.model_copy(update={"id": str(tmp_path)}))
+    text = model_card(read_facts(run, base), "me/x", "adapter")
+    assert "# Owned" not in text.splitlines()
+    for mark in ("<script", "[here]", "<img", "\n  x"):
+        assert mark not in text
+
+
 def test_embedded_base_without_its_wheel_has_no_licence_rather_than_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,76 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path: Path) ->
     (checkpoint,) = run.glob("checkpoint-*")
     assert (checkpoint / "grpo_lite_state_1.pt").is_file()
     assert not (run / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_faults_in_one_process_leave_both_with_the_same_weights(tmp_path: Path) -> None:
+    """What is not finite in one is skipped in both; a reward that fails in one costs its groups, counted in both."""
+    out = tmp_path / "out"
+    launch(2, str(ROOT / "tests" / "parallel_faults.py"), str(out))
+    first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
+    assert first["faults"] == second["faults"] == {"skipped_steps": 2, "excluded_groups": 6}  # 2 groups × 3 rewards
+    moved = []
+    for step, (one, two) in enumerate(zip(first["trail"], second["trail"], strict=True)):
+        assert torch.equal(one, two), f"the processes are apart after step {step}"
+        assert torch.isfinite(one).all()
+        moved.append(step == 0 or not torch.equal(one, first["trail"][step - 1]))
+    assert moved == [True, False, False, True, True, True, True]  # NaN gradient, infinite loss; the rest trained on
+
+
+ODD = """
+import os
+def mine(completion_ids, trainer_state=None, **_):
+    if os.environ.get("RANK") == "1" and trainer_state.global_step >= 1 and not os.path.exists({mended!r}):
+        raise ValueError("in the second process only")
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+"""
+PLAIN = ["model.load_in=32bit", "eval.enabled=false", "merge=false", "check.enabled=false", "grpo.save_steps=1"]
+
+
+@pytest.mark.slow
+def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_on_once_it_is_mended(
+    tmp_path: Path,
+) -> None:
+    reward, mended, run = tmp_path / "mine.py", tmp_path / "mended", tmp_path / "run"
+    reward.write_text(ODD.format(mended=str(mended)))
+    command = [str(ROOT / "tests" / "parallel_run.py"), str(run), "smoke", *PLAIN, "grpo.max_steps=5",
+               f"rewards=[{{function: '{reward}:mine'}}]", "limits.reward_failures=2"]  # fmt: skip
+    with pytest.raises(AssertionError) as caught:  # by `launch`, with what was said; a deadlock would be a timeout
+        launch(2, *command)
+    said = str(caught.value)
+    assert "process 2: reward failed: rewards[0]" in said
+    assert "in the second process only. It has now failed in 2 batches in a row" in said
+    assert "fault of grpo_lite" not in said  # the first one says why it stops, too
+    mended.touch()
+    assert "resuming from step 2" in launch(2, *command)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [min, max], ids=["the first", "the second"])
+def test_a_process_that_is_killed_ends_the_other_and_the_run_is_resumed(tmp_path: Path, which: Any) -> None:
+    run = tmp_path / "run"
+    arguments = [str(ROOT / "tests" / "parallel_run.py"), str(run), "smoke", *PLAIN]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen([*command, *arguments, "grpo.max_steps=300"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/300" in line:
+            break
+    workers = [int(child.name) for child in Path("/proc").glob("[0-9]*") if _parent(child) == process.pid]
+    os.kill(which(workers), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    step = max(int(folder.name.partition("-")[2]) for folder in run.glob("checkpoint-*"))
+    assert step >= 2
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 300", f"max_steps: {step + 2}"))
+    text = launch(2, *arguments, f"grpo.max_steps={step + 2}")
+    assert f"resuming from step {step}" in text
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == step + 2
 
 
 def _parent(process: Path) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from grpo_lite.errors import RunDirError
+from grpo_lite.errors import RecipeError, RunDirError
 from grpo_lite.recipe_load import load_recipe
 from grpo_lite.run_dir import RunDir, dump_recipe, write_atomic
 
@@ -125,6 +126,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomic(path, "\ud800")  # a lone surrogate cannot be encoded
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("text", [b"[", b"- a list", b"\xff", b"a: &a [*a]", b""])
+def test_a_damaged_recipe_in_a_run_is_named(root: Path, tmp_path: Path, text: bytes) -> None:
+    run = RunDir(tmp_path / "run")
+    run.prepare(load_recipe("smoke"))
+    run.recipe_file.write_bytes(text)
+    with pytest.raises(RecipeError, match=re.escape(str(run.recipe_file))):
+        run.prepare(load_recipe("smoke"))
 
 
 def test_limits_may_change_between_sessions(root: Path, tmp_path: Path) -> None:
