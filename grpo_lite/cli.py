@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,10 @@ def _explain(error: Exception) -> str:
             f"wandb: {said[0]} Log in by `wandb login`, keep it here by WANDB_MODE=offline, or change grpo.report_to."
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.strerror}: {error.filename or ''}. What was saved before is kept."
+        full = " Free some space, then give the same command again." if error.errno in (ENOSPC, EDQUOT) else ""
+        return (
+            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was saved before is kept.{full}"
+        )
     return (
         f"unexpected {name}: {str(error).strip()[:2000]}\nThis is a fault of grpo_lite or of a library below it. "
         "GRPO_LITE_TRACEBACK=1 shows where."

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from grpo_lite.checkpoints import last_usable
+from grpo_lite import checkpoints
+from grpo_lite.checkpoints import checkpoint_folders, last_usable
 from grpo_lite.errors import TrainingError
 from grpo_lite.recipe import Recipe
 from grpo_lite.recipe_load import load_recipe
@@ -33,7 +36,68 @@ def recipe_of(folder: Path, action: str, *overrides: str) -> Recipe:
     return load_recipe("smoke", [*own, *overrides])
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+ALL = ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP"))]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_signal_while_it_trains_saves_a_checkpoint_at_the_end_of_the_step(
+    root: Path, tmp_path: Path, name: str
+) -> None:
+    action = f"step == 2 and os.kill(os.getpid(), signal.{name})"
+    recipe = recipe_of(tmp_path, action, "grpo.max_steps=4", "grpo.save_steps=100")
+    run = RunDir(tmp_path / "run")
+    result = train_run(recipe, run, lambda line: None)
+    assert (result.stopped_by, result.steps) == (name, 2)
+    assert last_usable(run.path).folder == run.path / "checkpoint-2"
+    assert not run.adapter.exists()
+    assert run.prepare(recipe) == "resume"
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_preflight_stops_after_the_first_step(root: Path, tmp_path: Path) -> None:
+    action = "trainer_state is None and os.kill(os.getpid(), signal.SIGTERM)"
+    recipe = recipe_of(tmp_path, action, "grpo.max_steps=4", "grpo.save_steps=100", "log.preflight=true")
+    path = tmp_path / "mine.py"  # the probe, unlike TRL, has no state to give
+    path.write_text(path.read_text().replace("trainer_state.global_step", "getattr(trainer_state, 'global_step', 0)"))
+    run, lines = RunDir(tmp_path / "run"), list[str]()
+    result = train_run(recipe, run, lines.append)
+    assert any(line.startswith("preflight: 32 prompts") for line in lines)
+    assert (result.stopped_by, result.steps) == ("SIGTERM", 1)
+    assert last_usable(run.path).folder == run.path / "checkpoint-1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True], ids=["SIGTERM", "Ctrl-C twice"])
+def test_a_signal_while_a_checkpoint_is_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
+) -> None:
+    """Once: that checkpoint is finished, and the step behind it saved. Twice: it is given up, the one before stays."""
+    seal = checkpoints.seal
+
+    def signalled(folder: Path) -> None:
+        if folder.name == "checkpoint-2":
+            os.kill(os.getpid(), signal.SIGINT if twice else signal.SIGTERM)
+            if twice:
+                os.kill(os.getpid(), signal.SIGINT)
+        seal(folder)
+
+    monkeypatch.setattr(checkpoints, "seal", signalled)
+    run = RunDir(tmp_path / "run")
+    recipe = recipe_of(tmp_path, "pass", "grpo.max_steps=5")
+    if twice:
+        with pytest.raises(KeyboardInterrupt):
+            train_run(recipe, run, lambda line: None)
+        assert last_usable(run.path).folder == run.path / "checkpoint-1"
+        assert not list(run.path.glob(".saving-*"))
+    else:
+        result = train_run(recipe, run, lambda line: None)
+        assert (result.stopped_by, result.steps) == ("SIGTERM", 3)
+        assert {folder.name for folder in checkpoint_folders(run.path)} >= {"checkpoint-2", "checkpoint-3"}
+        assert last_usable(run.path).skipped == ()
+    assert run.prepare(recipe) == "resume"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_train(
     root: Path, tmp_path: Path, name: str
 ) -> None:

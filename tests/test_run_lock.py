@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import ROOT
+from command_line import ROOT, in_process
+from run_files import write_run
 
 from grpo_lite.errors import RunDirError
 from grpo_lite.run_dir import RunDir
@@ -70,6 +71,28 @@ def test_what_stands_in_the_lock_s_file_may_be_anything(tmp_path: Path, written:
         (tmp_path / ".lock").write_bytes(written)
         with pytest.raises(RunDirError, match="another process is working in it"), RunDir(tmp_path).locked():
             pass  # a second descriptor of one process is refused as another process's is
+
+
+@pytest.mark.parametrize("command", [["train"], ["eval"], ["merge"], ["merge", "--overwrite"], ["export"],
+                                     ["export", "--nf4"], ["push", "me/x", "--dry-run"]], ids=" ".join)  # fmt: skip
+def test_whatever_writes_in_a_run_waits_for_the_one_that_trains_it(tmp_path: Path, command: list[str]) -> None:
+    run = write_run(tmp_path / "run")
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    before = sorted(path.name for path in run.path.iterdir())
+    recipe = ["smoke", "--run"] if command == ["train"] else []
+    with run.locked():
+        text = in_process(command[0], *recipe, str(run.path), *command[1:], expect=1)
+    assert f"another process is working in it (process {os.getpid()} on " in text
+    assert sorted(path.name for path in run.path.iterdir()) == sorted([*before, ".lock"])
+
+
+def test_whatever_only_reads_a_run_does_not_wait(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with run.locked():
+        assert "step 12/12" in in_process("watch", str(run.path), "--plain")
+        assert "report.html" in in_process("report", str(run.path))
+        in_process("doctor", str(run.path))
 
 
 def test_a_path_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
