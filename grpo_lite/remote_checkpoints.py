@@ -7,6 +7,7 @@ training; the next checkpoint is copied again.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,10 @@ from grpo_lite.run_dir import RunDir, write_atomic
 Show = Callable[[str], None]
 
 _RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl")  # what a run needs beside its checkpoint
+_BEGINNING = (
+    "grpo_lite", "git_commit", "python", "platform", "versions", "command", "started_at", "resumed_at", "recipe",
+    "seed", "device", "base_revision", "files", "changed_files", "evaluation_seconds", "merge_seconds", "preflight", "sandbox",
+)  # fmt: skip
 _FETCHING = ".saving-fetched"
 
 
@@ -193,6 +198,27 @@ def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
         ) from None
 
 
+def _beginning(text: str) -> str:
+    """Return a fetched run.json with what a checkpoint goes on from, and nothing that others could steer a run by.
+
+    That it is trained or merged is not known there; a base's commit is hexadecimal, and lists are lists.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return "{}\n"
+    kept = {key: found[key] for key in _BEGINNING if key in found} if isinstance(found, dict) else {}
+    for key in ("resumed_at", "changed_files"):
+        if not isinstance(kept.get(key, []), list) or not all(isinstance(line, str) for line in kept.get(key, [])):
+            del kept[key]
+    for key in ("evaluation_seconds", "merge_seconds"):
+        if not isinstance(kept.get(key, 0), int | float):
+            del kept[key]
+    if not re.fullmatch(r"[0-9a-f]{7,64}", str(kept.get("base_revision"))):
+        kept.pop("base_revision", None)
+    return json.dumps(kept, indent=2) + "\n"
+
+
 def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
     for step in sorted(remote.steps(), reverse=True):
         run.path.mkdir(parents=True, exist_ok=True)
@@ -208,7 +234,7 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
         for name in _RUN_FILES:  # recipe.yaml first: a kill from here on leaves a run that asks again
             text = remote.read(name)
             if text is not None:
-                write_atomic(run.path / name, text)
+                write_atomic(run.path / name, _beginning(text) if name == "run.json" else text)
         seal(folder)
         publish(folder, run.path / folder.name)
         os.rmdir(scratch)

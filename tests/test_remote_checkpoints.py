@@ -149,6 +149,30 @@ def test_a_folder_that_goes_away_midway_is_told_and_is_filled_again(hub: Hub, tm
     assert remote_of(str(drive), run).steps() == [3]  # 1 is not kept here any more either
 
 
+HONEST = {"base_revision": "0123456789abcdef0123456789abcdef01234567", "seed": 1, "resumed_at": ["x"], "files": {}}
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (HONEST, HONEST),
+        ({"trained_at": "x", "finished_at": "x", "steps": 9, "merge": {"passed": True}}, {}),
+        ({"base_revision": "../../x", "resumed_at": 3, "changed_files": [1], "other": 1, "merge_seconds": "x"}, {}),
+        ([1], {}), ("[" * 5000, {}), ("{", {}),
+    ],
+    ids=["honest", "finished", "other kinds", "list", "depth", "broken"],
+)  # fmt: skip
+def test_of_a_run_json_from_there_only_its_beginning_is_taken(tmp_path: Path, there: object, here: object) -> None:
+    """A run that says it is trained would be evaluated and merged with no adapter, and its checkpoint left alone."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    (drive / "run" / "run.json").write_text(there if isinstance(there, str) else json.dumps(there))
+    shutil.rmtree(run.path)
+    fetch_checkpoint(run, str(drive), lines.append)
+    assert run.read_run() == here
+    assert last_usable(run.path).folder == run.path / "checkpoint-1"
+
+
 def test_links_on_a_shared_drive_are_not_followed(tmp_path: Path) -> None:
     """Whoever can write there knows the sum of a file of this machine: it must not end up in the run, and be pushed."""
     run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
