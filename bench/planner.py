@@ -1,6 +1,6 @@
 """The planner against reality: counted tensor bytes on any machine, `torch.cuda.max_memory_allocated` on a GPU.
 
-Usage: python bench/planner.py [--measure] [--models qwen2.5-0.5b …] [--json FILE]
+Usage: python bench/planner.py [--measure] [--models qwen2.5-0.5b …] [--phases training …] [--json FILE]
 Models have random weights of the real shapes; nothing is downloaded. Prints Markdown tables of planned over found.
 With --measure (needs CUDA) each row runs the largest wave and the largest micro-batch of the real trainer once.
 """
@@ -8,12 +8,15 @@ With --measure (needs CUDA) each row runs the largest wave and the largest micro
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
 import platform
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,74 +24,116 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from grpo_lite.evaluation_memory import evaluation_phase  # noqa: E402
 from grpo_lite.memory import (  # noqa: E402
     WORKSPACE_BYTES,
     Job,
+    PhaseBytes,
     rollout_phase,
     trained_parameters,
     training_phase,
 )
-from grpo_lite.model_shapes import KNOWN, read_shape  # noqa: E402
-from grpo_lite.out_of_memory import is_out_of_memory  # noqa: E402
+from grpo_lite.model_shapes import KNOWN, known_config, read_shape  # noqa: E402
+from grpo_lite.out_of_memory import free_memory, is_out_of_memory  # noqa: E402
+from grpo_lite.recipe import TINY_MODEL  # noqa: E402
 
 GIB = 1 << 30
 LENGTHS = [(200, 256, 4), (200, 512, 8), (400, 1024, 8), (200, 4096, 1)]  # prompt, completion, completions at once
 WAVES = [(200, 256, 8), (200, 512, 32), (200, 4096, 8)]
+EVALUATIONS = [(200, 256, 64), (600, 64, 16), (200, 4096, 8)]  # prompt, completion, completions at once
+SHAPES = KNOWN | {"tiny": known_config(TINY_MODEL) or {}}
+PHASES = ("training", "rollout", "evaluation", "plain", "generate")
 
 
 def job(name: str, prompt: int, completion: int, rows: int, load_in: str, group: int) -> Job:
     """Return the planner's job for a row of the grid."""
-    shape = read_shape(KNOWN[name], name)
+    shape = read_shape(SHAPES[name], name)
     return Job(shape, load_in, prompt=prompt, completion=completion, rows=rows, batch=rows, group=group)
 
 
-def counted(models: list[str]) -> list[dict[str, Any]]:
+def counted(models: list[str], phases: Sequence[str] = PHASES) -> list[dict[str, Any]]:
     """Compare with counted bytes; what cannot be counted there (optimizer, workspace) is left out of the plan."""
-    from memory_trace import trace_rollout, trace_training
+    from memory_trace import trace_evaluation, trace_rollout, trace_training
+    from plain_trace import trace_generate, trace_plain_training
 
     records = []
     for name in models:
-        for load_in in ("4bit", "16bit"):
-            for prompt, completion, rows in LENGTHS:
-                traced = trace_training(KNOWN[name], prompt, completion, rows, load_in=load_in)
+        config = SHAPES[name]
+        if "training" in phases:
+            for load_in, (prompt, completion, rows) in itertools.product(("4bit", "16bit"), LENGTHS):
+                traced = trace_training(config, prompt, completion, rows, load_in=load_in)
                 planned = job(name, prompt, completion, rows, load_in, rows)
-                without = WORKSPACE_BYTES + int(8 * trained_parameters(planned))
-                found = traced.static + max(traced.forward, traced.backward)
-                records.append(row("training", planned, training_phase(planned).total - without, found))
-        for prompt, completion, rows in WAVES:
-            planned = job(name, prompt, completion, rows, "4bit", 8)
-            without = WORKSPACE_BYTES + int(8 * trained_parameters(planned))
-            found = trace_rollout(KNOWN[name], prompt, completion, rows, 8)
-            records.append(row("rollout", planned, rollout_phase(planned).total - without, found))
+                records.append(row("training", planned, countable(planned, training_phase), total(traced)))
+        if "plain" in phases:
+            for prompt, completion, rows in LENGTHS:
+                planned = replace(job(name, prompt, completion, rows, "4bit", rows), compute="plain")
+                found = total(trace_plain_training(config, prompt, completion, rows))
+                records.append(row("plain training", planned, countable(planned, training_phase), found))
+        if "rollout" in phases:
+            for prompt, completion, rows in WAVES:
+                planned = job(name, prompt, completion, rows, "4bit", 8)
+                found = trace_rollout(config, prompt, completion, rows, 8)
+                records.append(row("rollout", planned, countable(planned, rollout_phase), found))
+        if "generate" in phases:
+            for prompt, completion, rows in WAVES:
+                planned = replace(job(name, prompt, completion, rows, "4bit", 8), rollout="generate")
+                found = trace_generate(config, prompt, completion, rows)
+                records.append(row("rollout by generate", planned, countable(planned, rollout_phase), found))
+        if "evaluation" in phases:
+            for prompt, completion, rows in EVALUATIONS:
+                planned = job(name, prompt, completion, rows, "4bit", rows)
+                planned = replace(planned, eval_rows=rows, eval_completion=completion)
+                found = trace_evaluation(config, prompt, completion, rows)
+                plan = evaluation_phase(planned).total - WORKSPACE_BYTES
+                records.append(row("evaluation", planned, plan, found))
     return records
 
 
-def measured(models: list[str]) -> list[dict[str, Any]]:
-    """Compare with what the CUDA allocator gave out in a rehearsal of the real trainer."""
-    records = []
+def countable(planned: Job, phase: Callable[[Job], PhaseBytes]) -> int:
+    """Return a planned phase without what cannot be counted: optimizer, workspace."""
+    return phase(planned).total - WORKSPACE_BYTES - int(8 * trained_parameters(planned))
+
+
+def total(traced: Any) -> int:
+    """Return a traced micro-batch's peak in bytes."""
+    return int(traced.static + max(traced.forward, traced.backward))
+
+
+def measured(
+    models: list[str], device: str, lengths: Sequence[tuple[int, ...]], path: Path | None = None
+) -> list[dict[str, Any]]:
+    """Compare with what the CUDA allocator gave out in a rehearsal of the real trainer; on a CPU try that it runs."""
+    records: list[dict[str, Any]] = []
     for name in models:
         for load_in in ("4bit", "16bit"):
-            for prompt, completion, rows in LENGTHS:
+            for prompt, completion, rows in lengths:
+                # TRL's smallest group is two: a long completion is one of two micro-batches, and of a wave of two.
                 planned = job(name, prompt, completion, rows, load_in, max(rows, 2))
+                planned = replace(planned, batch=max(rows, 2))
+                where = {"shape": name, "load_in": load_in, "prompt": prompt, "completion": completion, "rows": rows}
                 try:
-                    rollout, training, seconds = rehearse(planned, KNOWN[name])
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    records.append({"shape": name, "load_in": load_in, "error": str(error).splitlines()[0]})
-                    continue
-                without = int(8 * trained_parameters(planned))  # no optimizer yet while the wave is rehearsed
-                records.append(row("rollout", planned, rollout_phase(planned).total - without, rollout))
-                records.append(row("training", planned, training_phase(planned).total, training) | seconds)
-                print(json.dumps(records[-2:]), flush=True)
+                    rollout, training, seconds = rehearse(planned, SHAPES[name], device)
+                except Exception as error:  # one row less is no reason to leave a lent GPU
+                    kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+                    said = (str(error).strip().splitlines() or [""])[0]
+                    records.append({**where, "error": f"{kind}: {said}", "expected": is_out_of_memory(error)})
+                else:
+                    without = int(8 * trained_parameters(planned))  # no optimizer yet while the wave is rehearsed
+                    records.append(row("rollout", planned, rollout_phase(planned).total - without, rollout))
+                    records.append(row("training", planned, training_phase(planned).total, training) | seconds)
+                print(json.dumps(records[-1]), flush=True)
+                if path:
+                    path.write_text(json.dumps(records, indent=1) + "\n")
     return records
 
 
-def rehearse(planned: Job, config: dict[str, Any]) -> tuple[int, int, dict[str, float]]:
-    """Build a random model on the GPU and rehearse; returns the peaks of both phases in bytes, and seconds."""
+def rehearse(planned: Job, config: dict[str, Any], device: str) -> tuple[int, int, dict[str, float]]:
+    """Build a random model on the device and rehearse; returns the peaks of both phases in bytes, and seconds."""
+    from peft import LoraConfig
     from tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
     from grpo_lite.engine_options import EngineOptions
@@ -96,59 +141,80 @@ def rehearse(planned: Job, config: dict[str, Any]) -> tuple[int, int, dict[str, 
     from grpo_lite.rehearsal import longest_inputs, rehearse_rollout, rehearse_training
     from grpo_lite.trainer_memory import FittingGRPOTrainer
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    from peft import LoraConfig
+    class Measured(Exception):
+        """The figures are there, and no step is wanted."""
 
+    class Measuring(FittingGRPOTrainer):
+        """Measures where the real trainer rehearses: in its first step, everything set up as for training."""
+
+        def rehearse(self, prompt: list[int]) -> None:
+            assert self._is_packable(self.model), "packed compute is off: see the warning above"
+            layers = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+            assert any(layer.gradient_checkpointing for layer in layers), "activations are not checkpointed"
+            inputs = longest_inputs(self, prompt)
+            peaks, seconds = [], {}
+            for phase, run in (
+                ("rollout", lambda: rehearse_rollout(self, prompt)),
+                ("training", lambda: rehearse_training(self, inputs)),
+            ):
+                run()  # kernels are compiled and workspaces made the first time
+                settle(device)
+                begun = time.perf_counter()
+                run()
+                peaks.append(settle(device))
+                seconds[f"{phase}_s"] = round(time.perf_counter() - begun, 3)
+            raise Measured(peaks, seconds)
+
+    free_memory()
     rows = max(planned.rows, 2)
-    args = tiny_args(
-        "runs/planner",
-        per_device_train_batch_size=rows,
-        num_generations=rows,
-        max_completion_length=planned.completion,
-        bf16=True,
-        use_cpu=False,
-        gradient_checkpointing=True,
-    )
-    trainer = FittingGRPOTrainer(
-        model=random_model(config, planned.load_in),
-        args=args,
-        reward_funcs=parity_reward,
-        train_dataset=tiny_prompts(8),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        options=EngineOptions(tokens_per_microbatch=planned.microbatch_tokens),
-        recover=False,
-    )
-    lora_to_float32(trainer.model)
-    trainer.create_optimizer()
-    assert trainer._is_packable(trainer.model), "packed compute is off: see the warning above"
-    prompt = [5 + i % 200 for i in range(planned.prompt)]
-    peaks, seconds = [], {}
-    inputs = longest_inputs(trainer, prompt)
-    for phase, run in (
-        ("rollout", lambda: rehearse_rollout(trainer, prompt)),
-        ("training", lambda: rehearse_training(trainer, inputs)),
-    ):
-        run()  # kernels are compiled and workspaces made the first time
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        seconds[f"{phase}_s"] = round(time.perf_counter() - begun, 3)
-        peaks.append(torch.cuda.max_memory_allocated())
-    return peaks[0], peaks[1], {**seconds, "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2)}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Measuring(
+            model=random_model(config, planned.load_in, device),
+            args=tiny_args(
+                folder,
+                per_device_train_batch_size=rows,
+                num_generations=rows,
+                max_completion_length=planned.completion,
+                bf16=True,
+                use_cpu=device == "cpu",
+                gradient_checkpointing=True,
+            ),
+            reward_funcs=parity_reward,
+            train_dataset=tiny_prompts(8),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            options=EngineOptions(tokens_per_microbatch=planned.microbatch_tokens),
+            recover=False,
+            rehearsal=[5 + i % 200 for i in range(planned.prompt)],
+        )
+        lora_to_float32(trainer.model)
+        try:
+            trainer.train()
+        except Measured as done:
+            (rollout, training), seconds = done.args
+    reserved = torch.cuda.max_memory_reserved() if device == "cuda" else 0
+    return rollout, training, {**seconds, "reserved_gib": round(reserved / GIB, 2)}
 
 
-def random_model(config: dict[str, Any], load_in: str) -> nn.Module:
-    """Return a model of random bfloat16 weights on the GPU, its linear layers in NF4 where asked for."""
+def settle(device: str) -> int:
+    """Wait for the device; return the peak since the last call, in bytes (on a CPU: the process's resident set now)."""
+    if device != "cuda":
+        return psutil.Process().memory_info().rss
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def random_model(config: dict[str, Any], load_in: str, device: str) -> nn.Module:
+    """Return a model of random bfloat16 weights on the device, its linear layers in NF4 where asked for."""
     import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     sizes = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation="sdpa")
     if load_in == "4bit":
         for name, module in list(model.named_modules()):
@@ -157,19 +223,20 @@ def random_model(config: dict[str, Any], load_in: str) -> nn.Module:
                     module.in_features, module.out_features, module.bias is not None,
                     compute_dtype=torch.bfloat16, quant_type="nf4",
                 )  # fmt: skip
-                layer.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
                 layer.bias = module.bias
                 parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], layer.to("cuda"))
-        model.is_loaded_in_4bit = True
-        model.is_quantized = True
-        model.quantization_method = "bitsandbytes"
+                setattr(parent, name.rpartition(".")[2], layer.to(device))
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model.hf_quantizer = AutoHfQuantizer.from_config(settings)  # transformers asks it whether it can be trained
+        model.is_loaded_in_4bit = model.is_quantized = True
+        model.quantization_method = settings.quant_method
     return model
 
 
 def row(phase: str, planned: Job, plan: int, found: int) -> dict[str, Any]:
     """Return one comparison."""
-    name = next(name for name, config in KNOWN.items() if read_shape(config, name) == planned.shape)
+    name = next(name for name, config in SHAPES.items() if read_shape(config, name) == planned.shape)
     return {
         "phase": phase, "shape": name, "load_in": planned.load_in, "prompt": planned.prompt,
         "completion": planned.completion, "rows": planned.rows, "planned_gib": round(plan / GIB, 3),
@@ -199,19 +266,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU instead of counting")
     parser.add_argument("--models", nargs="*", default=[f"qwen2.5-{size}b" for size in ("0.5", "1.5", "3", "7")])
+    parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=PHASES, help="of what is counted")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where --measure runs")
+    parser.add_argument("--lengths", nargs="*", default=[], metavar="P,C,ROWS", help="of --measure")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if arguments.measure and not torch.cuda.is_available():
-        parser.error("--measure needs a CUDA device")
-    records = measured(arguments.models) if arguments.measure else counted(arguments.models)
+    if arguments.measure and arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--measure needs a CUDA device (--device cpu tries that it runs, and measures nothing)")
+    lengths = [tuple(map(int, text.split(","))) for text in arguments.lengths] or LENGTHS
+    records = (
+        measured(arguments.models, arguments.device, lengths, arguments.json)
+        if arguments.measure
+        else counted(arguments.models, arguments.phases)
+    )
     print(table(records, "measured" if arguments.measure else "counted"))
-    device = torch.cuda.get_device_name() if arguments.measure else platform.machine() + " CPU"
+    device = (
+        torch.cuda.get_device_name()
+        if arguments.measure and arguments.device == "cuda"
+        else platform.machine() + " CPU"
+    )
     print(
         ", ".join([device, *(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))])
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+    if any(not record.get("expected", True) for record in records):
+        sys.exit("rows failed that memory does not explain: see above")
 
 
 if __name__ == "__main__":

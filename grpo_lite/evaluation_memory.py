@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_lite.errors import ModelError
-from grpo_lite.memory import FRAGMENTATION, WORKSPACE_BYTES, Job, PhaseBytes, cache_capacity, kept_items
+from grpo_lite.memory import FRAGMENTATION, WORKSPACE_BYTES, Job, PhaseBytes, cache_capacity, kept_items, wave_items
 from grpo_lite.model_shapes import read_shape
 
 
@@ -40,9 +40,7 @@ def _wave_items(job: Job) -> list[tuple[str, int]]:
         logits = rows * shape.vocab * 20
     prompts, held = (shape.layers * per_token * tokens for tokens in (rows * job.prompt, held))
     decoding = max(attention, logits) + dequantised
-    if prompts + reading >= held + decoding:
-        return [(f"keys and values of {rows} prompts", prompts), ("reading them", reading)]
-    return [(f"keys and values, {rows} completions at once", held), ("decoding buffers", decoding)]
+    return wave_items(rows, (prompts, reading), (held, decoding))
 
 
 def most_rows(rows: int, fits: Callable[[int], bool]) -> int:

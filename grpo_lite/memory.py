@@ -23,7 +23,7 @@ FRAGMENTATION = 0.06  # of what is allocated beyond the weights, with expandable
 # Counted, but made inside kernels: cuBLAS takes 8 MiB a handle (32 MiB on Hopper), attention's backward an fp32 copy.
 WORKSPACE_BYTES = 64 << 20
 CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
-PLAIN_TILE = 4096 * 32768  # logits in a tile of TRL 1.16's fused head (trl/kernels/chunked_logprob.py)
+PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
 
 Phase = Literal["rollout", "training"]
 
@@ -184,12 +184,20 @@ def rollout_phase(job: Job) -> PhaseBytes:
         held = rows * job.longest
         attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
         logits = rows * shape.vocab * 20
-    prefill = (groups if job.is_shared else rows) * job.prompt
-    step = max(attention, logits, prefill * 3 * width * shape.intermediate) + 2 * shape.hidden * shape.intermediate
-    items.append((f"keys and values, {rows} completions at once", shape.layers * per_token * held))
-    items.append(("decoding buffers", step))
+    read = (groups if job.is_shared else rows) * job.prompt
+    reading = read * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block of a prefill under autocast
+    prompts, held = (shape.layers * per_token * tokens for tokens in (read, held))
+    decoding = max(attention, logits) + 2 * shape.hidden * shape.intermediate
+    items += wave_items(rows, (prompts, reading), (held, decoding))
     items.append(("kernels' workspace", WORKSPACE_BYTES))
     return PhaseBytes(tuple(items))
+
+
+def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -> list[tuple[str, int]]:
+    """Return the larger half of a wave: reading its prompts, or its last step; each as (keys and values, buffers)."""
+    if sum(prefill) >= sum(decoding):
+        return [("keys and values of the prompts", prefill[0]), ("reading the prompts", prefill[1])]
+    return [(f"keys and values, {rows} completions at once", decoding[0]), ("decoding buffers", decoding[1])]
 
 
 def cache_capacity(completion: int) -> int:
@@ -219,7 +227,7 @@ def _block(job: Job) -> tuple[int, int]:
     gated = 4 * width * shape.intermediate  # gate, its activation, up, their product
     saved = tokens * (norms + attention + gated + 26 * job.rank) + 2 * width * heads * attended
     if not job.is_packed:
-        saved += 3 * job.rows * job.longest**2  # the mask, and its copy in the compute dtype
+        saved += width * job.rows * job.longest**2  # the mask in the compute dtype
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
     elementwise, product = 2 * width * tokens * shape.intermediate, width * tokens * shape.intermediate + weight
     return saved, max(elementwise, product) + width * tokens * shape.hidden
@@ -231,7 +239,9 @@ def _head(job: Job) -> int:
     scored = job.microbatch_rows * job.completion
     hidden = tokens * shape.hidden * (4 + width)  # the last norm's input in float32 and its output
     if not job.is_packed:
-        return hidden + scored * shape.hidden * (4 + 2 * width) + 2 * PLAIN_TILE * width
+        tile = min(scored, PLAIN_TOKENS) * PLAIN_VOCABULARY * width
+        gradient = scored * shape.hidden * (4 + width) + 2 * width * tokens * shape.hidden  # of the rows scored, of all
+        return hidden + scored * shape.hidden * width + max(tile + 4 * scored * shape.hidden, gradient)
     rows = max(16, CHUNK_ELEMENTS // shape.vocab)
     chunk = min(rows, scored) * shape.vocab * (16 if scored > rows else 12)
     backward = scored * shape.hidden * (4 + width)
@@ -240,7 +250,9 @@ def _head(job: Job) -> int:
 
 def _masks(job: Job) -> int:
     """Return the masks of completions behind their prompt: one per distinct length, in the compute dtype."""
-    if not job.is_packed or job.group * job.completion + job.prompt <= 192:
+    if not job.is_packed:
+        return job.rows * job.longest**2  # of truth values, for all layers
+    if job.group * job.completion + job.prompt <= 192:
         return 0
     distinct = min(job.microbatch_rows, 8)
     return distinct * job.completion * job.longest * job.dtype_bytes

@@ -86,7 +86,7 @@ def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
             f"{job.shape.sliding_window}"
         )
     if not job.is_packed:
-        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits); compared with nothing yet"
+        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)"
     if recipe.model.backend == "unsloth":
         yield "our engine: how much the backend unsloth takes is not counted"
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from memory_trace import trace_evaluation, trace_rollout, trace_training
+from plain_trace import trace_generate, trace_plain_training
 
 from grpo_lite import logprobs
 from grpo_lite.errors import MemoryBudgetError, ModelError
@@ -19,6 +21,8 @@ from grpo_lite.hardware import CARDS, find_card
 from grpo_lite.memory import (
     CHUNK_ELEMENTS,
     GIB,
+    PLAIN_TOKENS,
+    PLAIN_VOCABULARY,
     WORKSPACE_BYTES,
     Job,
     cache_capacity,
@@ -109,7 +113,9 @@ def shallow(name: str, layers: int = 3) -> dict[str, Any]:
 
 def compare_training(config: dict[str, Any], prompt: int, completion: int, rows: int, **settings: Any) -> float:
     """Return planned over counted bytes of a micro-batch, without the constants for what cannot be counted here."""
-    traced = trace_training(config, prompt, completion, rows, **settings)
+    plain = settings.get("compute") == "plain"
+    trace = trace_plain_training if plain else trace_training
+    traced = trace(config, prompt, completion, rows, **{k: v for k, v in settings.items() if k != "compute"})
     settings = {"group": rows} | settings
     planned = Job(read_shape(config, "x"), prompt=prompt, completion=completion, rows=rows, batch=rows, **settings)
     uncounted = WORKSPACE_BYTES + int(8 * trained_parameters(planned))
@@ -149,6 +155,43 @@ def test_a_rollout_is_planned_as_counted(name: str, prompt: int, completion: int
     assert 0.97 <= compare_rollout(shallow(name), prompt, completion, rows, group) <= 1.10
 
 
+PLAIN = [(200, 256, 4, {}), (200, 512, 8, {}), (200, 4096, 1, {}), (200, 512, 4, {"checkpointing": False})]
+
+
+@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
+@pytest.mark.parametrize("name, row", [("qwen2.5-1.5b", 0), ("qwen3-4b", 3)], ids=lambda value: str(value))
+def test_plain_compute_is_planned_as_counted(name: str, row: int) -> None:
+    prompt, completion, rows, settings = PLAIN[row]
+    assert 0.97 <= compare_training(shallow(name), prompt, completion, rows, compute="plain", **settings) <= 1.10
+
+
+@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
+def test_the_tile_of_trl_s_head_is_the_one_that_is_planned() -> None:
+    from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    assert (PLAIN_TOKENS, PLAIN_VOCABULARY) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+
+
+def compare_generate(config: dict[str, Any], prompt: int, completion: int, rows: int, sampling: bool) -> float:
+    """Return planned over counted bytes of `generate`, in a rollout (sampling) or an evaluation (greedy)."""
+    counted = trace_generate(config, prompt, completion, rows, sampling=sampling)
+    planned = Job(read_shape(config, "x"), prompt=prompt, completion=completion, group=rows, rows=rows, batch=rows)
+    planned = replace(planned, rollout="generate", eval_rows=rows, eval_completion=completion)
+    if sampling:
+        return (rollout_phase(planned).total - WORKSPACE_BYTES - int(8 * trained_parameters(planned))) / counted
+    return (evaluation_phase(planned).total - WORKSPACE_BYTES) / counted
+
+
+@pytest.mark.parametrize(
+    "name, prompt, completion, rows, sampling",
+    [("qwen2.5-1.5b", 600, 64, 16, True), ("llama-3.2-3b", 200, 256, 64, False)],
+    ids=["rollout", "evaluation"],
+)
+def test_generate_is_planned_as_counted(name: str, prompt: int, completion: int, rows: int, sampling: bool) -> None:
+    assert 0.97 <= compare_generate(shallow(name), prompt, completion, rows, sampling) <= 1.10
+
+
 def compare_evaluation(config: dict[str, Any], prompt: int, completion: int, rows: int) -> float:
     counted = trace_evaluation(config, prompt, completion, rows)
     planned = Job(read_shape(config, "x"), prompt=prompt, eval_rows=rows, eval_completion=completion)
@@ -157,7 +200,7 @@ def compare_evaluation(config: dict[str, Any], prompt: int, completion: int, row
 
 @pytest.mark.parametrize(
     "name, prompt, completion, rows",
-    [("qwen2.5-1.5b", 200, 512, 64), ("llama-3.2-3b", 100, 2048, 8), ("gemma-3-1b", 100, 128, 16)],
+    [("qwen2.5-1.5b", 200, 512, 64), ("llama-3.2-3b", 100, 2048, 8)],
 )
 def test_an_evaluation_is_planned_as_counted(name: str, prompt: int, completion: int, rows: int) -> None:
     """Once its reading of the prompts is the peak, once the decoding behind full buffers."""
@@ -183,6 +226,15 @@ def test_the_grid_of_real_shapes(name: str, prompt: int, completion: int, rows: 
 @pytest.mark.parametrize("prompt, completion, rows", [(200, 256, 8), (200, 512, 32), (200, 4096, 8)])
 def test_the_grid_of_rollouts(name: str, prompt: int, completion: int, rows: int) -> None:
     assert 0.97 <= compare_rollout(KNOWN[name], prompt, completion, rows, 8) <= 1.10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
+@pytest.mark.parametrize("row", range(len(PLAIN)))
+def test_the_grid_of_plain_compute(name: str, row: int) -> None:
+    prompt, completion, rows, settings = PLAIN[row]
+    assert 0.97 <= compare_training(KNOWN[name], prompt, completion, rows, compute="plain", **settings) <= 1.10
 
 
 @pytest.mark.slow
