@@ -38,7 +38,8 @@ Show = Callable[[str], None]
 _RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl")  # what a run needs beside its checkpoint
 _BEGINNING = (
     "grpo_lite", "git_commit", "python", "platform", "versions", "command", "started_at", "resumed_at", "recipe",
-    "seed", "device", "base_revision", "files", "changed_files", "evaluation_seconds", "merge_seconds", "preflight", "sandbox",
+    "seed", "device", "base_revision", "files", "changed_files", "evaluation_seconds", "merge_seconds", "preflight",
+    "sandbox",
 )  # fmt: skip
 _FETCHING = ".saving-fetched"
 
