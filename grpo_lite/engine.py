@@ -57,7 +57,9 @@ def make_trainer(
     if uses_unsloth(recipe.model):
         from trl import GRPOTrainer
 
-        return GRPOTrainer(**arguments)
+        from grpo_lite.trainer_sealed import sealed
+
+        return sealed(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
     from grpo_lite.trainer_memory import FittingGRPOTrainer
 
     trainer = FittingGRPOTrainer(
