@@ -91,6 +91,7 @@ clean:  ## Remove caches and build files; runs/ and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml
+	$(if $(filter auto hf unsloth,$(BACKEND)),,$(error BACKEND=$(BACKEND): give auto, hf or unsloth))
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) $(if $(filter auto,$(BACKEND)),'unsloth?') && touch $@
 
 $(VENV)/.ready-unsloth: $(VENV)/.ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -142,19 +143,22 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     """Train a recipe, evaluate before and after, merge and verify; resumes an interrupted run."""
     from grpo_lite.recipe_load import load_recipe
 
+    begun = time.monotonic()
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
     from grpo_lite.backend_choice import with_chosen_backend
     from grpo_lite.unsloth_backend import prepare
 
-    loaded = with_chosen_backend(loaded, run, click.echo)
-    prepare(loaded.model)
+    loaded = with_chosen_backend(loaded, run, say)
+    goes_on = run.recipe_file.is_file()
+    if not (goes_on and run.read_run().get("trained_at")):  # what is left of a trained run is done without Unsloth
+        prepare(loaded, begun=goes_on)
     from grpo_lite.ranks import this_process
     from grpo_lite.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
-    result = train_run(loaded, run, click.echo, view="plain" if plain else _view())
+    result = train_run(loaded, run, click.echo, view="plain" if plain else _view(), begun=begun)
     if not this_process().is_first:
         return
     if result.stopped_by:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grpo_lite.cli_options import say, trust_option
+
 if TYPE_CHECKING:
     from grpo_lite.hardware import Card
 
@@ -48,6 +50,7 @@ def plan(
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--prompts", default=32, type=click.IntRange(1), show_default=True, help="Training prompts to sample.")
 @click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: 8, or num_generations if more]")
+@trust_option
 def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | None) -> None:
     """Will it learn? Samples the untrained model on RECIPE's prompts: pass rates, equal groups, cut lengths, ETA."""
     from grpo_lite.recipe_load import load_recipe
@@ -71,22 +74,30 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
 @click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--steps", default=4, type=click.IntRange(2), show_default=True, help="Of each; the first is left out.")
-@click.option("--minutes", default=5.0, type=click.FloatRange(0.1), show_default=True, help="Longest time for each.")
+@click.option(
+    "--steps", default=4, type=click.IntRange(2), show_default=True, help="Of each; the first round is left out."
+)
+@click.option("--minutes", default=5.0, type=click.FloatRange(0.1, 1440), show_default=True, help="Most for each.")
+@trust_option
 def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float) -> None:
     """Race hf against unsloth on RECIPE's shape; `model.backend: auto` takes the winner on this card from then on."""
-    from grpo_lite.backend_choice import card_of_a_choice, keep_race, race
+    from grpo_lite.backend_choice import card_of_a_choice, keep_race
+    from grpo_lite.backend_race import race
     from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.unsloth_backend import lacks
 
     loaded = load_recipe(recipe, overrides)
     card = card_of_a_choice()
     if card is None:
         click.echo("no choice here: it takes CUDA and the package unsloth (make setup). auto is hf")
         return
+    if why_not := lacks(loaded):
+        click.echo(f"no choice for this recipe: {why_not}. auto is hf")
+        return
     click.echo(f"{loaded.name}: {steps} steps of each on {card}")
-    found = race(loaded, click.echo, steps, minutes * 60)
+    found = race(loaded, say, steps, minutes * 60)
     keep_race(loaded, card, found)
-    click.echo(f"auto takes {found['chosen']}: {found['why']}")
+    say(f"auto takes {found['chosen']}: {found['why']}")
 
 
 def _this_card() -> Card:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from grpo_lite.cli_options import say
+from grpo_lite.cli_options import say, trust_option
 
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
 
@@ -60,6 +60,7 @@ def watch(run_path: str, plain: bool) -> None:
 @_run_argument
 @click.option("--into", help="Run directory of the new run.  [default: RUN-again]")
 @click.option("--dry-run", is_flag=True, help="Only say which versions or hardware differ.")
+@trust_option
 def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
     """Run RUN's recipe again with its seed, say what differs from then, and compare the results."""
     from grpo_lite.reproduce import differences, result_lines
@@ -71,6 +72,9 @@ def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
         say(f"reproduce: {line}")
     if dry_run:
         return
+    from grpo_lite.unsloth_backend import prepare
+
+    prepare(recipe, begun=True)
     from grpo_lite.train import train_run
 
     again = RunDir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback
-
 from grpo_lite.checkpoints import (
     PREFIX,
     checkpoint_folders,
@@ -161,23 +159,6 @@ class HubRemote:
         from huggingface_hub import hf_hub_download
 
         return str(hf_hub_download(self.repo_id, f"{self.folder}/{name}"))
-
-
-class PushCheckpoints(TrainerCallback):
-    """Copy each checkpoint elsewhere once it is whole."""
-
-    def __init__(self, run: RunDir, remote: Remote, show: Show) -> None:
-        self.run, self.remote, self.show = run, remote, show
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = checkpoint_folders(self.run.path)
-        if not kept or step_of(kept[-1]) != state.global_step:
-            return
-        try:
-            self.remote.push(self.run, kept[-1], [step_of(path) for path in kept])
-        except Exception as error:  # whatever a drive or a network does, training goes on
-            reason = hub_message(error, self.remote.name) or f"{type(error).__name__}: {error}"
-            self.show(f"push_checkpoints: {kept[-1].name} was not copied to {self.remote.name}: {reason}")
 
 
 def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:

@@ -35,17 +35,20 @@ from grpo_lite.views import View, ViewKind, make_view
 Show = Callable[[str], None]
 
 
-def train_run(recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain") -> TrainResult:
+def train_run(
+    recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain", begun: float | None = None
+) -> TrainResult:
     """Train a recipe in a run directory, then evaluate, merge and report; resume if it was interrupted.
 
     Args:
         show: called with lines for people.
         view: how training is watched: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
+        begun: `time.monotonic()` at the start of the command, from where `limits.max_minutes` counts; None: now.
 
     Raises:
         GRPOLiteError: any fault that is the user's to mend; nothing already saved is lost.
     """
-    begun = time.monotonic()
+    begun = time.monotonic() if begun is None else begun
     ranks = this_process()
     show = steadfast(show if ranks.is_first else partial(_show_faults, show, ranks.rank + 1))
     with run.locked() if ranks.is_first else nullcontext():
@@ -189,9 +192,10 @@ def build_trainer(
     from datasets import Dataset
     from transformers import PrinterCallback
 
+    from grpo_lite.checkpoint_copies import PushCheckpoints
     from grpo_lite.heldout import HeldOutScore
     from grpo_lite.progress import Completions, MetricsFile, RunDoctor
-    from grpo_lite.remote_checkpoints import PushCheckpoints, remote_of
+    from grpo_lite.remote_checkpoints import remote_of
     from grpo_lite.trainer_rows import latest_completions
 
     first = this_process().is_first

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ModelError
+from grpo_lite.ranks import this_process
 from grpo_lite.recipe import ModelSection, Recipe
 
 # FastLanguageModel's own default, and what peft's `all-linear` means for the models it knows.
@@ -34,34 +35,68 @@ def uses_unsloth(section: ModelSection) -> bool:
     return section.backend == "unsloth"
 
 
-def prepare(section: ModelSection) -> None:
+def imported_before() -> list[str]:
+    """Return what this process has imported that Unsloth would have to come before."""
+    if "unsloth" in sys.modules:
+        return []
+    return [name for name in ("transformers", "trl", "peft") if name in sys.modules]
+
+
+def lacks(recipe: Recipe) -> str | None:
+    """Return what the recipe asks for and Unsloth's trainer lacks, if anything; what only saves time does not count."""
+    asked = [key for key in ("refill", "difficulty") if getattr(recipe.sampling, key)]
+    return f"unsloth's trainer has no {' and no '.join(f'sampling.{key}' for key in asked)}" if asked else None
+
+
+def prepare(recipe: Recipe, begun: bool = False) -> None:
     """Import Unsloth where it is wanted, before transformers, trl and peft.
 
+    Args:
+        recipe: its `auto` settled.
+        begun: whether it is the recipe of a run that goes on, and so cannot have another backend.
+
     Raises:
-        ModelError: it is not installed, or there is no CUDA device (without one it imports a backend of other
-            arguments), or something has imported transformers already.
+        ModelError: it is not installed or cannot be imported, there is no CUDA device (without one it imports a backend
+            of other arguments), something has imported transformers already, there are several processes, or the
+            recipe asks for what its trainer lacks.
     """
-    if not uses_unsloth(section):
+    if not uses_unsloth(recipe.model):
         return
+    if begun:
+        given = "this run was begun with unsloth"
+        instead = "go on where it is, or begin a new run: another RUN=…, and model.backend=hf"
+    else:
+        given, instead = "unsloth is given", "set model.backend=hf"
     if importlib.util.find_spec("unsloth") is None:
         raise ModelError(
-            "model.backend: unsloth is given, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or set "
-            "model.backend=hf."
+            f"model.backend: {given}, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or {instead}."
         )
     import torch
 
     if not torch.cuda.is_available():
         raise ModelError(
-            "model.backend: unsloth is given, but there is no CUDA device here. Set model.backend=hf, which trains on "
-            "a CPU too."
+            f"model.backend: {given}, but there is no CUDA device here. It needs one; {instead}"
+            + (", which trains on a CPU too." if not begun else ".")
         )
-    early = [name for name in ("transformers", "trl", "peft") if name in sys.modules]
-    if early and "unsloth" not in sys.modules:
+    if (world := this_process().world) > 1:
         raise ModelError(
-            f"model.backend: unsloth has to be imported before {', '.join(early)}, and this process has imported them "
-            "already (a notebook?). Restart it, or set model.backend=hf."
+            f"model.backend: {given}, which trains in one process, not in {world}. Set GPUS=1, or {instead}."
         )
-    import unsloth  # noqa: F401
+    if missing := lacks(recipe):
+        raise ModelError(f"model.backend: {given}, but {missing}. Leave that out, or set model.backend=hf.")
+    if early := imported_before():
+        raise ModelError(
+            f"model.backend: {given}, and has to be imported before {', '.join(early)}, but this process has imported "
+            f"them already (a notebook?). Restart it, or {instead}."
+        )
+    try:
+        import unsloth  # noqa: F401
+    except Exception as error:  # it looks at the machine and at what it patches, and raises whatever it finds
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            f"model.backend: {given}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
+            f"it anew (make setup BACKEND=unsloth), or {instead}."
+        ) from error
 
 
 def load_arguments(recipe: Recipe, base: Path | str, max_seq_length: int, dtype: Any) -> dict[str, Any]:

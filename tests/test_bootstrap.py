@@ -108,6 +108,13 @@ def test_make_setup_asks_for_it_unless_told_not_to(tmp_path: Path, backend: str,
     assert ("bootstrap.py" in lines.replace(first, "")) == (backend == "BACKEND=unsloth")
 
 
+def test_a_backend_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    command = ["make", "-n", "setup", f"VENV={tmp_path / 'env'}", "BACKEND=unslot"]
+    done = subprocess.run(command, cwd=PATH.parent.parent, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "BACKEND=unslot: give auto, hf or unsloth" in done.stderr
+
+
 def test_a_failed_install_is_a_failed_setup(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

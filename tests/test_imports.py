@@ -121,6 +121,7 @@ def test_only_the_cli_prints_or_exits(path: Path) -> None:
         "import grpo_lite.cli",
         "from grpo_lite.recipe_load import load_recipe; load_recipe('gsm8k')",
         "import grpo_lite.doctor, grpo_lite.report, grpo_lite.watch",
+        "import grpo_lite.backend_choice, grpo_lite.remote_checkpoints, grpo_lite.reproduce",  # Unsloth comes before
     ],
 )
 def test_light_things_stay_free_of_torch(code: str) -> None:

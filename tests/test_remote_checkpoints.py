@@ -13,9 +13,10 @@ from hub_server import TOKEN, Hub, Repo, running_hub
 from killing import ALONE, FAST, Server
 
 from grpo_lite import checkpoints
+from grpo_lite.checkpoint_copies import PushCheckpoints
 from grpo_lite.checkpoints import last_usable, rotate, saving
 from grpo_lite.errors import RunDirError
-from grpo_lite.remote_checkpoints import PushCheckpoints, fetch_checkpoint, remote_of
+from grpo_lite.remote_checkpoints import fetch_checkpoint, remote_of
 from grpo_lite.run_dir import RunDir
 
 REPO = "me/checkpoints"

@@ -83,3 +83,14 @@ def test_a_run_given_as_the_folder_one_stands_in_is_repeated_beside_it(
     monkeypatch.setattr("grpo_lite.train.train_run", train)
     in_process("reproduce", ".")
     assert begun[0].path == tmp_path / "run-again"
+
+
+def test_a_run_of_unsloth_s_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    run.update_run(**environment_record())
+    begun = run.recipe_file.read_text()
+    run.recipe_file.write_text(begun.replace("backend: auto", "backend: unsloth"))
+    assert run.recipe_file.read_text() != begun
+    text = in_process("reproduce", str(run.path), expect=1)
+    assert "this run was begun with unsloth" in text
+    assert not (tmp_path / "run-again").exists()

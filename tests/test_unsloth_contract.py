@@ -22,7 +22,6 @@ import pytest
 
 from grpo_lite.bootstrap import SOURCE_FOLDER
 from grpo_lite.errors import ModelError
-from grpo_lite.recipe import ModelSection
 from grpo_lite.recipe_load import load_recipe, recipe_names
 from grpo_lite.unsloth_backend import adapter_arguments, load_arguments, prepare, with_trl_defaults
 
@@ -207,15 +206,57 @@ def test_a_lora_key_that_unsloth_lacks_is_refused() -> None:
         adapter_arguments(load_recipe("gsm8k", ["lora.use_dora=true"]))
 
 
+UNSLOTH = ["model.backend=unsloth"]
+
+
 def test_without_the_package_or_a_gpu_the_backend_is_refused() -> None:
-    section = ModelSection.model_validate({"id": "x", "backend": "unsloth"})
-    with pytest.raises(ModelError, match=r"not installed|no CUDA device|imported before"):
-        prepare(section)
+    with pytest.raises(ModelError, match=r"not installed|no CUDA device|imported before") as refused:
+        prepare(load_recipe("smoke", UNSLOTH))
+    assert "set model.backend=hf" in str(refused.value)
+
+
+def test_a_run_begun_with_it_is_not_told_to_change_its_recipe() -> None:
+    """The run directory would refuse `model.backend=hf` as another recipe."""
+    with pytest.raises(ModelError, match=r"this run was begun with unsloth, .* another RUN=…, and model\.backend=hf"):
+        prepare(load_recipe("smoke", UNSLOTH), begun=True)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with CUDA and a package `unsloth` that cannot be imported."""
+    import torch
+
+    from grpo_lite import unsloth_backend
+
+    monkeypatch.setattr(unsloth_backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unsloth_backend, "imported_before", list)
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], r"cannot be imported: .*unsloth.* Install it anew"),
+        (["sampling.refill=2", "sampling.difficulty=true"], r"no sampling\.refill and no sampling\.difficulty"),
+    ],
+)
+@pytest.mark.usefixtures("card")
+def test_what_it_cannot_do_is_refused_before_training(overrides: list[str], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        prepare(load_recipe("smoke", [*UNSLOTH, *overrides]))
+
+
+@pytest.mark.usefixtures("card")
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModelError, match=r"one process, not in 2\. Set GPUS=1"):
+        prepare(load_recipe("smoke", UNSLOTH))
 
 
 def test_auto_imports_nothing() -> None:
     code = (
-        "from grpo_lite.recipe import ModelSection; from grpo_lite.unsloth_backend import prepare; import sys;"
-        "prepare(ModelSection.model_validate({'id': 'x'})); assert not {'torch', 'unsloth'} & set(sys.modules)"
+        "from grpo_lite.recipe_load import load_recipe; from grpo_lite.unsloth_backend import prepare; import sys;"
+        "prepare(load_recipe('smoke')); assert not {'torch', 'unsloth'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
