@@ -219,12 +219,13 @@ def random_model(config: dict[str, Any], load_in: str, device: str) -> nn.Module
     if load_in == "4bit":
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
-                layer = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, module.bias is not None,
-                    compute_dtype=torch.bfloat16, quant_type="nf4",
-                )  # fmt: skip
+                with torch.device("meta"):  # no weights of its own, which would be drawn on the CPU
+                    layer = bnb.nn.Linear4bit(
+                        module.in_features, module.out_features, module.bias is not None,
+                        compute_dtype=torch.bfloat16, quant_type="nf4",
+                    )  # fmt: skip
                 layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-                layer.bias = module.bias
+                layer.bias, module.weight = module.bias, None
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], layer.to(device))
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

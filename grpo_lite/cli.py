@@ -17,6 +17,7 @@ from grpo_lite import __version__, cli_export, cli_plan, cli_report
 from grpo_lite.cli_export import set_environment
 from grpo_lite.cli_options import say, trust_option
 from grpo_lite.errors import GRPOLiteError
+from grpo_lite.out_of_memory import is_out_of_memory
 from grpo_lite.redact import redact, redact_logs, redact_tracebacks
 from grpo_lite.screen import printable, ready_streams
 
@@ -70,7 +71,7 @@ def _harmless(text: str) -> str:
 
 def _explain(error: Exception) -> str:
     name = type(error).__name__
-    if name == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return (
             f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
             "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What was saved is kept."

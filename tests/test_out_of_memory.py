@@ -8,6 +8,7 @@ from overflows import OTHERS, OVERFLOWS
 from tiny import tiny_model, tiny_tokenizer
 
 from grpo_lite import timing
+from grpo_lite.cli import _explain
 from grpo_lite.out_of_memory import is_out_of_memory
 from grpo_lite.recipe_load import load_recipe
 
@@ -26,6 +27,13 @@ def test_what_this_pytorch_raises_itself_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
+
+
+def test_the_command_line_says_what_to_lower() -> None:
+    text = _explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert text.startswith("out of memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+    assert "grpo.max_completion_length" in text
+    assert "unexpected RuntimeError" in _explain(RuntimeError("shapes cannot be multiplied"))
 
 
 @pytest.mark.parametrize("kind, tried", [("cublas", [8, 4, 2, 2]), ("shapes", [8])])
