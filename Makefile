@@ -15,68 +15,68 @@ LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_proc
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' $(RECIPE) $(RUN) $(VENV)
+	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' "$(RECIPE)" "$(RUN)" "$(VENV)"
 
 setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Make .venv with everything a run needs (done by the other targets when missing); Unsloth too where there is an NVIDIA driver, unless BACKEND=hf
 
 setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
 
 plan: $(VENV)/.ready  ## Where a card's memory would go: RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
-	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,$(RECIPE)) $(if $(GPU),--gpu $(GPU)) $(ARGS)
+	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,"$(RECIPE)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
 
 backends: $(VENV)/.ready  ## Race hf against unsloth on RECIPE's shape; `auto` takes the winner on this card from then on
 	@$(CLI) backends $(RECIPE) $(ARGS)
 
 probe: $(VENV)/.ready  ## Will RECIPE learn? Samples the untrained model on its prompts, in minutes
-	@$(CLI) probe $(RECIPE) $(ARGS)
+	@$(CLI) probe "$(RECIPE)" $(ARGS)
 
 train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate before and after, merge; resumes an interrupted run; GPUS=2
-	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train $(RECIPE) --run $(RUN) $(ARGS)
+	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train "$(RECIPE)" --run "$(RUN)" $(ARGS)
 
 eval: $(VENV)/.ready  ## Measure base against trained of RUN again
-	@$(CLI) eval $(RUN)
+	@$(CLI) eval "$(RUN)"
 
 merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify it
-	@$(CLI) merge $(RUN) $(ARGS)
+	@$(CLI) merge "$(RUN)" $(ARGS)
 
 export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); GGUF=q8_0 for Ollama, NF4=1 for 4 bits
-	@$(CLI) export $(RUN) $(foreach kind,$(GGUF),--gguf $(kind)) $(if $(NF4),--nf4) $(ARGS)
+	@$(CLI) export "$(RUN)" $(foreach kind,$(GGUF),--gguf $(kind)) $(if $(NF4),--nf4) $(ARGS)
 
 push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 DRY_RUN=1 FORCE=1
-	@$(CLI) push $(RUN) $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(ARGS)
+	@$(CLI) push "$(RUN)" $(REPO) $(if $(WHAT),--what $(WHAT)) $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(ARGS)
 
 verify: $(VENV)/.ready  ## Check every file of DIR (adapter, merged, GGUF …) against its sha256 sums
-	@$(CLI) verify $(DIR)
+	@$(CLI) verify $(if $(DIR),"$(DIR)")
 
 chat: $(VENV)/.ready  ## Ask RUN's model, or one question by PROMPT="…"; ARGS=--compare puts base and trained side by side
-	@$(CLI) chat $(RUN) $(if $(PROMPT),"$$PROMPT") $(ARGS)
+	@$(CLI) chat "$(RUN)" $(if $(PROMPT),"$$PROMPT") $(ARGS)
 
 recipes: $(VENV)/.ready  ## List the recipes: model, data, least GPU
 	@$(CLI) recipes
 
 show: $(VENV)/.ready  ## Print RECIPE as it resolves, with ARGS
-	@$(CLI) show $(RECIPE) $(ARGS)
+	@$(CLI) show "$(RECIPE)" $(ARGS)
 
 check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold answers; trains nothing
-	@$(CLI) check $(RECIPE) $(ARGS)
+	@$(CLI) check "$(RECIPE)" $(ARGS)
 
 check-rewards: $(VENV)/.ready  ## Try the gold answer and a battery of cheats on RECIPE's rewards
-	@$(CLI) rewards check $(RECIPE) $(ARGS)
+	@$(CLI) rewards check "$(RECIPE)" $(ARGS)
 
 report: $(VENV)/.ready  ## Write RUN's report.html: one page with verdict, curves, completions (done by train, too)
-	@$(CLI) report $(RUN)
+	@$(CLI) report "$(RUN)"
 
 compare: $(VENV)/.ready  ## Put RUNS="runs/a runs/b" side by side on one page, compare.html
 	@$(CLI) compare $(RUNS) $(ARGS)
 
 watch: $(VENV)/.ready  ## Follow RUN from another terminal
-	@$(CLI) watch $(RUN) $(ARGS)
+	@$(CLI) watch "$(RUN)" $(ARGS)
 
 reproduce: $(VENV)/.ready  ## Run RUN's recipe again, say what differs from then (ARGS=--dry-run: only say)
-	@$(CLI) reproduce $(RUN) $(ARGS)
+	@$(CLI) reproduce "$(RUN)" $(ARGS)
 
 doctor: $(VENV)/.ready  ## Say what is wrong with RUN and what to type; without RUN, what this machine has
-	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),$(RUN))
+	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),"$(RUN)")
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)

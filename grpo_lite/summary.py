@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"records   {run.evaluation / 'records.jsonl'}")
     lines.append(f"report    {run.path / 'report.html'}")
     lines += [f"all       {run.path}", "", "next:"]
-    lines.append(f"  make eval RUN={run.path}    measure again")
+    lines.append(f"  make eval RUN={shlex.quote(str(run.path))}    measure again")
     if run.merged.is_dir():
         lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
     return "\n".join(lines)
@@ -96,5 +97,5 @@ def interrupted_summary(result: TrainResult) -> str:
     saved = f"saved {checkpoint}" if checkpoint else "no checkpoint was saved"
     return (
         f"interrupted by {result.stopped_by} after step {result.steps}; {saved}.\n"
-        f"To resume, give the same command again: RUN={run.path} is continued from there."
+        f"To resume, give the same command again: RUN={shlex.quote(str(run.path))} is continued from there."
     )

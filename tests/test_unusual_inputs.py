@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from command_line import grpo_lite
+from command_line import ROOT, grpo_lite
 from killing import FAST, Server
 
 from grpo_lite.base_model import resolve_base
@@ -33,6 +34,31 @@ def test_one_row_of_any_script_in_folders_with_spaces_trains(server: Server, tmp
     assert server.run([*command, "eval.enabled=false"], log) == 0, log.read_text()
     assert "1 prompts hold the text of a special token; it is read as text, not as markup" in log.read_text()
     assert {row["prompt"][0]["content"] for row in lines_of(run, 1)} == {ROW["question"] + "="}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "expected"),
+    [
+        ("train", ["RECIPE=my recipe.yaml"], ["train", "my recipe.yaml", "--run", "runs/a b (ö)"]),
+        ("eval", [], ["eval", "runs/a b (ö)"]),
+        ("export", ["GGUF=q8_0"], ["export", "runs/a b (ö)", "--gguf", "q8_0"]),
+        ("chat", ["PROMPT=what is 2 + 3?"], ["chat", "runs/a b (ö)", "what is 2 + 3?"]),
+        ("doctor", [], ["doctor", "runs/a b (ö)"]),
+        ("verify", ["DIR=a b"], ["verify", "a b"]),
+        ("verify", [], ["verify"]),
+    ],
+)
+def test_make_passes_names_with_spaces_whole(
+    tmp_path: Path, target: str, given: list[str], expected: list[str]
+) -> None:
+    program = tmp_path / "bin" / "grpo-lite"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done\n")
+    program.chmod(0o755)
+    (tmp_path / ".ready").touch()
+    done = subprocess.run(["make", "-s", target, "RUN=runs/a b (ö)", f"VENV={tmp_path}", *given], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 @pytest.mark.parametrize("length", [1, 16])
