@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.data import Prompts, lead_in, load_prompts, prompt_ids
-from grpo_lite.errors import EvaluationError
+from grpo_lite.errors import EvaluationError, MemoryBudgetError
 from grpo_lite.generate import generate_completions
 from grpo_lite.generators import Row
 from grpo_lite.hardware import detect_device
 from grpo_lite.model import load_merged, load_tokenizer, load_trained
+from grpo_lite.out_of_memory import is_out_of_memory
 from grpo_lite.outside_files import tell_changes
 from grpo_lite.recipe import Recipe, RewardSection, ScoreSection
 from grpo_lite.reward_guard import limited
@@ -80,11 +81,14 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
 
     Returns:
         What metrics.json holds.
+
+    Raises:
+        MemoryBudgetError: the model does not fit the device.
     """
     recipe = run.load_recipe()
     tokenizer = load_tokenizer(recipe)
     rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
-    model = load_merged(folder, detect_device())
+    model = _load_saved(folder)
     greedy_only = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
     records = score_model(model, tokenizer, greedy_only, rows, show, name)
     usable = [record for record in records if record["lenient"] is not None]
@@ -95,6 +99,20 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     result = {**run.read_scores(), name: rates}
     run.write_scores(result)
     return result
+
+
+def _load_saved(folder: Path) -> Any:
+    device = detect_device()
+    try:
+        return load_merged(folder, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+    raise MemoryBudgetError(
+        f"{folder}: {size:.1f} GiB of weights do not fit {device.name}, as far as it is free. The files are whole; "
+        "score them on a larger card: grpo-lite eval."
+    )
 
 
 def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], show: Show, name: str) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_lite.base_model import resolve_base
 from grpo_lite.data import Prompts, load_prompts
-from grpo_lite.errors import ExportError, NothingToMerge
+from grpo_lite.errors import ExportError, MemoryBudgetError, NothingToMerge
 from grpo_lite.export_folder import clear_leftovers
 from grpo_lite.lora_adapter import WEIGHTS_NAME
 from grpo_lite.manifest import sha256_of, verify_manifest
@@ -98,7 +98,11 @@ def merge_and_score(
     if run.load_recipe().eval.enabled and run.scores_file.is_file():
         from grpo_lite.evaluate import evaluate_merged
 
-        evaluate_merged(run, show, prompts)
+        try:
+            evaluate_merged(run, show, prompts)
+        except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
+            show(f"the merged model is verified but not scored: {error}")
+            run.write_scores({name: value for name, value in run.read_scores().items() if name != "merged"})
     return summary
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from overflows import OTHERS, OVERFLOWS
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_args, tiny_lora, tiny_model, tiny_tokenizer, train_fixed
 
-from grpo_lite import timing
+from grpo_lite import evaluate, merge_run, scoring, timing
 from grpo_lite.cli import _explain
+from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.out_of_memory import is_out_of_memory
 from grpo_lite.recipe_load import load_recipe
+from grpo_lite.run_dir import RunDir
+from grpo_lite.trainer_memory import FittingGRPOTrainer
 
 
 @pytest.mark.parametrize("kind", OVERFLOWS)
@@ -57,3 +62,43 @@ def test_the_probe_s_forward_is_measured_on_fewer_rows(
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             timing.forward_seconds(*given)
     assert seen == tried
+
+
+def raising(kind: str) -> object:
+    def fail(*_: object, **__: object) -> None:
+        error = {**OVERFLOWS, **OTHERS}[kind]
+        raise type(error)(*error.args)
+
+    return fail
+
+
+def test_a_self_check_without_memory_does_not_switch_packing_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = tiny_lora(tiny_model()), tiny_args(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score", raising("cublas"))
+        with pytest.raises(MemoryBudgetError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+            train_fixed(FittingGRPOTrainer, *arguments)
+    assert "Packed compute and shared rollouts are off" not in caplog.text
+    monkeypatch.setattr(scoring, "score", raising("shapes"))
+    train_fixed(FittingGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    assert "Packed compute and shared rollouts are off" in caplog.text
+
+
+def test_a_merged_model_too_large_for_the_card_costs_its_score_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained in 4 bits on a card that does not hold the 16-bit weights."""
+    run = RunDir(tmp_path / "run")
+    run.prepare(load_recipe("smoke"))
+    run.write_scores({"lenient": {}, "merged": {"of": "an earlier merge"}})
+    monkeypatch.setattr(merge_run, "merge_run", lambda *_: {"passed": True})
+    monkeypatch.setattr(evaluate, "load_merged", raising("driver"))
+    said: list[str] = []
+    assert merge_run.merge_and_score(run, said.append) == {"passed": True}
+    assert [line for line in said if "verified but not scored" in line and "larger card" in line]
+    assert run.read_scores() == {"lenient": {}}
+    monkeypatch.setattr(evaluate, "load_merged", raising("shapes"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        merge_run.merge_and_score(run, said.append)
