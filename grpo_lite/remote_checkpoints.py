@@ -26,7 +26,7 @@ from grpo_lite.checkpoints import (
     seal,
     step_of,
 )
-from grpo_lite.errors import RunDirError
+from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.hub_errors import hub_message
 from grpo_lite.manifest import MANIFEST_NAME, verify_manifest
 from grpo_lite.run_dir import RunDir, write_atomic
@@ -78,15 +78,27 @@ class FolderRemote:
 
     def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with publishing(self.folder / checkpoint.name) as scratch:
-            _copy(checkpoint, scratch)
-            verify_manifest(scratch)
+        try:
+            self._publish(checkpoint)
+        except TrainingError:  # the drive is full: those that are not kept here any more make room, the newest stays
+            if not self._remove_stale([*keep, *self.steps()[-1:]]):
+                raise
+            self._publish(checkpoint)
         for name in _RUN_FILES:
             if (run.path / name).is_file():
                 write_atomic(self.folder / name, (run.path / name).read_text(encoding="utf-8"))
-        for folder in checkpoint_folders(self.folder):
-            if step_of(folder) not in keep:
-                remove(folder)
+        self._remove_stale(keep)
+
+    def _publish(self, checkpoint: Path) -> None:
+        with publishing(self.folder / checkpoint.name) as scratch:
+            _copy(checkpoint, scratch)
+            verify_manifest(scratch)
+
+    def _remove_stale(self, keep: list[int]) -> int:
+        stale = [folder for folder in checkpoint_folders(self.folder) if step_of(folder) not in keep]
+        for folder in stale:
+            remove(folder)
+        return len(stale)
 
     def fetch(self, step: int, target: Path) -> None:
         _copy(self.folder / f"{PREFIX}{step}", target)

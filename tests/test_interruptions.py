@@ -124,6 +124,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_in_the_middle_of_a_step_ends_with_a_usable_checkpoint(
     root: Path, tmp_path: Path, disk: Path
 ) -> None:

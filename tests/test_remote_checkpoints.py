@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from killing import ALONE, FAST, Server
 from grpo_lite import checkpoints
 from grpo_lite.checkpoint_copies import PushCheckpoints
 from grpo_lite.checkpoints import last_usable, rotate, saving
-from grpo_lite.errors import RunDirError
+from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.remote_checkpoints import fetch_checkpoint, remote_of
 from grpo_lite.run_dir import RunDir
 
@@ -148,6 +149,38 @@ def test_a_folder_that_goes_away_midway_is_told_and_is_filled_again(hub: Hub, tm
     (tmp_path / "unmounted").rename(drive)
     train_until(run, str(drive), lines.append, 3)
     assert remote_of(str(drive), run).steps() == [3]  # 1 is not kept here any more either
+
+
+def test_a_full_drive_gives_up_what_is_not_kept_any_more_and_goes_on(tmp_path: Path) -> None:
+    """2 MiB for checkpoints of 0.8: two fit. The third takes the first one's room; one that is too large is told."""
+    drive, run, lines = tmp_path / "drive", RunDir(tmp_path / "run"), list[str]()
+    drive.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(drive)], capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (not root)")
+    try:
+        remote = remote_of(str(drive), run)
+        for step, size in ((1, 800_000), (2, 800_000), (3, 800_000), (4, 3_000_000), (5, 800_000)):
+            train_until(run, str(tmp_path / "unused"), lines.append, step)
+            checkpoint = run.path / f"checkpoint-{step}"
+            (checkpoint / "adapter_model.safetensors").write_bytes(b"w" * size)
+            checkpoints.seal(checkpoint)
+            PushCheckpoints(run, remote, lines.append).on_save(None, State(step), None)
+            if step == 3:
+                assert (remote.steps(), lines) == ([2, 3], [])
+            if step == 4:
+                assert remote.steps() == [3]
+                assert "checkpoint-4 was not copied" in lines[-1]
+                assert "the disk is full" in lines[-1]
+        assert (remote.steps(), len(lines)) == ([5], 1)
+        train_until(run, str(tmp_path / "unused"), lines.append, 6)
+        (run.path / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"w" * 3_000_000)
+        checkpoints.seal(run.path / "checkpoint-6")
+        with pytest.raises(TrainingError):
+            remote.push(run, run.path / "checkpoint-6", [6])  # save_total_limit=1: the only one there stays
+        assert remote.steps() == [5]
+        assert [path.name for path in (drive / "run").glob(".*")] == []
+    finally:
+        subprocess.run(["umount", "-l", str(drive)], check=True)
 
 
 HONEST = {"base_revision": "0123456789abcdef0123456789abcdef01234567", "seed": 1, "resumed_at": ["x"], "files": {}}

@@ -87,6 +87,7 @@ def test_whatever_writes_in_a_run_waits_for_the_one_that_trains_it(tmp_path: Pat
     assert sorted(path.name for path in run.path.iterdir()) == sorted([*before, ".lock"])
 
 
+@pytest.mark.slow
 def test_whatever_only_reads_a_run_does_not_wait(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with run.locked():
