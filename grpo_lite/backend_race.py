@@ -1,8 +1,8 @@
 """A short race of the two backends on a recipe's own shape: what each needs for a token, and which one is worth taking.
 
 Torch-free: each backend runs a few steps of the recipe in a process of its own, since Unsloth patches the process it is
-imported into. Unsloth's models train by its own trainer, which has no exact resume, recovers from no lack of memory and
-skips no broken step; so it has to be `WORTH` times as fast, or the only one that runs.
+imported into. Unsloth's models train by its own trainer, which resumes, though not exactly, and recovers from no lack
+of memory; so it has to be `WORTH` times as fast, or the only one that runs.
 """
 
 from __future__ import annotations

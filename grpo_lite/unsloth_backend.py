@@ -7,11 +7,14 @@ the signatures in the installed wheel's source. Read in unsloth 2026.10.9. Not y
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.base_model import cache_dir
 from grpo_lite.errors import ModelError
 from grpo_lite.ranks import this_process
 from grpo_lite.recipe import ModelSection, Recipe
@@ -89,6 +92,7 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
             f"model.backend: {given}, and has to be imported before {', '.join(early)}, but this process has imported "
             f"them already (a notebook?). Restart it, or {instead}."
         )
+    _compile_beside_our_cache()
     try:
         import unsloth  # noqa: F401
     except Exception as error:  # it looks at the machine and at what it patches, and raises whatever it finds
@@ -97,6 +101,18 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
             f"model.backend: {given}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
             f"it anew (make setup BACKEND=unsloth), or {instead}."
         ) from error
+
+
+def _compile_beside_our_cache() -> None:
+    """Let Unsloth write its modules into the user's cache, unless UNSLOTH_COMPILE_LOCATION is set.
+
+    Left alone it makes `unsloth_compiled_cache` in the working directory, puts that first on Python's path and imports
+    what lies there (unsloth_zoo 2026.10.9).
+    """
+    with contextlib.suppress(OSError, ModelError):
+        folder = cache_dir()
+        if folder.stat().st_uid == os.getuid():  # code of ours, not of whoever made a folder in /tmp first
+            os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(folder / "unsloth_compiled_cache"))
 
 
 def load_arguments(recipe: Recipe, base: Path | str, max_seq_length: int, dtype: Any) -> dict[str, Any]:

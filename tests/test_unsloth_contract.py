@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,7 +229,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from grpo_lite import unsloth_backend
 
-    monkeypatch.setattr(unsloth_backend.importlib.util, "find_spec", lambda name: object())
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: object()))
+    monkeypatch.setattr(unsloth_backend, "importlib", there)  # its own: all others look for what is really there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(unsloth_backend, "imported_before", list)
     monkeypatch.setitem(sys.modules, "unsloth", None)
@@ -245,6 +247,21 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_cannot_do_is_refused_before_training(overrides: list[str], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         prepare(load_recipe("smoke", [*UNSLOTH, *overrides]))
+
+
+@pytest.mark.usefixtures("card")
+def test_its_compiled_modules_are_not_imported_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
+    monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", "given")
+    for expected in ("given", str(tmp_path / "unsloth_compiled_cache")):
+        with pytest.raises(ModelError, match="cannot be imported"):
+            prepare(load_recipe("smoke", UNSLOTH))
+        assert os.environ["UNSLOTH_COMPILE_LOCATION"] == expected
+        monkeypatch.delenv("UNSLOTH_COMPILE_LOCATION")
+    compiler = source.parent / "unsloth_zoo" / "compiler.py"
+    assert '_loc = os.getenv("UNSLOTH_COMPILE_LOCATION", None)' in compiler.read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("card")
