@@ -60,8 +60,11 @@ def make_trainer(
         from grpo_lite.trainer_sealed import sealed
 
         return sealed(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
+    from transformers import set_seed
+
     from grpo_lite.trainer_memory import FittingGRPOTrainer
 
+    set_seed(recipe.seed)  # TRL 1.14 makes the adapter before it seeds
     trainer = FittingGRPOTrainer(
         options=fit.options,
         show=show,

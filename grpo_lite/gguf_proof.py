@@ -6,6 +6,7 @@ otherwise transformers' GGUF loader, which proves the weights and the end token 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import importlib
@@ -192,7 +193,7 @@ Compared = tuple[list[list[int]], list[_Answer], bool | None]  # best next token
 def _by_transformers(
     path: Path, tokenizer: Any, prompts: list[str], ids: list[list[int]], answers: list[_Answer], cap: int
 ) -> Compared:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = torch.float32 if _compute_dtype(Path(tokenizer.name_or_path)) == torch.float32 else torch.bfloat16
     known: dict[str, Any] = {}
@@ -200,7 +201,7 @@ def _by_transformers(
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
         known["config"] = config  # transformers 5.23 does not read rope_freqs.weight, which llama.cpp applies
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **known).eval()
-    own = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    own = _own_tokenizer(path, tokenizer)
     model.generation_config.eos_token_id = None  # the file's own end token has to stop it
     best = []
     with torch.inference_mode():
@@ -209,6 +210,19 @@ def _by_transformers(
             best.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
     given = [_greedy(model, own, prompt, cap) for prompt in ids]
     return best, given, None
+
+
+def _own_tokenizer(path: Path, merged: Any) -> Any:
+    """Return the file's tokenizer; where transformers cannot build it, the merged model's with the file's end token."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except AttributeError:  # transformers 5.17 asks a Llama file that has no beginning token for its id
+        own, field = copy.deepcopy(merged), GGUFReader(path).get_field("tokenizer.ggml.eos_token_id")
+        own.eos_token = None if field is None else merged.convert_ids_to_tokens(int(field.contents()))
+        return own
 
 
 def llama_cpp_greedy(model: Any, prompt: list[int], cap: int) -> list[int]:

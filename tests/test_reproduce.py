@@ -19,12 +19,12 @@ def test_what_differs_is_said_line_by_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     run.update_run(**environment_record())
     run.update_run(
-        versions={**environment_record()["versions"], "trl": "1.14.0", "unsloth": "2026.10.9"},
+        versions={**environment_record()["versions"], "trl": "1.13.0", "unsloth": "2026.10.9"},
         device={"kind": "cuda", "name": "Tesla T4", "compute_capability": [7, 5], "bfloat16": False},
         git_commit="0123456789ab-dirty",
     )
     lines = differences(run)
-    assert any(line.startswith("trl: 1.14.0 then, ") for line in lines)
+    assert any(line.startswith("trl: 1.13.0 then, ") for line in lines)
     assert "unsloth: 2026.10.9 then, not installed now" in lines
     assert any(line.startswith("device kind: cuda then, ") for line in lines)
     assert any("Tesla T4" in line for line in lines)
