@@ -33,7 +33,11 @@ def test_one_row_of_any_script_in_folders_with_spaces_trains(server: Server, tmp
     command = ["train", "smoke", "--run", str(run), *FAST, *SHORT, f"data.train.path={data}", "data.holdout=0"]
     assert server.run([*command, "eval.enabled=false"], log) == 0, log.read_text()
     assert "1 prompts hold the text of a special token; it is read as text, not as markup" in log.read_text()
-    assert {row["prompt"][0]["content"] for row in lines_of(run, 1)} == {ROW["question"] + "="}  # type: ignore[index]
+    (prompt,) = {
+        str(row["prompt"][0]["content"] if isinstance(row["prompt"], list) else row["prompt"])
+        for row in lines_of(run, 1)
+    }
+    assert ROW["question"] + "=" in prompt  # TRL 1.14 keeps the rendered text
 
 
 @pytest.mark.parametrize(
