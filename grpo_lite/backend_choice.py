@@ -6,10 +6,7 @@ Torch-free until a card is asked for, and free of what Unsloth has to be importe
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,13 @@ from typing import Any
 import yaml
 
 from grpo_lite.backend_race import BACKENDS, LIMIT_S, STEPS, race
-from grpo_lite.base_model import cache_dir
+from grpo_lite.cached_record import keep_record, kept_record
+from grpo_lite.environment import version_of
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.generators import generate_rows
 from grpo_lite.ranks import this_process
 from grpo_lite.recipe import Recipe, SourceSection
-from grpo_lite.run_dir import RunDir, write_atomic
+from grpo_lite.run_dir import RunDir
 from grpo_lite.unsloth_backend import imported_before, lacks
 
 LEAST_RUN = 100  # steps of a run that is worth a race
@@ -127,39 +125,24 @@ def keep_race(recipe: Recipe, card: str, found: dict[str, Any]) -> None:
     """Keep a race's outcome in the cache if it says something; a cache that cannot be written costs nothing."""
     if "fault" in found["hf"] and ("fault" in found["unsloth"] or found["hf"].get("slow")):
         return
-    with contextlib.suppress(OSError, GRPOLiteError):
-        file = _file(recipe, card)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(found, indent=2) + "\n")
+    keep_record("backends", _settings(recipe, card), found)
 
 
 def kept_race(recipe: Recipe, card: str) -> dict[str, Any] | None:
     """Return what a race found for this shape, card and these versions; None if there was none."""
-    with contextlib.suppress(OSError, ValueError, GRPOLiteError):
-        found = json.loads(_file(recipe, card).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("chosen") in BACKENDS:
-            return {"why": "raced here before", **found}
-    return None
+    found = kept_record("backends", _settings(recipe, card))
+    return {"why": "raced here before", **found} if found.get("chosen") in BACKENDS else None
 
 
-def _file(recipe: Recipe, card: str) -> Path:
+def _settings(recipe: Recipe, card: str) -> dict[str, Any]:
     shape = ("num_generations", "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps",
              "steps_per_generation", "generation_batch_size", "num_iterations", "beta", "gradient_checkpointing",
              "optim", "use_vllm")  # fmt: skip
-    settings = {
+    return {
         "card": card,
         "model": recipe.model.model_dump(mode="json", exclude={"backend"}),
         "lora": recipe.lora,
         "grpo": {key: recipe.grpo.get(key) for key in shape},
         "engine": [recipe.compute, recipe.rollout, recipe.memory.model_dump(), recipe.data.max_prompt_tokens],
-        "versions": [_version(name) for name in ("grpo-lite", "torch", "transformers", "trl", "unsloth")],
+        "versions": [version_of(name) for name in ("grpo-lite", "torch", "transformers", "trl", "unsloth")],
     }
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return cache_dir() / "backends" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -17,25 +16,24 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 def environment_record() -> dict[str, Any]:
     """Return what a reader needs to reproduce the run: versions, commit, platform, command."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    found = {name: version_of(name) for name in _PACKAGES}
     return {
-        "grpo_lite": importlib.metadata.version("grpo-lite") if _installed("grpo-lite") else "source tree",
+        "grpo_lite": version_of("grpo-lite") or "source tree",
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {name: version for name, version in found.items() if version is not None},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started_at": now(),
     }
 
 
-def _installed(name: str) -> bool:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(name))
-    return False
+def version_of(name: str) -> str | None:
+    """Return an installed package's version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

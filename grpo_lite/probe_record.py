@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
-from grpo_lite.base_model import cache_dir
 from grpo_lite.board import format_seconds
-from grpo_lite.errors import GRPOLiteError
+from grpo_lite.cached_record import keep_record, kept_record
 from grpo_lite.recipe import Recipe
-from grpo_lite.run_dir import now, write_atomic
+from grpo_lite.run_dir import now
 
 # What a step's time and the number of steps depend on.
 _TIMED = {"model", "lora", "data", "rewards", "grpo", "compute", "rollout", "memory", "sampling", "eval", "seed"}
@@ -22,24 +17,20 @@ _KEPT = ("step_s", "steps", "eta_s", "evaluation_s", "tokens_per_s")
 def keep_times(recipe: Recipe, device: str, probe: dict[str, Any]) -> None:
     """Keep a probe's figures for `plan`; a cache that cannot be written costs nothing."""
     record = {**{key: probe[key] for key in _KEPT}, "device": device, "measured_at": now()}
-    with contextlib.suppress(OSError, GRPOLiteError):
-        file = _file(recipe)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(record) + "\n")
+    keep_record("probes", _settings(recipe), record)
 
 
 def time_line(recipe: Recipe) -> str:
     """Return how long a step and the run take by the last probe of this very recipe, or how to find out."""
     try:
-        kept = json.loads(_file(recipe).read_text(encoding="utf-8"))
+        kept = kept_record("probes", _settings(recipe))
         return (
             f"time: a step about {kept['step_s']:.3g} s, {kept['steps']} steps about {format_seconds(kept['eta_s'])}, "
             f"evaluation about {format_seconds(kept['evaluation_s'])}; probed on {kept['device']} {kept['measured_at']}"
         )
-    except (OSError, ValueError, KeyError, TypeError, GRPOLiteError):
+    except (ValueError, KeyError, TypeError):
         return f"time: not probed yet; on the machine that will train: grpo-lite probe {recipe.name} (minutes)"
 
 
-def _file(recipe: Recipe) -> Path:
-    settings = json.dumps(recipe.model_dump(mode="json", include=_TIMED), sort_keys=True)
-    return cache_dir() / "probes" / f"{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=_TIMED)

@@ -20,7 +20,7 @@ from transformers import TrainerState
 
 from grpo_lite import checkpoints
 from grpo_lite.engine_options import EngineOptions
-from grpo_lite.errors import TrainingError
+from grpo_lite.finite import require_finite_adapter
 from grpo_lite.trainer_faults import FaultTolerantGRPOTrainer
 
 STATE_FILE = "grpo_lite_state.pt"
@@ -175,18 +175,8 @@ class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
     # Weights
 
     def require_finite_weights(self) -> None:
-        """Refuse to save an adapter that holds NaN or infinity.
-
-        Raises:
-            TrainingError: it does; the checkpoint before is the last good one.
-        """
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise TrainingError(
-                    f"{self.args.output_dir}: step {self.state.global_step}: the adapter holds NaN or infinity "
-                    f"({name}), and such weights are never saved. {self._last_good()} Lower grpo.learning_rate or set "
-                    "grpo.max_grad_norm, in a new run directory."
-                )
+        """Refuse to save an adapter that holds NaN or infinity (`finite.require_finite_adapter`)."""
+        require_finite_adapter(self, self._last_good)
 
     def _last_good(self) -> str:
         found = checkpoints.last_usable(Path(self.args.output_dir)).folder

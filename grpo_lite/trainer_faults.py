@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from grpo_lite.engine_options import EngineOptions
 from grpo_lite.errors import TrainingError
+from grpo_lite.finite import are_finite
 from grpo_lite.trainer_rollout import RolloutGRPOTrainer
 
 STEPS, GROUPS, OVERFLOWING = "skipped_steps", "excluded_groups", "groups_with_overflowing_rewards"
@@ -70,8 +71,7 @@ class FaultTolerantGRPOTrainer(RolloutGRPOTrainer):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:
             return
-        finite = bool(torch.isfinite(torch.stack([g.detach().abs().max().float() for g in gradients])).all())
-        if finite and finite_loss:
+        if are_finite(gradients) and finite_loss:
             self.faults_in_a_row[STEPS] = 0
             return
         if finite_loss and scaler is not None and scaler.get_scale() > 1.0:

@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from grpo_lite import checkpoints
 from grpo_lite.errors import TrainingError
+from grpo_lite.finite import are_finite, require_finite_adapter
 
 
 def sealed(trainer_class: Any, skipped_steps: int) -> Any:
@@ -57,18 +57,8 @@ def sealed(trainer_class: Any, skipped_steps: int) -> Any:
                 self.faults.update(checkpoints.read_facts(Path(checkpoint)).get("faults", {}))
 
         def require_finite_weights(self) -> None:
-            """Refuse to save an adapter that holds NaN or infinity.
-
-            Raises:
-                TrainingError: it does; the checkpoint before is the last good one.
-            """
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                    raise TrainingError(
-                        f"{self.args.output_dir}: step {self.state.global_step}: the adapter holds NaN or infinity "
-                        f"({name}), and such weights are never saved. Lower grpo.learning_rate or set "
-                        "grpo.max_grad_norm, in a new run directory."
-                    )
+            """Refuse to save an adapter that holds NaN or infinity (`finite.require_finite_adapter`)."""
+            require_finite_adapter(self)
 
     return SealedGRPOTrainer
 
@@ -84,7 +74,7 @@ class _SkipUnlessFinite(TrainerCallback):
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         if not trained or (scaler is not None and scaler.get_scale() > 1.0):
             return  # float16: the grad scaler skips such a step itself, and lowers its scale
-        if bool(torch.isfinite(torch.stack([p.grad.detach().abs().max().float() for p in trained])).all()):
+        if are_finite(p.grad for p in trained):
             self.in_a_row = 0
             return
         for parameter in trained:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -190,20 +190,31 @@ def trace_training(
     group = group or rows
     groups = [list(range(start, min(start + group, rows))) for start in range(0, rows, group)]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
-        materialise(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # of an earlier micro-batch
-                parameter.grad = torch.empty(parameter.shape)
-        static = live.current
+        static = static_bytes(model, live)
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
         packed = pack(PaddedBatch(ids, [prompt] * rows, [completion] * rows, prompt, groups), groups)
-        live.reset()
-        logps, _ = score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16))
-        forward, kept = live.peak - static, live.current - static
-        live.reset()
-        logps.sum().backward()
-        backward = live.peak - static
-    return Traced(static, forward, backward, kept)
+        return trace_passes(
+            live, static, lambda: score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16))
+        )
+
+
+def static_bytes(model: Any, live: LiveBytes) -> int:
+    """Put a model's weights, and the gradients of an earlier micro-batch, and return the bytes that are there then."""
+    materialise(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty(parameter.shape)
+    return live.current
+
+
+def trace_passes(live: LiveBytes, static: int, run: Callable[[], tuple[Any, ...]]) -> Traced:
+    """Count a forward pass, whose results (log-probabilities first) all stay alive, and the backward pass."""
+    live.reset()
+    scored = run()
+    forward, kept = live.peak - static, live.current - static
+    live.reset()
+    scored[0].sum().backward()
+    return Traced(static, forward, live.peak - static, kept)
 
 
 def trace_rollout(config: dict[str, Any], prompt: int, completion: int, rows: int, group: int, rank: int = 16) -> int:

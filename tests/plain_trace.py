@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from memory_trace import LiveBytes, Traced, build_model, materialise, pretend_cuda
+from memory_trace import LiveBytes, Traced, build_model, materialise, pretend_cuda, static_bytes, trace_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
@@ -90,19 +90,13 @@ def trace_plain_training(
             stack.enter_context(context)
         stack.enter_context(pretend_triton())
         stack.enter_context(_ScoredOnly(rows * completion))
-        materialise(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # of an earlier micro-batch
-                parameter.grad = torch.empty(parameter.shape)
-        static = live.current
+        static = static_bytes(model, live)
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
-        live.reset()
-        logps, _, _ = score(trainer, model, ids, torch.ones_like(ids), completion, compute_entropy=True)
-        forward, kept = live.peak - static, live.current - static
-        live.reset()
-        logps.sum().backward()
-        backward = live.peak - static
-    return Traced(static, forward, backward, kept)
+        return trace_passes(
+            live,
+            static,
+            lambda: score(trainer, model, ids, torch.ones_like(ids), completion, compute_entropy=True)[:1],
+        )
 
 
 def trace_generate(
