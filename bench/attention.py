@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lite import attention
-from grpo_lite.attention import PackedLayout, packed_attention
+from grpo_lite.engine import attention
+from grpo_lite.engine.attention import PackedLayout, packed_attention
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SHAPES = {  # groups, prompt, completions of a group

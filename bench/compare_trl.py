@@ -27,9 +27,9 @@ from datasets import Dataset
 from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo_lite.engine_options import EngineOptions
-from grpo_lite.scoring import base_model
-from grpo_lite.trainer import PackedGRPOTrainer
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.score import base_model
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fuzzing import TARGETS
 from hypothesis import HealthCheck, given, seed, settings
+
+from tests.fuzzing import TARGETS
 
 
 def counting(function: Callable[..., None], name: str, counts: collections.Counter[str]) -> Callable[..., None]:

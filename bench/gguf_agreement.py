@@ -2,7 +2,7 @@
 
     python bench/gguf_agreement.py runs/quickstart [--kinds f16 q8_0 q4_k_m] [--rows 150]
 
-The evidence for the limits in grpo_lite/gguf_proof.py. Each kind is written to a temporary folder and run by llama.cpp
+The evidence for the limits in grpo_lite/export/gguf/proof.py. Each kind is written to a folder, run by llama.cpp
 (llama-cpp-python; K-quants need llama-quantize). Two controls follow: files that must fail, made of the base instead of
 the merged model. The score is that of the run's own evaluation, greedily on the same held-out rows.
 """
@@ -18,14 +18,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from grpo_lite.base_model import resolve_base  # noqa: E402
-from grpo_lite.data import load_prompts, prompt_ids, prompt_text  # noqa: E402
-from grpo_lite.evaluate import score_completions  # noqa: E402
-from grpo_lite.gguf_export import KINDS, export_gguf  # noqa: E402
-from grpo_lite.gguf_proof import llama_cpp_greedy, prove_gguf  # noqa: E402
-from grpo_lite.model import load_tokenizer  # noqa: E402
-from grpo_lite.recipe import Recipe  # noqa: E402
-from grpo_lite.run_dir import RunDir  # noqa: E402
+from grpo_lite.evaluation.evaluate import score_completions  # noqa: E402
+from grpo_lite.export.gguf.file import KINDS, export_gguf  # noqa: E402
+from grpo_lite.export.gguf.proof import llama_cpp_greedy, prove_gguf  # noqa: E402
+from grpo_lite.models.base import resolve_base  # noqa: E402
+from grpo_lite.models.load import load_tokenizer  # noqa: E402
+from grpo_lite.recipe.recipe import Recipe  # noqa: E402
+from grpo_lite.runs.run_dir import RunDir  # noqa: E402
+from grpo_lite.task.prompts import load_prompts  # noqa: E402
+from grpo_lite.task.tokens import prompt_ids, prompt_text  # noqa: E402
 
 QUESTIONS = (
     "What is 2+3?", "Name a fruit.", "Say yes or no: is snow white?", "What colour is the sky?", "Count to three.",

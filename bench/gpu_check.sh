@@ -90,7 +90,7 @@ planner() {
 
 trl() {
   local model
-  model=$("$python" -c 'import sys; from grpo_lite.base_model import resolve_base as r; print(r(sys.argv[1]))' \
+  model=$("$python" -c 'import sys; from grpo_lite.models.base import resolve_base as r; print(r(sys.argv[1]))' \
     "${TRL_MODEL:-embedded/SmolLM2-135M-Instruct}")
   limited "$python" bench/compare_trl.py --model "$model" --json "$out/compare_trl.json" --repeats "${REPEATS:-1}" \
     ${SHAPES:+--shapes $SHAPES}

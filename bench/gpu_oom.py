@@ -22,7 +22,7 @@ def limit_memory(gib: float) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
         return
-    from grpo_lite.rollout import GroupDecoder
+    from grpo_lite.engine.decode import GroupDecoder
 
     real = GroupDecoder._choose
 

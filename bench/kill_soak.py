@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finished_run import make_run
-from killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
+from tests.finished_run import make_run
+from tests.killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
 
 EXPORT = "exports"
 

@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from grpo_lite.shards import INDEX_NAME, build_head  # noqa: E402
+from grpo_lite.export.safetensors import INDEX_NAME, build_head  # noqa: E402
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCAB = 3584, 18944, 512, 152064
 LINEAR = {

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from grpo_lite.evaluation_memory import evaluation_phase  # noqa: E402
-from grpo_lite.memory import (  # noqa: E402
+from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory  # noqa: E402
+from grpo_lite.memory.evaluation import evaluation_phase  # noqa: E402
+from grpo_lite.memory.phases import (  # noqa: E402
     WORKSPACE_BYTES,
     Job,
     PhaseBytes,
@@ -37,9 +38,8 @@ from grpo_lite.memory import (  # noqa: E402
     trained_parameters,
     training_phase,
 )
-from grpo_lite.model_shapes import KNOWN, known_config, read_shape  # noqa: E402
-from grpo_lite.out_of_memory import free_memory, is_out_of_memory  # noqa: E402
-from grpo_lite.recipe import TINY_MODEL  # noqa: E402
+from grpo_lite.models.config import KNOWN, known_config, read_shape  # noqa: E402
+from grpo_lite.recipe.recipe import TINY_MODEL  # noqa: E402
 
 GIB = 1 << 30
 LENGTHS = [(200, 256, 4), (200, 512, 8), (400, 1024, 8), (200, 4096, 1)]  # prompt, completion, completions at once
@@ -57,8 +57,8 @@ def job(name: str, prompt: int, completion: int, rows: int, load_in: str, group:
 
 def counted(models: list[str], phases: Sequence[str] = PHASES) -> list[dict[str, Any]]:
     """Compare with counted bytes; what cannot be counted there (optimizer, workspace) is left out of the plan."""
-    from memory_trace import trace_evaluation, trace_rollout, trace_training
-    from plain_trace import trace_generate, trace_plain_training
+    from tests.memory.memory_trace import trace_evaluation, trace_rollout, trace_training
+    from tests.memory.plain_trace import trace_generate, trace_plain_training
 
     records = []
     for name in models:
@@ -134,12 +134,11 @@ def measured(
 def rehearse(planned: Job, config: dict[str, Any], device: str) -> tuple[int, int, dict[str, float]]:
     """Build a random model on the device and rehearse; returns the peaks of both phases in bytes, and seconds."""
     from peft import LoraConfig
-    from tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
-    from grpo_lite.engine_options import EngineOptions
-    from grpo_lite.model import lora_to_float32
-    from grpo_lite.rehearsal import longest_inputs, rehearse_rollout, rehearse_training
-    from grpo_lite.trainer_memory import FittingGRPOTrainer
+    from grpo_lite.engine.options import EngineOptions
+    from grpo_lite.models.load import lora_to_float32
+    from grpo_lite.trainer.recovery import FittingGRPOTrainer, longest_inputs, rehearse_rollout, rehearse_training
+    from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
     class Measured(Exception):
         """The figures are there, and no step is wanted."""

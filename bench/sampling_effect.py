@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo_lite.progress import read_metrics
-from grpo_lite.recipe_load import load_recipe
-from grpo_lite.run_dir import RunDir
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.report.evidence import read_metrics
+from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
 
 SETTINGS = {

@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from rewards import sandbox  # noqa: E402
-from rewards._sandbox_pool import Worker, pool_for  # noqa: E402
 from rewards.sandbox import Call, Calls, run_tests  # noqa: E402
+from rewards.sandbox.pool import Worker, pool_for  # noqa: E402
 
 STACKS = {
     "rlimits": "landlock,seccomp,namespaces,bubblewrap",
@@ -145,7 +145,15 @@ def _resident_mb(pid: int) -> float:
 
 def print_attacks(cases_file: Path) -> None:
     """Print how many hostile programs got what they wanted."""
-    from sandbox_world import HANG_S, SECRET, new_world, own_cases, problems_of, problems_of_world, shared_cases
+    from tests.rewards.sandbox.sandbox_world import (
+        HANG_S,
+        SECRET,
+        new_world,
+        own_cases,
+        problems_of,
+        problems_of_world,
+        shared_cases,
+    )
 
     os.environ["SECRET_TOKEN"] = SECRET
     cases = own_cases() + (shared_cases(cases_file) if cases_file.exists() else [])

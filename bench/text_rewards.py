@@ -34,8 +34,8 @@ from rewards import (  # noqa: E402
     repetition_penalty_reward,
 )
 from rewards.judge import stop_judge  # noqa: E402
-from rewards.math_equivalence import equivalent  # noqa: E402
-from rewards.math_reading import parse_answer  # noqa: E402
+from rewards.math.equivalence import equivalent  # noqa: E402
+from rewards.math.reading import parse_answer  # noqa: E402
 
 Row = dict[str, Any]
 REASONING = "We first add the two numbers, then divide by three, and check the result. " * 8
@@ -227,15 +227,14 @@ def print_correctness(data: Path, cases: Path) -> None:
 
 
 def own_cases() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
     try:
-        from test_rewards_math_cases import DIFFERENT, EQUAL
+        from tests.rewards.test_math import DIFFERENT, EQUAL
     except ImportError:  # pytest is not installed
         return
     for name, table, want in (("own cases, equal", EQUAL, 1.0), ("own cases, different", DIFFERENT, 0.0)):
         scores = accuracy_reward([f"\\boxed{{{given}}}" for _, given, _ in table], [gold for gold, _, _ in table])
         report(name, [score == want for score in scores])
-    cases = rows(ROOT / "tests" / "math_acceptance.jsonl")
+    cases = rows(ROOT / "tests" / "rewards" / "math_acceptance.jsonl")
     scores = accuracy_reward([case["completion"] for case in cases], [case["gold"] for case in cases])
     report("own cases, whole completions", [s == case["expect"] for s, case in zip(scores, cases, strict=True)])
 

@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from grpo_lite.doctor import troubleshooting
+from grpo_lite.report.doctor import troubleshooting
 
 Path(__file__).with_name("troubleshooting.md").write_text(troubleshooting(), encoding="utf-8")

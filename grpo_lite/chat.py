@@ -10,18 +10,19 @@ import contextlib
 import shutil
 import string
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite.data import prompt_ids
 from grpo_lite.errors import DataError
-from grpo_lite.recipe import DataSection, Recipe
-from grpo_lite.run_dir import RunDir
+from grpo_lite.recipe.recipe import DataSection, Recipe
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.task.tokens import prompt_ids
 
 HELP = "/new forgets the conversation, /exit ends it"
 _NARROW = 80  # columns below which answers go one under the other
-Show = Callable[[str], None]
+
 Turn = tuple[str, str]  # question as asked, answer
 
 
@@ -54,8 +55,8 @@ class Chat:
     """A loaded run that answers questions."""
 
     def __init__(self, run: RunDir, sampling: Sampling, compare: bool = False) -> None:
-        from grpo_lite.hardware import detect_device
-        from grpo_lite.model import load_tokenizer, load_trained
+        from grpo_lite.models.device import detect_device
+        from grpo_lite.models.load import load_tokenizer, load_trained
 
         self.recipe = run.load_recipe()
         self.tokenizer = load_tokenizer(self.recipe)
@@ -106,7 +107,7 @@ class Chat:
     def _generation_config(self) -> Any:
         from transformers import GenerationConfig
 
-        from grpo_lite.generate import stop_ids
+        from grpo_lite.engine.generate import stop_ids
 
         sampling = self.sampling
         cap = sampling.max_new_tokens or self.recipe.eval.max_new_tokens or self.recipe.max_completion_length

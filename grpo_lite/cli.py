@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grpo_lite import __version__, cli_export, cli_plan, cli_report
-from grpo_lite.cli_export import set_environment
-from grpo_lite.cli_options import say, trust_option
+from grpo_lite import __version__
+from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import GRPOLiteError
-from grpo_lite.out_of_memory import is_out_of_memory
-from grpo_lite.redact import redact, redact_logs, redact_tracebacks
-from grpo_lite.screen import printable, ready_streams
+from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
+from grpo_lite.screen import printable, ready_streams, steadfast
 
 if TYPE_CHECKING:
-    from grpo_lite.run_dir import RunDir
+    from grpo_lite.models.device import Card
+    from grpo_lite.runs.run_dir import RunDir
+
+
+say = steadfast(click.echo)  # lines that may quote data, completions or a library's message
+
+
+def _confirm(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+    if given:
+        from grpo_lite.models.base import confirm
+
+        confirm()
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_confirm,
+    help="Confirm that code shipped with the model may run, where the recipe asks for it.",
+)
 
 INTERRUPTED = 130  # the shell's exit status for SIGINT
 
@@ -131,7 +151,7 @@ def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_dir(path: str) -> RunDir:
-    from grpo_lite.run_dir import RunDir
+    from grpo_lite.runs.run_dir import RunDir
 
     return RunDir(path)
 
@@ -142,28 +162,28 @@ def _run_dir(path: str) -> RunDir:
 @click.option("--plain", is_flag=True, help="Lines instead of a live board (the default where this is no terminal).")
 def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Train a recipe, evaluate before and after, merge and verify; resumes an interrupted run."""
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     begun = time.monotonic()
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
-    from grpo_lite.backend_choice import with_chosen_backend
-    from grpo_lite.unsloth_backend import prepare
+    from grpo_lite.models.unsloth import prepare
+    from grpo_lite.session.backend import with_chosen_backend
 
     loaded = with_chosen_backend(loaded, run, say)
     goes_on = run.recipe_file.is_file()
     if not (goes_on and run.read_run().get("trained_at")):  # what is left of a trained run is done without Unsloth
         prepare(loaded, begun=goes_on)
-    from grpo_lite.ranks import this_process
-    from grpo_lite.summary import interrupted_summary, run_summary
+    from grpo_lite.processes import this_process
+    from grpo_lite.report.summary import interrupted_summary, run_summary
     from grpo_lite.train import train_run
 
     result = train_run(loaded, run, click.echo, view="plain" if plain else _view(), begun=begun)
     if not this_process().is_first:
         return
     if result.stopped_by:
-        say(interrupted_summary(result))
+        say(interrupted_summary(run, result.steps, result.stopped_by))
         sys.exit(INTERRUPTED)
     say(run_summary(run))
 
@@ -180,9 +200,9 @@ def _view() -> Any:
 @trust_option
 def evaluate(run_path: str) -> None:
     """Measure base against trained (and merged) again, on the run's held-out prompts."""
-    from grpo_lite.evaluate import evaluate_merged, evaluate_run
-    from grpo_lite.summary import score_lines
-    from grpo_lite.train import require_trained
+    from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_run
+    from grpo_lite.report.summary import score_lines
+    from grpo_lite.runs.run_dir import require_trained
 
     run = _run_dir(run_path)
     require_trained(run)
@@ -200,9 +220,9 @@ def evaluate(run_path: str) -> None:
 @trust_option
 def merge(run_path: str, overwrite: bool) -> None:
     """Merge a run's adapter onto its 16-bit base, and verify the result."""
-    from grpo_lite.merge_run import merge_and_score
-    from grpo_lite.summary import merge_line
-    from grpo_lite.train import require_trained
+    from grpo_lite.export.stages import merge_and_score
+    from grpo_lite.report.summary import merge_line
+    from grpo_lite.runs.run_dir import require_trained
 
     run = _run_dir(run_path)
     require_trained(run)
@@ -215,7 +235,7 @@ def merge(run_path: str, overwrite: bool) -> None:
 @main.command()
 def recipes() -> None:
     """List the recipes: model, data, least GPU."""
-    from grpo_lite.recipe_load import load_recipe, recipe_names
+    from grpo_lite.recipe.load import load_recipe, recipe_names
 
     loaded = [load_recipe(name) for name in recipe_names()]
     rows = [("RECIPE", "MODEL", "DATA", "LEAST GPU")]
@@ -233,8 +253,8 @@ def _source(source: Any) -> str:
 @recipe_argument
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print a recipe as it resolves: every key, with defaults and overrides."""
-    from grpo_lite.recipe_load import load_recipe
-    from grpo_lite.run_dir import dump_recipe
+    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.runs.run_dir import dump_recipe
 
     click.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)
 
@@ -244,10 +264,10 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--previews", default=3, show_default=True, help="Rendered prompts to print.")
 def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
     """Validate a recipe, preview its prompts and pay its gold answers, without training."""
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from grpo_lite.check import check_recipe
+    from grpo_lite.task.check import check_recipe
 
     for line in check_recipe(loaded, previews):
         say(line)
@@ -262,10 +282,10 @@ def rewards_group() -> None:
 @recipe_argument
 def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
     """Try the gold answer and a battery of cheats on a recipe's own rows; exits 1 when the gold does not score."""
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from grpo_lite.reward_check import check_rewards_alone
+    from grpo_lite.task.check import check_rewards_alone
 
     report, notes = check_rewards_alone(loaded)
     say("\n".join([*notes, report.table()]))
@@ -277,7 +297,7 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 def schema(path: Path | None) -> None:
     """Write the recipes' JSON Schema (for completion in editors), to PATH or the screen."""
-    from grpo_lite.recipe_schema import schema_text
+    from grpo_lite.recipe.checks import schema_text
 
     if path is None:
         click.echo(schema_text(), nl=False)
@@ -285,9 +305,313 @@ def schema(path: Path | None) -> None:
         path.write_text(schema_text(), encoding="utf-8")
 
 
-cli_export.register(main)
-cli_plan.register(main)
-cli_report.register(main)
+@main.command()
+@click.argument("recipe", metavar="RECIPE", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpu", help="t4, rtx3060-12, rtx4060-8, rtx4070ti-16, rtx4090, l4, a10, a100-40, h100, or e.g. 11GiB.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="The longest prompt.  [default: data.max_prompt_tokens]")
+@click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table (of every recipe, or of RECIPE).")
+def plan(
+    recipe: str | None, overrides: tuple[str, ...], gpu: str | None, prompt_tokens: int | None, all_gpus: bool
+) -> None:
+    """Say where a card's memory would go, whether RECIPE fits, and what to change if not; loads nothing."""
+    from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
+    from grpo_lite.models.device import find_card
+    from grpo_lite.recipe.load import load_recipe, recipe_names
+
+    if all_gpus:
+        names = [recipe] if recipe else [name for name in recipe_names() if name != "smoke"]
+        click.echo("\n".join(all_cards_table([load_recipe(name, overrides) for name in names])))
+        return
+    loaded = load_recipe(recipe or "quickstart", overrides)
+    card = find_card(gpu) if gpu else _this_card()
+    made = plan_recipe(loaded, card, prompt_tokens)
+    click.echo("\n".join(report_lines(loaded, card, made)))
+    if not made.fits:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--prompts", default=32, type=click.IntRange(1), show_default=True, help="Training prompts to sample.")
+@click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: 8, or num_generations if more]")
+@trust_option
+def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | None) -> None:
+    """Will it learn? Samples the untrained model on RECIPE's prompts: pass rates, equal groups, cut lengths, ETA."""
+    from grpo_lite.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from grpo_lite.evaluation.probe import probe_lines, probe_recipe
+    from grpo_lite.memory.report import keep_times
+    from grpo_lite.models.device import detect_device
+    from grpo_lite.models.load import load_for_sampling, load_tokenizer
+    from grpo_lite.task.prompts import load_prompts
+
+    tokenizer = load_tokenizer(loaded)
+    rows = load_prompts(loaded, tokenizer)
+    device = detect_device()
+    model = load_for_sampling(loaded, device)
+    made = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
+    keep_times(loaded, device.name, made.to_json())
+    click.echo("\n".join(probe_lines(made)))
+
+
+@main.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--steps", default=4, type=click.IntRange(2), show_default=True, help="Of each; the first round is left out."
+)
+@click.option("--minutes", default=5.0, type=click.FloatRange(0.1, 1440), show_default=True, help="Most for each.")
+@trust_option
+def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float) -> None:
+    """Race hf against unsloth on RECIPE's shape; `model.backend: auto` takes the winner on this card from then on."""
+    from grpo_lite.models.unsloth import lacks
+    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.session.backend import card_of_a_choice, keep_race, race
+
+    loaded = load_recipe(recipe, overrides)
+    card = card_of_a_choice()
+    if card is None:
+        click.echo("no choice here: it takes CUDA and the package unsloth (make setup). auto is hf")
+        return
+    if why_not := lacks(loaded):
+        click.echo(f"no choice for this recipe: {why_not}. auto is hf")
+        return
+    click.echo(f"{loaded.name}: {steps} steps of each on {card}")
+    found = race(loaded, say, steps, minutes * 60)
+    keep_race(loaded, card, found)
+    say(f"auto takes {found['chosen']}: {found['why']}")
+
+
+def _this_card() -> Card:
+    from grpo_lite.errors import ModelError
+    from grpo_lite.models.device import CARDS, Card, detect_device
+
+    device = detect_device()
+    if device.kind != "cuda":
+        raise ModelError(f"gpu: there is none here. Name one: --gpu (GPU= in make) {', '.join(CARDS)}, or e.g. 11GiB.")
+    return Card(device.name, device.memory_bytes, device.bfloat16)
+
+
+_run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
+
+
+@main.command()
+@_run_argument
+@click.option(
+    "--gguf", "kinds", multiple=True, metavar="KIND", help="Also a GGUF: f16, bf16, q8_0, q4_k_m …; repeatable."
+)
+@click.option("--nf4", is_flag=True, help="Also a 4-bit NF4 folder (bitsandbytes), with its measured loss.")
+@click.option("--overwrite", is_flag=True, help="Replace a GGUF or NF4 export that is there already.")
+@trust_option
+def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) -> None:
+    """Check a run's merged model file by file, merging first if need be; also as GGUF for Ollama, or in 4 bits."""
+    run = _trained_run(run_path)
+    from grpo_lite.export.stages import export_run
+
+    with run.locked():
+        files = export_run(run, say)
+        say(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
+        say(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+        if nf4:
+            from grpo_lite.export.stages import export_run_nf4
+
+            for line in export_run_nf4(run, say, overwrite):
+                say(line)
+        if kinds:
+            from grpo_lite.export.stages import export_run_gguf
+
+            for kind in kinds:
+                for line in export_run_gguf(run, kind, say, overwrite):
+                    say(line)
+
+
+@main.command()
+@_run_argument
+@click.argument("repo_id", metavar="REPO")
+@click.option("--what", type=click.Choice(["adapter", "merged", "gguf"]), default="merged", show_default=True)
+@click.option("--private", is_flag=True, help="Refuse to be public.")
+@click.option("--dry-run", is_flag=True, help="Print files, sizes and the card; send nothing.")
+@click.option("--force", is_flag=True, help="Push in spite of doubts; the card tells of them.")
+def push(run_path: str, repo_id: str, what: Any, private: bool, dry_run: bool, force: bool) -> None:
+    """Push a run's adapter, merged model or GGUF files to REPO (user/name) on the Hub, with a model card."""
+    run = _trained_run(run_path)
+    from grpo_lite.export.hub import push as hub
+
+    with run.locked(), hub.stage(run, repo_id, what) as staged:
+        if dry_run:
+            say(f"dry run: nothing is sent. {repo_id} would get:")
+            say("\n".join(staged.lines()))
+            return
+        address = hub.push(staged, say, private=private, force=force)
+    say(f"pushed: {address}")
+
+
+@main.command()
+@_run_argument
+@click.argument("prompt", required=False)
+@click.option("--compare", is_flag=True, help="Show the base model's answer beside the trained one's.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: greedy, as the scores were measured.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0: off.")
+@click.option("--max-new-tokens", type=int, help="Cap of an answer.  [default: the recipe's]")
+@click.option("--seed", type=int, help="Makes sampled answers repeatable.")
+@trust_option
+def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> None:
+    """Ask a trained run one question (PROMPT), the lines piped in, or talk with it."""
+    from grpo_lite.chat import HELP, Chat, Sampling, answer_lines, talk
+
+    settings = Sampling(**sampling)
+    run = _trained_run(run_path)
+    interactive = prompt is None and sys.stdin.isatty()
+    loaded = Chat(run, settings, compare)
+    if prompt is not None:
+        say("\n".join(answer_lines(loaded.ask(prompt))))
+        return
+    if interactive:
+        say(f"{loaded.recipe.name}: {HELP}")
+    lines = _typed() if interactive else sys.stdin
+    talk(loaded, lines, say, interactive, _piece if interactive else None)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every file of an exported folder against its sha256 sums."""
+    from grpo_lite.files.manifest import verify_manifest
+
+    click.echo(f"{folder}: {verify_manifest(folder)} files intact")
+
+
+def set_environment() -> None:
+    """Set what has to stand before torch is imported."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
+
+
+def _trained_run(path: str) -> RunDir:
+    from grpo_lite.runs.run_dir import RunDir, require_trained
+
+    run = RunDir(path)
+    require_trained(run)
+    return run
+
+
+def _typed() -> Iterator[str]:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # line editing and history for input()
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+
+
+def _piece(text: str) -> None:
+    if text:
+        click.echo(printable(redact(text), keep="\n\t"), nl=False)
+
+
+@main.command()
+@_run_argument
+def report(run_path: str) -> None:
+    """Write RUN's report.html (one self-contained page) and curves.png; the run may still be going on."""
+    from grpo_lite.report.page import write_report
+    from grpo_lite.runs.run_dir import RunDir
+
+    click.echo(f"report: {write_report(RunDir(run_path))}")
+
+
+@main.command()
+@click.argument("run_paths", metavar="RUN RUN...", nargs=-1, type=click.Path())
+@click.option("--out", default="compare.html", show_default=True, type=click.Path(path_type=Path))
+def compare(run_paths: tuple[str, ...], out: Path) -> None:
+    """Put runs side by side on one page: scores, figures, curves, differences of the recipes."""
+    from grpo_lite.report.page import write_comparison
+    from grpo_lite.runs.run_dir import RunDir
+
+    click.echo(f"comparison: {write_comparison([RunDir(path) for path in run_paths], out)}")
+
+
+@main.command()
+@_run_argument
+@click.option("--plain", is_flag=True, help="Lines instead of a board (the default where this is not a terminal).")
+def watch(run_path: str, plain: bool) -> None:
+    """Follow RUN from another terminal: progress, reward parts, samples, findings."""
+    from grpo_lite.report.follow import watch_lines, watch_live
+    from grpo_lite.runs.run_dir import RunDir
+
+    run = RunDir(run_path)
+    run.load_recipe()
+    if sys.stdout.isatty() and not plain:
+        watch_live(run)
+        return
+    for line in watch_lines(run):
+        say(line)
+
+
+@main.command()
+@_run_argument
+@click.option("--into", help="Run directory of the new run.  [default: RUN-again]")
+@click.option("--dry-run", is_flag=True, help="Only say which versions or hardware differ.")
+@trust_option
+def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
+    """Run RUN's recipe again with its seed, say what differs from then, and compare the results."""
+    from grpo_lite.reproduce import differences, result_lines
+    from grpo_lite.runs.run_dir import RunDir
+
+    run = RunDir(run_path)
+    recipe = run.load_recipe()
+    for line in differences(run) or ["same versions, same hardware, same commit"]:
+        say(f"reproduce: {line}")
+    if dry_run:
+        return
+    from grpo_lite.models.unsloth import prepare
+
+    prepare(recipe, begun=True)
+    from grpo_lite.train import train_run
+
+    again = RunDir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")
+    click.echo(f"run directory: {again.path}")
+    if train_run(recipe, again, say).stopped_by:
+        sys.exit(130)
+    for line in result_lines(run, again):
+        say(line)
+
+
+@main.command()
+@click.argument("run_path", metavar="[RUN]", type=click.Path(), required=False)
+def doctor(run_path: str | None) -> None:
+    """Say what is wrong with RUN and what to type; without RUN, what this machine has."""
+    if run_path is None:
+        return _describe_machine()
+    from grpo_lite.report.doctor import clean_bill, examine
+    from grpo_lite.report.evidence import read_evidence
+    from grpo_lite.runs.run_dir import RunDir
+
+    run = RunDir(run_path)
+    findings = examine(run)
+    for line in [finding.line() for finding in findings] or [f"doctor: {run_path}: {clean_bill(read_evidence(run))}"]:
+        say(line)
+
+
+def _describe_machine() -> None:
+    """Print device, versions, and what isolates the code that models write."""
+    from grpo_lite.models.device import detect_device
+    from grpo_lite.runs.provenance import environment_record
+    from rewards.sandbox import layers
+
+    record = environment_record()
+    click.echo(f"device: {detect_device().describe()}")
+    click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
+    click.echo("sandbox for model-written code:")
+    for layer in layers():
+        click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")
+
 
 if __name__ == "__main__":
     main()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_lite.environment import environment_record
 from grpo_lite.errors import RunDirError
-from grpo_lite.evidence import read_steps
-from grpo_lite.outside_files import changed_files, file_sums
-from grpo_lite.run_dir import RunDir
+from grpo_lite.report.evidence import read_steps
+from grpo_lite.runs.provenance import changed_files, environment_record, file_sums
+from grpo_lite.runs.run_dir import RunDir
 
 SAME = 1e-6  # relative difference of metrics that are called the same
 
@@ -20,7 +19,7 @@ def differences(run: RunDir) -> list[str]:
     Raises:
         RunDirError: the run has no run.json to compare with.
     """
-    from grpo_lite.hardware import detect_device
+    from grpo_lite.models.device import detect_device
 
     record = run.read_run()
     if not record.get("versions"):

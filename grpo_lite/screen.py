@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 
-from grpo_lite.redact import redact
+from grpo_lite.files.redact import redact
 
 Show = Callable[[str], None]
 _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: control, format, surrogate, line and paragraph ends

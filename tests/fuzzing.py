@@ -65,8 +65,8 @@ RECIPE_CHANGES = st.lists(
 
 def recipe_with_changed_values(changes: list[tuple[tuple[Any, ...], Any, bool]]) -> None:
     """Load smoke.yaml with some values replaced or keys added; dump and load again what was accepted."""
-    from grpo_lite.recipe_load import build_recipe
-    from grpo_lite.run_dir import dump_recipe
+    from grpo_lite.recipe.load import build_recipe
+    from grpo_lite.runs.run_dir import dump_recipe
 
     raw = yaml.safe_load(_smoke())
     for path, value, add in changes:
@@ -88,7 +88,7 @@ def recipe_with_changed_values(changes: list[tuple[tuple[Any, ...], Any, bool]])
 
 def recipe_text(text: bytes) -> None:
     """Load arbitrary bytes as a recipe file."""
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     with _scratch() as folder:
         path = Path(folder) / "fuzz.yaml"
@@ -99,7 +99,7 @@ def recipe_text(text: bytes) -> None:
 
 def override(text: str) -> None:
     """Apply an arbitrary override."""
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     with contextlib.suppress(RecipeError):
         load_recipe(str(ROOT / "recipes" / "smoke.yaml"), [text])
@@ -107,11 +107,11 @@ def override(text: str) -> None:
 
 def upstream_arguments(given: list[tuple[str, Any]]) -> None:
     """Give keys of GRPOConfig and LoraConfig arbitrary values, and build both as a run does."""
-    from grpo_lite.hardware import Device
-    from grpo_lite.model import lora_config
-    from grpo_lite.recipe_load import build_recipe
-    from grpo_lite.run_dir import RunDir
-    from grpo_lite.train import grpo_config
+    from grpo_lite.models.device import Device
+    from grpo_lite.models.load import lora_config
+    from grpo_lite.recipe.load import build_recipe
+    from grpo_lite.runs.run_dir import RunDir
+    from grpo_lite.session.build import grpo_config
 
     raw = yaml.safe_load(_smoke()) | {"name": "fuzz"}
     for key, value in given:
@@ -126,7 +126,7 @@ def upstream_arguments(given: list[tuple[str, Any]]) -> None:
 
 def upstream_keys() -> list[str]:
     """Return `grpo.…` and `lora.…` for every key that upstream's configurations have."""
-    from grpo_lite.upstream import config_fields
+    from grpo_lite.recipe.upstream import config_fields
 
     return [f"{section}.{name}" for section in ("grpo", "lora") for name in config_fields(section)]
 
@@ -136,8 +136,8 @@ def upstream_keys() -> list[str]:
 
 def data_file(content: bytes, suffix: str) -> None:
     """Read arbitrary bytes as a data file."""
-    from grpo_lite.data import read_rows
-    from grpo_lite.recipe import SourceSection
+    from grpo_lite.recipe.recipe import SourceSection
+    from grpo_lite.task.prompts import read_rows
 
     with _scratch() as folder:
         path = Path(folder) / f"rows{suffix}"
@@ -155,10 +155,11 @@ def rows(found: list[Any], template: str, chat: bool) -> None:
     """Render arbitrary rows with an arbitrary template, and tokenise the prompts."""
     from transformers import AutoTokenizer
 
-    from grpo_lite.base_model import resolve_base
-    from grpo_lite.data import load_prompts, prompt_ids
-    from grpo_lite.recipe import TINY_MODEL
-    from grpo_lite.recipe_load import build_recipe
+    from grpo_lite.models.base import resolve_base
+    from grpo_lite.recipe.load import build_recipe
+    from grpo_lite.recipe.recipe import TINY_MODEL
+    from grpo_lite.task.prompts import load_prompts
+    from grpo_lite.task.tokens import prompt_ids
 
     with _scratch() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -223,7 +224,7 @@ def edited(data: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
 
 def adapter(edits: list[tuple[str, float, bytes]], config: bool) -> None:
     """Open an adapter whose weights or config were damaged."""
-    from grpo_lite.lora_adapter import open_adapter
+    from grpo_lite.export.merge.adapter import open_adapter
 
     weights, settings = _adapter_bytes()
     with _scratch() as name:
@@ -236,7 +237,7 @@ def adapter(edits: list[tuple[str, float, bytes]], config: bool) -> None:
 
 def checkpoint(edits: list[tuple[str, float, bytes]], which: int) -> None:
     """Damage one file of a checkpoint: it is never taken for whole, unless nothing changed."""
-    from grpo_lite.checkpoints import FACTS_FILE, fault_of, saving
+    from grpo_lite.runs.checkpoints import FACTS_FILE, fault_of, saving
 
     with _scratch() as name:
         run = Path(name)

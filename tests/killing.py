@@ -22,51 +22,51 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Moment -> the function at whose nth call (`before`, or once it has returned: `after`) the process is killed.
 MOMENTS: dict[str, tuple[str, str]] = {
-    "rollout": ("grpo_lite.rollout:GroupDecoder.__call__", "before"),
-    "after rollout": ("grpo_lite.rollout:GroupDecoder.__call__", "after"),
+    "rollout": ("grpo_lite.engine.decode:GroupDecoder.__call__", "before"),
+    "after rollout": ("grpo_lite.engine.decode:GroupDecoder.__call__", "after"),
     "forward": ("transformers.models.llama.modeling_llama:LlamaModel.forward", "before"),
-    "reward": ("grpo_lite.reward_guard:GuardedReward.__call__", "before"),
-    "after reward": ("grpo_lite.reward_guard:GuardedReward.__call__", "after"),
+    "reward": ("grpo_lite.task.guard:GuardedReward.__call__", "before"),
+    "after reward": ("grpo_lite.task.guard:GuardedReward.__call__", "after"),
     "backward": ("accelerate:Accelerator.backward", "before"),
     "after backward": ("accelerate:Accelerator.backward", "after"),
     "optimizer step": ("accelerate.optimizer:AcceleratedOptimizer.step", "before"),
     "after optimizer step": ("accelerate.optimizer:AcceleratedOptimizer.step", "after"),
-    "log line": ("grpo_lite.progress:MetricsFile.on_log", "after"),
+    "log line": ("grpo_lite.session.records:MetricsFile.on_log", "after"),
     "checkpoint: weights": ("transformers:Trainer.save_model", "before"),
     "checkpoint: weights written": ("transformers:Trainer.save_model", "after"),
     "checkpoint: tensors": ("torch:save", "before"),
     "checkpoint: tensors written": ("torch:save", "after"),
-    "checkpoint: manifest": ("grpo_lite.checkpoints:write_manifest", "before"),
-    "checkpoint: flush": ("grpo_lite.checkpoints:sync", "before"),
-    "checkpoint: rename": ("grpo_lite.checkpoints:publish", "before"),
-    "checkpoint: renamed": ("grpo_lite.checkpoints:publish", "after"),
-    "checkpoint: older removed": ("grpo_lite.checkpoints:rotate", "before"),
-    "adapter": ("grpo_lite.fit:_save_adapter", "before"),
-    "adapter written": ("grpo_lite.fit:_save_adapter", "after"),
-    "run.json": ("grpo_lite.run_dir:RunDir.update_run", "before"),
-    "report": ("grpo_lite.report:write_report", "before"),
-    "evaluation": ("grpo_lite.evaluate:score_model", "before"),
-    "evaluation: written": ("grpo_lite.evaluate:_write_records", "after"),
-    "merge: a block": ("grpo_lite.merge_write:ShardWriter._put", "before"),
-    "merge: a shard": ("grpo_lite.merge_write:ShardWriter.write", "after"),
-    "merge: swap": ("grpo_lite.export_folder:_swap", "before"),
-    "merge: verify": ("grpo_lite.merge_run:verify_merge", "before"),
+    "checkpoint: manifest": ("grpo_lite.runs.checkpoints:write_manifest", "before"),
+    "checkpoint: flush": ("grpo_lite.runs.checkpoints:sync", "before"),
+    "checkpoint: rename": ("grpo_lite.runs.checkpoints:publish", "before"),
+    "checkpoint: renamed": ("grpo_lite.runs.checkpoints:publish", "after"),
+    "checkpoint: older removed": ("grpo_lite.runs.checkpoints:rotate", "before"),
+    "adapter": ("grpo_lite.session.fit:_save_adapter", "before"),
+    "adapter written": ("grpo_lite.session.fit:_save_adapter", "after"),
+    "run.json": ("grpo_lite.runs.run_dir:RunDir.update_run", "before"),
+    "report": ("grpo_lite.report.page:write_report", "before"),
+    "evaluation": ("grpo_lite.evaluation.evaluate:score_model", "before"),
+    "evaluation: written": ("grpo_lite.evaluation.evaluate:_write_records", "after"),
+    "merge: a block": ("grpo_lite.export.merge.merge:ShardWriter._put", "before"),
+    "merge: a shard": ("grpo_lite.export.merge.merge:ShardWriter.write", "after"),
+    "merge: swap": ("grpo_lite.files.atomic:_swap", "before"),
+    "merge: verify": ("grpo_lite.export.stages:verify_merge", "before"),
 }
 
 # Moments of `export --nf4 --gguf q8_0`, after training.
 EXPORT_MOMENTS: dict[str, tuple[str, str]] = {
-    "nf4: quantised": ("grpo_lite.nf4:_quantise", "after"),
-    "nf4: manifest": ("grpo_lite.nf4:write_manifest", "before"),
-    "nf4: in its place": ("grpo_lite.nf4_run:export_nf4", "after"),
-    "nf4: score": ("grpo_lite.evaluate:score_model", "before"),
-    "gguf: a tensor": ("grpo_lite.gguf_tensors:_encode", "before"),
-    "gguf: manifest": ("grpo_lite.gguf_export:write_manifest", "before"),
-    "gguf: proof": ("grpo_lite.gguf_run:_prove", "before"),
-    "gguf: record": ("grpo_lite.gguf_run:write_atomic", "after"),
-    "gguf: recorded": ("grpo_lite.gguf_run:update_manifest", "after"),
-    "export: flushed": ("grpo_lite.export_folder:_sync", "after"),
-    "export: swap": ("grpo_lite.export_folder:_swap", "before"),
-    "export: swapped": ("grpo_lite.export_folder:_swap", "after"),
+    "nf4: quantised": ("grpo_lite.export.nf4:_quantise", "after"),
+    "nf4: manifest": ("grpo_lite.export.nf4:write_manifest", "before"),
+    "nf4: in its place": ("grpo_lite.export.stages:export_nf4", "after"),
+    "nf4: score": ("grpo_lite.evaluation.evaluate:score_model", "before"),
+    "gguf: a tensor": ("grpo_lite.export.gguf.tensors:_encode", "before"),
+    "gguf: manifest": ("grpo_lite.export.gguf.file:write_manifest", "before"),
+    "gguf: proof": ("grpo_lite.export.stages:_prove", "before"),
+    "gguf: record": ("grpo_lite.export.stages:write_atomic", "after"),
+    "gguf: recorded": ("grpo_lite.export.stages:update_manifest", "after"),
+    "export: flushed": ("grpo_lite.files.atomic:_sync", "after"),
+    "export: swap": ("grpo_lite.files.atomic:_swap", "before"),
+    "export: swapped": ("grpo_lite.files.atomic:_swap", "after"),
     "export: a rename of the swap": ("os:rename", "after"),
 }
 
@@ -171,7 +171,7 @@ def export(run: Path) -> list[str]:
 
 def exported(run: Path) -> dict[str, Any]:
     """Return all of an exported run that has to be the same, however often the export was killed."""
-    from grpo_lite.manifest import verify_manifest
+    from grpo_lite.files.manifest import verify_manifest
 
     folders = {name: run / name for name in ("merged", "merged-nf4", "gguf/q8_0")}
     scores = json.loads((run / "metrics.json").read_text())
@@ -242,10 +242,9 @@ def _run(job: dict[str, Any]) -> None:
 def _serve() -> None:
     import logging
 
-    ours = ("train", "trainer", "merge_run", "evaluate", "gguf_run", "nf4_run", "report")
-    for name in (*(f"grpo_lite.{module}" for module in ours), "bitsandbytes"):
+    ours = ("train", "trainer.recovery", "evaluation.evaluate", "export.stages", "report.page")
+    for name in (*(f"grpo_lite.{module}" for module in ours), "bitsandbytes", "datasets", "tests.killing"):
         importlib.import_module(name)
-    importlib.import_module("datasets")
     importlib.import_module("transformers.models.llama.modeling_llama")
     logging.disable(logging.WARNING)
     for line in sys.stdin:

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.evaluate import compare
-from grpo_lite.recipe_load import load_recipe
-from grpo_lite.run_dir import RunDir, dump_recipe
+from grpo_lite.evaluation.evaluate import compare
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"

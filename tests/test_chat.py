@@ -8,13 +8,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from command_line import in_process
-from finished_run import make_recipe, make_run
+from DROP import register
 
 from grpo_lite.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
-from grpo_lite.cli_export import register
 from grpo_lite.errors import DataError
-from grpo_lite.run_dir import RunDir
+from grpo_lite.runs.run_dir import RunDir
+from tests.command_line import in_process
+from tests.finished_run import make_recipe, make_run
 
 BASE = Path("base")
 
@@ -69,7 +69,7 @@ def test_system_prompt_examples_and_history_come_before_the_question() -> None:
 
 
 def test_text_recipe_asks_in_text_as_training_did() -> None:
-    from grpo_lite.data import render_row
+    from grpo_lite.task.prompts import render_row
 
     recipe = make_recipe(BASE, system="Add.", examples=[{"prompt": "1+1=", "answer": "2"}], format="text")
     trained = render_row(recipe.data, {"question": "2+3", "answer": 5}, "here", 0)["prompt"]
@@ -77,7 +77,7 @@ def test_text_recipe_asks_in_text_as_training_did() -> None:
 
 
 def test_chat_recipe_asks_as_training_did() -> None:
-    from grpo_lite.data import render_row
+    from grpo_lite.task.prompts import render_row
 
     recipe = make_recipe(BASE, system="Add.")
     trained = render_row(recipe.data, {"question": "2+3", "answer": 5}, "here", 0)["prompt"]
@@ -137,7 +137,7 @@ def test_piped_lines_are_questions_of_their_own() -> None:
 
 def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whole, side by side, and in pieces as they come."""
-    from grpo_lite import cli_export
+    from grpo_lite import cli as cli_export
 
     class Hostile(Echo):
         recipe = None
@@ -145,7 +145,7 @@ def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, tm
         def ask(self, question: str, remember: bool = False, stream: Any = None) -> dict[str, str]:
             return {"trained": "a\x1b]0;owned\x07\nb", "base": "c\x1b[2J"}
 
-    monkeypatch.setattr("grpo_lite.cli_export._trained_run", lambda path: None)
+    monkeypatch.setattr("grpo_lite.cli._trained_run", lambda path: None)
     monkeypatch.setattr("grpo_lite.chat.Chat", lambda *_: Hostile())
     text = in_process("chat", str(tmp_path), "2+3")
     assert "\x1b" not in text

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_readme import shell, workplace
 
-from grpo_lite.recipe_load import recipe_names
+from grpo_lite.recipe.load import recipe_names
+from tests.test_readme import shell, workplace
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -59,7 +59,7 @@ def test_make_targets_and_recipes_that_pages_name_exist() -> None:
 
 @pytest.mark.parametrize("page", OWN, ids=lambda page: page.stem)
 def test_yaml_of_a_page_is_part_of_a_valid_recipe(page: Path) -> None:
-    from grpo_lite.recipe_load import build_recipe, read_yaml
+    from grpo_lite.recipe.load import build_recipe, read_yaml
 
     for block in blocks(page, "yaml"):
         raw = {**read_yaml(ROOT / "recipes" / "gsm8k.yaml"), "name": "page", **yaml.safe_load(block)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fuzzing import TARGETS
 from hypothesis import HealthCheck, given, settings
+
+from tests.fuzzing import TARGETS
 
 EXAMPLES = {"rows": 25, "completions": 25, "adapters": 60, "checkpoints": 40}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lite import checkpoints
-from grpo_lite.checkpoints import checkpoint_folders, last_usable
 from grpo_lite.errors import TrainingError
-from grpo_lite.recipe import Recipe
-from grpo_lite.recipe_load import load_recipe
-from grpo_lite.run_dir import RunDir
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs import checkpoints
+from grpo_lite.runs.checkpoints import checkpoint_folders, last_usable
+from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
 
 # Called before the step's end, in the process that trains.

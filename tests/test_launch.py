@@ -137,9 +137,9 @@ def test_the_script_for_sharded_bases_trains_a_recipe_that_merges(tmp_path: Path
 def test_our_trainer_refuses_to_be_sharded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
-    from tiny import parity_reward, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
-    from grpo_lite.trainer_memory import FittingGRPOTrainer
+    from grpo_lite.trainer.recovery import FittingGRPOTrainer
+    from tests.tiny import parity_reward, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP), raising=False)
     with pytest.raises(ValueError, match=r"launch/fsdp_qlora\.py"):

@@ -143,7 +143,7 @@ def test_the_cpu_notebook_runs_end_to_end_with_the_real_quickstart(tmp_path: Pat
 
 
 def test_a_second_run_of_the_cells_trains_nothing_again(tmp_path: Path) -> None:
-    from run_files import write_run
+    from tests.run_files import write_run
 
     write_run(tmp_path / "run")
     notebook = build.build("quickstart_cpu")

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import in_process
-from run_files import write_run
 
-from grpo_lite.environment import environment_record
 from grpo_lite.reproduce import differences, result_lines
-from grpo_lite.run_dir import RunDir
+from grpo_lite.runs.provenance import environment_record
+from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
+from tests.command_line import in_process
+from tests.run_files import write_run
 
 
 def test_what_differs_is_said_line_by_line(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_results_are_compared_step_by_step(tmp_path: Path) -> None:
 
 
 def test_the_same_machine_comes_to_the_same_result(tmp_path: Path, root: Path) -> None:
-    from grpo_lite.recipe_load import load_recipe
+    from grpo_lite.recipe.load import load_recipe
 
     run = RunDir(tmp_path / "run")
     small = ["grpo.max_steps=2", "eval.samples=0", "merge=false"]

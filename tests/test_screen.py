@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import GRPO_LITE, ROOT
 
-from grpo_lite.progress import StopCleanly
 from grpo_lite.screen import steadfast
+from grpo_lite.session.stop import StopCleanly
+from tests.command_line import GRPO_LITE, ROOT
 
 
 def test_what_cannot_be_written_ends_nothing() -> None:

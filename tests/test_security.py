@@ -17,19 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import in_process
-from finished_run import make_base, make_recipe, replaced
-from killing import ALONE, FAST, Server
 
-from grpo_lite import trust
 from grpo_lite.errors import GRPOLiteError, ModelError, RecipeError
-from grpo_lite.hardware import detect_device
-from grpo_lite.manifest import write_manifest
-from grpo_lite.model import load_model, load_tokenizer
-from grpo_lite.recipe_load import load_recipe, read_yaml
-from grpo_lite.redact import HIDDEN, RedactingFormatter, planted_secret, redact, redact_logs, secret_in, secrets
-from grpo_lite.run_dir import RunDir
+from grpo_lite.files.manifest import write_manifest
+from grpo_lite.files.redact import HIDDEN, RedactingFormatter, planted_secret, redact, redact_logs, secret_in, secrets
+from grpo_lite.models import base as trust
+from grpo_lite.models.device import detect_device
+from grpo_lite.models.load import load_model, load_tokenizer
+from grpo_lite.recipe.load import load_recipe, read_yaml
+from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import steadfast
+from tests.command_line import in_process
+from tests.finished_run import make_base, make_recipe, replaced
+from tests.killing import ALONE, FAST, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hf_" + "Zq7" * 11

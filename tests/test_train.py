@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import grpo_lite, in_process
 
-from grpo_lite.run_dir import RunDir
+from grpo_lite.runs.run_dir import RunDir
+from tests.command_line import grpo_lite, in_process
 
 
 @pytest.fixture(scope="module")

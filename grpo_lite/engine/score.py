@@ -1,0 +1,283 @@
+"""Log-probabilities and entropies of chosen tokens without ever holding the `(N, V)` logits.
+
+Place in the line: `trainer.py` hands over the hidden states that predict a completion token, and only those. The
+logits exist a chunk at a time. TRL 1.16 has the same idea (`trl/kernels/chunked_logprob.py`); on CPU it scores every
+position, prompt and padding included, in tiles of up to half a GiB, and projects twice again in backward. Here
+forward keeps the Jacobian row `d logp / d hidden` of each token, `(N, H)`, and backward is one multiplication.
+
+Run a packed batch through a model: log-probabilities of the completion tokens, and the check that this is right.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from grpo_lite.engine import attention
+from grpo_lite.engine.out_of_memory import is_out_of_memory
+from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch, unpack
+
+# Logits alive at once: 32 MiB in fp32 on CPU, about its cache; twice that on a GPU. A chunk takes up to 16 bytes an
+# element, so 1 << 26 would be 1 GiB, more than a 1.5B base in 4 bit; 110 rows × 151,936 already fill a GPU.
+CHUNK_ELEMENTS_CPU = 1 << 23
+CHUNK_ELEMENTS_GPU = 1 << 24
+
+
+def selected_logprobs(
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool = False,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Score `targets` under `softmax(head(hidden) / temperature)`.
+
+    Args:
+        hidden: `(N, H)`, already in the dtype to multiply in.
+        head: The model's output embedding: `weight` `(V, H)`, `bias` `(V,)` or None.
+        targets: `(N,)`.
+        temperature: Of the sampling distribution.
+        entropy: Whether to return entropies.
+        entropy_grad: Whether the entropies must be differentiable.
+
+    Returns:
+        Log-probabilities `(N,)` and entropies `(N,)` (or None), both fp32 (fp64 for fp64 inputs).
+    """
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    needs_head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    inverse = 1.0 / temperature
+    if torch.is_grad_enabled() and needs_head_grad:
+        return _recomputed(hidden, weight, bias, targets, inverse, entropy)
+    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, targets, inverse, entropy, entropy_grad)
+    if entropies is not None and not entropy_grad:
+        entropies = entropies.detach()
+    return logps, entropies
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Return how many tokens to project at once with a head of weight `(V, H)`."""
+    elements = CHUNK_ELEMENTS_CPU if weight.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    return max(16, elements // weight.size(0))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, inverse_temperature: float) -> Tensor:
+    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if inverse_temperature == 1.0 else logits * inverse_temperature
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        inverse_temperature: float,
+        entropy: bool,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        count, rows = hidden.size(0), chunk_rows(weight)
+        logps = hidden.new_empty(count, dtype=wide)
+        entropies = hidden.new_empty(count, dtype=wide) if entropy else None
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        entropy_jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_grad else None
+        head = weight.to(hidden.dtype)
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            log_p = torch.log_softmax(_logits(hidden[part], head, bias, inverse_temperature), dim=-1)  # (n, V)
+            target = targets[part].unsqueeze(1)
+            logps[part] = log_p.gather(1, target).squeeze(1)
+            if not entropy and jacobian is None:
+                continue
+            p = log_p.exp()
+            if entropies is not None:
+                weighted = log_p * p if entropy_jacobian is not None else log_p.mul_(p)
+                entropies[part] = -weighted.sum(-1)
+            if entropy_jacobian is not None and entropies is not None:
+                # dH/dz_j = -p_j (log p_j + H)
+                slope = p * (log_p + entropies[part].unsqueeze(1))
+                entropy_jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
+            if jacobian is not None:
+                # d log p_y / dz_j = 1[j = y] - p_j; taken together before rounding, else p_y -> 1 cancels
+                slope = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
+        ctx.save_for_backward(jacobian, entropy_jacobian)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        jacobian, entropy_jacobian = ctx.saved_tensors
+        grad_logps, grad_entropies = grads
+        grad: Tensor | None = None
+        if jacobian is not None and grad_logps is not None:
+            grad = grad_logps.unsqueeze(1) * jacobian
+        if entropy_jacobian is not None and grad_entropies is not None:
+            extra = grad_entropies.unsqueeze(1) * entropy_jacobian
+            grad = extra if grad is None else grad + extra
+        if grad is not None:
+            grad = grad.to(jacobian.dtype)
+        return grad, None, None, None, None, None, None
+
+
+def _recomputed(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, inverse_temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Score chunk by chunk under activation checkpointing: for a head that is trained itself."""
+
+    def score(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(_logits(part, weight, bias, inverse_temperature), dim=-1)
+        entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(log_p.size(0))
+        return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropies
+
+    rows = chunk_rows(weight)
+    parts = [
+        checkpoint(score, part, target, use_reentrant=False)
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logps = torch.cat([part[0] for part in parts])
+    return logps, torch.cat([part[1] for part in parts]) if entropy else None
+
+
+logger = logging.getLogger(__name__)
+
+# The self-check's longest sequence; an attention window must hold it.
+SELF_CHECK_TOKENS = 12
+
+
+class Scoring(NamedTuple):
+    """How the trainer wants tokens scored."""
+
+    temperature: float
+    head_in_fp32: bool = False
+    entropy: bool = True
+    entropy_grad: bool = False
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def score(
+    model: nn.Module, packed: PackedBatch, scoring: Scoring, autocast: Callable[[], AbstractContextManager[Any]]
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities `(N,)` and entropies `(N,)` (or None) of a packed batch's completion tokens.
+
+    Args:
+        model: A causal language model or PEFT model that `attention.install` has prepared.
+        packed: The batch.
+        scoring: Temperature and what to return.
+        autocast: Makes the context to run the model in.
+    """
+    inner = base_model(model)
+    device = packed.input_ids.device
+    layout = attention.PackedLayout(packed.segments, device)
+    # A 4D mask passes through transformers' mask creation untouched, which would otherwise read the restarting
+    # positions as packed sequences and build a (T, T) mask; the packed attention ignores it.
+    no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
+    with autocast():
+        hidden = inner.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=no_mask,
+            use_cache=False,
+            packed_layout=layout,
+        ).last_hidden_state
+    if layout.calls < inner.config.num_hidden_layers:
+        raise NotImplementedError("some layers did not attend through transformers' attention interface")
+    head = cast(nn.Linear, inner.get_output_embeddings())
+    chosen = hidden[0].index_select(0, packed.predictors)
+    context: AbstractContextManager[Any] = autocast()
+    if scoring.head_in_fp32:
+        chosen, context = chosen.float(), torch.autocast(device.type, enabled=False)
+    elif torch.is_autocast_enabled(device.type):
+        chosen = chosen.to(torch.get_autocast_dtype(device.type))
+    with context:
+        return selected_logprobs(
+            chosen, head, packed.targets, scoring.temperature, scoring.entropy, scoring.entropy_grad
+        )
+
+
+PlainScores = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def self_check(
+    model: nn.Module, scoring: Scoring, autocast: Callable[[], AbstractContextManager[Any]], plain: PlainScores
+) -> str | None:
+    """Compare packed with padded log-probabilities once, on the real weights and made-up tokens.
+
+    The configuration can only exclude what it names; this catches the rest (patched attention, unknown architectures).
+
+    Args:
+        model: As for `score`.
+        scoring: As for `score`.
+        autocast: As for `score`.
+        plain: Computes padded log-probabilities `(B, C)` from ids, mask and C.
+
+    Returns:
+        Why packed compute must not be used, or None.
+    """
+    inner = base_model(model)
+    device = next(model.parameters()).device
+    width, longest = SELF_CHECK_TOKENS - 5, 5
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = inner.config.vocab_size
+    prompts = torch.randint(vocabulary, (2, width), generator=generator).repeat_interleave(3, dim=0)
+    completions = torch.randint(vocabulary, (6, longest), generator=generator)
+    lengths = torch.tensor([5, 1, 3, 4, 5, 2])
+    mask = torch.ones((6, width + longest), dtype=torch.long)
+    mask[3:, :2] = 0  # the second prompt is two tokens shorter
+    mask[:, width:] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+    ids = torch.cat([prompts, completions], dim=1).to(device)
+    mask = mask.to(device)
+    valid = mask[:, width:].bool()
+    batch = read_padded_batch(ids, mask, longest)
+    assert batch is not None
+    with torch.no_grad(), _without_dropout(model):
+        expected = plain(ids, mask, longest)[valid].double()
+        shifted = plain(nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0)), longest)[valid].double()
+        try:
+            packed = pack(batch, plan_microbatches(batch, range(6), None)[0])
+            values, _ = score(model, packed, scoring._replace(entropy=False), autocast)
+        except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):  # which is nothing that the model does
+                raise
+            return f"packed attention failed on this model ({type(error).__name__}: {error})"
+        found = unpack(values.double(), packed, values.new_zeros(valid.shape, dtype=torch.float64))[valid]
+    exact = inner.dtype in (torch.float32, torch.float64) and not _in_autocast(autocast, device.type)
+    # Rounding differs with the kernels chosen; the same rows padded differently show how much.
+    allowed = (2e-4 if exact else 0.1) + 4 * float((shifted - expected).abs().max())
+    difference = float((found - expected).abs().max())
+    logger.debug("packed self-check: difference %.2e, allowed %.2e", difference, allowed)
+    if difference <= allowed:
+        return None
+    return f"its log-probabilities differ from padded ones by {difference:.2g} (allowed {allowed:.2g})"
+
+
+def _in_autocast(autocast: Callable[[], AbstractContextManager[Any]], device_type: str) -> bool:
+    with autocast():
+        return torch.is_autocast_enabled(device_type)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Any:
+    """Turn dropout off without `model.eval()`, which makes bitsandbytes repack 4-bit weights on some CPUs."""
+    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module, _ in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in dropouts:
+            module.p = p

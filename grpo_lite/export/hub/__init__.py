@@ -1,0 +1,1 @@
+"""Publish a run on the Hub with a model card made from what was measured."""

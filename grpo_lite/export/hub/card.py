@@ -1,0 +1,300 @@
+"""How the model of a card is loaded and asked: transformers, vLLM, Ollama, and the form of the questions it learnt.
+
+The model card: only what a run's own files say, measured numbers with their intervals, and what was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_lite.export.hub.base_facts import BaseFacts
+from grpo_lite.recipe.recipe import Recipe, without_paths
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
+
+
+def use_section(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any]], repo_id: str, what: str) -> str:
+    """Return the card's section on loading and asking the model.
+
+    Args:
+        gguf: gguf.json of each file that is pushed.
+        what: "adapter", "merged" or "gguf".
+    """
+    base_name = base.hub_id or base.name
+    title = repo_id.rpartition("/")[2]
+    lines = ["## Use", ""]
+    lines += _asked(recipe)
+    if what == "gguf":
+        kinds = [str(record["kind"]) for record in gguf] or ["q8_0"]
+        lines += ["```sh", *(f"ollama run hf.co/{repo_id}:{kind.upper()}" for kind in kinds), "```", ""]
+        lines += ["or download the file with its `Modelfile` and run", "", "```sh"]
+        modelfile = f"Modelfile-{kinds[0]}" if len(kinds) > 1 else "Modelfile"  # as push names them
+        lines += [f"ollama create {title.lower()} -f {modelfile} && ollama run {title.lower()}", "```", ""]
+        file = gguf[0]["file"] if gguf else f"{recipe.name}-q8_0.gguf"
+        lines += ["```python", "from transformers import AutoModelForCausalLM  # needs the package gguf", ""]
+        lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", gguf_file="{file}")', "```", ""]
+        lines += ["vLLM is better served by the merged 16-bit model: `grpo-lite push RUN … --what merged`."]
+        return "\n".join(lines) + "\n"
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    if what == "adapter":
+        lines += [
+            "from peft import PeftModel",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")',
+            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
+        ]
+    else:
+        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "", "```sh"]
+    if what == "adapter":
+        rank = recipe.lora.get("r", 8)
+        lines += [f"vllm serve {base_name} --enable-lora --max-lora-rank {rank} --lora-modules {title}={repo_id}"]
+    else:
+        lines += [f"vllm serve {repo_id}"]
+    lines += ["```", ""]
+    lines += [f"For Ollama make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
+    if what == "merged":
+        lines += ["Without the run: llama.cpp's `convert_hf_to_gguf.py` on a download of this repository."]
+    return "\n".join(lines) + "\n"
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    """Return how a question was put in training, which is how the model wants to be asked."""
+    data = recipe.data
+    form = f"Trained on questions of the form {_code(data.prompt)}"
+    if data.format == "text":
+        before = (f"{data.system}\n" if data.system else "") + "".join(f"{e.prompt}{e.answer}\n" for e in data.examples)
+        form += " in plain text, without the chat template (vLLM: `/v1/completions`)"
+        return [form + (f", after this text: {_code(before)}." if before else "."), ""]
+    if not data.system and not data.examples and data.prompt == "{prompt}":
+        return []
+    shots = f", after {len(data.examples)} examples (`data.examples` in the recipe below)" if data.examples else ""
+    return [form + (f" under the system prompt {_code(data.system)}" if data.system else "") + shots + ".", ""]
+
+
+def _code(text: str) -> str:
+    return f"`{json.dumps(text, ensure_ascii=False)}`"
+
+
+# The relation of what is pushed to its base, in the Hub's words. A GGUF of a trained model is a fine-tune as well:
+# "quantized" would list it as a copy of the base itself.
+RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
+CURVES = "curves.png"
+_SIDES = (("base", "before"), ("trained", "after"))
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything a card is written from."""
+
+    recipe: Recipe
+    base: BaseFacts
+    record: Mapping[str, Any]  # run.json
+    scores: Mapping[str, Any]  # metrics.json; empty: not measured
+    merge: Mapping[str, Any]  # run.json's `merge`; empty: not merged
+    gguf: Sequence[Mapping[str, Any]] = field(default=())  # gguf.json of each file
+    curves: bool = False  # the report's curves.png is pushed too
+
+
+def read_facts(run: RunDir, base: BaseFacts, gguf: Sequence[Mapping[str, Any]] = ()) -> RunFacts:
+    """Collect a run's facts for its card."""
+    scores = run.read_scores()
+    record = run.read_run()
+    curves = (run.path / CURVES).is_file()
+    return RunFacts(run.load_recipe(), base, record, scores, record.get("merge") or {}, gguf, curves)
+
+
+def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] = ()) -> str:
+    """Return README.md for a repository: metadata for the Hub, then text for people.
+
+    Args:
+        what: "adapter", "merged" or "gguf".
+        doubts: why the push had to be forced; they stand in the card.
+    """
+    base, recipe = facts.base, facts.recipe
+    title = repo_id.rpartition("/")[2]
+    of = f"[{base.name}](https://huggingface.co/{base.hub_id})" if base.hub_id else base.name
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    parts = [
+        f"---\n{_metadata(facts, title, what)}---\n",
+        f"# {title}\n",
+        f"{_article(what)} {of}{revision}, trained with GRPO and LoRA by "
+        f"grpo_lite: {recipe.description.rstrip('.')}.\n",
+        f"The base is {base.note}.\n" if base.note else "",
+        "".join(f"> **Pushed in spite of this:** {doubt}\n" for doubt in doubts),
+        _measured(facts),
+        use_section(recipe, base, facts.gguf, repo_id, what),
+        _training(facts),
+        _not_measured(facts, what),
+        _licence_text(base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _article(what: str) -> str:
+    return {"adapter": "A LoRA adapter for", "merged": "A fine-tune of", "gguf": "GGUF files of a fine-tune of"}[what]
+
+
+def _metadata(facts: RunFacts, title: str, what: str) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, recipe = facts.base, facts.recipe
+    known: dict[str, Any] = {
+        "library_name": _LIBRARIES[what],
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "lora", "trl", "grpo_lite", "reinforcement-learning"],
+    }
+    if base.licence:
+        known |= {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
+    if base.hub_id:
+        known |= {"base_model": base.hub_id, "base_model_relation": RELATIONS[what]}
+    sources = [source for source in (recipe.data.train, recipe.data.eval) if source]
+    if hubs := list(dict.fromkeys(source.hub for source in sources if source.hub)):
+        known["datasets"] = hubs
+    results = []
+    source = recipe.data.eval or recipe.data.train
+    for kind in ("lenient", "strict") if facts.scores else ():
+        rates = [(facts.scores[kind][side], f"{when} training") for side, when in _SIDES]
+        if what != "adapter" and "merged" in facts.scores:
+            rates.append((facts.scores["merged"][kind], "after training, merged 16-bit model"))
+        for rate, when in rates:
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=source.hub or _source_name(source),
+                    dataset_name=_source_name(source),
+                    dataset_config=source.config,
+                    dataset_split=source.split if source.hub else "held-out",
+                    dataset_revision=source.revision,
+                    metric_type="accuracy",
+                    metric_name=f"greedy {kind} accuracy {when} ({_interval(rate)}, n = {rate['n']})",
+                    metric_value=round(rate["rate"], 4),
+                )
+            )
+    known |= {"model_name": title, "eval_results": results} if results else {}
+    return str(ModelCardData(**known).to_yaml()).rstrip() + "\n"
+
+
+def _source_name(source: Any) -> str:
+    if source.hub:
+        return f"{source.hub}" + (f" ({source.config})" if source.config else "")
+    return f"generated-{source.generator}" if source.generator else str(source.path).replace("\\", "/").split("/")[-1]
+
+
+def _interval(rate: Mapping[str, Any]) -> str:
+    return f"{rate['confidence']:.0%} interval {rate['low']:.3f}-{rate['high']:.3f}"
+
+
+def _measured(facts: RunFacts) -> str:
+    scores = facts.scores
+    if not scores:
+        return "## Measured\n\nNothing: this run was not evaluated.\n"
+    lines = ["## Measured", "", scores["lenient"]["verdict"]["sentence"], ""]
+    lines += ["| held-out, greedy | base | trained | difference |", "|---|---|---|---|"]
+    for kind in ("lenient", "strict"):
+        part = scores[kind]
+        d = part["difference"]
+        cells = [f"{part[side]['rate']:.3f} ({_interval(part[side])})" for side in ("base", "trained")]
+        lines.append(
+            f"| {kind} | {cells[0]} | {cells[1]} | {d['difference']:+.3f} "
+            f"({d['confidence']:.0%} interval {d['low']:+.3f} to {d['high']:+.3f}) |"
+        )
+    if merged := scores.get("merged"):
+        lines.append(
+            f"| lenient, merged 16-bit model | | {merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])}) | |"
+        )
+    for name, rates in scores.get("pass_at_k", {}).items():
+        lines.append(f"| {name}, sampled | {rates['base']:.3f} | {rates['trained']:.3f} | |")
+    lines += ["", f"{scores['n']} held-out prompts; lenient: the answer is right; strict: and in the asked form."]
+    if merge := facts.merge:
+        lines += ["", _merge_sentence(merge)]
+    for record in facts.gguf:
+        proof = record.get("proof") or {}
+        if proof:
+            lines += ["", f"`{record['file']}`: {_proof_sentence(proof)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _merge_sentence(merge: Mapping[str, Any]) -> str:
+    if skipped := merge.get("skipped"):
+        return f"Not merged: {skipped}."
+    state = "Verified" if merge.get("passed") else "NOT verified"
+    if "prompts" not in merge:
+        return f"{state}: the merged weights were not compared with base + adapter."
+    return (
+        f"{state}: the merged weights against base + adapter on {merge['prompts']} prompts: top-1 agreement "
+        f"{merge['top1_agreement']:.2%}, mean KL {merge['mean_kl']:.1e} nats, largest logit difference "
+        f"{merge['max_logit_difference']:.2g}."
+    )
+
+
+def _proof_sentence(proof: Mapping[str, Any]) -> str:
+    return (
+        f"loaded with {proof['loader']}, it agrees with the merged model on {proof['top1_agreement']:.1%} of "
+        f"{proof['tokens']} next tokens ({proof['decided_agreement']:.1%} away from ties); {proof['stopped']} of "
+        f"{proof['prompts']} answers ended by themselves (merged model: {proof['stopped_merged']})."
+    )
+
+
+def _training(facts: RunFacts) -> str:
+    record = facts.record
+    device = record.get("device") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    rows = {
+        "device": device.get("name"),
+        "steps": record.get("steps"),
+        "training time": _minutes(record.get("training_seconds")),
+        "peak memory": _gib(record.get("peak_memory_bytes")),
+        "seed": record.get("seed"),
+        "versions": versions or None,
+        "python": record.get("python"),
+        "grpo_lite": " ".join(str(v) for v in (record.get("grpo_lite"), record.get("git_commit")) if v) or None,
+        "finished": record.get("finished_at"),
+    }
+    table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    recipe = dump_recipe(without_paths(facts.recipe))
+    picture = [f"![Reward and other figures over the training steps]({CURVES})", ""] if facts.curves else []
+    return "\n".join(
+        ["## Training", "", *picture, "| | |", "|---|---|", *table, "", "```yaml", recipe.rstrip(), "```", ""]
+    )
+
+
+def _minutes(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds / 60:.1f} min"
+
+
+def _gib(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def _not_measured(facts: RunFacts, what: str) -> str:
+    scores, recipe = facts.scores, facts.recipe
+    source = _source_name(recipe.data.eval or recipe.data.train)
+    lines = [f"- Anything but {source}: other tasks, languages, safety, and what the training unlearnt."]
+    if not scores:
+        lines = ["- The task itself: no score before or after."]
+    if scores and not recipe.eval.strict:
+        lines.append("- The form of the answers: this recipe has no strict score of its own.")
+    if scores:
+        lines.append("- Spread over seeds: one run; the intervals are over prompts only.")
+    if scores and what == "gguf" and "merged" in scores:
+        lines.append("- The task score of these very files: the scores were measured on the model they were made from.")
+    elif scores and (what == "gguf" or (what == "merged" and "merged" not in scores)):
+        loaded = f"the {recipe.model.load_in} base with the adapter on it"
+        lines.append(f"- The task score of these very files: the scores were measured on {loaded}.")
+    if what == "gguf" and not all((record.get("proof") or {}).get("passed") for record in facts.gguf):
+        lines.append("- Whether every GGUF file answers as the merged model does.")
+    lines.append("- Whether held-out prompts were in the base model's own training data.")
+    return "\n".join(["## Not measured", "", *lines, ""])
+
+
+def _licence_text(base: BaseFacts) -> str:
+    if not base.licence:
+        return f"## Licence\n\nNot known: the metadata of {base.name} names none. Ask its authors before use.\n"
+    name = base.licence_name or base.licence
+    link = f" ({base.licence_link})" if base.licence_link else ""
+    return f"## Licence\n\n{name}{link}, as the base model's own metadata says; it applies to what is made from it.\n"

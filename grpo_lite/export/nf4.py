@@ -1,0 +1,110 @@
+"""export_nf4: a merged folder quantised to 4-bit NF4 by bitsandbytes, ready to load, with its own measured loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_lite.errors import ExportError
+from grpo_lite.export.model_folder import copy_files, load_saved_tokenizer, load_whole, read_base_config
+from grpo_lite.export.proof import Agreement, agreement, last_logits, positions_kept, tokenize
+from grpo_lite.export.safetensors import open_checkpoint
+from grpo_lite.files.atomic import replacing_folder
+from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, verify_manifest, write_manifest
+
+NF4_RECORD = "nf4.json"
+
+
+@dataclass(frozen=True)
+class Nf4Record:
+    """What the quantisation cost; saved as nf4.json in the exported folder."""
+
+    size_bytes: int  # of the weights
+    merged_bytes: int
+    prompts: int
+    positions: int
+    agreement: Agreement  # reference: the merged model
+    merged_sha256: str | None  # of the merged folder's manifest, if it has one
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for nf4.json."""
+        return dataclasses.asdict(self)
+
+
+def export_nf4(
+    merged_dir: Path,
+    out_dir: Path,
+    prompts: Sequence[str],
+    tokenizer: Any = None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Nf4Record:
+    """Quantise a merged folder to NF4 (double-quantised), save it, reload it and measure what was lost.
+
+    Args:
+        prompts: held-out prompts as rendered text; the loss is measured on their last positions.
+        device: where to quantise and measure, "cpu" or "cuda".
+
+    Raises:
+        ExportError: bitsandbytes is missing, the folder is not a merged 16-bit model, or writing fails.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ExportError("export_nf4: bitsandbytes is not installed. Install it: pip install bitsandbytes.")
+    read_base_config(merged_dir)  # refuses quantised ones
+    if (merged_dir / MANIFEST_NAME).is_file():
+        verify_manifest(merged_dir)
+    merged_bytes = sum(shard.path.stat().st_size for shard in open_checkpoint(merged_dir))
+    sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
+
+    model = load_whole(merged_dir, None, device)
+    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), 0)
+    reference = [last_logits(model, ids, keep) for ids in sequences]
+    dtype = model.dtype
+    del model
+    gc.collect()
+
+    with replacing_folder(out_dir, merged_bytes // 2, overwrite, [merged_dir]) as partial:
+        _quantise(merged_dir, partial, dtype, device)
+        copy_files(merged_dir, merged_dir, partial)
+        model = load_whole(partial, dtype, device)
+        quantised = [last_logits(model, ids, keep) for ids in sequences]
+        del model
+        gc.collect()
+        record = Nf4Record(
+            size_bytes=sum(path.stat().st_size for path in partial.glob("*.safetensors")),
+            merged_bytes=merged_bytes,
+            prompts=len(sequences),
+            positions=sum(len(logits) for logits in reference),
+            agreement=agreement(reference, quantised),
+            merged_sha256=sha256_of(manifest) if (manifest := merged_dir / MANIFEST_NAME).is_file() else None,
+        )
+        (partial / NF4_RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial)
+    return record
+
+
+def _quantise(merged_dir: Path, out_dir: Path, dtype: torch.dtype, device: str) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        merged_dir, quantization_config=quantization, dtype=dtype, device_map={"": device}
+    )
+    # Before any forward: on CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights on the first one.
+    model.save_pretrained(out_dir)
+    for path in out_dir.glob("*.safetensors"):  # which the library makes readable to the owner only
+        path.chmod((out_dir / "config.json").stat().st_mode)

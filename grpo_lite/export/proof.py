@@ -1,0 +1,282 @@
+"""How far two models' next-token distributions lie apart, and whether a merge is proven by it. Pure tensor code.
+
+Prove a merge: the merged folder, reloaded from disk, against base + adapter and against the base alone.
+
+All three compute in one dtype on the same token sequences: held-out prompts, each continued greedily by base + adapter,
+so that the trained behaviour is measured too. One model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_lite.errors import ExportError
+from grpo_lite.export.merge.adapter import open_adapter
+from grpo_lite.export.model_folder import KEPT_BYTES, dtype_here, load_saved_tokenizer, load_whole
+from grpo_lite.export.safetensors import open_checkpoint
+
+# All measured on SmolLM2-135M (docs/measurements/merge.md).
+# KL that is no merge's fault, by what the models compute in: 16-bit weights' own rounding, then 16-bit computing's.
+NOISE_KL = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 5e-3}
+MAX_MEAN_KL = 0.02  # wrong merges are off by tenths of nats and more
+MIN_TOP1_AGREEMENT = 0.98  # where the reference is decided
+# A reference whose best token leads by less is at a tie: logits near 20 lie 0.125 apart in bfloat16.
+DECIDED_LEAD = 0.5
+# Of the KL between base and base + adapter. KL grows with the square of a change, so a quarter is half of the effect.
+MAX_SHARE_LOST = 0.25
+# Right merges carry all of the update, within a few per cent where its KL is ten times the noise; a lost one 0, a
+# doubled one 2. Weaker updates cannot be told from rounding, and are judged by KL alone.
+CARRIED = (0.8, 1.25)
+RESOLVED = 10
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one model's next-token distributions stand to the reference's."""
+
+    mean_kl: float  # KL(reference ‖ model), nats a token
+    max_kl: float
+    top1_agreement: float  # share of positions with the same most likely token
+    decided_top1_agreement: float  # the same where the reference leads by DECIDED_LEAD; 1 if nowhere
+    max_logit_difference: float
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return (
+            f"top-1 agreement {self.top1_agreement:.2%} ({self.decided_top1_agreement:.2%} away from ties), "
+            f"mean KL {self.mean_kl:.1e} nats, largest logit difference {self.max_logit_difference:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """The measured agreement of a merge. The reference is 16-bit base + adapter, not merged."""
+
+    prompts: int
+    positions: int
+    compute_dtype: str
+    merged: Agreement  # must be close
+    base: Agreement  # must be further away than merged
+    update_carried: float  # how much of the adapter's change of the logits the merged model has; 1 is all of it
+    effect_resolved: bool  # the adapter's effect stands out from rounding, so that update_carried is exact
+    merged_against_base: float  # largest logit difference; 0 means the merge changed nothing
+    training: Agreement | None  # reference: the training-time model (4-bit base + adapter), against the merged
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with `passed`."""
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+    def require_passed(self, merged_dir: Path) -> None:
+        """Raise an ExportError that says what is wrong, if anything is."""
+        if self.faults:
+            raise ExportError(
+                f"{merged_dir}: the merge is not proven right ({self.merged.describe()}):\n"
+                + "\n".join(f"  {fault}" for fault in self.faults)
+                + "\nDo not use or publish it. Merge again onto the base that the adapter was trained on."
+            )
+
+
+def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
+    """Compare logits of two models at the same positions; each item is (T, V)."""
+    kl, same, decided, largest = [], [], [], 0.0
+    for expected, given in zip(reference, other, strict=True):
+        log_p, log_q = expected.double().log_softmax(-1), given.double().log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
+        best = log_p.topk(2, dim=-1)
+        same.append(best.indices[:, 0] == given.argmax(-1))
+        decided.append(best.values[:, 0] - best.values[:, 1] >= DECIDED_LEAD)
+        largest = max(largest, float((expected - given).abs().max()))
+    all_kl, all_same, all_decided = torch.cat(kl), torch.cat(same).double(), torch.cat(decided)
+    return Agreement(
+        mean_kl=float(all_kl.mean()),
+        max_kl=float(all_kl.max()),
+        top1_agreement=float(all_same.mean()),
+        decided_top1_agreement=float(all_same[all_decided].mean()) if all_decided.any() else 1.0,
+        max_logit_difference=largest,
+    )
+
+
+def update_carried(
+    reference: Sequence[torch.Tensor], base: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]
+) -> float:
+    """Project the merged model's change of the logits on the adapter's: 0 if it is lost, 1 if all arrived, 2 if twice.
+
+    Rounding noise points nowhere in particular and mostly averages out here, where it adds up in KL.
+    """
+    along = wanted = 0.0
+    for with_adapter, without, given in zip(reference, base, merged, strict=True):
+        change, made = (logits.double() - without.double() for logits in (with_adapter, given))
+        change -= change.mean(-1, keepdim=True)  # a constant added to all logits changes nothing
+        along += float((change * made).sum())
+        wanted += float((change * change).sum())
+    return along / wanted if wanted else 0.0
+
+
+def judge(
+    compute_dtype: str,
+    reference: list[torch.Tensor],
+    base: list[torch.Tensor],
+    merged: list[torch.Tensor],
+    training: list[torch.Tensor] | None = None,
+) -> VerifyRecord:
+    """Compare a merged model's logits with those of base + adapter (the reference) and base, and say what is wrong."""
+    base_agreement = agreement(reference, base)
+    record = VerifyRecord(
+        prompts=len(reference),
+        positions=sum(len(logits) for logits in reference),
+        compute_dtype=compute_dtype,
+        merged=agreement(reference, merged),
+        base=base_agreement,
+        update_carried=update_carried(reference, base, merged),
+        effect_resolved=base_agreement.mean_kl >= RESOLVED * NOISE_KL.get(compute_dtype, 0.0),
+        merged_against_base=max(float((ours - b).abs().max()) for ours, b in zip(merged, base, strict=True)),
+        training=agreement(training, merged) if training else None,
+        faults=(),
+    )
+    return dataclasses.replace(record, faults=tuple(_faults(record)))
+
+
+def _faults(record: VerifyRecord) -> Iterator[str]:
+    merged, base = record.merged, record.base
+    if not math.isfinite(merged.mean_kl + merged.max_logit_difference + record.merged_against_base):
+        yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
+        return
+    if base.max_logit_difference == 0:
+        yield "base + adapter equals the base: the adapter changes nothing"
+    elif record.merged_against_base == 0:
+        yield "the merged model equals the base: the update is not in it (lost in rounding, or never added)"
+    elif record.effect_resolved and not CARRIED[0] <= record.update_carried <= CARRIED[1]:
+        yield (
+            f"the merged model carries {record.update_carried:.2f} of the adapter's update; right is 1, allowed "
+            f"{CARRIED[0]} to {CARRIED[1]} (0: lost; 2: merged twice)"
+        )
+    if merged.mean_kl - NOISE_KL.get(record.compute_dtype, 0.0) > MAX_SHARE_LOST * base.mean_kl:
+        yield (
+            f"the merged model is {merged.mean_kl:.1e} nats from base + adapter, the base alone {base.mean_kl:.1e}: "
+            f"more than {MAX_SHARE_LOST:.0%} of the update's effect is lost"
+        )
+    if merged.mean_kl > MAX_MEAN_KL:
+        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding and noise alone cost below 7e-3"
+    if (same := merged.decided_top1_agreement) < MIN_TOP1_AGREEMENT:
+        yield f"top-1 agreement away from ties is {same:.1%}, below {MIN_TOP1_AGREEMENT:.0%}"
+
+
+Logits = Callable[[torch.Tensor], torch.Tensor]  # token ids (1, T) -> logits (1, T, V)
+
+
+def verify_merge(
+    base_dir: Path,
+    adapter_dir: Path,
+    merged_dir: Path,
+    prompts: Sequence[str],
+    tokenizer: Any = None,
+    *,
+    max_new_tokens: int = 16,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    training_logits: Logits | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> VerifyRecord:
+    """Measure the agreement of a merged folder with base + adapter; the result's `faults` say what is wrong.
+
+    Args:
+        prompts: held-out prompts as rendered text (special tokens are not added again).
+        tokenizer: the merged folder's own by default, which proves that it loads.
+        max_new_tokens: length of the greedy continuation that is scored with each prompt; 0 scores prompts only.
+        dtype: what all three models compute in; by default float32 where it fits the free memory, which leaves the
+            merge's rounding as the only difference, else the base's own.
+        training_logits: the training-time model; its agreement with the merged one is reported, not judged.
+
+    Raises:
+        ExportError: no prompts, or a folder that does not load completely.
+    """
+    base_dir, adapter_dir, merged_dir = Path(base_dir), Path(adapter_dir), Path(merged_dir)
+    open_adapter(adapter_dir)  # refuses zero, NaN and unsupported ones by name
+    open_checkpoint(merged_dir)  # and truncated or missing shards
+    dtype = dtype or dtype_here(base_dir, merged_dir, device)
+    sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
+    report = progress or (lambda stage, done, total: None)
+
+    model = _with_adapter(base_dir, adapter_dir, dtype, device)
+    dtype = model.dtype
+    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), max_new_tokens)
+    reference, base = [], []
+    for number, prompt in enumerate(sequences):
+        sequences[number] = _continue(model, prompt, max_new_tokens)
+        reference.append(last_logits(model, sequences[number], keep))
+        with model.disable_adapter():
+            base.append(last_logits(model, sequences[number], keep))
+        report("base + adapter", number + 1, len(sequences))
+    del model
+    gc.collect()
+
+    model = load_whole(merged_dir, dtype, device)
+    merged = []
+    for number, sequence in enumerate(sequences):
+        merged.append(last_logits(model, sequence, keep))
+        report("merged", number + 1, len(sequences))
+    del model
+    gc.collect()
+
+    training = [training_logits(ids)[0, -keep:].float().cpu() for ids in sequences] if training_logits else None
+    return judge(str(dtype).removeprefix("torch."), reference, base, merged, training)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """Return the ids, each (1, T), of the prompts that have any; none at all is an ExportError."""
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    sequences = [torch.tensor([ids]) for ids in encoded if len(ids)]
+    if not sequences:
+        raise ExportError("No prompts with at least one token are given. Give held-out prompts as text.")
+    return sequences
+
+
+@torch.no_grad()
+def _continue(model: Any, prompt: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+    """Return the prompt with its greedy continuation, up to the end-of-text token; both (1, T), on the CPU."""
+    end = model.config.get_text_config().eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
+    ids, step, cache = prompt, prompt.to(model.device), None
+    for _ in range(max_new_tokens):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
+        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        ids = torch.cat([ids, step.cpu()], dim=1)
+        if int(step) in ends:
+            break
+    return ids
+
+
+@torch.no_grad()
+def last_logits(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return the logits of the last `keep` positions of ids (1, T) as float32 on the CPU, (keep, V)."""
+    return model(input_ids=ids.to(model.device), use_cache=False).logits[0, -keep:].float().cpu()
+
+
+def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
+    """Return how many positions of each prompt can be compared within the memory kept for logits."""
+    fits = KEPT_BYTES // (2 * 4 * vocab_size * prompts)
+    return max(1, min(fits, max(2 * max_new_tokens, 32)))
+
+
+def _with_adapter(base_dir: Path, adapter_dir: Path, dtype: torch.dtype | None, device: str) -> Any:
+    from peft import PeftModel
+
+    model = load_whole(base_dir, dtype, device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie")  # PEFT's advice on tied embeddings; this compares unmerged
+        return PeftModel.from_pretrained(model, adapter_dir).eval()

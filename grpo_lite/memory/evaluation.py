@@ -1,0 +1,48 @@
+"""What generating for the evaluation takes, and how many completions at once the memory that is free holds. Torch-free.
+
+Place in the line: beside `memory.py`, whose other two phases it does not overlap. An evaluation's prompts are all
+different, so many of them are read at once; and it computes outside autocast, where the adapter's float32 widens them.
+How many are generated at once changes no greedy completion, but which samples are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, cache_capacity, kept_items, wave_items
+
+
+def evaluation_phase(job: Job) -> PhaseBytes:
+    """Return the peak of generating `eval_rows` completions at once, every one at its cap."""
+    items = [item for item in kept_items(job) if job.eval_while_training or item[0] != "optimizer"]
+    return PhaseBytes((*items, *evaluation_items(job), ("kernels' workspace", WORKSPACE_BYTES)))
+
+
+def evaluation_items(job: Job) -> list[tuple[str, int]]:
+    shape, width, rows = job.shape, job.dtype_bytes, job.eval_rows
+    longest = job.prompt + job.eval_completion
+    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
+    dequantised = width * shape.hidden * shape.intermediate if job.load_in in ("4bit", "8bit") else 0
+    # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
+    reading = rows * job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
+    if job.rollout != "generate" and (shape.sliding_window is None or longest <= shape.sliding_window):
+        held = rows * (job.prompt + cache_capacity(job.eval_completion))
+        wide = 4 * shape.kv_heads * shape.head_dim + 12 * shape.heads  # keys in float32; scores, their exponentials
+        attention = rows * max(job.prompt, job.eval_completion) * wide
+        logits = rows * shape.vocab * 16
+    else:
+        held = rows * longest
+        attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+        logits = rows * shape.vocab * 20
+    prompts, held = (shape.layers * per_token * tokens for tokens in (rows * job.prompt, held))
+    decoding = max(attention, logits) + dequantised
+    return wave_items(rows, (prompts, reading), (held, decoding))
+
+
+def most_rows(rows: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number up to `rows` that fits, one even where one does not."""
+    low, high = 1, rows + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

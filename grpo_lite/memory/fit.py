@@ -1,0 +1,129 @@
+"""fit_to_device: the budgets a run starts with, by the plan for this very device and these very prompts.
+
+Place in the line: after the prompts are known, before the model is loaded. What the recipe sets stays an upper bound;
+what it leaves null is chosen so that nothing about the gradient changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.errors import ModelError
+from grpo_lite.memory.evaluation import evaluation_items, most_rows
+from grpo_lite.memory.job import recipe_job
+from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, WORKSPACE_BYTES, Job
+from grpo_lite.memory.plan import advice, plan_memory, require_fit
+from grpo_lite.models.config import read_shape
+from grpo_lite.models.device import Device
+from grpo_lite.models.unsloth import uses_unsloth
+from grpo_lite.processes import this_process
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.schedule import share_of_batch
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the plan decided for a run."""
+
+    options: EngineOptions
+    grpo: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keys to set
+    advice: str | None = None  # what to change should memory run out all the same
+
+
+def engine_options(recipe: Recipe) -> EngineOptions:
+    """Return what the engine may do differently from plain TRL, as the recipe says."""
+    return EngineOptions(
+        compute=recipe.compute,
+        tokens_per_microbatch=recipe.memory.tokens_per_microbatch,
+        rollout=recipe.rollout,
+        rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
+        refill=recipe.sampling.refill,
+        difficulty=recipe.sampling.difficulty,
+        offload_activations=recipe.memory.offload_activations,
+        max_skipped_steps=recipe.limits.skipped_steps,
+    )
+
+
+def fit_to_device(recipe: Recipe, device: Device, prompt_tokens: int, show: Callable[[str], None]) -> Fit:
+    """Plan a run's memory, choose its budgets, and say so in a line; on a CPU nothing is planned.
+
+    Args:
+        recipe: the recipe.
+        device: where it runs; its free memory counts.
+        prompt_tokens: the longest prompt.
+        show: gets lines for people.
+
+    Raises:
+        MemoryBudgetError: it cannot fit; with the cheapest changes that would.
+    """
+    options = engine_options(recipe)
+    if not recipe.memory.fit or device.kind != "cuda" or uses_unsloth(recipe.model):
+        return Fit(options)
+    own = share_of_batch(recipe, this_process().world)
+    recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
+    try:
+        job, _ = recipe_job(recipe, prompt=prompt_tokens, bfloat16=device.bfloat16)
+    except ModelError as error:  # an architecture that the arithmetic does not know
+        show(f"memory: {str(error).splitlines()[0]}")
+        return Fit(options)
+    available = min(device.memory_bytes, free_bytes() + CONTEXT_BYTES)
+    plan = plan_memory(job, available)
+    require_fit(plan, f"{recipe.name} on {device.name}")
+    job = plan.job
+    line = f"memory: {plan.needed / GIB:.1f} of {available / GIB:.1f} GiB planned"
+    if plan.chosen:
+        line += "; chosen: " + ", ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    show(line)
+    grpo = {key.removeprefix("grpo."): value for key, value in plan.chosen.items() if key.startswith("grpo.")}
+    options = replace(options, tokens_per_microbatch=job.tokens, rollout_kv_tokens=job.kv_tokens)
+    return Fit(options, grpo, advice(plan_memory(job, plan.needed * 85 // 100)))
+
+
+def free_bytes() -> int:
+    """Return the memory of the CUDA device that no process has taken."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def rows_that_fit(model: Any, prompt: int, completion: int, rows: int, shared: bool) -> int:
+    """Return how many of `rows` completions the free memory holds at once; all of them where nothing is planned.
+
+    Args:
+        model: a loaded model, on any device.
+        prompt: the longest prompt, in tokens.
+        completion: the cap.
+        rows: wanted.
+        shared: whether they are decoded by our engine.
+    """
+    free = available_bytes(model.device)
+    if free is None:
+        return rows
+    try:
+        shape = read_shape(model.config.to_dict(), "the model")
+    except ModelError:  # an architecture that the arithmetic does not know
+        return rows
+    job = Job(
+        shape,
+        load_in="4bit" if getattr(model, "is_quantized", False) else "16bit",
+        dtype_bytes=model.dtype.itemsize,
+        prompt=prompt,
+        rollout="shared" if shared else "generate",
+        eval_rows=rows,
+        eval_completion=completion,
+    )
+    spare = free / (1 + FRAGMENTATION) - WORKSPACE_BYTES
+    return most_rows(rows, lambda n: sum(size for _, size in evaluation_items(replace(job, eval_rows=n))) <= spare)
+
+
+def available_bytes(device: Any) -> int | None:
+    """Return what a CUDA device can still give to tensors; None on other devices, where nothing is planned."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

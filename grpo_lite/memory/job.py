@@ -1,0 +1,95 @@
+"""recipe_job: everything about a recipe that decides its memory, as a `Job`. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo_lite.memory.phases import Job
+from grpo_lite.models.config import ModelShape, model_shape
+from grpo_lite.recipe.recipe import Recipe
+
+ASSUMED_PROMPT = 256  # tokens, where the recipe does not cap its prompts and none have been read yet
+_OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.2, "sgd": 0.0, "lion": 4.0}
+
+
+def recipe_job(
+    recipe: Recipe, shape: ModelShape | None = None, prompt: int | None = None, bfloat16: bool = True
+) -> tuple[Job, tuple[str, ...]]:
+    """Return a recipe's job and what was assumed.
+
+    Args:
+        recipe: the recipe.
+        shape: the model's shape; None: found by `model_shape`.
+        prompt: the longest prompt in tokens; None: the recipe's cap, or an assumption.
+        bfloat16: whether the card computes in it; on others some models run in float32.
+    """
+    notes: list[str] = []
+    if shape is None:
+        shape, source = model_shape(recipe.model.id, recipe.model.revision)
+        notes.append(f"sizes of {recipe.model.id} from {source}")
+    if prompt is None:
+        prompt = recipe.data.max_prompt_tokens
+        if prompt is None:
+            prompt = ASSUMED_PROMPT
+            notes.append(f"prompts up to {prompt} tokens (the recipe sets no data.max_prompt_tokens)")
+    grpo, lora = recipe.grpo, recipe.lora
+    targets = lora.get("target_modules")
+    names = tuple(targets) if isinstance(targets, list | tuple | set) else None
+    if lora.get("modules_to_save"):
+        notes.append("lora.modules_to_save is not counted")
+    wide = recipe.model.load_in == "32bit" or recipe.model.dtype == "float32"
+    if shape.overflows_in_float16 and not bfloat16:
+        wide = True
+        notes.append("float32, as this model overflows in float16 and the card has no bfloat16")
+    job = Job(
+        shape=shape,
+        load_in=recipe.model.load_in,
+        dtype_bytes=4 if wide else 2,
+        rank=int(lora.get("r", 8)),
+        targets=names,
+        optimizer_bytes=_optimizer_bytes(str(grpo.get("optim") or "adamw_torch_fused")),
+        prompt=prompt,
+        completion=recipe.max_completion_length,
+        group=recipe.num_generations,
+        batch=recipe.generation_batch,
+        rows=int(grpo.get("per_device_train_batch_size", 8)),
+        accumulation=int(grpo.get("gradient_accumulation_steps", 1)),
+        compute=recipe.compute,
+        rollout="vllm" if grpo.get("use_vllm") else recipe.rollout,
+        tokens=recipe.memory.tokens_per_microbatch,
+        kv_tokens=recipe.memory.rollout_kv_tokens,
+        checkpointing=bool(grpo.get("gradient_checkpointing", True)),
+        offload=recipe.memory.offload_activations,
+        eval_rows=_eval_rows(recipe),
+        eval_completion=recipe.eval.max_new_tokens or recipe.max_completion_length,
+        eval_while_training=bool(recipe.eval.every),
+        vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
+    )
+    return job, (*notes, *_limits_of(job, recipe))
+
+
+def _eval_rows(recipe: Recipe) -> int:
+    """Return how many completions the evaluation generates at once (generate_completions)."""
+    section = recipe.eval
+    if not section.enabled:
+        return 0
+    prompts = section.limit or section.batch_size
+    sampled = max(1, section.batch_size // section.samples) * section.samples if section.samples else 0
+    return max(min(section.batch_size, prompts), min(sampled, prompts * section.samples))
+
+
+def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
+    """Yield what the arithmetic takes for granted about how a job is computed."""
+    if job.is_windowed and recipe.compute == "packed":
+        yield (
+            f"TRL's own compute: {job.longest} tokens are more than the model's attention window of "
+            f"{job.shape.sliding_window}"
+        )
+    if not job.is_packed:
+        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)"
+    if recipe.model.backend == "unsloth":
+        yield "our engine: how much the backend unsloth takes is not counted"
+
+
+def _optimizer_bytes(name: str) -> float:
+    return next((size for part, size in _OPTIMIZER_BYTES.items() if part in name), 8.0)

@@ -1,0 +1,258 @@
+"""MemoryPlan: how many bytes a recipe takes on a card, in which phase, before anything is loaded. Arithmetic, no torch.
+
+Two phases that do not overlap: the rollout (keys and values of a wave, decoding buffers) and training (gradients,
+checkpointed activations, one block's working set or the output head's). Weights, adapter and optimizer lie under both.
+The counts follow the code line by line (`packing`, `attention`, `logprobs`, `group_cache`, bitsandbytes, peft), and
+`tests/memory/test_plan.py` compares them with counted tensor bytes of that very code; docs/measurements/planner.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo_lite.models.config import ModelShape
+
+GIB = 1 << 30
+
+# Not tensors, so not counted by max_memory_allocated. Not yet measured on a GPU: CUDA's context with PyTorch's and
+# bitsandbytes' kernels takes 0.3-0.5 GiB on the cards people report; the allocator's blocks are never filled wholly.
+CONTEXT_BYTES = int(0.45 * GIB)
+FRAGMENTATION = 0.06  # of what is allocated beyond the weights, with expandable segments
+# Counted, but made inside kernels: cuBLAS takes 8 MiB a handle (32 MiB on Hopper), attention's backward an fp32 copy.
+WORKSPACE_BYTES = 64 << 20
+CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
+PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
+
+Phase = Literal["rollout", "training"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run that decides its memory."""
+
+    shape: ModelShape
+    load_in: str = "4bit"  # 4bit, 8bit, 16bit, 32bit
+    dtype_bytes: int = 2  # of the compute dtype
+    rank: int = 16
+    targets: tuple[str, ...] | None = None  # None: all linear layers
+    optimizer_bytes: float = 8.0  # per trained weight
+    prompt: int = 256  # the longest, in tokens
+    completion: int = 256  # the cap
+    group: int = 8
+    batch: int = 8  # completions generated a round
+    rows: int = 8  # completions in one of TRL's micro-steps
+    accumulation: int = 1  # micro-steps a step
+    compute: Literal["packed", "plain"] = "packed"
+    rollout: Literal["shared", "generate", "vllm"] = "shared"
+    tokens: int | None = None  # memory.tokens_per_microbatch
+    kv_tokens: int | None = None  # memory.rollout_kv_tokens
+    checkpointing: bool = True
+    offload: bool = False  # checkpointed activations in main memory
+    vllm_share: float = 0.3  # vllm_gpu_memory_utilization
+    eval_rows: int = 0  # completions generated at once in an evaluation; 0: there is none
+    eval_completion: int = 256  # their cap
+    eval_while_training: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return self.prompt + self.completion
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether the longest sequences leave the attention window, beyond which TRL's own paths are taken."""
+        return self.shape.sliding_window is not None and self.longest > self.shape.sliding_window
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether forward and backward are group-packed."""
+        return self.compute == "packed" and not self.is_windowed
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rollouts share their prompts."""
+        return self.rollout == "shared" and not self.is_windowed
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one micro-step if every completion reaches its cap."""
+        if not self.is_packed:
+            return self.rows * self.longest
+        straddling = 0 if self.rows % self.group == 0 or self.group % self.rows == 0 else 1
+        return (math.ceil(self.rows / self.group) + straddling) * self.prompt + self.rows * self.completion
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        if self.tokens is None or not self.is_packed:
+            return self.step_tokens
+        return min(self.step_tokens, max(self.tokens, self.longest))
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Completions of capped length in the largest micro-batch."""
+        if not self.is_packed:
+            return self.rows
+        tokens = self.microbatch_tokens
+        fitting = max(1, (tokens - self.prompt) // self.completion)
+        return min(self.rows, fitting)
+
+
+@dataclass(frozen=True)
+class PhaseBytes:
+    """Where one phase's memory goes: (what, bytes), the first ones alive all along, the last ones at its peak."""
+
+    items: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """Allocated bytes at the phase's peak."""
+        return sum(size for _, size in self.items)
+
+
+def trained_parameters(job: Job) -> int:
+    """Return how many LoRA weights are trained."""
+    shapes = job.shape.linear_shapes
+    chosen = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
+    return job.shape.layers * job.rank * sum(a + b for a, b in chosen)
+
+
+def weight_bytes(job: Job) -> int:
+    """Return the frozen base's bytes as bitsandbytes and transformers lay them out."""
+    shape = job.shape
+    linear, blocks = shape.linear_parameters, shape.layers * len(shape.linear_shapes)
+    width = job.dtype_bytes if job.load_in != "32bit" else 4
+    if job.load_in == "4bit":
+        # Two weights a byte; a byte of scale per 64 weights; a float of scale per 256 of those; two tables.
+        linear_bytes = linear / 2 + linear / 64 + linear / 64 / 256 * 4 + blocks * (1024 + 3 * 512)
+    elif job.load_in == "8bit":
+        outs = sum(out for _, out in shape.linear_shapes.values()) * shape.layers
+        linear_bytes = linear + 4 * outs
+    else:
+        linear_bytes = linear * width
+    heads = 1 if shape.tied else 2
+    return int(linear_bytes + width * (heads * shape.embedding_parameters + shape.small_parameters))
+
+
+def kept_items(job: Job) -> list[tuple[str, int]]:
+    """Return what lies under every phase."""
+    trained = trained_parameters(job)
+    items = [("base weights", weight_bytes(job)), ("adapter, float32", 4 * trained)]
+    return [*items, ("optimizer", int(job.optimizer_bytes * trained))]
+
+
+def training_phase(job: Job) -> PhaseBytes:
+    """Return the peak of one micro-batch's forward and backward, every completion at its cap."""
+    shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
+    saved, backward = _block(job)
+    kept = shape.layers * tokens * shape.hidden * width
+    rotary = 2 * tokens * shape.head_dim * width
+    copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
+    items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
+    if job.checkpointing:
+        held = 2 * tokens * shape.hidden * width if job.offload else kept
+        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), held + rotary))
+        block = saved + backward + copies // shape.layers
+    else:
+        items.append(("activations of all layers", shape.layers * saved + rotary + copies))
+        block = backward
+    head = _head(job)
+    what = "one layer's working set" if block >= head else "output head's working set"
+    items.append((what, max(block, head)))
+    items.append(("attention masks", _masks(job)))
+    items.append(("kernels' workspace", WORKSPACE_BYTES))
+    return PhaseBytes(tuple(items))
+
+
+def rollout_phase(job: Job) -> PhaseBytes:
+    """Return the peak of generating one wave, every completion at its cap."""
+    shape, width = job.shape, job.dtype_bytes
+    items = kept_items(job)
+    items.append(("adapter in the compute dtype", width * trained_parameters(job)))
+    if job.rollout == "vllm":
+        return PhaseBytes(tuple(items))  # vLLM's share of the card comes on top, in both phases: see MemoryPlan
+    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
+    rows, groups = wave(job)
+    if job.is_shared:
+        held = groups * job.prompt + rows * cache_capacity(job.completion)
+        wide = 4 * shape.kv_heads * shape.head_dim + 12 * shape.heads  # keys in float32; scores, their exponentials
+        attention = rows * job.completion * wide
+        logits = rows * shape.vocab * 16
+    else:
+        held = rows * job.longest
+        attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+        logits = rows * shape.vocab * 20
+    read = (groups if job.is_shared else rows) * job.prompt
+    reading = read * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block of a prefill under autocast
+    prompts, held = (shape.layers * per_token * tokens for tokens in (read, held))
+    decoding = max(attention, logits) + 2 * shape.hidden * shape.intermediate
+    items += wave_items(rows, (prompts, reading), (held, decoding))
+    items.append(("kernels' workspace", WORKSPACE_BYTES))
+    return PhaseBytes(tuple(items))
+
+
+def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -> list[tuple[str, int]]:
+    """Return the larger half of a wave: reading its prompts, or its last step; each as (keys and values, buffers)."""
+    if sum(prefill) >= sum(decoding):
+        return [("keys and values of the prompts", prefill[0]), ("reading the prompts", prefill[1])]
+    return [(f"keys and values, {rows} completions at once", decoding[0]), ("decoding buffers", decoding[1])]
+
+
+def cache_capacity(completion: int) -> int:
+    """Return for how many tokens a row's buffer is laid out: it doubles from 16 (group_cache.GroupCache)."""
+    return max(16, 1 << max(0, completion - 2).bit_length())
+
+
+def wave(job: Job) -> tuple[int, int]:
+    """Return how many completions and prompts are decoded at once (rollout.plan_waves)."""
+    if not job.is_shared or job.kv_tokens is None:
+        return job.batch, math.ceil(job.batch / job.group)
+    rows = max(1, min(job.batch, (job.kv_tokens - job.prompt) // job.completion))
+    while rows > 1 and math.ceil(rows / job.group) * job.prompt + rows * job.completion > job.kv_tokens:
+        rows -= 1
+    return rows, math.ceil(rows / job.group)
+
+
+def _block(job: Job) -> tuple[int, int]:
+    """Return, for one decoder layer, what its forward saves for backward, and what its backward adds at its peak."""
+    shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
+    heads = shape.heads * shape.head_dim
+    attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
+    norms = shape.norms_per_layer * (4 + width) * shape.hidden  # the input in float32, the output
+    if shape.qk_norm:
+        norms += 4 * (heads + shape.kv_heads * shape.head_dim)
+    attention = 5 * width * heads  # queries, keys and values spread over the heads, output, its contiguous copy
+    gated = 4 * width * shape.intermediate  # gate, its activation, up, their product
+    saved = tokens * (norms + attention + gated + 26 * job.rank) + 2 * width * heads * attended
+    if not job.is_packed:
+        saved += width * job.rows * job.longest**2  # the mask in the compute dtype
+    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
+    elementwise, product = 2 * width * tokens * shape.intermediate, width * tokens * shape.intermediate + weight
+    return saved, max(elementwise, product) + width * tokens * shape.hidden
+
+
+def _head(job: Job) -> int:
+    """Return the output head's working set: hidden states, the Jacobian's rows, a chunk of logits."""
+    shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
+    scored = job.microbatch_rows * job.completion
+    hidden = tokens * shape.hidden * (4 + width)  # the last norm's input in float32 and its output
+    if not job.is_packed:
+        tile = min(scored, PLAIN_TOKENS) * PLAIN_VOCABULARY * width
+        gradient = scored * shape.hidden * (4 + width) + 2 * width * tokens * shape.hidden  # of the rows scored, of all
+        return hidden + scored * shape.hidden * width + max(tile + 4 * scored * shape.hidden, gradient)
+    rows = max(16, CHUNK_ELEMENTS // shape.vocab)
+    chunk = min(rows, scored) * shape.vocab * (16 if scored > rows else 12)
+    backward = scored * shape.hidden * (4 + width)
+    return hidden + 2 * scored * shape.hidden * width + max(chunk, backward)
+
+
+def _masks(job: Job) -> int:
+    """Return the masks of completions behind their prompt: one per distinct length, in the compute dtype."""
+    if not job.is_packed:
+        return job.rows * job.longest**2  # of truth values, for all layers
+    if job.group * job.completion + job.prompt <= 192:
+        return 0
+    distinct = min(job.microbatch_rows, 8)
+    return distinct * job.completion * job.longest * job.dtype_bytes

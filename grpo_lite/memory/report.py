@@ -1,0 +1,146 @@
+"""What `grpo-lite plan` prints: where a card's memory goes, what was chosen, and the recipe × GPU table. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from grpo_lite.errors import ModelError
+from grpo_lite.files.cache import keep_record, kept_record
+from grpo_lite.memory.job import recipe_job
+from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
+from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
+from grpo_lite.models.config import too_long
+from grpo_lite.models.device import CARDS, Card
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.units import format_seconds, now
+
+UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
+
+
+def plan_recipe(recipe: Recipe, card: Card, prompt: int | None = None) -> MemoryPlan:
+    """Return a recipe's plan for a card."""
+    job, notes = recipe_job(recipe, prompt=prompt, bfloat16=card.bfloat16)
+    return plan_memory(job, card.memory_bytes, notes)
+
+
+def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
+    """Yield the plan as lines: two phases, verdict, choices, the largest lengths that fit."""
+    job = plan.job
+    yield f"{recipe.name} on {card.name} ({card.memory_bytes / GIB:.1f} GiB): {'fits' if plan.fits else 'DOES NOT FIT'}"
+    yield (
+        f"{recipe.model.id}, {job.load_in}, LoRA r={job.rank}; {job.batch} completions a round, groups of {job.group}, "
+        f"prompts up to {job.prompt} tokens, completions up to {job.completion}"
+    )
+    for note in plan.assumed:
+        yield f"assumed: {note}"
+    if fault := too_long(recipe.model.id, job.shape.positions, job.prompt, job.completion):
+        yield f"too long: {fault}"
+    rollout, training = plan.rollout, plan.training
+    yield ""
+    yield from _phase("rollout", rollout)
+    yield from _phase("training", training)
+    if plan.evaluation:
+        yield from _phase(
+            f"evaluation, {job.eval_rows} completions of up to {job.eval_completion} at once", plan.evaluation
+        )
+    yield "not counted as tensors"
+    yield _line("CUDA context and kernels", CONTEXT_BYTES)
+    yield _line("what the allocator cannot fill", int(FRAGMENTATION * (plan.peak - weight_bytes(job))))
+    if job.rollout == "vllm":
+        yield _line("vLLM's own share", int(job.vllm_share * card.memory_bytes))
+    yield ""
+    spare = card.memory_bytes - plan.needed
+    yield f"peak allocation {plan.peak / GIB:.2f} GiB; needs {plan.needed / GIB:.2f} GiB of the card, " + (
+        f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"{-spare / GIB:.2f} GiB too much"
+    )
+    if not plan.fits:
+        yield advice(plan)
+        return
+    pieces = -(-job.step_tokens // job.microbatch_tokens)
+    yield f"one micro-batch: {job.microbatch_tokens} tokens ({pieces} a micro-step)"
+    for key, value in plan.chosen.items():
+        yield f"chosen: {key}={str(value).lower() if isinstance(value, bool) else value}"
+    if (
+        job.checkpointing
+        and plan_memory(replace(job, checkpointing=False), card.memory_bytes).job.checkpointing is False
+    ):
+        yield "fits without activation checkpointing too, which is faster: grpo.gradient_checkpointing=false"
+    yield _longest_completions(job, card.memory_bytes)
+    yield time_line(recipe)
+    yield UNMEASURED
+
+
+def _longest_completions(job: Job, memory_bytes: int) -> str:
+    whole, divided = (largest_completion(job, memory_bytes, kind) or 0 for kind in (True, False))
+    line = f"longest completions that fit: {whole} tokens with groups of {job.group} in one piece"
+    line += f", {divided} one completion at a time"
+    if divided == most_completion(job):
+        which = "both" if whole == divided else "the latter"
+        line += f" ({which} bounded by the model's {job.shape.positions} positions, not by memory)"
+    return line
+
+
+def _phase(name: str, phase: PhaseBytes) -> Iterator[str]:
+    yield f"{name}: {phase.total / GIB:.2f} GiB"
+    for what, size in phase.items:
+        if size >= 1 << 20:
+            yield _line(what, size)
+
+
+def _line(what: str, size: int) -> str:
+    return f"  {what:<44}{size / GIB:>8.2f} GiB"
+
+
+def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Yield the recipe × GPU table as Markdown: need in GiB or that it does not fit, every cell marked as planned."""
+    names = list(CARDS)
+    yield "| recipe | model | " + " | ".join(f"{name}<br>{CARDS[name].memory_bytes / GIB:.1f}" for name in names) + " |"
+    yield "|---|---|" + "---|" * len(names)
+    for recipe in recipes:
+        try:
+            plans = [plan_recipe(recipe, CARDS[name]) for name in names]
+        except ModelError:  # not a model that is planned
+            continue
+        cells = []
+        for plan in plans:
+            divided = " ÷" if {"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen) else ""
+            cells.append(f"{plan.needed / GIB:.1f}{divided} planned" if plan.fits else "out of memory (planned)")
+        yield (
+            f"| `{recipe.name}` | {recipe.model.id.rpartition('/')[2]} {recipe.model.load_in} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    yield ""
+    yield (
+        "What a card must have, in GiB, at the recipe's longest prompts and completions; in the head what it has. "
+        f"÷: divided into smaller pieces than the recipe's to fit, same gradient. {UNMEASURED}"
+    )
+
+
+# What a step's time and the number of steps depend on.
+_TIMED = {"model", "lora", "data", "rewards", "grpo", "compute", "rollout", "memory", "sampling", "eval", "seed"}
+_KEPT = ("step_s", "steps", "eta_s", "evaluation_s", "tokens_per_s")
+
+
+def keep_times(recipe: Recipe, device: str, probe: dict[str, Any]) -> None:
+    """Keep a probe's figures for `plan`; a cache that cannot be written costs nothing."""
+    record = {**{key: probe[key] for key in _KEPT}, "device": device, "measured_at": now()}
+    keep_record("probes", _settings(recipe), record)
+
+
+def time_line(recipe: Recipe) -> str:
+    """Return how long a step and the run take by the last probe of this very recipe, or how to find out."""
+    try:
+        kept = kept_record("probes", _settings(recipe))
+        return (
+            f"time: a step about {kept['step_s']:.3g} s, {kept['steps']} steps about {format_seconds(kept['eta_s'])}, "
+            f"evaluation about {format_seconds(kept['evaluation_s'])}; probed on {kept['device']} {kept['measured_at']}"
+        )
+    except (ValueError, KeyError, TypeError):
+        return f"time: not probed yet; on the machine that will train: grpo-lite probe {recipe.name} (minutes)"
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=_TIMED)

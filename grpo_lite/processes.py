@@ -1,0 +1,44 @@
+"""Several processes under `accelerate launch`: who this one is, and what only the first does. Torch-free.
+
+Data parallel: every process trains the same adapter on its share of each round, and gradients are averaged. The first
+one owns the run directory, the screen, the evaluation and the merge.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a launch."""
+
+    rank: int = 0
+    local: int = 0  # on this machine: the number of its card
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns the run directory."""
+        return self.rank == 0
+
+
+def this_process() -> Ranks:
+    """Return who this process is, as the launcher says."""
+    given = os.environ
+    return Ranks(int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0)), int(given.get("WORLD_SIZE", 1)))
+
+
+def agree(value: Any, ranks: Ranks) -> Any:
+    """Return the first process's value in all of them; also the point where they wait for each other."""
+    if ranks.world == 1:
+        return value
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState()
+    box = [value]
+    broadcast_object_list(box, from_process=0)
+    return box[0]

@@ -1,0 +1,202 @@
+"""Checks beyond types: upstream's keys, keys that died or are ours, and what must fit together.
+
+The recipes' JSON Schema, for completion and checking in editors: recipes/schema.json.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.upstream import config_fields, installed_versions
+
+DEAD_KEYS = {
+    "max_prompt_length": "removed from TRL; use data.max_prompt_tokens (longer prompts are dropped and counted)",
+    "warmup_ratio": "removed from transformers; use warmup_steps (a value below 1 is a share of all steps)",
+    "torch_dtype": "renamed; use model.dtype",
+    "evaluation_strategy": "renamed to eval_strategy; held-out scores are the recipe's `eval:` section",
+    "no_cuda": "renamed to use_cpu; here the device is found by itself",
+    "per_gpu_train_batch_size": "renamed to per_device_train_batch_size",
+    "max_new_tokens": "TRL's name is max_completion_length",
+    "num_generation": "TRL's name is num_generations",
+    "kl_coef": "TRL's name is beta",
+    "group_size": "TRL's name is num_generations",
+    "cliprange": "TRL's name is epsilon",
+    "use_liger_loss": "removed from TRL; its own chunked log-probabilities replaced it",
+    "rank": "peft's name is r",
+    "alpha": "peft's name is lora_alpha",
+    "dropout": "peft's name is lora_dropout",
+}
+OWNED_KEYS = {
+    "output_dir": "the run directory decides it; use RUN=… or --run",
+    "reward_weights": "give each reward its weight under rewards[i].weight",
+    "bf16": "chosen from the device; to force one use model.dtype",
+    "fp16": "chosen from the device; to force one use model.dtype",
+    "model_init_kwargs": "use the model: section",
+    "trust_remote_code": "use model.trust_remote_code",
+    "seed": "use the recipe's own seed key",
+    "resume_from_checkpoint": "an interrupted run resumes by itself; run `train` again",
+    "hub_token": "a secret has no place in a recipe; log in with `hf auth login` or set HF_TOKEN",
+    "push_to_hub": "checkpoints: push_checkpoints=user/repo; the result: `grpo-lite push`",
+    "hub_model_id": "checkpoints: push_checkpoints=user/repo; the result: `grpo-lite push`",
+    "logging_dir": "everything of a run lies in its run directory",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed",
+    "ignore_data_skip": "a resumed run goes on in the data where it stopped",
+    "restore_callback_states_from_checkpoint": "a resumed run restores what it needs",
+    "auto_find_batch_size": "TRL refuses it for GRPO: halving the batch would break up groups",
+    "remove_unused_columns": "columns always reach the rewards here",
+    "do_train": "`train` always trains",
+    "eval_strategy": "held-out scores are the recipe's eval: section",
+    "task_type": "always CAUSAL_LM here",
+    "peft_type": "always LORA here",
+    "base_model_name_or_path": "use model.id",
+    "inference_mode": "always false while training",
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the nearest known word, or nothing."""
+    found = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def upstream_section(section: Literal["lora", "grpo"] | str, given: Any) -> tuple[dict[str, Any], list[str]]:
+    """Coerce one upstream section by upstream's annotations.
+
+    Returns:
+        The coerced mapping, and the faults found (`grpo.beta: …`), one a key.
+    """
+    owner = {"lora": "peft.LoraConfig", "grpo": "trl.GRPOConfig"}[section]
+    if not isinstance(given, dict):
+        return {}, [f"{section}: {given!r} is given; allowed is a mapping of {owner} keys."]
+    fields = config_fields(section)
+    values: dict[str, Any] = {}
+    faults = []
+    for key, value in given.items():
+        if key in DEAD_KEYS and key not in fields:
+            faults.append(f"{section}.{key}: {DEAD_KEYS[key]}.")
+        elif key in OWNED_KEYS:
+            faults.append(f"{section}.{key}: not set here: {OWNED_KEYS[key]}.")
+        elif key not in fields:
+            hint = nearest(str(key), fields)
+            faults.append(f"{section}.{key}: unknown key, {owner} has none of this name{hint}.")
+        else:
+            try:
+                values[key] = _coerce(fields[key], value)
+            except ValidationError as error:
+                faults.append(f"{section}.{key}: {value!r} is given; {_allowed(fields[key], value, error)}.")
+    return values, faults
+
+
+def _coerce(annotation: Any, value: Any) -> Any:
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return value  # upstream tells `logging_steps: 1` (a count) from 1.0
+    return TypeAdapter(annotation).validate_python(value)
+
+
+def _allowed(annotation: Any, value: Any, error: ValidationError) -> str:
+    choices = [choice for choice in getattr(annotation, "__args__", ()) if isinstance(choice, str)]
+    if choices and str(annotation).startswith("typing.Literal"):
+        return f"allowed: {', '.join(choices)}{nearest(str(value), choices)}"
+    kinds = sorted({str(item["type"]).split("_")[0] for item in error.errors()} - {"none"})
+    if type(None) in getattr(annotation, "__args__", ()):
+        kinds.append("null")
+    return f"allowed: {' or '.join(kinds)}"
+
+
+def cross_faults(recipe: Recipe) -> list[str]:
+    """Return what does not fit together in a recipe whose single values are all right."""
+    missing = [key for key in ("num_generations", "max_completion_length") if recipe.grpo.get(key, 0) is None]
+    if missing:
+        return [
+            f"grpo.{key}: null is given; a whole number is needed. Remove the key for TRL's own." for key in missing
+        ]
+    faults = [*_batch_faults(recipe), *_range_faults(recipe)]
+    if recipe.lora.get("lora_dropout"):
+        faults.append(
+            f"lora.lora_dropout: {recipe.lora['lora_dropout']} is given; only 0 is allowed: TRL generates in train "
+            "mode, so dropout would make the sampled policy another one than the trained one. Remove the key."
+        )
+    targets = recipe.lora.get("target_modules")
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
+        faults.append("lora.target_modules: lm_head is given; TRL multiplies by its weight directly, so an adapter")
+        faults[-1] += " on it would never be trained. Remove it (all-linear leaves it out)."
+    if recipe.eval.enabled and recipe.data.eval is None and recipe.data.holdout == 0:
+        faults.append(
+            "data.holdout: 0 rows are held out and data.eval is not given, but eval.enabled is true. "
+            "Set data.holdout=100, or data.eval.path=…, or eval.enabled=false."
+        )
+    return faults
+
+
+def _batch_faults(recipe: Recipe) -> list[str]:
+    group, batch = recipe.num_generations, recipe.generation_batch
+    if group < 2:
+        return [f"grpo.num_generations: {group} is given; a group needs at least 2 to have a spread. Try 8."]
+    if batch < 1 or batch % group == 0:
+        return []
+    per_device = int(recipe.grpo.get("per_device_train_batch_size", 8))
+    fitting = [n for n in range(2, min(batch, 64) + 1) if batch % n == 0]
+    up = -(-batch // group) * group
+    steps = up // per_device if up % per_device == 0 else group
+    return [
+        f"grpo.num_generations: a round generates {batch} completions (per_device_train_batch_size × "
+        f"gradient_accumulation_steps), which is not a multiple of num_generations = {group}. "
+        f"With this batch num_generations may be {', '.join(map(str, fitting)) or 'none'}; with this group set "
+        f"grpo.gradient_accumulation_steps={steps} (a round of {per_device * steps})."
+    ]
+
+
+def _range_faults(recipe: Recipe) -> list[str]:
+    positive = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "generation_batch_size",
+        "steps_per_generation",
+        "max_completion_length",
+        "temperature",
+        "learning_rate",
+        "num_iterations",
+    )
+    faults = [
+        f"grpo.{key}: {recipe.grpo[key]} is given; it must be above 0."
+        for key in positive
+        if recipe.grpo.get(key) is not None and not recipe.grpo[key] > 0
+    ]
+    if int(recipe.lora.get("r", 8)) < 1:
+        faults.append(f"lora.r: {recipe.lora['r']} is given; the rank is at least 1.")
+    if recipe.grpo.get("beta") is not None and not recipe.grpo["beta"] >= 0:
+        faults.append(f"grpo.beta: {recipe.grpo['beta']} is given; the KL weight is 0 or more.")
+    return faults
+
+
+def schema_text() -> str:
+    """Return the JSON Schema, with upstream's keys as of the versions installed here."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    schema["$comment"] = f"Made by `grpo-lite schema recipes/schema.json` with {versions}; do not edit."
+    schema["required"] = [key for key in schema["required"] if key != "name"]  # by default the file's name
+    for section in ("lora", "grpo"):
+        schema["properties"][section] |= {
+            "properties": {
+                key: _field_schema(annotation)
+                for key, annotation in sorted(config_fields(section).items())
+                if key not in OWNED_KEYS
+            },
+            "additionalProperties": False,
+        }
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _field_schema(annotation: Any) -> dict[str, Any]:
+    try:
+        return TypeAdapter(annotation).json_schema()
+    except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError):
+        return {}

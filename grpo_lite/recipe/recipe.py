@@ -1,0 +1,301 @@
+"""Recipe: one YAML file is one whole run. The keys we own, as frozen pydantic models.
+
+`lora:` and `grpo:` carry upstream's own names; grpo_lite.recipe.load checks them against the installed versions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
+TINY_MODEL = "tiny/random-llama"
+
+# What a recipe gets where it says nothing; written out in the resolved recipe.
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+GRPO_DEFAULTS: dict[str, Any] = {
+    "num_generations": 8,
+    "max_completion_length": 256,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 2e-5,  # TRL's 1e-6 is for full fine-tuning: LoRA learns nothing with it
+    "beta": 0.0,
+    "gradient_checkpointing": True,
+    "logging_steps": 1,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The base model and how it is loaded."""
+
+    id: str = Field(
+        min_length=1,
+        description=f"Hub id, a local folder, `{EMBEDDED_MODEL}` (PyPI wheel) or `{TINY_MODEL}` (made on the spot).",
+    )
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    load_in: Literal["4bit", "8bit", "16bit", "32bit"] = Field(
+        "4bit", description="4bit: NF4 with double quantisation; 8bit: LLM.int8(); 16bit; 32bit."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Compute dtype. auto: bfloat16 where the device computes in it, otherwise float16 (CUDA)."
+    )
+    attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2 …; null: upstream's.")
+    backend: Literal["auto", "hf", "unsloth"] = Field(
+        "auto",
+        description="What loads and trains it: hf anywhere, unsloth on CUDA with its package; auto: the faster there.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+
+
+class SourceSection(_Section):
+    """Where rows come from: exactly one of hub, path, generator."""
+
+    hub: str | None = Field(None, description="Dataset id on the Hub.")
+    config: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Hub dataset split.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
+    generator: Literal["sums", "countdown", "reasoning_gym"] | None = Field(None, description="A named generator.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
+    limit: int | None = Field(None, ge=1, description="Use the first rows only.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SourceSection:
+        given = [key for key in ("hub", "path", "generator") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of hub, path, generator is needed, {' and '.join(given) or 'none'} is given")
+        if self.kwargs and not self.generator:
+            raise ValueError("kwargs belong to a generator, and none is named")
+        return self
+
+
+class Example(_Section):
+    """One worked example put before every prompt."""
+
+    prompt: str
+    answer: str
+
+
+class DataSection(_Section):
+    """Rows and how they become prompts."""
+
+    train: SourceSection
+    eval: SourceSection | None = Field(None, description="Held-out rows; null: `holdout` rows of train.")
+    holdout: float = Field(
+        0, ge=0, description="Rows of train kept for evaluation, never trained on; below 1: that share of them."
+    )
+    prompt: str = Field("{prompt}", description="Template over the row's columns, e.g. `{question}`.")
+    answer: str | None = Field("answer", description="Column of the gold answer; null: the rewards need none.")
+    format: Literal["chat", "text"] = Field("chat", description="chat: messages through the chat template.")
+    system: str | None = Field(None, description="System prompt (chat) or first lines (text).")
+    examples: list[Example] = Field(default_factory=list, description="Few-shot examples.")
+    gold_completion: str = Field(
+        "{gold}",
+        description="What a perfect completion looks like, over the columns and {gold} (the final answer); for checks.",
+    )
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are dropped, with a message.")
+
+
+class RewardSection(_Section):
+    """One reward function with its weight."""
+
+    function: str = Field(min_length=1, description="`module.function` or `file.py:function`.")
+    weight: float = Field(1.0, description="TRL's reward_weights entry.", allow_inf_nan=False)
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments bound to the function.")
+    gate: bool = Field(False, description="Count this reward only where the first reward is at its top.")
+
+
+class ScoreSection(_Section):
+    """A reward used as a score: solved when it is at least `threshold`."""
+
+    function: str = Field(min_length=1, description="`module.function` or `file.py:function`.")
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    threshold: float = Field(1.0, description="The score from which a completion counts as right.")
+
+
+class MemorySection(_Section):
+    """How the run fits the card: what is null the plan decides."""
+
+    fit: bool = Field(
+        True, description="Plan before training, refuse what cannot fit, redo a step with less when memory runs out."
+    )
+    offload_activations: bool = Field(
+        False, description="Keep checkpointed activations in main memory: slower, for long completions on small cards."
+    )
+
+    tokens_per_microbatch: int | None = Field(
+        None, ge=1, description="Most tokens in one forward and backward; null: per_device_train_batch_size rows."
+    )
+    rollout_kv_tokens: int | None = Field(
+        None, ge=1, description="Most tokens whose keys and values a rollout holds at once; null: the whole batch."
+    )
+
+
+class SamplingSection(_Section):
+    """Better use of each rollout."""
+
+    refill: int = Field(0, ge=0, description="Most extra groups generated a step to replace groups of equal rewards.")
+    difficulty: bool = Field(False, description="Favour prompts whose remembered solve rate lies in the middle.")
+
+
+class EvalSection(_Section):
+    """Evaluation before and after, on held-out prompts."""
+
+    enabled: bool = True
+    limit: int | None = Field(200, ge=1, description="Held-out prompts used; null: all.")
+    samples: int = Field(4, ge=0, description="Sampled completions a prompt for pass@k; 0: greedy only.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of the sampled completions.")
+    batch_size: int = Field(64, ge=1, description="Sequences generated at once.")
+    max_new_tokens: int | None = Field(None, ge=1, description="null: grpo.max_completion_length.")
+    every: int = Field(0, ge=0, description="Steps between greedy held-out scores while it trains; 0: never.")
+    every_limit: int = Field(64, ge=1, description="Held-out prompts of those scores.")
+
+    @model_validator(mode="after")
+    def _every_needs_held_out_rows(self) -> EvalSection:
+        if self.every and not self.enabled:
+            raise ValueError("every is given, but enabled is false, so there are no held-out rows to score")
+        return self
+
+    lenient: ScoreSection | None = Field(None, description="Is the answer right? null: the first reward.")
+    strict: list[ScoreSection] = Field(
+        default_factory=list, description="Further scores a completion must reach to be strictly right (format)."
+    )
+
+
+class CheckSection(_Section):
+    """The check of the rewards before every training: gold must earn the top score."""
+
+    enabled: bool = True
+    rows: int = Field(16, ge=2, description="Training rows that the gold and the cheats are tried on.")
+    skip: list[str] = Field(default_factory=list, description="Checks that do not apply, by name.")
+
+
+class LimitsSection(_Section):
+    """When to stop, and what a fault may cost."""
+
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stop training in time to evaluate and merge within so many minutes; `train` again goes on.",
+    )
+    reward_timeout_s: float | None = Field(
+        300.0, gt=0, allow_inf_nan=False, description="Longest call of a reward, in seconds; null: no limit."
+    )
+    reward_failures: int = Field(
+        3, ge=1, description="Batches in a row that a reward may mostly fail to score before the run stops."
+    )
+    skipped_steps: int = Field(
+        5, ge=1, description="Steps in a row that may be skipped for a NaN or infinite loss or gradient."
+    )
+
+
+class LogSection(_Section):
+    """What is shown while it runs."""
+
+    sample_every: int = Field(10, ge=0, description="Steps between sample completions; 0: never.")
+    preflight: bool | None = Field(
+        None, description="Begin training with the probe (32 prompts × 8 samples: verdict, ETA); null: on a GPU only."
+    )
+
+
+class Recipe(_Section):
+    """One whole run. Frozen: a change is a new recipe."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run; by default the file's name."
+    )
+    description: str = Field(description="One line: what is trained on what.")
+    least_gpu: str = Field(description="The smallest device it is meant for, e.g. `T4 16 GB` or `none (CPU)`.")
+    seed: int = Field(42, ge=0, lt=2**32)
+    model: ModelSection
+    lora: dict[str, Any] = Field(default_factory=dict, description="peft.LoraConfig, upstream's names.")
+    data: DataSection
+    rewards: list[RewardSection] = Field(min_length=1)
+    grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
+    compute: Literal["packed", "plain"] = Field(
+        "packed", description="packed: each prompt computed once a group, no padding; plain: TRL's own. Same gradient."
+    )
+    rollout: Literal["shared", "generate"] = Field(
+        "shared", description="shared: each prompt prefilled once a group, finished rows leave; generate: TRL's own."
+    )
+    memory: MemorySection = MemorySection()  # type: ignore[call-arg]
+    sampling: SamplingSection = SamplingSection()  # type: ignore[call-arg]
+    eval: EvalSection = EvalSection()  # type: ignore[call-arg]
+    check: CheckSection = CheckSection()  # type: ignore[call-arg]
+    limits: LimitsSection = LimitsSection()  # type: ignore[call-arg]
+    log: LogSection = LogSection()  # type: ignore[call-arg]
+    push_checkpoints: str | None = Field(
+        None,
+        min_length=1,
+        description="Keep checkpoints there too: `user/repo` (Hub, private) or a folder's path.",
+    )
+    merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
+
+    @field_validator("push_checkpoints")
+    @classmethod
+    def _a_path_or_a_repository(cls, address: str | None) -> str | None:
+        if (
+            address
+            and not address.startswith(("/", "./", "../", "~"))
+            and not re.fullmatch(r"[\w.-]+/[\w.-]+", address)
+        ):
+            raise ValueError(f"{address!r} is given; write user/repo, or a path that begins with /, ./ or ~")
+        return address
+
+    @field_validator("rewards")
+    @classmethod
+    def _first_is_no_gate(cls, rewards: list[RewardSection]) -> list[RewardSection]:
+        if rewards[0].gate:
+            raise ValueError("the first reward opens the gate, so it cannot be gated itself")
+        return rewards
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names that the rewards are logged under (`rewards/<name>/mean`): the function's, numbered where taken."""
+        names: list[str] = []
+        for i, section in enumerate(self.rewards):
+            name = section.function.replace(":", ".").rpartition(".")[2]
+            names.append(f"{name}_{i}" if name in names else name)
+        return names
+
+    @property
+    def num_generations(self) -> int:
+        """Completions per prompt, G."""
+        return int(self.grpo.get("num_generations", 8))
+
+    @property
+    def max_completion_length(self) -> int:
+        """Longest completion, in tokens."""
+        return int(self.grpo.get("max_completion_length", 256))
+
+    @property
+    def generation_batch(self) -> int:
+        """Completions generated per round: a multiple of `num_generations`."""
+        if size := self.grpo.get("generation_batch_size"):
+            return int(size)
+        steps = self.grpo.get("steps_per_generation") or self.grpo.get("gradient_accumulation_steps", 1)
+        return int(self.grpo.get("per_device_train_batch_size", 8)) * int(steps)
+
+
+def without_paths(recipe: Recipe) -> Recipe:
+    """Shorten paths of the training machine to their last part."""
+
+    def shorten(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: shorten(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item, key) for item in value]
+        local = key == "path" or (key in ("id", "function") and str(value).startswith(("/", "~", ".")))
+        return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if local and isinstance(value, str) else value
+
+    return Recipe.model_validate(shorten(recipe.model_dump()))

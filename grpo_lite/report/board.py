@@ -1,0 +1,206 @@
+"""Board: how a run stands, as a few lines with sparklines; for the live view, notebooks and `watch`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.evidence import Finding
+from grpo_lite.screen import printable
+from grpo_lite.units import format_seconds
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Board:
+    """How a run stands.
+
+    Args:
+        recipe: of the run.
+        total: steps in all; 0: not known yet.
+        steps: the records of metrics.jsonl with a reward.
+        rows: the latest completions.
+        findings: what the doctor says.
+        seconds: since training (this time) began.
+        begun_at: the step that it began at (of a resumed run).
+    """
+
+    recipe: Recipe
+    total: int = 0
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    rows: Sequence[Mapping[str, Any]] = ()
+    findings: Sequence[Finding] = ()
+    seconds: float = 0.0
+    begun_at: int = 0
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return int(self.steps[-1]["step"]) if self.steps else self.begun_at
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time to go at the pace so far; None before there is one."""
+        done = self.step - self.begun_at
+        return self.seconds / done * (self.total - self.step) if done > 0 and self.total else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Prompt and completion tokens a second over the last ten steps."""
+        recent = [r for r in self.steps[-11:] if r.get("num_tokens") is not None and r.get("step_time")]
+        if len(recent) < 2 or recent[-1]["num_tokens"] <= recent[0]["num_tokens"]:
+            return None
+        return float((recent[-1]["num_tokens"] - recent[0]["num_tokens"]) / sum(r["step_time"] for r in recent[1:]))
+
+    def series(self, key: str) -> list[float]:
+        """Return a metric's finite values."""
+        values = [record.get(key) for record in self.steps]
+        return [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+
+    def line(self) -> str:
+        """Return the run's state as one line, for logs."""
+        last = self.steps[-1]
+        truncated, held, speed = (
+            last.get("completions/clipped_ratio"),
+            last.get("heldout/lenient"),
+            self.tokens_per_second,
+        )
+        parts = [(name, last.get(f"rewards/{name}/mean")) for name in self.recipe.reward_names]
+        memory = last.get("memory/peak_gib")
+        left = self.seconds_left
+        pieces = [
+            f"step {self.step}/{self.total}",
+            "no reward"  # none of the step's groups could be scored
+            if last["reward"] is None
+            else f"reward {last['reward']:.3f} ± {last.get('reward_std') or 0.0:.3f}",
+            *(f"{name} {value:.3f}" for name, value in parts if len(parts) > 1 and value is not None),
+            f"held-out {held:.1%}" if held is not None else "",
+            f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",
+            f"truncated {truncated:.0%}" if truncated else "",
+            f"{speed:.0f} tokens/s" if speed else "",
+            f"ETA {format_seconds(left)}" if left is not None else "",
+            f"peak {memory:.1f} GiB" if memory else "",
+        ]
+        return " · ".join(piece for piece in pieces if piece)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return the board's rows: name, latest value, sparkline."""
+        names = [("reward", "reward")]
+        if len(self.recipe.rewards) > 1:
+            names += [(name, f"rewards/{name}/mean") for name in self.recipe.reward_names]
+        rows = [(name, f"{v[-1]:.3f}", sparkline(v)) for name, key in names if (v := self.series(key))]
+        if held := self.series("heldout/lenient"):
+            rows.append(("held-out", f"{held[-1]:.1%}", sparkline(held)))
+        if lengths := self.series("completions/mean_length"):
+            cut = self.series("completions/clipped_ratio")
+            note = f", {cut[-1]:.0%} cut off" if cut and cut[-1] else ""
+            rows.append(("length", f"{lengths[-1]:.0f} tokens{note}", sparkline(lengths)))
+        if equal := self.series("frac_reward_zero_std"):
+            rows.append(("equal groups", f"{equal[-1]:.0%}", sparkline(equal)))
+        if kl := self.series("kl"):
+            rows.append(("kl", f"{kl[-1]:.3g}", sparkline(kl)))
+        return rows
+
+    def foot(self) -> str:
+        """Return speed and memory."""
+        memory, speed = self.series("memory/peak_gib"), self.tokens_per_second
+        pieces = [f"{speed:.0f} tokens/s" if speed else "", f"peak {memory[-1]:.1f} GiB" if memory else ""]
+        return " · ".join(piece for piece in pieces if piece)
+
+    def sample(self, width: int = 100) -> list[str]:
+        """Return a prompt with its best and worst completion and the reward of each part."""
+        return describe_sample(self.rows, width).splitlines() if self.rows else []
+
+
+def sparkline(values: Sequence[float], width: int = 32) -> str:
+    """Return values as block characters, means of neighbours where there are more than `width`.
+
+    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([2.5, 2.5]), sparkline([])
+    ('▁▂▃▄▅▆▇█', '▁▁', '')
+    """
+    if len(values) > width:
+        edges = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+
+
+def describe_sample(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
+    """Return the prompt whose rewards differ most with its best and worst completion, as lines for people."""
+    best, worst = _telling_pair(rows)
+    pairs = [("best  ", best), ("worst ", worst)] if best["reward"] != worst["reward"] else [("all   ", best)]
+    lines = [f"  prompt {_short(_text(best['prompt']), width, tail=True)}"]
+    for name, row in pairs:
+        parts = ", ".join(f"{part} {value:g}" for part, value in row["rewards"].items() if value is not None)
+        shown = f" [{parts}]" if len(row["rewards"]) > 1 else ""
+        reward = "no reward" if row["reward"] is None else f"{row['reward']:+.2f}"
+        lines.append(f"  {name} ({reward}){shown} {_short(row['completion'], width)}")
+    return "\n".join(lines)
+
+
+def _telling_pair(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return best and worst completion of the prompt whose rewards lie furthest apart: it is what a step learns from.
+
+    Where they lie equally far apart, the later prompt's; where nothing has a reward, the last completion twice.
+    """
+    extremes: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["reward"] is not None:
+            best, worst = extremes.get(key := repr(row["prompt"]), (row, row))
+            extremes[key] = (max(best, row, key=_reward), min(worst, row, key=_reward))
+    if not extremes:
+        return rows[-1], rows[-1]
+    return max(reversed(extremes.values()), key=lambda pair: _reward(pair[0]) - _reward(pair[1]))
+
+
+def _reward(row: Mapping[str, Any]) -> float:
+    return float(row["reward"])
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _short(text: str, width: int, tail: bool = False) -> str:
+    import json
+
+    shown = text if len(text) <= width else "…" + text[-width:] if tail else text[:width] + "…"
+    return printable(json.dumps(shown, ensure_ascii=False))
+
+
+def rendered(board: Board, title: str) -> Any:
+    """Return the board for rich: progress, sparklines, a sample, findings."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    left = board.seconds_left
+    head = Text(f"step {board.step}/{board.total or '?'}", style="bold")
+    head.append(f"   {format_seconds(board.seconds)} gone", style="dim")
+    head.append(f" · {format_seconds(left)} left" if left is not None else "", style="dim")
+    if budget := board.recipe.limits.max_minutes:
+        head.append(f" · budget {format_seconds(60 * budget)}", style="dim")
+    table = Table.grid(padding=(0, 2))
+    for name, value, spark in board.table():
+        table.add_row(Text(name, style="dim"), Text(value, style="bold", justify="right"), Text(spark, style="cyan"))
+    bar = Padding(ProgressBar(total=max(1, board.total), completed=board.step), 0)  # alone it ends without a newline
+    parts: list[Any] = [head, bar, table]
+    parts.append(Text(board.foot(), style="dim"))
+    parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in board.sample()]
+    parts += [Text(finding.line(), style="yellow") for finding in board.findings]
+    return Panel(Group(*parts), title=Text(title, style="bold"), title_align="left", border_style="dim")
+
+
+def now_s() -> float:
+    """Return a clock for durations."""
+    return time.monotonic()

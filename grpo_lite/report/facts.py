@@ -1,0 +1,269 @@
+"""What a run's report shows, read from the run's own files: verdict, figures, phases, completions, what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_lite.files.records import read_json_lines
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.doctor import examine, stated_findings
+from grpo_lite.report.evidence import Evidence, Finding, read_evidence
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.units import duration, gib
+
+MOST_ROWS = 2000  # completions kept in the page; of longer runs a selection, and the page says so
+LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
+PHASES = {
+    "rollout": "generating completions",
+    "reward": "computing rewards",
+    "update": "forward, backward, optimizer",
+    "other": "saving, logging, starting up",
+    "evaluation": "held-out evaluation",
+    "merge": "merge and its proof",
+}
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Everything a report is written from."""
+
+    name: str
+    recipe: Recipe
+    record: Mapping[str, Any]  # run.json
+    scores: Mapping[str, Any]  # metrics.json; empty: not evaluated
+    evidence: Evidence
+    findings: Sequence[Finding]
+    stated: Sequence[Mapping[str, Any]]
+
+
+def read_page(run: RunDir) -> RunPage:
+    """Collect a run's facts.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    e = read_evidence(run)
+    return RunPage(run.name, e.recipe, run.read_run(), e.scores, e, examine(run), stated_findings(run))
+
+
+def headline(page: RunPage) -> dict[str, Any]:
+    """Return the verdict: `label`, `sentence`, `tone` (good, bad, flat, none) and, once measured, both rates."""
+    if not page.scores:
+        done = page.evidence.last_step
+        so_far = f"not finished: {done} step{'s' * (done != 1)} so far"
+        state = "trained, not evaluated" if page.record.get("trained_at") else so_far
+        return {"label": state, "sentence": "There is no held-out score before and after.", "tone": "none"}
+    part = page.scores["lenient"]
+    label = part["verdict"]["label"]
+    low, high = part["difference"]["low"], part["difference"]["high"]
+    tone = "good" if "gain" in label and low > 0 else "bad" if high < 0 else "flat"
+    rates = [{"name": name, **part[side]} for name, side in (("before", "base"), ("after", "trained"))]
+    return {"label": label, "sentence": part["verdict"]["sentence"], "tone": tone, "rates": rates, **_difference(part)}
+
+
+def _difference(part: Mapping[str, Any]) -> dict[str, Any]:
+    d = part["difference"]
+    return {"difference": d["difference"], "low": d["low"], "high": d["high"], "n": d["n"]}
+
+
+def score_rows(page: RunPage) -> list[dict[str, str]]:
+    """Return the table of held-out scores as text: what, base, trained, difference."""
+    rows = []
+    names = {
+        "lenient": "right answer",
+        "strict": "right answer in the asked form",
+        "honest": "second, independent judge",
+    }
+    for kind, name in names.items():
+        if part := page.scores.get(kind):
+            d = part["difference"]
+            rows.append(
+                {
+                    "name": name, "base": _rate(part["base"]), "trained": _rate(part["trained"]),
+                    "difference": f"{_points(d['difference'])} points ({_points(d['low'])} to {_points(d['high'])})",
+                }
+            )  # fmt: skip
+    for name, rates in page.scores.get("pass_at_k", {}).items():
+        base, trained = rates["base"], rates["trained"]
+        rows.append({"name": f"{name}, sampled", "base": f"{base:.1%}", "trained": f"{trained:.1%}",
+                     "difference": f"{_points(trained - base)} points"})  # fmt: skip
+    if merged := page.scores.get("merged"):
+        rows.append({"name": "merged 16-bit model", "base": "", "trained": _rate(merged["lenient"]), "difference": ""})
+    return rows
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
+
+
+def tiles(page: RunPage) -> list[tuple[str, str]]:
+    """Return the run's figures as (name, value with unit), known ones only."""
+    e, record = page.evidence, page.record
+    rewards = e.series("reward")
+    found: list[tuple[str, str | None]] = [
+        ("steps", str(record["steps"]) if record.get("steps") else str(len(rewards)) if rewards else None),
+        ("reward, first → last", f"{rewards[0]:.2f} → {rewards[-1]:.2f}" if rewards else None),
+        ("training time", duration(record.get("training_seconds"))),
+        ("peak memory", gib(record.get("peak_memory_bytes"))),
+        ("tokens per second", _speed(e)),
+        ("device", (record.get("device") or {}).get("name")),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _speed(e: Evidence) -> str | None:
+    tokens, seconds = e.series("num_tokens"), e.series("step_time")
+    if len(tokens) < 2 or not sum(seconds) or tokens[-1] < tokens[0]:
+        return None
+    return f"{(tokens[-1] - tokens[0]) / sum(seconds[1:]):,.0f}"
+
+
+def phases(page: RunPage) -> list[dict[str, Any]]:
+    """Return where the time went: `name`, `what`, `seconds`, `share`; empty before anything was timed."""
+    e, record = page.evidence, page.record
+    rollout, reward = (total_of(e.series(f"time/{name}_s")) for name in ("rollout", "reward"))
+    stepped = sum(e.series("step_time"))
+    seconds: dict[str, float] = {"rollout": rollout, "reward": reward, "update": max(0.0, stepped - rollout - reward)}
+    held_out = total_of(e.series("time/heldout_s"))  # between steps
+    seconds["other"] = max(0.0, float(record.get("training_seconds") or 0.0) - stepped - held_out)
+    seconds |= {name: float(record.get(f"{name}_seconds") or 0.0) for name in ("evaluation", "merge")}
+    seconds["evaluation"] += held_out
+    if not rollout:
+        seconds = {"update": stepped} | {k: v for k, v in seconds.items() if k not in ("rollout", "reward", "update")}
+    whole = sum(seconds.values())
+    what = PHASES if rollout else PHASES | {"update": "training steps"}
+    return [
+        {"name": name, "what": what[name], "seconds": s, "text": duration(s), "share": s / whole}
+        for name, s in seconds.items()
+        if whole and s / whole >= 0.001
+    ]
+
+
+def total_of(counter: Sequence[float]) -> float:
+    """Return what a counter has counted in all, also when a resumed run began it at 0 again."""
+    total, before = 0.0, 0.0
+    for value in counter:
+        total += value - before if value >= before else value
+        before = value
+    return total
+
+
+def not_measured(page: RunPage) -> list[str]:
+    """Return what this run does not show, as sentences."""
+    recipe, scores = page.recipe, page.scores
+    lines = [] if scores else ["The task itself: there is no score before or after."]
+    if page.record.get("paused_at") and not page.record.get("finished_at"):
+        done, total = page.evidence.last_step, page.record.get("max_steps")
+        lines.append(f"The rest of the run: it paused after step {done} of {total}, and the same command goes on.")
+    if scores and not recipe.eval.strict:
+        lines.append("The form of the answers: this recipe has no strict score of its own.")
+    if scores and "honest" not in scores:
+        lines.append("Agreement of the reward with a second, independent judge: this reward has none.")
+    if scores:
+        lines.append("Spread over seeds: this is one run, and the intervals are over prompts only.")
+    if scores and "merged" not in scores:
+        lines.append("The score of the merged 16-bit model.")
+    lines.append("Anything but this task: other tasks, languages, safety, and what the training unlearnt.")
+    lines.append("Whether held-out prompts were in the base model's own training data.")
+    if (page.record.get("device") or {}).get("kind") == "cpu":
+        lines.append("Speed and memory on a GPU: this ran on a CPU.")
+    return lines
+
+
+def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    """Return rows for the browser of completions, at most MOST_ROWS, and how many there are in all.
+
+    Of a longer run, steps are taken evenly, the first and the last among them; of a large step its best, its worst and
+    the first others.
+    """
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))
+    per_step = max(4, MOST_ROWS // max(1, min(len(files), 60)))
+    chosen = {files[round(i * (len(files) - 1) / 59)] for i in range(60)} if len(files) > 60 else set(files)
+    rows: list[dict[str, Any]] = []
+    count = 0
+    for path in files:
+        found = [row for row in read_json_lines(path) if "reward" in row] if path in chosen else []
+        count += len(found) if path in chosen else path.read_bytes().count(b"\n")
+        if len(found) > per_step:
+            ranked = sorted(range(len(found)), key=lambda i: found[i]["reward"] or 0.0)
+            kept = {ranked[0], ranked[1], ranked[-1], ranked[-2], *range(per_step - 4)}
+            found = [row for i, row in enumerate(found) if i in kept]
+        rows += [_browsable(row) for row in found]
+    return rows, count
+
+
+def _browsable(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "step": row["step"], "prompt": prompt_text(row["prompt"]), "text": shortened(row["completion"]),
+        "reward": _finite(row["reward"]), "parts": {k: _finite(v) for k, v in row["rewards"].items()},
+        "answer": _gold(row),
+        "tokens": row.get("tokens"), "cut": bool(row.get("truncated")),
+    }  # fmt: skip
+
+
+def _gold(row: Mapping[str, Any]) -> str | None:
+    return None if row.get("answer") is None else shortened(str(row["answer"]))
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
+
+def held_out_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    """Return base and trained answers to the held-out prompts, at most MOST_ROWS, and how many there are in all."""
+    records = read_json_lines(run.evaluation / "records.jsonl")
+    rows = [
+        {
+            "prompt": prompt_text(row["prompt"]), "answer": _gold(row),
+            **{side: {"text": shortened(row[side]["completion"]), "right": row[side]["lenient"],
+                      "strict": row[side]["strict"]} for side in ("base", "trained")},
+        }
+        for row in records[:MOST_ROWS]
+    ]  # fmt: skip
+    return rows, len(records)
+
+
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt as text; of chat messages all but the roles of a lone user."""
+    if isinstance(prompt, str):
+        return shortened(prompt)
+    if len(prompt) == 1:
+        return shortened(str(prompt[0]["content"]))
+    return shortened("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most LONGEST_TEXT characters, the middle left out."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[-half:]}"
+
+
+def for_script(value: Any) -> str:
+    """Return JSON that can stand in a <script> element: no `<`, `>`, `&` or line separator is left bare."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def versions(page: RunPage) -> Iterable[tuple[str, str]]:
+    """Return versions and the like as (name, value), known ones only."""
+    record = page.record
+    device, faults = record.get("device") or {}, record.get("faults") or {}
+    found = {
+        "device": device.get("name"), "memory of the device": gib(device.get("memory_bytes")),
+        "seed": record.get("seed"), "started": record.get("started_at"), "finished": record.get("finished_at"),
+        "resumed": ", ".join(record.get("resumed_at") or []) or None,
+        "left out": ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in faults.items()) or None,
+        "grpo_lite": " ".join(str(v) for v in (record.get("grpo_lite"), record.get("git_commit")) if v),
+        "python": record.get("python"), "platform": record.get("platform"), **(record.get("versions") or {}),
+    }  # fmt: skip
+    return [(name, str(value)) for name, value in found.items() if value is not None and value != ""]

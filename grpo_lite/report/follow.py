@@ -1,0 +1,94 @@
+"""watch: follow a run from another terminal by its files alone; nothing of the run is touched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo_lite.files.records import read_json_lines
+from grpo_lite.report.board import Board, rendered
+from grpo_lite.report.doctor import stated_findings
+from grpo_lite.report.evidence import Finding, read_steps
+from grpo_lite.runs.run_dir import RunDir
+
+ENDED = ("finished", "paused", "stopped", "quiet")
+STOPPED_AFTER_S = 30.0
+_NOTES = {
+    "stopped": ", no process of this machine works in it; the same `train` command goes on",
+    "quiet": ", no step for ten minutes",
+}
+
+
+def read_board(run: RunDir) -> Board:
+    """Return how a run stands now.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    recipe, record = run.load_recipe(), run.read_run()
+    steps = read_steps(run)
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))
+    rows = read_json_lines(files[-1]) if files else []
+    findings = {r["key"]: Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run)}
+    begun = int(record.get("first_step") or 0)
+    total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
+    seconds = sum(r.get("step_time") or 0.0 for r in steps if r["step"] > begun)
+    return Board(recipe, total, [*steps], rows, list(findings.values())[-3:], seconds, begun)
+
+
+def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
+    """Return how a run stands, in a word.
+
+    Returns:
+        "running"; "evaluating" (trained, not finished); "finished"; "paused" (limits.max_minutes); "stopped" (nobody
+        holds its lock, as after Ctrl-C, a kill or a refusal, and nothing has happened for half a minute: another
+        machine's locks may not be seen here); or "quiet" (no step for long).
+    """
+    idle = run.in_use() is False  # asked first: a run that ends meanwhile is then seen as finished
+    record = run.read_run()
+    if record.get("finished_at"):
+        return "finished"
+    begun = max([record.get("started_at") or "", *(record.get("resumed_at") or [])])
+    if (record.get("paused_at") or "") > begun:
+        return "paused"
+    files = (run.recipe_file, run.run_file, run.metrics_file)  # run.json: a resume writes it long before its first step
+    still_s = time.time() - max(file.stat().st_mtime for file in files if file.is_file())
+    if idle and still_s > STOPPED_AFTER_S:
+        return "stopped"
+    if record.get("trained_at"):
+        return "evaluating"
+    return "quiet" if still_s > stale_after_s else "running"
+
+
+def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:
+    """Yield a line for every new step and finding, until the run is finished or nothing has happened for long."""
+    shown, stated = 0, 0
+    while True:
+        state = state_of(run)
+        board = read_board(run)
+        whole = board.steps
+        for count in range(shown + 1, len(whole) + 1):
+            seconds = sum(r.get("step_time") or 0.0 for r in whole[:count] if r["step"] > board.begun_at)
+            yield Board(board.recipe, board.total, whole[:count], (), (), seconds, board.begun_at).line()
+        shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resume takes steps back
+        found = stated_findings(run)
+        yield from (Finding(r["key"], r["sentence"], r.get("override")).line() for r in found[stated:])
+        stated = len(found)
+        if state in ENDED:
+            yield f"{run.path}: {state}{_NOTES.get(state, '')}"
+            return
+        sleep(every_s)
+
+
+def watch_live(run: RunDir, every_s: float = 1.0) -> str:
+    """Draw the run's board in the terminal until it is finished; return the last state."""
+    from rich.live import Live
+
+    board = read_board(run)
+    with Live(rendered(board, str(run.path)), refresh_per_second=2) as live:
+        while (state := state_of(run)) not in ENDED:
+            live.update(rendered(read_board(run), f"{run.path}: {state}"))
+            time.sleep(every_s)
+        live.update(rendered(read_board(run), f"{run.path}: {state}"))
+    return state

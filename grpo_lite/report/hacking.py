@@ -1,0 +1,213 @@
+"""What the completions give away: signs that the reward is earned without the task being done. Pure functions."""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean_of
+from grpo_lite.screen import printable
+
+SUSPICIOUS = 0.25  # share of the paid completions that must show a sign
+FEWEST_PAID = 8
+Row = Mapping[str, Any]
+_COMMITMENTS = re.compile(r"\\boxed\{([^{}]*)\}|####\s*(\S+)|<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+_PHRASES = re.compile(r"\banswer(?:\s+is|:|\s*=)\s*\**\s*(-?[\w./\\{}^]+)", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:[./]\d+)*")
+_SEPARATORS = re.compile(r"\b(?:and|or)\b|[\s,;:|•*()\[\].-]", re.IGNORECASE)
+_TAGS = ("think", "answer", "reasoning", "solution")
+
+
+@functools.lru_cache(maxsize=4096)
+def repeats_itself(text: str) -> bool:
+    """Tell whether most of a text is one passage again and again.
+
+    At least 40 characters that compress to less than a fifth of what ordinary prose does, or whose commonest three
+    words in a row make up half of it.
+
+    >>> repeats_itself("the answer is 4 " * 12), repeats_itself("First add 3 and 4, which is 7; then double it to 14.")
+    (True, False)
+    """
+    if len(text) < 40:
+        return False
+    words = text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    if len(words) >= 12 and 3 * Counter(triples).most_common(1)[0][1] >= len(words) / 2:
+        return True
+    raw = text.encode(errors="replace")
+    return len(raw) >= 80 and len(zlib.compress(raw, 9)) < 0.2 * len(raw)
+
+
+def commits_often(text: str) -> bool:
+    r"""Tell whether a text commits to three or more different answers, or is a list of numbers, outside its thinking.
+
+    >>> commits_often(r"\boxed{1} \boxed{2} \boxed{3}"), commits_often(r"so \boxed{2}. Check: \boxed{2}")
+    (True, False)
+    >>> commits_often("1, 2, 3, 4, 5 or 6"), commits_often("The answer is 1. The answer is 2. The answer is 3.")
+    (True, True)
+    """
+    said = text.rpartition("</think>")[2]
+    marked = {next(filter(None, found), "").strip() for found in _COMMITMENTS.findall(said)}
+    stated = {found.rstrip(".") for found in _PHRASES.findall(said)}
+    numbers = set(_NUMBER.findall(said))
+    rest = _SEPARATORS.sub("", _NUMBER.sub("", said))  # nothing in a bare list; operators mean a calculation
+    return len(marked) >= 3 or len(stated) >= 3 or (len(numbers) >= 5 and not rest)
+
+
+def stuffs_tags(text: str, tags: Sequence[str] = _TAGS) -> bool:
+    """Tell whether a text holds one of the format's tags three times or more.
+
+    >>> stuffs_tags("<think><think><think>"), stuffs_tags("<think>so</think><answer>2</answer>")
+    (True, False)
+    """
+    return any(text.count(f"<{slash}{tag}>") >= 3 for tag in tags for slash in ("", "/"))
+
+
+def repeated_text(e: Evidence) -> Finding | None:
+    """Completions that repeat themselves are paid."""
+    found = _paid_share(e, lambda row: repeats_itself(row["completion"]))
+    if not found:
+        return None
+    share, sample = found
+    return Finding(
+        "repeated_text",
+        f"{share:.0%} of the best-paid completions repeat themselves, such as {sample}: the reward may be hacked.",
+        _penalise_repetition(e),
+    )
+
+
+def _penalise_repetition(e: Evidence) -> str:
+    for index, part in enumerate(e.parts):
+        if part == "repetition_penalty_reward":
+            return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
+    new = f"rewards[{len(e.parts)}]"
+    return f"{new}.function=rewards.repetition_penalty_reward {new}.weight=0.5"
+
+
+def many_answers(e: Evidence) -> Finding | None:
+    """Completions that commit to several different answers are paid."""
+    found = _paid_share(e, _lists_answers)
+    if not found:
+        return None
+    share, sample = found
+    index = _paying_part(e, _lists_answers)
+    if e.parts[index] == "accuracy_reward":  # pays the last one only: naming more does not help
+        return None
+    return Finding(
+        "many_answers",
+        f"{share:.0%} of the best-paid completions commit to three or more answers, such as {sample}: the reward "
+        "takes any of them.",
+        _replace(e, index, "rewards.accuracy_reward"),
+    )
+
+
+def _lists_answers(row: Row) -> bool:
+    """Tell whether a completion commits to many answers where its gold is not itself a list."""
+    gold = str(row.get("answer") or "").rpartition("####")[2]
+    is_list = "\\boxed" not in gold and len(_NUMBER.findall(gold)) >= 3
+    return commits_often(row["completion"]) and not is_list
+
+
+def stuffed_tags(e: Evidence) -> Finding | None:
+    """Completions that hold the format's tags again and again are paid."""
+    tags = [*_TAGS, *(str(tag) for section in e.recipe.rewards for tag in section.kwargs.get("tags") or ())]
+
+    def stuffed(row: Row) -> bool:
+        return stuffs_tags(row["completion"], tags)
+
+    found = _paid_share(e, stuffed)
+    if not found:
+        return None
+    share, sample = found
+    index = _paying_part(e, stuffed)
+    name = e.parts[index]
+    own = e.recipe.rewards[index].function != "rewards.format_reward"
+    return Finding(
+        "stuffed_tags",
+        f"{share:.0%} of the best-paid completions stuff in tags, such as {sample}, and {name} pays for it.",
+        _replace(e, index, "rewards.format_reward") if own else f"rewards[{index}].weight=0",
+    )
+
+
+def _paying_part(e: Evidence, sign: Callable[[Row], bool]) -> int:
+    """Return the position of the reward that pays completions with a sign most above those without."""
+
+    def advantage(part: str) -> float:
+        with_sign = [row for row in e.rows() if sign(row)]
+        without = [row for row in e.rows() if not sign(row)]
+        gain = mean_of(with_sign, part) - (mean_of(without, part) if without else 0.0)
+        return gain if gain == gain else 0.0  # NaN: the part paid none of them
+
+    return max(range(len(e.parts)), key=lambda i: advantage(e.parts[i]))
+
+
+def _replace(e: Evidence, index: int, function: str) -> str:
+    no_arguments = f" rewards[{index}].kwargs={{}}" if e.recipe.rewards[index].kwargs else ""
+    return f"rewards[{index}].function={function}{no_arguments}"
+
+
+def _paid_share(e: Evidence, sign: Callable[[Row], bool]) -> tuple[float, str] | None:
+    """Return the share of the best-paid late completions that show a sign, and one of them; None below the limit.
+
+    Best paid: the upper half of the rewards that were given, above the least. Where all earn the same, all count,
+    unless they earn nothing.
+    """
+    rows = [row for row in e.rows() if row["reward"] is not None]
+    if len(rows) < FEWEST_PAID:
+        return None
+    low, high = min(row["reward"] for row in rows), max(row["reward"] for row in rows)
+    paid = [row for row in rows if row["reward"] >= (low + high) / 2 and row["reward"] > 0]
+    shown = [row for row in paid if sign(row)]
+    if not paid or len(shown) < max(3, SUSPICIOUS * len(paid)):
+        return None
+    return len(shown) / len(paid), _quoted(shown[-1]["completion"])
+
+
+def _quoted(text: str, width: int = 60) -> str:
+    flat = printable(" ".join(text.split()))
+    return f"“{flat[:width]}…”" if len(flat) > width else f"“{flat}”"
+
+
+def reward_without_progress(e: Evidence) -> Finding | None:
+    """The training reward rises while an independent check on held-out prompts does not."""
+    if len(e.steps) < FEWEST or not e.rise("reward") >= 0.15 or not e.rises("reward"):
+        return None
+    checks: list[tuple[str, float, float]] = []
+    held = e.series("heldout/lenient")
+    since = next((i for i, record in enumerate(e.steps) if "heldout/lenient" in record), 0)
+    same_span = replace(e, steps=e.steps[max(0, since - e.window) :])  # what was learnt before the first score is past
+    if len(held) >= 2 and same_span.rise("reward") >= 0.15:
+        half = max(1, len(held) // 2)
+        checks.append(("the held-out score", _mean(held[:half]), _mean(held[half:])))
+    if e.series("honest_accuracy"):
+        checks.append(("a second, independent judgement", e.early("honest_accuracy"), e.late("honest_accuracy")))
+    for kind, name in (("honest", "the second judgement of held-out answers"), ("lenient", "the held-out score")):
+        difference: Mapping[str, Any] = e.scores.get(kind, {}).get("difference", {})
+        if difference:
+            checks.append((name, difference["before"], difference["after"]))
+    for name, before, after in checks:
+        if after <= before:
+            return Finding(
+                "reward_without_progress",
+                f"The reward rose from {e.early('reward'):.2f} to {e.late('reward'):.2f}, but {name} did not "
+                f"({before:.2f} → {after:.2f}): the reward pays something else than the task.",
+                _lower_others(e),
+            )
+    return None
+
+
+def _lower_others(e: Evidence) -> str:
+    """Gate the rewards that rose beside the first one; where there are none, hold the policy near the base."""
+    for index, part in enumerate(e.parts[1:], start=1):
+        if e.rise(f"rewards/{part}/mean") > 0 and not e.recipe.rewards[index].gate:
+            return f"rewards[{index}].gate=true"
+    return f"grpo.beta={max(0.04, 2 * e.grpo('beta', 0.0)):g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,196 @@
+"""report.html: a run on one self-contained page, and runs side by side; no network, no script but its own.
+
+run's files -> facts.py + curves.py (charts) -> html/*.html (Jinja2, all escaped) -> one file
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.errors import RunDirError
+from grpo_lite.files.atomic import write_atomic
+from grpo_lite.recipe.recipe import without_paths
+from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png
+from grpo_lite.report.doctor import OnceUntilItChanges, clean_bill, examine, state_finding, stated_findings
+from grpo_lite.report.evidence import Finding
+from grpo_lite.report.facts import (
+    RunPage,
+    completion_rows,
+    for_script,
+    headline,
+    held_out_rows,
+    not_measured,
+    phases,
+    read_page,
+    score_rows,
+    tiles,
+    versions,
+)
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.screen import Show
+from grpo_lite.units import duration, gib
+
+logger = logging.getLogger(__name__)
+
+_PAGE = Path(__file__).resolve().parent / "html"
+
+
+def write_report(run: RunDir) -> Path:
+    """Write a run's report.html and curves.png, finished or not, and return the page's path.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    page = read_page(run)
+    found = charts(page.evidence)
+    write_png(found, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
+    (rows, count), (held_out, held_out_count) = completion_rows(run), held_out_rows(run)
+    data = {"charts": {chart.key: placement(chart) for chart in found}, "completions": rows, "heldout": held_out}
+    recipe = without_paths(page.recipe)
+    html = _template("report.html").render(
+        page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
+        charts=_drawn(found), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
+        held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
+        versions=versions(page), clean=clean_bill(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
+        data=_safe(for_script(data)),
+    )  # fmt: skip
+    path = run.path / "report.html"
+    write_atomic(path, html)
+    return path
+
+
+def finish_with_report(run: RunDir, show: Show) -> None:
+    """State what only the held-out scores show, and write the report; a fault here is told and costs nothing else."""
+    try:
+        once = OnceUntilItChanges()
+        once.news(Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run))
+        for finding in once.news(examine(run)):
+            state_finding(run, finding, int(run.read_run().get("steps") or 0), show)
+        write_report(run)
+    except Exception as error:  # the run itself is finished and saved
+        logger.exception("The report was not written.")
+        again = f"the run is complete. Again: make report RUN={run.path}"
+        show(f"report: not written ({type(error).__name__}: {error}); {again}")
+
+
+def inline_report(run: RunDir, height_px: int = 900) -> Any:
+    """Return a run's report for a notebook's cell, in a frame of its own: IPython's HTML."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    page = write_report(run).read_text(encoding="utf-8")
+    return HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="{height_px}" style="border:0"></iframe>')
+
+
+def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
+    """Write a page with runs side by side: scores, figures, curves laid over each other, recipes' differences.
+
+    Raises:
+        RunDirError: a folder is not a run, or fewer than two are given.
+    """
+    if len(runs) < 2:
+        raise RunDirError('compare: two or more runs are needed, as in make compare RUNS="runs/a runs/b".')
+    pages = [read_page(run) for run in runs]
+    names = _distinct([run.path for run in runs])
+    found = _overlaid(pages, names)
+    html = _template("compare.html").render(
+        names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
+        differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(found),
+        findings=[page.findings for page in pages], clean=[clean_bill(page.evidence) for page in pages],
+        data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in found}})),
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, html)
+    return path
+
+
+def _drawn(found: Sequence[Chart]) -> list[dict[str, Any]]:
+    return [{"key": c.key, "title": c.title, "note": c.note, "svg": _safe(svg(c))} for c in found]
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as much of the path as tells them apart."""
+    for depth in range(1, 1 + max(len(path.resolve().parts) for path in paths)):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({i})" for i, path in enumerate(paths, start=1)]
+
+
+def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
+    """Return charts in which every run has one line, of its first line there."""
+    per_run = [{chart.key: chart for chart in charts(page.evidence)} for page in pages]
+    keys = [key for found in per_run for key in found if key != "parts"]
+    result = []
+    for key in dict.fromkeys(keys):
+        having = [(slot, found[key]) for slot, found in enumerate(per_run) if key in found]
+        # a run keeps its colour also where another run has no line
+        lines = [Line(names[slot], chart.lines[0].x, chart.lines[0].y, slot=slot) for slot, chart in having]
+        result.append(Chart(key, having[0][1].title, having[0][1].note.partition(";")[0], lines, having[0][1].top))
+    return result
+
+
+def comparison_table(pages: Sequence[RunPage]) -> list[tuple[str, list[str]]]:
+    """Return rows (name, one cell a run) for what at least one run has."""
+    tables = [_figures(page) for page in pages]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [(key, [table.get(key, "–") for table in tables]) for key in keys]
+
+
+def _figures(page: RunPage) -> dict[str, str]:
+    figures: dict[str, str] = {}
+    for row in score_rows(page):
+        before, after = (row[side].partition(" (")[0] for side in ("base", "trained"))
+        figures[row["name"]] = f"{before} → {after}".removeprefix(" → ")
+        if "(" in row["difference"]:  # with its interval
+            figures[f"{row['name']}: gain"] = row["difference"]
+    figures |= dict(tiles(page))
+    record = page.record
+    extra = {
+        "evaluation time": duration(record.get("evaluation_seconds")),
+        "adapter and merge": "verified" if (record.get("merge") or {}).get("passed") else None,
+        "memory of the device": gib((record.get("device") or {}).get("memory_bytes")),
+        "seed": record.get("seed"),
+        **{f"version of {name}": value for name, value in (record.get("versions") or {}).items()},
+    }
+    return figures | {name: str(value) for name, value in extra.items() if value is not None}
+
+
+def recipe_differences(recipes: Sequence[Any]) -> list[tuple[str, list[str]]]:
+    """Return the keys in which recipes differ, with each one's value."""
+    flat = [dict(_flatten(recipe.model_dump(mode="json"))) for recipe in recipes]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [(key, ["–" if values.get(key) in (None, [], {}) else str(values[key]) for values in flat]) for key in keys]
+    return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
+
+
+def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [item for key, child in value.items() for item in _flatten(child, f"{path}.{key}" if path else key)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [item for i, child in enumerate(value) for item in _flatten(child, f"{path}[{i}]")]
+    return [(path, value)]
+
+
+@cache
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["css"] = _safe((_PAGE / "page.css").read_text(encoding="utf-8"))
+    environment.globals["js"] = _safe((_PAGE / "page.js").read_text(encoding="utf-8"))
+    return environment.get_template(name)
+
+
+def _safe(text: str) -> Any:
+    """Mark text that is ours, or escaped already, as HTML."""
+    from markupsafe import Markup
+
+    return Markup(text)

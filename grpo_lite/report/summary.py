@@ -1,0 +1,87 @@
+"""What a run came to, as lines for people: reward, held-out scores, where everything lies, what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.units import duration
+
+
+def run_summary(run: RunDir) -> str:
+    """Return the end-of-run summary."""
+    record = run.read_run()
+    lines = [
+        "",
+        f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
+        f"{record.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
+        f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
+    ]
+    if scores := run.read_scores():
+        lines += score_lines(scores)
+    if record.get("merge"):
+        lines.append(merge_line(record["merge"]))
+    if record.get("faults"):
+        lines.append("left out: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in record["faults"].items()))
+    if not record.get("trained_at"):
+        lines.append("paused by limits.max_minutes; to go on from here, give the same command again")
+    lines += ["", f"adapter   {run.adapter}"]
+    if run.merged.is_dir():
+        lines.append(f"merged    {run.merged}")
+    if run.evaluation.is_dir():
+        lines.append(f"records   {run.evaluation / 'records.jsonl'}")
+    lines.append(f"report    {run.path / 'report.html'}")
+    lines += [f"all       {run.path}", "", "next:"]
+    lines.append(f"  make eval RUN={shlex.quote(str(run.path))}    measure again")
+    if run.merged.is_dir():
+        lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Return the held-out scores as lines: verdict first."""
+    lines = [scores["lenient"]["verdict"]["sentence"]]
+    if scores["strict"]["difference"] != scores["lenient"]["difference"]:
+        lines.append(scores["strict"]["verdict"]["sentence"])
+    if "honest" in scores:
+        honest = scores["honest"]["difference"]
+        lines.append(f"by an independent second judgement: {honest['before']:.3f} → {honest['after']:.3f}")
+    if "merged" in scores:
+        rate = scores["merged"]["lenient"]
+        lines.append(
+            f"the merged 16-bit model on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+        )
+    if "merged_nf4" in scores:
+        lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
+    for name, rates in scores.get("pass_at_k", {}).items():
+        lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
+    if scores.get("unusable_golds"):
+        lines.append(f"{scores['unusable_golds']} held-out rows have no usable gold answer and were left out")
+    return lines
+
+
+def merge_line(record: Mapping[str, Any]) -> str:
+    """Return one line on the merge's verification."""
+    if "skipped" in record:
+        return f"not merged: {record['skipped']}."
+    return (
+        f"merged onto the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
+        f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
+        f"{record['max_logit_difference']:.3f}"
+    )
+
+
+def interrupted_summary(run: RunDir, steps: int, signal_name: str) -> str:
+    """Return what to type after an interruption."""
+    checkpoint = run.last_checkpoint()
+    saved = f"saved {checkpoint}" if checkpoint else "no checkpoint was saved"
+    return (
+        f"interrupted by {signal_name} after step {steps}; {saved}.\n"
+        f"To resume, give the same command again: RUN={shlex.quote(str(run.path))} is continued from there."
+    )

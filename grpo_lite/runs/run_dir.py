@@ -1,0 +1,244 @@
+"""RunDir: every path and manifest of a run, and whether it may be started, resumed or must be left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from grpo_lite.errors import RunDirError
+from grpo_lite.files import lock
+from grpo_lite.files.atomic import read_record, write_atomic
+from grpo_lite.files.redact import planted_secret, redact, secret_in
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.checkpoints import checkpoint_folders
+
+
+class RunDir:
+    """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raise RunDirError for a path that the libraries below, which write in UTF-8, could not write."""
+        self.path = Path(path)
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RunDirError(
+                f"run directory {os.fsencode(path)!r}: cannot be written in UTF-8. Choose another name with RUN=…, or, "
+                "if it reads well in your terminal, set LC_ALL=C.UTF-8."
+            ) from None
+
+    name = property(lambda self: self.path.name or self.path.resolve().name)  # of `.` too
+    recipe_file = property(lambda self: self.path / "recipe.yaml")
+    run_file = property(lambda self: self.path / "run.json")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    scores_file = property(lambda self: self.path / "metrics.json")
+    adapter = property(lambda self: self.path / "adapter")
+    report_file = property(lambda self: self.path / "report.html")
+    merged = property(lambda self: self.path / "merged")
+    evaluation = property(lambda self: self.path / "evaluation")
+
+    def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish", "report"]:
+        """Make the folder, or recognise an interrupted run of the same recipe.
+
+        Returns:
+            "new"; "resume" from a checkpoint; "finish", trained but not yet evaluated and merged; or "report",
+            finished, but killed before its report was written.
+
+        Raises:
+            RunDirError: finished already, another recipe, or not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunDirError(
+                f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
+                "--run … (grpo-lite)."
+            ) from None
+        _clear_scraps(self.path)
+        plain = recipe.model_dump(mode="json")
+        where = planted_secret(plain)
+        if name := secret_in(dump_recipe(recipe) + json.dumps(plain)) or (where and f"what looks like one: {where}"):
+            raise RunDirError(
+                f"{recipe.name}: the recipe or an override holds the value of a secret ({name}), and a run keeps its "
+                "recipe in plain text. Leave it out, and let the reward read it from os.environ."
+            )
+        if not self.recipe_file.is_file():
+            self._refuse_strangers()
+            write_atomic(self.recipe_file, dump_recipe(recipe))
+            return "new"
+        self._refuse_changed(recipe)
+        record = self.read_run()
+        if record.get("trained_at") and not record.get("finished_at"):
+            return "finish"
+        if record.get("trained_at") and not self.report_file.is_file():
+            return "report"
+        if record.get("trained_at"):
+            raise RunDirError(
+                f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
+                f"another with RUN=…, or remove it: rm -r {self.path}"
+            )
+        return "resume" if self.last_checkpoint() else "new"
+
+    def _refuse_strangers(self) -> None:
+        strange = sorted(
+            p.name for p in self.path.iterdir() if not p.name.startswith((".lock", ".writable", ".saving-"))
+        )
+        if strange:
+            raise RunDirError(
+                f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it "
+                "is not a run. Choose another with RUN=…"
+            )
+
+    def _refuse_changed(self, recipe: Recipe) -> None:
+        from grpo_lite.recipe.load import read_yaml
+
+        begun, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # it may have come from another machine
+        old = self.recipe_file.read_text(encoding="utf-8")
+        if old == new:
+            return
+        if _fixed(begun) == _fixed(yaml.safe_load(new)):
+            write_atomic(self.recipe_file, new)  # tomorrow's session may be longer, and say less
+            return
+        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
+        changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
+        raise RunDirError(
+            f"run directory {self.path}: was begun with another recipe, and a run is one recipe:\n{changed}\n"
+            "Undo the change to resume it, or choose another directory with RUN=…"
+        )
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that was completed, if any; `checkpoints.last_usable` also reads its files."""
+        found = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
+        return found[-1] if found else None
+
+    def read_run(self) -> dict[str, Any]:
+        """Return run.json, or an empty mapping before there is one."""
+        try:
+            found = json.loads(self.run_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            raise RunDirError(f"{self.run_file}: is not valid JSON ({error}). Restore or remove it.") from None
+        if not isinstance(found, dict):
+            raise RunDirError(f"{self.run_file}: holds a {type(found).__name__}, not an object. Restore or remove it.")
+        return found
+
+    def read_scores(self) -> dict[str, Any]:
+        """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
+        try:
+            return dict(json.loads(self.scores_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunDirError(
+                f"{self.scores_file}: is not valid JSON ({error}). Remove it and measure again: "
+                f"make eval RUN={self.path}"
+            ) from None
+
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write metrics.json, atomically."""
+        write_atomic(self.scores_file, json.dumps(scores, indent=2) + "\n")
+
+    def merged_adapter(self) -> str | None:
+        """Return the sha256 of the adapter that merged/ was made of; a paused run that went on has a newer one."""
+        found = read_record(self.merged / "merge.json").get("adapter_sha256")
+        return None if found is None else str(found)
+
+    def update_run(self, **values: Any) -> None:
+        """Merge values into run.json, atomically."""
+        write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
+
+    def load_recipe(self) -> Recipe:
+        """Return the recipe this run was begun with, its base at the very commit that was trained on.
+
+        Raises:
+            RunDirError: the folder is not a run.
+        """
+        from grpo_lite.recipe.load import build_recipe, read_yaml
+
+        if not self.recipe_file.is_file():
+            raise RunDirError(f"{self.path}: is not a run (no recipe.yaml). Give the folder that `train` wrote.")
+        return self.with_base_commit(build_recipe(read_yaml(self.recipe_file), str(self.recipe_file)))
+
+    def with_base_commit(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with its base at the commit that this run began with, if it has begun and has one."""
+        if not (commit := self.read_run().get("base_revision")):
+            return recipe
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock: two runs at once in one folder are refused.
+
+        Raises:
+            RunDirError: another process holds it, or the folder is not writable.
+        """
+        with lock.locked(self.path):
+            yield
+
+    def in_use(self) -> bool | None:
+        """Tell whether a process of this machine works in the folder; None where no lock says so."""
+        return lock.in_use(self.path)
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run has in common with its beginning: all that its result depends on."""
+    return {key: value for key, value in recipe.items() if key not in ("limits", "log", "push_checkpoints")}
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, every key of ours written out."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that escapes what YAML takes for the end of a line; PyYAML writes it as it is and reads a line end."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the text's node, in double quotes where it holds such a character."""
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _clear_scraps(folder: Path) -> None:
+    """Remove what `write_atomic` left when it was killed, other processes' files in use excepted."""
+    for place in (folder, folder / "completions", folder / "evaluation"):
+        for path in place.glob(".*.tmp"):
+            owner = path.name.split(".")[-2]
+            if owner.isdecimal() and (int(owner) == os.getpid() or not _is_alive(int(owner))):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def require_trained(run: RunDir) -> Recipe:
+    """Return the recipe of a run that has been trained.
+
+    Raises:
+        RunDirError: it has no adapter yet.
+    """
+    recipe = run.load_recipe()
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunDirError(f"{run.path}: is not trained yet (no adapter/). Run: make train RUN={run.path}")
+    return recipe

@@ -1,0 +1,233 @@
+"""What trains a recipe here: our trainer on a base loaded by transformers, or Unsloth's on one loaded by Unsloth.
+
+Trackers are TRL's own (`grpo.report_to`): only whether they are there is asked here, before anything loads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from grpo_lite.errors import GRPOLiteError
+from grpo_lite.memory.fit import Fit
+from grpo_lite.models.base import commit_of, resolve_base
+from grpo_lite.models.device import Device
+from grpo_lite.models.load import compute_dtype, load_model, lora_config, lora_to_float32
+from grpo_lite.models.unsloth import uses_unsloth, with_trl_defaults
+from grpo_lite.processes import this_process
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.schedule import share_of_batch
+from grpo_lite.runs.provenance import environment_record
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.session.views import View
+from grpo_lite.task.guard import GuardedReward
+from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.rewards import Reward
+
+
+def device_line(recipe: Recipe, device: Device) -> str:
+    """Return one line on the device, and what about it is not used or not possible."""
+    line = f"device: {device.describe()}"
+    if device.count > this_process().world:
+        line += f"; 1 of {device.count} is used (all: make train GPUS={device.count})"
+    if recipe.model.dtype == "auto" and compute_dtype(recipe.model, device) != device.best_dtype:
+        line += f"; {recipe.model.id} overflows in float16 and runs in float32"
+    return line
+
+
+def load_base(recipe: Recipe, device: Device, prompt_tokens: int) -> Any:
+    """Return the base to train; the backend unsloth has put the adapter on it already.
+
+    Raises:
+        ModelError: it cannot be loaded here.
+    """
+    if not uses_unsloth(recipe.model):
+        return load_model(recipe, device)
+    import torch
+
+    from grpo_lite.models.base import resolve_base
+    from grpo_lite.models.unsloth import load_with_unsloth
+
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    dtype = getattr(torch, compute_dtype(recipe.model, device))
+    return load_with_unsloth(recipe, base, prompt_tokens + recipe.max_completion_length, dtype)
+
+
+def make_trainer(
+    recipe: Recipe, fit: Fit, device: Device, longest: list[int], show: Callable[[str], None], **arguments: Any
+) -> Any:
+    """Return the trainer, its adapter in float32.
+
+    Args:
+        recipe: the recipe.
+        fit: what the plan decided.
+        device: where it trains.
+        longest: ids of the longest prompt; on CUDA it is rehearsed before the first step.
+        show: gets lines for people.
+        arguments: of TRL's GRPOTrainer.
+    """
+    if uses_unsloth(recipe.model):
+        from trl import GRPOTrainer
+
+        from grpo_lite.trainer.sealed import sealed
+
+        return sealed(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
+    from transformers import set_seed
+
+    from grpo_lite.trainer.recovery import FittingGRPOTrainer
+
+    set_seed(recipe.seed)  # TRL 1.14 makes the adapter before it seeds
+    trainer = FittingGRPOTrainer(
+        options=fit.options,
+        show=show,
+        advice=fit.advice,
+        recover=recipe.memory.fit,
+        rehearsal=longest if recipe.memory.fit and device.kind == "cuda" else None,
+        peft_config=lora_config(recipe),
+        **arguments,
+    )
+    lora_to_float32(trainer.model)
+    return trainer
+
+
+# Name in report_to -> the packages of which one must be there; upstream's other trackers say so themselves.
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+
+
+def require_trackers(report_to: Any, where: str) -> None:
+    """Refuse to begin with a tracker that is not installed.
+
+    Args:
+        report_to: the recipe's `grpo.report_to`: a name, several, or "none".
+        where: the recipe's path, for the message.
+
+    Raises:
+        GRPOLiteError: its package is missing.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for name in names:
+        packages = PACKAGES.get(str(name), ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise GRPOLiteError(
+                f"{where}: grpo.report_to: {name} is given, and it is not installed. Add the trackers (trackio, "
+                "tensorboard, wandb) by `python3 grpo_lite/bootstrap.py .venv trackers`, install it yourself by "
+                f"`pip install {packages[0]}`, or leave grpo.report_to out."
+            )
+
+
+def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float], fitted: Fit | None = None) -> Any:
+    """Return TRL's GRPOConfig for a recipe on a device.
+
+    Raises:
+        GRPOLiteError: TRL refuses a combination of values.
+    """
+    from trl import GRPOConfig
+
+    require_trackers(recipe.grpo.get("report_to"), str(run.recipe_file))
+    dtype = "float32" if recipe.model.load_in == "32bit" else compute_dtype(recipe.model, device)
+    owned: dict[str, Any] = {
+        "output_dir": str(run.path),
+        "seed": recipe.seed,
+        "reward_weights": weights,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": device.kind == "cpu",
+        "dataloader_pin_memory": device.kind == "cuda",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    shared = share_of_batch(recipe, this_process().world)
+    try:
+        grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
+        args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
+    except Exception as error:  # upstream looks into some values with no check of its own
+        said = f"{type(error).__name__}: {error}"
+        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {said}") from None
+    if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)
+        args._n_gpu = 1
+    return args
+
+
+def build_trainer(
+    recipe: Recipe,
+    run: RunDir,
+    view: View,
+    make: Callable[..., Any],
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    rewards: list[Reward],
+    args: Any,
+) -> Any:
+    """Return the trainer with its callbacks, the adapter in float32."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from grpo_lite.runs.remote import remote_of
+    from grpo_lite.session.heldout import HeldOutScore
+    from grpo_lite.session.records import Completions, MetricsFile, PushCheckpoints, RunDoctor
+    from grpo_lite.trainer.journal import latest_completions
+
+    first = this_process().is_first
+    try:
+        trainer = make(
+            view.show,
+            model=model,
+            args=args,
+            reward_funcs=[
+                GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in rewards
+            ],
+            train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show))),
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(run)] if first else [],
+        )
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
+        raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    view.latest = lambda: latest_completions(trainer)
+    if not first:
+        return trainer
+    if recipe.eval.every:
+        trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer, view.show))
+    for callback in (
+        view,
+        Completions(run, view.show, recipe.log.sample_every if view.shows_lines else 0, view.latest),
+        RunDoctor(run, recipe, view, view.latest),
+    ):
+        trainer.add_callback(callback)
+    if recipe.push_checkpoints:
+        trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run), view.show))
+    return trainer
+
+
+def record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:
+    record = environment_record()
+    resumed = [*run.read_run().get("resumed_at", []), record["started_at"]] if state == "resume" else []
+    if state == "resume":
+        run.update_run(resumed_at=resumed)
+    else:
+        commit = commit_of(resolve_base(recipe.model.id, recipe.model.revision, weights=False))
+        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json(), base_revision=commit)
+    if any(reward.function.endswith("unit_test_reward") for reward in recipe.rewards):
+        from rewards.sandbox import layers
+
+        weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)
+        found = {layer.name: layer.available for layer in layers()}
+        run.update_run(sandbox={"layers": found, "allow_weak_isolation": weak})
+
+
+def fill_a_round(rows: list[dict[str, Any]], recipe: Recipe, show: Show) -> list[dict[str, Any]]:
+    """Repeat the rows until they fill one round of generation; TRL's sampler would silently drop what does not."""
+    needed = recipe.generation_batch // recipe.num_generations
+    if len(rows) >= needed:
+        return rows
+    show(f"data: a round takes {needed} prompts and there are {len(rows)}; they are repeated")
+    return [rows[i % len(rows)] for i in range(needed)]
+
+
+def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give every row every column: `Dataset.from_list` reads the columns off the first row only."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key) for key in keys} for row in rows]

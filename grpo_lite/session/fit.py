@@ -1,0 +1,161 @@
+"""fit: the training itself, from the last whole checkpoint to the saved adapter, within its limits."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.errors import RunDirError, TrainingError
+from grpo_lite.models.base import resolve_base
+from grpo_lite.processes import agree, this_process
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.checkpoints import (
+    disk_full,
+    is_disk_full,
+    last_usable,
+    processes_of,
+    publishing,
+    require_room,
+    step_of,
+)
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.session.views import View
+from grpo_lite.task.prompts import Prompts
+from grpo_lite.units import now
+
+_LOST_PEER = re.compile("Connection (closed|reset) by peer|remote process has terminated|NCCL.*(remote|abort)", re.I)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training run ended."""
+
+    run: RunDir
+    steps: int
+    stopped_by: str | None = None  # the signal's name when it was interrupted
+    paused: bool = False  # limits.max_minutes came first: evaluated and merged as it is, and `train` goes on
+
+
+def require_room_for(recipe: Recipe, run: RunDir, trainer: Any) -> None:
+    """Refuse to begin where checkpoints, adapter and merged model would not fit on the disk.
+
+    Raises:
+        TrainingError: they would not.
+    """
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    merged = sum(path.stat().st_size for path in base.glob("*.safetensors")) if recipe.merge else 0
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged)
+
+
+def deadline_of(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts, begun: float) -> Any:
+    """Return the callback that keeps `limits.max_minutes`, or None without such a limit."""
+    from grpo_lite.session.stop import Deadline
+
+    if recipe.limits.max_minutes is None:
+        return None
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base, show)
+
+
+def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainResult:
+    """Train from the last whole checkpoint on, and save the adapter unless a signal came.
+
+    Raises:
+        TrainingError: the disk is full, or what was trained is not finite.
+    """
+    from grpo_lite.report.evidence import read_metrics
+    from grpo_lite.session.stop import StopCleanly
+
+    begun = time.monotonic()
+    checkpoint = _common_checkpoint(_last_checkpoint(run, view.show), run)
+    with view, StopCleanly(view.show) as stop:
+        trainer.add_callback(stop)
+        if deadline:
+            trainer.add_callback(deadline)
+        if this_process().world > 1:
+            from grpo_lite.session.stop import StopTogether
+
+            trainer.add_callback(StopTogether(stop, deadline))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if told := _told(error, checkpoint, run):
+                raise TrainingError(f"{run.path}: {told}") from error
+            raise
+    done = trainer.state.global_step
+    paused = bool(deadline and deadline.reached)
+    if stop.signal_name and done < trainer.state.max_steps:
+        return TrainResult(run, done, stop.signal_name)
+    if not this_process().is_first:
+        return TrainResult(run, done)
+    _save_adapter(run, trainer)
+    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
+    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
+    run.update_run(
+        **({} if paused else {"trained_at": now()}), steps=done,
+        training_seconds=round(getattr(trainer, "seconds_trained", time.monotonic() - begun), 1),
+        reward_first=first, reward_last=last, faults=dict(getattr(trainer, "faults", {})),
+    )  # fmt: skip
+    return TrainResult(run, done, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
+
+
+def _told(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
+    """Return what to do about an error of a library below, where that is known."""
+    if is_disk_full(error, run.path) and not isinstance(error, TrainingError):  # metrics, completions, run.json
+        return disk_full(run.path, "training stopped").partition(": ")[2]
+    if this_process().world > 1 and _LOST_PEER.search(str(error)):
+        return (
+            f"another of the {this_process().world} processes has ended, so this one stops; its message stands above. "
+            "What was saved is kept: the same command goes on from there."
+        )
+    if type(error).__name__ == "UnpicklingError" and checkpoint:
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"{checkpoint.name} holds a file that is more than numbers, and such are never loaded: they can run code. "
+            f"({first}) Remove {checkpoint} to go on from the one before, and find out who wrote it."
+        )
+    return None
+
+
+def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
+    """Return the newest checkpoint that is whole, and say which ones are passed over."""
+    found = last_usable(run.path)
+    for fault in found.skipped:
+        show(f"passed over, damaged: {fault}")
+    if found.folder:
+        show(f"resuming from step {step_of(found.folder)} ({found.folder})")
+        if (before := processes_of(found.folder)) != this_process().world:
+            show(f"it was saved with GPUS={before}: random states are other ones now, so this is no exact resume")
+    elif found.skipped:
+        show("no checkpoint is usable: training begins again")
+    return found.folder
+
+
+def _common_checkpoint(found: Path | None, run: RunDir) -> Path | None:
+    """Return the first process's checkpoint: processes that began at different steps would train apart.
+
+    Raises:
+        RunDirError: it is not on this machine.
+    """
+    name = agree(found.name if found else None, this_process())
+    if name is None:
+        return None
+    if not (run.path / name).is_dir():
+        raise RunDirError(
+            f"{run.path}: the first process goes on from {name}, which is not here. With several machines put the run "
+            "directory on a disk that all of them see, or begin a new run."
+        )
+    return run.path / name
+
+
+def _save_adapter(run: RunDir, trainer: Any) -> None:
+    """Write adapter/ whole or not at all, and never with NaN in it."""
+    if hasattr(trainer, "require_finite_weights"):  # Unsloth's trainer is not ours
+        trainer.require_finite_weights()
+    with publishing(run.adapter) as folder:
+        trainer.save_model(str(folder))

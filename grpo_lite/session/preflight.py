@@ -1,0 +1,65 @@
+"""Preflight: the probe as the first minutes of a training.
+
+It says what a night would show: too hard, too easy, cut short. It stops nothing and leaves the random state alone, so
+the training behind it is the same with and without.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import TrainerCallback
+
+from grpo_lite.evaluation.probe import PROMPTS, SAMPLES, probe_lines, probe_recipe, verdict
+from grpo_lite.memory.report import keep_times
+from grpo_lite.models.device import Device
+from grpo_lite.processes import this_process
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.task.prompts import Prompts
+
+
+def add_preflight(
+    recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
+) -> None:
+    """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
+    wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
+    if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
+        show("preflight: left out with several processes; before: grpo-lite probe")
+    elif wanted:  # before all other callbacks, whose clocks start with the training
+        callback = Preflight(recipe, run, device, trainer, tokenizer, prompts, show)
+        trainer.callback_handler.callbacks.insert(0, callback)
+
+
+class Preflight(TrainerCallback):
+    """Probes the untrained policy when a training begins, not when one goes on; figures go into run.json."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
+    ) -> None:
+        self.recipe, self.run, self.device, self.trainer = recipe, run, device, trainer
+        self.tokenizer, self.prompts, self.show = tokenizer, prompts, show
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, self.trainer = self.trainer, None  # or the optimizer would outlive the training
+        if state.global_step > 0:
+            return
+        begun = time.monotonic()
+        samples = max(SAMPLES, self.recipe.num_generations)
+        self.show(f"preflight: {PROMPTS} prompts × {samples} samples first (log.preflight=false leaves it out)")
+        ours = hasattr(trainer, "prepare_decoding")  # Unsloth's trainer is not
+        if ours:
+            trainer.prepare_decoding()
+        with trainer.accelerator.autocast() if ours else nullcontext():  # as training samples and computes
+            made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
+        for line in probe_lines(made):
+            self.show(f"preflight: {line.strip()}")
+        if not verdict(made).startswith("it can learn"):
+            self.show("preflight: training goes on all the same; Ctrl-C twice stops it at once")
+        self.run.update_run(preflight=made.to_json())
+        keep_times(self.recipe, self.device.name, made.to_json())
+        if ours:
+            trainer.seconds_before -= time.monotonic() - begun  # it is no training time

@@ -1,0 +1,142 @@
+"""PushCheckpoints: the callback that copies every checkpoint to where `remote_checkpoints` finds it again.
+
+Apart from it, since a run's recipe is fetched before transformers may be imported (Unsloth comes first).
+
+What is kept and said while training: metrics.jsonl, completions, the doctor's findings, clean stops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from grpo_lite.files.atomic import sync, write_atomic
+from grpo_lite.files.hub import hub_message
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.board import describe_sample
+from grpo_lite.report.doctor import OnceUntilItChanges, diagnose, forget_findings_after, state_finding
+from grpo_lite.report.evidence import LATEST_FILES, Evidence, Finding, read_evidence
+from grpo_lite.runs.checkpoints import checkpoint_folders, step_of
+from grpo_lite.runs.remote import Remote
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.session.views import View
+
+
+class PushCheckpoints(TrainerCallback):
+    """Copy each checkpoint elsewhere once it is whole."""
+
+    def __init__(self, run: RunDir, remote: Remote, show: Show) -> None:
+        self.run, self.remote, self.show = run, remote, show
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = checkpoint_folders(self.run.path)
+        if not kept or step_of(kept[-1]) != state.global_step:
+            return
+        try:
+            self.remote.push(self.run, kept[-1], [step_of(path) for path in kept])
+        except Exception as error:  # whatever a drive or a network does, training goes on
+            reason = hub_message(error, self.remote.name) or f"{type(error).__name__}: {error}"
+            self.show(f"push_checkpoints: {kept[-1].name} was not copied to {self.remote.name}: {reason}")
+
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile(TrainerCallback, ExportableState):
+    """Append every log record, with TRL's keys, to metrics.jsonl; a resume cuts it to its length at the checkpoint."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.path = run, run.metrics_file
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the file: its length, once it is on disk."""
+        if not self.path.is_file():
+            return {"args": {}, "attributes": {"length_bytes": 0}}
+        sync(self.path)
+        return {"args": {}, "attributes": {"length_bytes": self.path.stat().st_size}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
+        if not self.path.is_file():
+            return
+        kept = state.stateful_callbacks.get("MetricsFile", {}).get("attributes", {}) if state.global_step else {}
+        length = int(kept.get("length_bytes", 0))
+        with self.path.open("r+b") as file:
+            present = file.read(length)
+            if len(present) < length:  # lost with the machine's power: at least no half line is left
+                length = present.rfind(b"\n") + 1
+            file.truncate(length)
+        for path in (self.path.parent / "completions").glob("step_*.jsonl"):
+            if path.stem.removeprefix("step_").isdecimal() and int(path.stem.removeprefix("step_")) > state.global_step:
+                path.unlink()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "train_runtime" not in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Completions(TrainerCallback):
+    """Keep every completion with its rewards under completions/, and show one prompt's best and worst now and then.
+
+    Args:
+        latest: returns the last generation batch as rows (see trainer.latest_completions).
+    """
+
+    def __init__(self, run: RunDir, show: Show, every: int, latest: Callable[[], list[dict[str, Any]]]) -> None:
+        self.folder, self.show, self.every, self.latest = run.path / "completions", show, every, latest
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        rows = self.latest()
+        if not rows or not logs or "reward" not in logs:
+            return
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step_{state.global_step:06d}.jsonl"
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        if self.every and (state.global_step % self.every == 0 or state.global_step == 1):
+            self.show(describe_sample(rows))
+
+
+class RunDoctor(TrainerCallback):
+    """Examine the run at every log, and state what is wrong, each finding at most once until it changes.
+
+    Comes after MetricsFile and Completions, whose files it starts from when a run is resumed.
+    """
+
+    def __init__(self, run: RunDir, recipe: Recipe, view: View, latest: Callable[[], list[dict[str, Any]]]) -> None:
+        self.run, self.view, self.latest = run, view, latest
+        self._evidence = Evidence(recipe, [])
+        self._once = OnceUntilItChanges()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        forget_findings_after(self.run, state.global_step)
+        found = read_evidence(self.run)
+        kept = [row for row in found.completions if row["step"] <= state.global_step]
+        self._evidence = replace(found, completions=kept)
+        self._once.news(diagnose(self._evidence))  # said before the interruption
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        old = self._evidence
+        first = state.global_step - LATEST_FILES * max(1, args.logging_steps)
+        rows = [row for row in old.completions if row["step"] > first]
+        steps = [*old.steps, {"step": state.global_step, **logs}]
+        self._evidence = replace(old, steps=steps, completions=[*rows, *self.latest()])
+        for finding in self._once.news(self._diagnose()):
+            state_finding(self.run, finding, state.global_step, self.view.show)
+            self.view.add_finding(finding)
+
+    def _diagnose(self) -> list[Finding]:
+        try:
+            return diagnose(self._evidence)
+        except Exception:  # an onlooker's fault must not end hours of training
+            logger.exception("The run doctor failed and is silent for this step; training goes on.")
+            return []

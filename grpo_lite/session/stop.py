@@ -1,0 +1,143 @@
+"""Why training stops before its last step: a signal, the clock, or another process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.screen import Show
+
+# Reading, rounding, writing and twice verifying a merge, on a slow machine; measured ones of the run itself are used
+# as soon as there are any.
+MERGE_BYTES_PER_S = 25e6
+MERGE_SETUP_S = 30.0
+MOST_RESERVED = 0.5  # share of the time: a short limit must still train
+
+
+class Deadline(TrainerCallback):
+    """Ask for a checkpoint and a stop once another step would eat into the time that evaluation and merge need.
+
+    Args:
+        begun: `time.monotonic()` at the start of the whole command, whose set-up counts too.
+        earlier: run.json, which knows how long evaluation and merge took in an earlier session.
+        held_out: prompts that will be evaluated.
+        base: folder of the 16-bit base, whose size says how long a merge takes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, begun: float, earlier: dict[str, Any], held_out: int, base: Path, show: Show
+    ) -> None:
+        self.recipe, self.begun, self.earlier, self.show = recipe, begun, earlier, show
+        self.held_out = min(held_out, recipe.eval.limit or held_out) if recipe.eval.enabled else 0
+        self.base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+        self.limit_s = (recipe.limits.max_minutes or 0.0) * 60
+        self.reached = False
+        self._first_step_at = 0.0
+        self._last_step_at = 0.0
+        self._steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step_at = self._last_step_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._steps += 1
+        step_s = max(now - self._last_step_at, (now - self._first_step_at) / self._steps)
+        self._last_step_at = now
+        left = self.limit_s - (now - self.begun)
+        reserved = min(self.reserve_s((now - self._first_step_at) / self._steps), MOST_RESERVED * self.limit_s)
+        if left - reserved < 1.2 * step_s and state.global_step < state.max_steps:
+            self.reached = control.should_save = control.should_training_stop = True
+            self.show(
+                f"limits.max_minutes = {self.recipe.limits.max_minutes:g}: training pauses after step "
+                f"{state.global_step} of {state.max_steps}; {reserved / 60:.1f} min are kept for evaluation and merge"
+            )
+
+    def reserve_s(self, step_s: float) -> float:
+        """Return the seconds that evaluation and merge are expected to take: an estimate, from above."""
+        evaluation = self.earlier.get("evaluation_seconds")
+        if evaluation is None:
+            base_and_trained = 2 * (1 + self.recipe.eval.samples)
+            completions = self.held_out * (base_and_trained + (1 if self.recipe.merge else 0))
+            evaluation = completions * step_s / max(1, self._completions_per_step())
+        merge = self.earlier.get("merge_seconds")
+        if merge is None:
+            merge = MERGE_SETUP_S + self.base_bytes / MERGE_BYTES_PER_S
+        return 1.2 * ((evaluation if self.recipe.eval.enabled else 0.0) + (merge if self.recipe.merge else 0.0))
+
+    def _completions_per_step(self) -> int:
+        grpo = self.recipe.grpo
+        per_step = int(grpo.get("per_device_train_batch_size", 8)) * int(grpo.get("gradient_accumulation_steps", 1))
+        return per_step // max(1, int(grpo.get("num_iterations", 1)))
+
+
+class StopCleanly(TrainerCallback):
+    """On SIGINT, SIGTERM or SIGHUP: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self, show: Show) -> None:
+        self.show = show
+        self.signal_name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopCleanly:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the run is to go on when its terminal closes
+            try:
+                self._previous[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
+                break
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another line's writing
+            self.show(
+                "stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once, without it)"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal_name is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class StopTogether(TrainerCallback):
+    """Let all processes stop after the same step: a signal or a clock reaches each at its own time.
+
+    Comes after the callbacks that stop: one that asks for it stops all, for its reason.
+
+    Args:
+        stop: `progress.StopCleanly`.
+        deadline: `limits.Deadline`, or None.
+    """
+
+    def __init__(self, stop: Any, deadline: Any) -> None:
+        self.stop, self.deadline = stop, deadline
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name = self.stop.signal_name
+        reasons = [int(signal.Signals[name]) if name else 0, int(bool(self.deadline and self.deadline.reached))]
+        said = torch.tensor(reasons, device=args.device)
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        number, paused = said.tolist()
+        if number:
+            self.stop.signal_name = signal.Signals(number).name
+        if paused:
+            self.deadline.reached = True
+        if number or paused:
+            control.should_save = control.should_training_stop = True

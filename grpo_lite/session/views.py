@@ -1,0 +1,122 @@
+"""How training is watched: a board in a terminal, one that is redrawn in a notebook cell, plain lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.board import Board, now_s, rendered
+from grpo_lite.report.evidence import Finding
+from grpo_lite.screen import Show, surviving
+
+ViewKind = Literal["plain", "live", "notebook"]
+Latest = Callable[[], list[dict[str, Any]]]
+
+
+def make_view(kind: ViewKind, recipe: Recipe, show: Show) -> View:
+    """Return the view of a kind: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell."""
+    return {"plain": PlainView, "live": LiveView, "notebook": NotebookView}[kind](recipe, show)
+
+
+class View(TrainerCallback):
+    """Follows a training and draws its board at every log; enter it around `trainer.train()`."""
+
+    shows_lines = False  # samples are lines of their own, not part of a board
+
+    def __init__(self, recipe: Recipe, show: Show) -> None:
+        self.show = show
+        self.board = Board(recipe)
+        self.latest: Latest = list
+        self._begun = 0.0
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the screen as it should stay, and let go of the trainer: its optimizer's memory is needed."""
+        self.latest = list
+
+    def add_finding(self, finding: Finding) -> None:
+        """Keep a finding on the board."""
+        kept = [old for old in self.board.findings if old.key != finding.key]
+        self.board.findings = [*kept, finding][-3:]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = now_s()
+        self.board = replace(self.board, total=state.max_steps, begun_at=state.global_step, steps=[])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "reward" in logs:
+            self.board.steps.append({"step": state.global_step, **logs})
+            self.board.seconds = now_s() - self._begun
+            self.board.rows = self.latest()
+            self.draw()
+
+    def draw(self) -> None:
+        """Show the board as it is now."""
+        raise NotImplementedError
+
+
+class PlainView(View):
+    """One line a log: no carriage return, nothing that is ever redrawn."""
+
+    shows_lines = True
+
+    def draw(self) -> None:
+        self.show(self.board.line())
+
+
+class LiveView(View):
+    """A board at the bottom of a terminal; lines that are printed meanwhile scroll by above it."""
+
+    def __enter__(self) -> View:
+        from rich.live import Live
+
+        # Redrawn at each log only: no thread of rich's that a forked judge or sandbox could inherit in mid-write.
+        self._live = Live(get_renderable=self._render, auto_refresh=False, vertical_overflow="crop")
+        with surviving():
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        with surviving():
+            self._live.__exit__(None, None, None)
+
+    def _render(self) -> Any:
+        return rendered(self.board, self.board.recipe.name)
+
+    def draw(self) -> None:
+        with surviving():
+            self._live.refresh()
+
+
+class NotebookView(View):
+    """A board in a notebook's cell, redrawn in place; needs IPython and no widgets."""
+
+    _handle: Any = None
+
+    def draw(self) -> None:
+        from IPython.display import HTML, display
+
+        picture = HTML(as_html(self.board))
+        if self._handle is None:
+            self._handle = display(picture, display_id=True)
+        else:
+            self._handle.update(picture)
+
+
+def as_html(board: Board, width: int = 100) -> str:
+    """Return the board as HTML with its colours, everything escaped."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=width, force_jupyter=False)
+    console.print(rendered(board, board.recipe.name))
+    code = console.export_html(inline_styles=True, code_format="{code}")
+    return f'<pre style="font-family:monospace;line-height:1.25;overflow-x:auto">{code}</pre>'

@@ -1,0 +1,213 @@
+"""check_recipe: what a recipe would train on, shown before any training; needs the tokenizer, not the model.
+
+check_recipe_rewards: on rows of the recipe's own data the gold must earn the top score, and no cheat may.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from grpo_lite.errors import DataError, GRPOLiteError, RewardError
+from grpo_lite.models.load import load_tokenizer
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.generators import Row
+from grpo_lite.task.guard import limited
+from grpo_lite.task.prompts import Prompts, load_prompts
+from grpo_lite.task.rewards import Reward, load_rewards
+from grpo_lite.task.tokens import prompt_ids, prompt_text
+from rewards.testing import Report, check_rewards, score_rows
+
+GOLD_ROWS = 64
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
+
+
+def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
+    """Yield lines: rendered prompts, prompt lengths, and what the gold answers earn.
+
+    Raises:
+        GRPOLiteError: the data, the tokenizer or a reward is at fault.
+    """
+    tokenizer = load_tokenizer(recipe)
+    prompts = load_prompts(recipe, tokenizer)
+    yield f"{recipe.name}: valid. {len(prompts.train)} training prompts, {len(prompts.eval)} held out."
+    yield from prompts.notes
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    for row in prompts.train[:previews]:
+        yield ""
+        yield f"prompt: {prompt_text(row['prompt'], tokenizer, kwargs)}"
+        yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
+    if opened := _OPENED.search(prompts.lead_in):
+        yield f"the chat template opens <{opened[1]}>, so completions begin inside it and the rewards are told"
+    yield ""
+    yield prompt_lengths(recipe, tokenizer, prompts)
+    yield from gold_rewards(recipe, prompts)
+
+
+def prompt_lengths(recipe: Recipe, tokenizer: Any, prompts: Prompts, most: int = 2000) -> str:
+    """Return one line of prompt-length percentiles, in tokens, over at most `most` training prompts."""
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    lengths = sorted(len(prompt_ids(row["prompt"], tokenizer, kwargs)) for row in prompts.train[:most])
+    shown = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
+    of = f" (first {most})" if len(prompts.train) > most else ""
+    return f"prompt tokens{of}: {shown}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
+
+
+def _percentile(ordered: Sequence[int], percent: int) -> int:
+    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
+
+
+def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
+    """Yield, per reward, the mean over gold completions of the first training rows."""
+    rows = prompts.train[:GOLD_ROWS]
+    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    functions, _ = load_rewards(recipe, columns, prompts.lead_in)
+    texts = [gold_completion(recipe, row, prompts.lead_in) for row in rows]
+    chat = not isinstance(rows[0]["prompt"], str)
+    yield f"a gold completion: {json.dumps(texts[0], ensure_ascii=False)}"
+    for i, function in enumerate(functions):
+        scores = function(
+            completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+            prompts=[row["prompt"] for row in rows],
+            completion_ids=[[0] * min(len(text), recipe.max_completion_length - 1) for text in texts],
+            **{key: [row.get(key) for row in rows] for key in columns},
+        )
+        paid = [score for score in scores if score is not None]
+        none = f", {len(scores) - len(paid)} unusable" if len(paid) < len(scores) else ""
+        mean = sum(paid) / len(paid) if paid else float("nan")
+        yield f"rewards[{i}] {function.__name__}: gold completions earn {mean:.3f} on average ({len(rows)} rows{none})"
+
+
+def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
+    """Return what a perfect completion of a row looks like, by the recipe's `data.gold_completion`.
+
+    Where the chat template has opened the thinking already (`lead_in`), it begins inside: without the opening tag, or
+    with a line of thinking and the closing tag if `data.gold_completion` shows none.
+
+    Raises:
+        DataError: the template names a column that is not there.
+    """
+    from rewards.extraction import extract_answer
+
+    answer = str("" if row.get("answer") is None else row["answer"])
+    final = extract_answer(answer, ("hash", "boxed")) or answer.strip()
+    try:
+        text = recipe.data.gold_completion.format_map({**row, "gold": final})
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(
+            f"data.gold_completion: {recipe.data.gold_completion!r} does not fit the rows ({error}). "
+            f"Columns: {', '.join(row)}, gold."
+        ) from None
+    opened = _OPENED.search(lead_in)
+    if opened is None:
+        return text
+    opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
+    if text.lstrip().startswith(opening):
+        return text.lstrip().removeprefix(opening)
+    return text if closing in text else f"working\n{closing}\n{text}"
+
+
+_VERDICTS = ("accuracy", "choice", "countdown", "exact_match", "format", "reasoning_gym", "unit_test")
+_TOP_IS_ONE = frozenset(f"{verdict}_reward" for verdict in _VERDICTS)
+
+
+def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
+    """Score the gold completions and the battery of cheats by the recipe's weighted sum of rewards.
+
+    Raises:
+        RewardError: a reward does not load or breaks its contract, or `check.skip` names an unknown check.
+    """
+    rows = prompts.train[: recipe.check.rows]
+    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    functions, weights = load_rewards(recipe, columns, prompts.lead_in)
+    functions = [limited(function, recipe.limits.reward_timeout_s, "check") for function in functions]
+
+    def gold(row: Mapping[str, Any]) -> str:
+        return gold_completion(recipe, dict(row), prompts.lead_in)
+
+    chat = recipe.data.format == "chat"
+    try:
+        return check_rewards(
+            rows,
+            weighted_sum(functions, weights),
+            render_gold=gold,
+            top=_highest_sum(recipe, functions, rows, [gold(row) for row in rows], chat),
+            chat=chat,
+            skip=recipe.check.skip,
+        )
+    except ValueError as error:
+        raise RewardError(f"check: {error}") from None
+
+
+def _highest_sum(
+    recipe: Recipe, functions: list[Reward], rows: list[dict[str, Any]], golds: list[str], chat: bool
+) -> float | None:
+    """Return what a perfect completion earns: each reward's known top, or the best that any gold earns.
+
+    So a format that no gold keeps is found, though every gold then earns the same. None without a usable gold.
+    """
+    highest = 0.0
+    for section, function in zip(recipe.rewards, functions, strict=True):
+        paid = [score for score in score_rows(function, rows, golds, chat) if score is not None]
+        if not paid:
+            return None
+        highest += section.weight * (1.0 if section.function.rpartition(".")[2] in _TOP_IS_ONE else max(paid))
+    return highest
+
+
+def check_rewards_alone(recipe: Recipe) -> tuple[Report, list[str]]:
+    """Check a recipe's rewards without its model; return the report and notes for people.
+
+    Only the tokenizer's chat template matters here, and where it is not at hand the check goes on without it.
+
+    Raises:
+        GRPOLiteError: as check_recipe_rewards, or the data are at fault.
+    """
+    tokenizer, notes = None, []
+    if recipe.data.format == "chat":
+        from grpo_lite.models.load import load_tokenizer
+
+        try:
+            tokenizer = load_tokenizer(recipe)
+        except GRPOLiteError as error:
+            notes.append(f"checked without the chat template (whether it opens <think> is not known): {error}")
+    prompts = load_prompts(recipe, tokenizer)
+    return check_recipe_rewards(recipe, prompts), notes
+
+
+def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], None]) -> Report:
+    """Run the check before training, in a line; refuse to train on rewards that do not pay the gold.
+
+    Raises:
+        RewardError: a gold completion does not earn the top score.
+    """
+    report = check_recipe_rewards(recipe, prompts)
+    if not report.gold_scores:
+        raise RewardError(
+            f"{recipe.name}: the rewards do not pay the right answer, so there is nothing to learn:\n{report.table()}\n"
+            "Correct data.answer, data.gold_completion (what a perfect completion looks like) or the rewards; "
+            "or train all the same with check.enabled=false."
+        )
+    cheats = sorted({finding.check for finding in report.findings})
+    tail = f"; {len(cheats)} kinds of cheat are paid too ({', '.join(cheats)}), see `grpo-lite rewards check`"
+    show(
+        f"rewards: gold completions earn {report.top:g}, cheats succeed in {report.gameability_rate:.1%} of tries"
+        + (tail if cheats else "")
+    )
+    return report
+
+
+def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[..., list[float | None]]:
+    """Return TRL's total reward as one function: Σ weight × reward over the rewards that are not None."""
+
+    def total(completions: list[Any], **columns: Any) -> list[float | None]:
+        parts = [function(completions=completions, **columns) for function in functions]
+        sums: list[float | None] = []
+        for values in zip(*parts, strict=True):
+            paid = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+            sums.append(None if values[0] is None else sum(paid))
+        return sums
+
+    return total

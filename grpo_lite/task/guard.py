@@ -1,0 +1,229 @@
+"""guard: a reward that raises, hangs or breaks its contract costs its groups, not the run; until it keeps failing.
+
+The batch is scored once more, group by group, so that one bad completion costs one group. What fails again is left out
+of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A failure
+is never turned into a number, which would be a training signal.
+
+call_within: call a function for at most so many seconds, on the main thread and off it.
+
+On the main thread an alarm interrupts it: pure Python, a sleep, a read, and the regular expressions of `re`, which hold
+the interpreter's lock. Elsewhere (a notebook's worker, a web server) it runs in a thread of its own, which is abandoned
+and told to stop. What holds the lock in C code off the main thread cannot be interrupted by any thread.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe.recipe import LimitsSection
+from grpo_lite.screen import Show
+from grpo_lite.task.rewards import Reward
+
+_LOGGERS = ("log_extra", "log_metric")  # a second call must not log twice
+
+
+@dataclass
+class GuardedReward:
+    """A reward that survives its own faults.
+
+    Attributes:
+        excluded: rows of the last batch whose group could not be scored.
+        failures: batches of the whole run in which something failed.
+        in_a_row: batches in a row of which more than half could not be scored.
+    """
+
+    function: Reward
+    group_size: int
+    limits: LimitsSection
+    show: Show
+
+    def __post_init__(self) -> None:
+        self.timeout_s = self.limits.reward_timeout_s
+        self.__name__ = self.function.__name__  # TRL logs rewards/<name>/mean
+        self.excluded: tuple[int, ...] = ()
+        self.failures = self.in_a_row = 0
+        self._told_slow = False
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        """Return one reward a completion, None for those of excluded groups.
+
+        Raises:
+            RewardError: most of the batch could not be scored, `limits.reward_failures` times in a row.
+        """
+        self.excluded = ()
+        begun = time.monotonic()
+        try:
+            scores = self._call(completions, columns, self.timeout_s)
+        except (RewardError, TimeLimitExceeded) as error:
+            reason = self._describe(error)
+            scores = self._by_group(completions, columns)
+            self._count(reason, len(completions))
+        else:
+            self.in_a_row = 0
+            self._tell_if_slow(time.monotonic() - begun)
+        return scores
+
+    def _call(self, completions: list[Any], columns: dict[str, Any], seconds: float | None) -> list[float | None]:
+        scores: list[float | None] = call_within(seconds, lambda: self.function(completions=completions, **columns))
+        return scores
+
+    def _by_group(self, completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
+        """Score each group by itself, all together within the time limit of one call."""
+        total, size = len(completions), self.group_size
+        quiet = {key: value for key, value in columns.items() if key not in _LOGGERS}
+        quiet |= {key: _ignore for key in _LOGGERS if key in columns}
+        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        scores: list[float | None] = [None] * total
+        excluded: list[int] = []
+        for start in range(0, total, size):
+            rows = slice(start, start + size)
+            part = {key: value[rows] if _is_column(value, total) else value for key, value in quiet.items()}
+            left = None if end is None else end - time.monotonic()
+            try:
+                if left is not None and left <= 0:
+                    raise TimeLimitExceeded
+                scores[rows] = self._call(completions[rows], part, left)
+            except (RewardError, TimeLimitExceeded):
+                excluded += range(start, min(start + size, total))
+        self.excluded = tuple(excluded)
+        return scores
+
+    def _tell_if_slow(self, seconds: float) -> None:
+        if not self._told_slow and self.timeout_s is not None and seconds > self.timeout_s / 2:
+            self._told_slow = True
+            self.show(
+                f"reward slow: {self.__name__} took {seconds:.1f} s for a batch, more than half of "
+                f"limits.reward_timeout_s = {self.timeout_s:g} s"
+            )
+
+    def _describe(self, error: BaseException) -> str:
+        if isinstance(error, TimeLimitExceeded):
+            return f"{self.__name__} took longer than limits.reward_timeout_s = {self.timeout_s:g} s"
+        return str(error).rstrip(".")
+
+    def _count(self, reason: str, rows: int) -> None:
+        self.failures += 1
+        groups, lost = -(-rows // self.group_size), -(-len(self.excluded) // self.group_size)
+        self.in_a_row = self.in_a_row + 1 if 2 * lost > groups else 0
+        if self.in_a_row >= self.limits.reward_failures:
+            raise RewardError(
+                f"{reason}. It has now failed in {self.in_a_row} batches in a row (limits.reward_failures), so the run "
+                "stops; what was saved is kept. Mend the reward, then give the same command again."
+            )
+        self.show(f"reward failed: {reason}; {lost} of {groups} groups are left out of this step")
+
+
+def limited(function: Reward, seconds: float | None, where: str) -> Reward:
+    """Return the reward with its time limit, for checks and scores, where a group cannot just be left out.
+
+    Raises:
+        RewardError: (when called) it took longer.
+    """
+
+    def reward(completions: list[Any], **columns: Any) -> list[float | None]:
+        try:
+            scores: list[float | None] = call_within(seconds, lambda: function(completions=completions, **columns))
+        except TimeLimitExceeded:
+            raise RewardError(
+                f"{where}: {function.__name__} took longer than limits.reward_timeout_s = {seconds:g} s on "
+                f"{len(completions)} completions. Mend it, or raise the limit."
+            ) from None
+        return scores
+
+    return reward
+
+
+def _is_column(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+def _ignore(*_: Any) -> None:
+    """Log nothing."""
+
+
+class TimeLimitExceeded(BaseException):
+    """The limit is over. No `Exception`, so that a function's own `except Exception` does not swallow it."""
+
+
+def call_within(seconds: float | None, function: Callable[[], Any]) -> Any:
+    """Return what `function` returns, or raise when it takes longer than `seconds` (None: no limit).
+
+    Raises:
+        TimeLimitExceeded: it took longer. Off the main thread it may go on in the background until it next runs Python.
+    """
+    if seconds is None:
+        return function()
+    if threading.current_thread() is threading.main_thread():
+        return _with_alarm(seconds, function)
+    return _in_a_thread(seconds, function)
+
+
+def _with_alarm(seconds: float, function: Callable[[], Any]) -> Any:
+    """Raise in the main thread after so many seconds, and again each second in case it is swallowed.
+
+    A function that uses `signal.alarm` itself (math-verify does) switches our timer off, so a thread also sends the
+    signal.
+    """
+    over = threading.Event()
+    main = threading.main_thread().ident or 0
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        if not over.is_set():
+            raise TimeLimitExceeded
+
+    def watch() -> None:
+        wait = seconds + 0.5
+        while not over.wait(wait):
+            signal.pthread_kill(main, signal.SIGALRM)
+            wait = 1.0
+
+    begun, waiting, every = time.monotonic(), 0.0, 0.0
+    previous = signal.signal(signal.SIGALRM, ring)
+    watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
+    try:
+        try:
+            watcher.start()
+            waiting, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+            return function()
+        finally:
+            over.set()  # a ring that comes just before this still finds the outer `finally`
+    finally:
+        over.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        watcher.join()  # so that no signal comes after the handler is gone
+        signal.signal(signal.SIGALRM, previous)
+        if waiting:  # an alarm of the caller's goes on
+            signal.setitimer(signal.ITIMER_REAL, max(waiting - (time.monotonic() - begun), 1e-3), every)
+
+
+def _in_a_thread(seconds: float, function: Callable[[], Any]) -> Any:
+    results: list[Any] = []
+    errors: list[BaseException] = []
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            results.append(context.run(function))
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work, name="reward", daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if worker.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(worker.ident or 0), ctypes.py_object(TimeLimitExceeded)
+        )
+        raise TimeLimitExceeded
+    if errors:
+        raise errors[0]
+    return results[0]

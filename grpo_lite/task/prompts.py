@@ -1,0 +1,282 @@
+"""load_prompts: rows from the Hub, a file or a generator -> prompts for the trainer, train and held-out disjoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.errors import DataError
+from grpo_lite.files.hub import only_cache_if_unreachable
+from grpo_lite.models.base import hub_unreachable
+from grpo_lite.recipe.recipe import DataSection, Recipe, SourceSection
+from grpo_lite.task.generators import Row, generate_rows
+from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
+
+__all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", "render_row"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows ready for the trainer: `prompt` (chat messages or text), the gold answer and every other column."""
+
+    train: list[Row]
+    eval: list[Row]
+    notes: tuple[str, ...] = ()  # what was dropped and why, for people
+    lead_in: str = ""  # what a completion continues: the end of a prompt, chat template applied
+
+    def proof_texts(self, count: int, recipe: Recipe, tokenizer: Any) -> list[str]:
+        """Return prompts as the model sees them, to try an exported model on: held-out ones where there are any."""
+        kwargs = recipe.grpo.get("chat_template_kwargs")
+        return [prompt_text(row["prompt"], tokenizer, kwargs) for row in (self.eval or self.train)[:count]]
+
+
+def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
+    """Load, split, render and check the recipe's rows.
+
+    Args:
+        recipe: whose `data` section says where rows come from.
+        tokenizer: measures prompts for `max_prompt_tokens`; None: lengths are not checked.
+
+    Raises:
+        DataError: source missing or unreachable, a column missing, no rows, or held-out rows also trained on.
+    """
+    data = recipe.data
+    rows = read_rows(data.train, recipe.seed, "data.train")
+    notes: list[str] = []
+    if data.eval is not None:
+        train, held = rows, read_rows(data.eval, recipe.seed + 1, "data.eval")
+    else:
+        train, held = _hold_out(rows, data.holdout, recipe.seed)
+    train = [render_row(data, row, "data.train", i) for i, row in enumerate(train)]
+    held = [render_row(data, row, "data.eval", i) for i, row in enumerate(held)]
+    train, note = _without(train, held)
+    notes += note
+    if tokenizer is not None:
+        marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
+        notes += [f"{marked} prompts hold the text of a special token; it is read as text, not as markup"][
+            : bool(marked)
+        ]
+    if tokenizer is not None and data.max_prompt_tokens is not None:
+        train, note = _short_enough(train, recipe, tokenizer, "training")
+        notes += note
+        held, note = _short_enough(held, recipe, tokenizer, "held-out")
+        notes += note
+    if not train:
+        raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
+    if recipe.eval.enabled and not held:
+        raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
+    return Prompts(train, held, tuple(notes), lead_in(train, recipe, tokenizer))
+
+
+def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
+    """Return the rows of one source.
+
+    Raises:
+        DataError: missing, unreadable, unreachable or empty.
+    """
+    if source.generator:
+        rows = generate_rows(source.generator, source.kwargs, seed)
+    elif source.path:
+        rows = _read_file(Path(source.path).expanduser(), where)
+    else:
+        rows = _read_hub(source, where)
+    rows = rows[: source.limit]
+    if not rows:
+        raise DataError(f"{where}: the source has no rows. Give a file or dataset with at least one.")
+    return rows
+
+
+def _read_file(path: Path, where: str) -> list[Row]:
+    if re.match(r"\w[\w+.-]+:/", str(path)):
+        raise DataError(f"{where}.path: {str(path)!r} is an address, and files are read from disks only. Download it.")
+    if not path.is_file():
+        raise DataError(f"{where}.path: {str(path)!r} is given, but there is no such file. Check the path.")
+    try:
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path, where)
+        if path.suffix == ".json":
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
+                raise DataError(f"{where}.path: {path} must hold a list of objects, one a row.")
+            for index, row in enumerate(loaded):
+                _require_text(row, f"{where}.path: {path} row {index}")
+            return loaded
+        if path.suffix == ".csv":
+            csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB, and prompts may be longer
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return [dict(row) for row in csv.DictReader(file)]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_table(path).to_pylist())
+    # JSON, Unicode and most Arrow errors are ValueErrors
+    except (OSError, ValueError, RecursionError, csv.Error, NotImplementedError, LookupError, TypeError) as error:
+        raise DataError(f"{where}.path: {path} cannot be read as {path.suffix}: {error}") from None
+    raise DataError(f"{where}.path: {path.name} is given; allowed endings: .jsonl, .json, .csv, .parquet.")
+
+
+def _read_jsonl(path: Path, where: str) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}.path: {path} line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}.path: {path} line {number} is {type(row).__name__}, not an object.")
+            if "\\u" in line:
+                _require_text(row, f"{where}.path: {path} line {number}")
+            rows.append(row)
+    return rows
+
+
+def _require_text(row: Row, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON's escapes can write and no tokenizer can read."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{where} holds {half} alone, half of a character. Write the whole one, or \\ufffd.") from None
+
+
+def _read_hub(source: SourceSection, where: str) -> list[Row]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = f"{source.hub}" + (f" ({source.config})" if source.config else "")
+    split = f"{source.split}[:{source.limit}]" if source.limit and "[" not in source.split else source.split
+    try:
+        with only_cache_if_unreachable():
+            dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{where}.hub: the dataset {name} was not found on the Hub, or is gated or private: {error}. Check the "
+            "spelling, accept its terms on its page, or log in with `hf auth login`."
+        ) from None
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, FileNotFoundError) as error:
+        message = hub_unreachable(f"{where}.hub", f"the dataset {name}", error).split(", or train the model")[0]
+        raise DataError(f"{message} as {where}.path=my.jsonl.") from None
+    except ValueError as error:  # unknown config or split; the message lists those that exist
+        raise DataError(f"{where}: {name}, split {source.split!r}: {error}") from None
+    return [dict(row) for row in dataset]
+
+
+def _hold_out(rows: list[Row], wanted: float, seed: int) -> tuple[list[Row], list[Row]]:
+    count = int(wanted) if wanted >= 1 else min(math.ceil(wanted * len(rows)), len(rows) - 1)
+    if count >= len(rows):
+        raise DataError(f"data.holdout: {count} is given, but there are only {len(rows)} rows. Hold out fewer.")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    held = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in order[:count]]
+
+
+def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
+    """Return the row with its `prompt` rendered and its gold under `answer`; all other columns are kept.
+
+    Raises:
+        DataError: a column that the template or `answer` names is missing.
+    """
+    columns = {name: value for name, value in row.items() if name is not None}
+    try:
+        names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
+    except ValueError as error:
+        raise _no_template(data.prompt, error) from None
+    needed = names + ([data.answer] if data.answer else [])
+    for name in needed:
+        if name.split(".")[0].split("[")[0] not in columns:
+            raise DataError(
+                f"{where}: row {index} has no column {name!r}. It has: {', '.join(map(str, columns))}. "
+                "Correct data.prompt or data.answer."
+            )
+        if name in columns and columns[name] is None and name != data.answer:
+            raise DataError(
+                f"{where}: row {index} has null in the column {name!r}, which data.prompt names. Fill it in."
+            )
+    passthrough = data.prompt == "{prompt}" and isinstance(row.get("prompt"), list)
+    if passthrough:
+        require_messages(row["prompt"], f"{where}: row {index}")
+    if passthrough and data.format != "chat":
+        raise DataError(f"{where}: row {index} has chat messages in the column prompt. Set data.format=chat.")
+    try:
+        question = "" if passthrough else data.prompt.format_map(columns)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _no_template(data.prompt, error) from None
+    out = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
+    if data.answer:
+        out["answer"] = columns[data.answer]
+    out["prompt"] = _chat(data, row, question, passthrough) if data.format == "chat" else _text(data, question)
+    return out
+
+
+def _no_template(template: str, error: Exception) -> DataError:
+    return DataError(
+        f"data.prompt: {template!r} cannot be filled in: {error}. Expected: text with columns in braces, such as "
+        "'{question}='; double the braces that are meant as text ('{{' and '}}')."
+    )
+
+
+def _chat(data: DataSection, row: Row, question: str, passthrough: bool) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": data.system}] if data.system else []
+    for example in data.examples:
+        messages += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
+    return messages + (list(row["prompt"]) if passthrough else [{"role": "user", "content": question}])
+
+
+def _text(data: DataSection, question: str) -> str:
+    examples = "".join(f"{example.prompt}{example.answer}\n" for example in data.examples)
+    return (f"{data.system}\n" if data.system else "") + examples + question
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
+
+
+def _without(train: list[Row], held: list[Row]) -> tuple[list[Row], list[str]]:
+    """Drop training rows whose prompt is also held out: disjoint by construction, and said."""
+    forbidden = {_key(row) for row in held}
+    kept = [row for row in train if _key(row) not in forbidden]
+    dropped = len(train) - len(kept)
+    return kept, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
+
+
+def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
+    """Return what completions continue: the end of the first prompt as the model sees it, "" without a chat template.
+
+    A template that opens `<think>` there leaves only the closing tag to the model; rewards must know
+    (`rewards.format.ends_with_tag`). The rewards see text prompts themselves.
+    """
+    if tokenizer is None or not rows or isinstance(rows[0]["prompt"], str):
+        return ""
+    return prompt_text(rows[0]["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs"))[-200:]
+
+
+def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:
+    cap = recipe.data.max_prompt_tokens or 0
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, kwargs)) <= cap]
+    dropped = len(rows) - len(kept)
+    return kept, [
+        f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."
+    ] if dropped else []
+
+
+def longest_prompt(prompts: Sequence[dict[str, Any]], tokenizer: Any, recipe: Recipe, most: int = 5000) -> list[int]:
+    """Return the ids of the longest prompt, in tokens, among the first `most` (those of most characters first)."""
+    from grpo_lite.task.tokens import prompt_ids
+
+    kwargs = recipe.grpo.get("chat_template_kwargs")
+    by_length = sorted(prompts[:most], key=lambda row: -len(str(row["prompt"])))[:64]
+    return max((prompt_ids(row["prompt"], tokenizer, kwargs) for row in by_length), key=len)

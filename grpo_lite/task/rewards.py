@@ -1,0 +1,255 @@
+"""load_rewards: `module.function` or `file.py:function` with kwargs -> functions that obey TRL's reward contract."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe.checks import nearest
+from grpo_lite.recipe.recipe import Recipe, RewardSection
+
+# What TRL 1.14-1.16 passes to every reward besides the dataset's columns.
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+_LARGEST = 1e18  # TRL's rewards are float32, and their squares must fit
+
+Reward = Callable[..., list[float | None]]
+
+
+class _Scored(Protocol):
+    @property
+    def function(self) -> str: ...
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+
+def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> tuple[list[Reward], list[float]]:
+    """Import the recipe's rewards and check them against the columns they will get.
+
+    Args:
+        recipe: whose `rewards` section names them.
+        columns: the dataset's columns, without `prompt`.
+        lead_in: what completions continue (`data.lead_in`): where it ends with an opening tag, the rewards are told.
+
+    Returns:
+        Functions with distinct `__name__`s (TRL logs `rewards/<name>/mean`), and their weights.
+
+    Raises:
+        RewardError: not importable, wrong signature, or an argument that no column provides.
+    """
+    columns = list(columns)
+    functions: list[Reward] = []
+    for i, section in enumerate(recipe.rewards):
+        function = load_function(section, f"rewards[{i}]", columns, lead_in)
+        function.__name__ = recipe.reward_names[i]  # as the recipe calls it: a closure's own name may be "inner"
+        functions.append(function)
+    functions[0] = _with_honest_metric(functions[0], recipe.rewards[0], lead_in)
+    gated = [i for i, section in enumerate(recipe.rewards) if section.gate]
+    if gated:
+        from rewards.gate import gated as gate
+        from rewards.gate import memoised
+
+        name = functions[0].__name__
+        functions[0] = memoised(functions[0])  # judged once a batch, for the trainer and every gate
+        functions[0].__name__ = name
+        for i in gated:
+            functions[i] = gate(functions[i], by=functions[0])
+    return functions, [section.weight for section in recipe.rewards]
+
+
+def _with_honest_metric(function: Reward, section: RewardSection, lead_in: str) -> Reward:
+    """Log a second, independent judgement of the same completions beside accuracy_reward; it is never trained on."""
+    if section.function not in ("rewards.accuracy_reward", "rewards.accuracy.accuracy_reward"):
+        return function
+    from rewards import honest_accuracy
+
+    options = {key: value for key, value in section.kwargs.items() if key in ("extract", "timeout_s", "prefilled")}
+    options = _prefilled(honest_accuracy, section, lead_in) | options
+
+    @functools.wraps(function)
+    def judged_twice(completions: list[Any], **kwargs: Any) -> list[float | None]:
+        scores = function(completions=completions, **kwargs)
+        if log_metric := kwargs.get("log_metric"):
+            honest = honest_accuracy(completions, kwargs["answer"], prompts=kwargs.get("prompts"), **options)
+            paid = [score for score in honest if score is not None]
+            if paid:
+                log_metric("honest_accuracy", sum(paid) / len(paid))
+        return scores
+
+    return judged_twice
+
+
+def load_function(section: _Scored, where: str, columns: Sequence[str], lead_in: str = "") -> Reward:
+    """Import one reward, bind its kwargs and wrap it so that a broken contract is named.
+
+    Where `lead_in` ends with an opening tag, the reward gets `prefilled=True` if it takes that argument.
+
+    Raises:
+        RewardError: as load_rewards.
+    """
+    function = _import(section.function, where)
+    _check_signature(function, section, where, columns)
+    return _wrap(function, section, where, _prefilled(function, section, lead_in))
+
+
+def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> dict[str, Any]:
+    """Return `prefilled=True` for a reward that takes it, where the chat template writes its first opening tag.
+
+    A chat template's `<think>` is not in the chat messages that TRL passes. For a reward on tags it is the first of
+    its own that counts, for all others any thinking tag.
+    """
+    from rewards.completion import prompt_prefills_think
+    from rewards.format import ends_with_tag
+
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    tags = section.kwargs.get("tags", parameters["tags"].default if "tags" in parameters else ())
+    opened = ends_with_tag(lead_in, tags[0]) if tags else prompt_prefills_think(lead_in)
+    return {"prefilled": True} if opened and (open_ended or "prefilled" in parameters) else {}
+
+
+def _import(reference: str, where: str) -> Callable[..., Any]:
+    if ":" in reference:
+        file, _, name = reference.rpartition(":")
+        module = _import_file(Path(file).expanduser(), f"{where}.function")
+    else:
+        dotted, _, name = reference.rpartition(".")
+        if not dotted:
+            raise RewardError(
+                f"{where}.function: {reference!r} is given; write module.function, as rewards.accuracy_reward, "
+                "or file.py:function, as my_rewards.py:my_reward."
+            )
+        try:
+            module = importlib.import_module(dotted)
+        except Exception as error:  # the user's module may raise anything while it is imported
+            raise RewardError(
+                f"{where}.function: the module {dotted!r} of {reference!r} does not import: "
+                f"{type(error).__name__}: {error}. For a file, write file.py:{name}."
+            ) from error
+    try:
+        function = getattr(module, name)
+    except AttributeError:
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        known += list(getattr(module, "__all__", ()))
+        raise RewardError(
+            f"{where}.function: {reference!r}: there is no {name!r} in it{nearest(name, known)}. "
+            f"It has: {', '.join(sorted(set(known))) or 'no functions'}."
+        ) from None
+    if not callable(function):
+        raise RewardError(f"{where}.function: {reference!r} is a {type(function).__name__}, not a function.")
+    return function
+
+
+def _import_file(path: Path, where: str) -> Any:
+    if not path.is_file():
+        raise RewardError(f"{where}: {str(path)!r} is given, but there is no such file. Check the path.")
+    name = f"grpo_lite_user_rewards_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RewardError(f"{where}: {path} is not a Python file (it must end in .py).")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RewardError(f"{where}: {path} does not import: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def _check_signature(function: Callable[..., Any], section: _Scored, where: str, columns: Sequence[str]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return  # a builtin or C callable: nothing to read, TRL's own call will tell
+    named = {
+        key
+        for key, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "completions" not in named and not open_ended:
+        raise RewardError(
+            f"{where}.function: {section.function} has the signature {inspect.signature(function)}; a reward is "
+            "called as f(completions=[…], <columns>=[…], **kwargs) and returns one float (or None) per completion."
+        )
+    for key in section.kwargs:
+        if key not in named and not open_ended:
+            raise RewardError(
+                f"{where}.kwargs.{key}: {section.function} has no such argument{nearest(key, named)}. "
+                f"It has: {', '.join(sorted(named))}."
+            )
+    provided = {*TRL_ARGUMENTS, *columns, *section.kwargs}
+    missing = [
+        key
+        for key, parameter in parameters.items()
+        if key in named and parameter.default is parameter.empty and key not in provided
+    ]
+    if missing:
+        raise RewardError(
+            f"{where}.function: {section.function} needs {', '.join(missing)}, and no dataset column has that name. "
+            f"Columns: {', '.join(columns) or 'none'}. Rename the column, set data.answer, or give rewards kwargs."
+        )
+
+
+def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: dict[str, Any]) -> Reward:
+    try:
+        parameters = inspect.signature(function).parameters
+        accepts = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
+    except (TypeError, ValueError):
+        accepts = None
+
+    @functools.wraps(function)
+    def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
+        given = {**defaults, **kwargs, **section.kwargs}
+        if accepts is not None:
+            given = {key: value for key, value in given.items() if key in accepts}
+        try:
+            scores = function(completions=completions, **given)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"{where}: {section.function} raised {type(error).__name__}: {error}.") from error
+        return _checked(scores, len(completions), section.function, where)
+
+    reward.__name__ = getattr(function, "__name__", section.function.replace(":", ".").rpartition(".")[2])
+    return reward
+
+
+def _checked(scores: Any, expected: int, function: str, where: str) -> list[float | None]:
+    if not isinstance(scores, list | tuple) and not hasattr(scores, "tolist"):
+        raise RewardError(
+            f"{where}: {function} returned a {type(scores).__name__}; a list of {expected} floats (or None) is needed."
+        )
+    values = list(scores.tolist() if hasattr(scores, "tolist") else scores)
+    if len(values) != expected:
+        raise RewardError(
+            f"{where}: {function} returned {len(values)} rewards for {expected} completions; return one per completion."
+        )
+    out: list[float | None] = []
+    for i, value in enumerate(values):
+        if value is None:
+            out.append(None)
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RewardError(f"{where}: {function} returned {value!r} at position {i}; floats or None.") from None
+        if not math.isfinite(number) or abs(number) >= _LARGEST:
+            raise RewardError(
+                f"{where}: {function} returned {number} at position {i}; rewards are finite and below 1e18, "
+                "and None where there is none."
+            )
+        out.append(number)
+    return out

@@ -1,0 +1,1 @@
+"""Mathematical answers: parsed, and compared for equivalence, in bounded time."""

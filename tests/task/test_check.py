@@ -1,0 +1,123 @@
+"""Before training: the gold must be paid, cheats are counted, and every shipped recipe's rewards are proven."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from grpo_lite.cli import main
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.task.check import check_recipe_rewards, require_paid_gold, weighted_sum
+from grpo_lite.task.prompts import load_prompts
+from grpo_lite.task.rewards import load_rewards
+from rewards.gate import Part, composition_margin
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smoke", "countdown"])
+def test_a_generated_recipe_pays_gold_and_no_cheat(root: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    report = check_recipe_rewards(recipe, load_prompts(recipe))
+    assert report.ok, report.table()
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("gsm8k", ["data.train.path={data}/gsm8k_train.jsonl"]),
+        ("math", ["data.train.path={data}/math500_test.jsonl", "data.prompt={{question}}", "data.answer=answer"]),
+        (
+            "deepmath",
+            ["data.train.path={data}/math_train_answers.jsonl", "data.prompt={{question}}", "data.answer=answer"],
+        ),
+    ],
+)
+def test_a_hub_recipe_pays_gold_and_no_cheat_on_real_rows(
+    root: Path, shared_data: Path, name: str, overrides: list[str]
+) -> None:
+    recipe = load_recipe(name, [override.format(data=shared_data) for override in overrides])
+    report = check_recipe_rewards(recipe, load_prompts(recipe))
+    assert report.ok, report.table()
+
+
+def test_rewards_that_do_not_pay_gold_stop_the_training(root: Path) -> None:
+    recipe = load_recipe("smoke", ["data.gold_completion=the sum is {gold}"])
+    with pytest.raises(RewardError, match=r"do not pay the right answer[\s\S]*check.enabled=false"):
+        require_paid_gold(recipe, load_prompts(recipe), lambda line: None)
+
+
+def test_a_reward_that_any_list_of_numbers_fools_is_shown(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "naive.py").write_text(
+        "def contains(completions, answer, **kwargs):\n"
+        "    return [float(a in c[-1]['content']) for c, a in zip(completions, answer)]\n"
+    )
+    recipe = load_recipe("smoke", [f"rewards=[{{function: '{tmp_path / 'naive.py'}:contains'}}]"])
+    shown: list[str] = []
+    report = require_paid_gold(recipe, load_prompts(recipe), shown.append)
+    assert report.gameability_rate > 0.2
+    assert "kinds of cheat are paid too (" in shown[0]
+    assert "numbers" in shown[0]
+
+
+def test_the_command_prints_the_table_and_its_status_says_whether_gold_scores(root: Path) -> None:
+    result = CliRunner().invoke(main, ["rewards", "check", "smoke"])
+    assert result.exit_code == 0
+    assert "false negatives 0.0%" in result.output
+    assert CliRunner().invoke(main, ["rewards", "check", "smoke", "data.gold_completion=no"]).exit_code == 1
+
+
+def test_an_unknown_check_to_skip_is_named(root: Path) -> None:
+    result = CliRunner().invoke(main, ["rewards", "check", "smoke", "check.skip=[nonsense]"])
+    assert result.exit_code == 1
+    assert "nonsense" in result.output
+
+
+def test_the_sum_is_trl_s_and_none_where_the_gold_is_unusable() -> None:
+    def first(completions: list[str], **kwargs: object) -> list[float | None]:
+        return [1.0, None]
+
+    def second(completions: list[str], **kwargs: object) -> list[float | None]:
+        return [None, 1.0]
+
+    assert weighted_sum([first, second], [2.0, 0.5])(completions=["a", "b"]) == [2.0, None]
+
+
+def test_a_gated_reward_counts_only_where_the_first_is_at_its_top(root: Path) -> None:
+    recipe = load_recipe("gsm8k", ["rewards[1].gate=true", "data.train.path=x.jsonl"])
+    functions, _ = load_rewards(recipe, ["answer"])
+    texts = ["<think>x</think>\n<answer>4</answer>", "<think>x</think>\n<answer>5</answer>"]
+    assert [function.__name__ for function in functions] == ["accuracy_reward", "format_reward"]
+    assert functions[0](completions=texts, answer=["4", "4"]) == [1.0, 0.0]
+    assert functions[1](completions=texts, answer=["4", "4"], prompts=["p", "p"]) == [1.0, 0.0]
+
+
+def test_the_honest_metric_is_logged_beside_the_training_reward(root: Path) -> None:
+    functions, _ = load_rewards(load_recipe("gsm8k", ["data.train.path=x.jsonl"]), ["answer"])
+    logged: dict[str, float] = {}
+    texts = ["<answer>4</answer>", "<answer>5</answer>"]
+    functions[0](completions=texts, answer=["4", "4"], log_metric=lambda key, value: logged.update({key: value}))
+    assert logged["honest_accuracy"] == 0.5
+
+
+RANGES = {
+    "rewards.accuracy_reward": (0.0, 1.0),
+    "rewards.countdown_reward": (0.0, 1.0),
+    "rewards.unit_test_reward": (0.0, 1.0),
+    "rewards.format_reward": (0.0, 1.0),
+    "rewards.soft_overlong_punishment": (-1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if path.stem != "custom"),
+)
+def test_no_sum_of_side_rewards_beats_a_correct_answer(root: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    parts = [
+        Part(reward.weight, *RANGES[reward.function], gated=reward.gate, judges=i == 0)
+        for i, reward in enumerate(recipe.rewards)
+    ]
+    assert composition_margin(parts) > 0

@@ -1,0 +1,139 @@
+"""What `trainer.py` relies on in TRL, transformers and PEFT: fails loudly, by name, when one of them moves."""
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from trl import GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
+# Digests of the methods we replace, or whose behaviour we rely on line by line, in the versions that were read.
+READ = {
+    "1.14.0": {
+        "_compute_loss": "75bd01badfb4",
+        "_get_train_sampler": "36497afb4d31",
+        "_prepare_inputs": "f824e7fb0714",
+        "compute_loss": "025c54e3c20b",
+        "training_step": "9e18632f7dd8",
+    },
+    "1.16.0": {
+        "_compute_loss": "80295546bbdb",
+        "_get_train_sampler": "36497afb4d31",
+        "_prepare_inputs": "f824e7fb0714",
+        "compute_loss": "a2d6ef8bd29c",
+        "training_step": "9e18632f7dd8",
+    },
+}
+
+
+def digest(function: Any) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(
+    "name", ["_prepare_inputs", "_compute_loss", "compute_loss", "training_step", "_get_train_sampler"]
+)
+def test_method_is_as_it_was_read(name: str):
+    if trl.__version__ not in READ:
+        pytest.fail(
+            f"trl {trl.__version__} was never read: compare GRPOTrainer.{name} with {max(READ)}, then add it to READ"
+        )
+    assert digest(getattr(GRPOTrainer, name)) == READ[trl.__version__][name], f"GRPOTrainer.{name} has changed"
+
+
+def test_scoring_method_has_the_arguments_we_pass_on():
+    method = GRPOTrainer._get_per_token_logps_and_entropies
+    source = inspect.getsource(GRPOTrainer)
+    parameters = inspect.signature(method).parameters
+    assert {"model", "batch_size", "compute_aux_loss"} <= parameters.keys()
+    for name in ("input_ids", "attention_mask", "logits_to_keep", "compute_entropy"):
+        assert f"        {name}" in source
+
+
+def test_generation_starts_from_lists_of_prompt_tokens():
+    parameters = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
+    assert parameters[:4] == ["self", "prompt_ids", "images", "multimodal_fields"]
+    assert "unwrapped_model.generate(" in inspect.getsource(GRPOTrainer._generate_single_turn)
+
+
+def test_a_generation_batch_is_split_in_order():
+    parts = split_tensor_dict({"a": torch.arange(4), "total": torch.tensor(7)}, 2)
+    assert [part["a"].tolist() for part in parts] == [[0, 1], [2, 3]]
+    assert [int(part["total"]) for part in parts] == [7, 7]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma"])
+def test_a_4d_mask_and_unknown_keywords_reach_the_attention(kind: str, monkeypatch: pytest.MonkeyPatch):
+    from grpo_lite.engine import attention
+
+    seen: list[Any] = []
+    model = tiny_model(kind)
+    attention.install(model)
+
+    class Recorder:
+        def attend(self, layer: int, query: Any, key: Any, value: Any, scaling: Any) -> torch.Tensor:
+            seen.append((layer, tuple(query.shape), tuple(key.shape)))
+            return query.transpose(1, 2)
+
+    mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool)
+    model.base_model(torch.tensor([[3, 4, 5]]), attention_mask=mask, use_cache=False, packed_layout=Recorder())
+    assert seen == [(layer, (1, 4, 3, 8), (1, 2, 3, 8)) for layer in range(2)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_weights(reentrant: bool, tmp_path: Path):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    options = EngineOptions(tokens_per_microbatch=60)
+
+    def by_step(seed: int) -> Any:
+        """Completions depend on the step, not on the number of calls, so that a resumed run sees the rest."""
+
+        class ByStep(PackedGRPOTrainer):
+            def _prepare_inputs(self, batch: Any) -> Any:
+                torch.manual_seed(seed + self.state.global_step)
+                return super()._prepare_inputs(batch)
+
+        return ByStep
+
+    args = tiny_args(tmp_path / "whole", **settings)
+    whole, _ = train_fixed(by_step(5), tiny_lora(tiny_model()), args, same_completions=True, options=options)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed, _ = train_fixed(
+        by_step(5),
+        tiny_lora(tiny_model()),
+        tiny_args(tmp_path / "rest", **settings),
+        same_completions=True,
+        options=options,
+        resume=str(checkpoint),
+    )
+    assert resumed.state.global_step == 4
+    weights = [dict(trainer.model.named_parameters()) for trainer in (resumed, whole)]
+    assert relative_difference(*weights) < 1e-5
+
+
+def test_a_subclass_may_still_override_the_loss(tmp_path: Path):
+    calls: list[int] = []
+
+    class Sub(PackedGRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+            calls.append(1)
+            return super()._compute_loss(model, inputs)
+
+    train_fixed(Sub, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    assert calls == [1]

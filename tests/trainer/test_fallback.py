@@ -1,0 +1,189 @@
+"""Where packed compute would be wrong, plain TRL compute takes over, with one line that says why."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl import GRPOTrainer
+
+from grpo_lite.engine import attention
+from grpo_lite.engine.score import base_model
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from tests.tiny import fixed_completions, relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
+
+def attend_without_keywords(model: Any) -> Any:
+    """Replace every attention as projects that patch models do: it computes right, but knows no `packed_layout`."""
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+
+        def patched(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
+            kwargs.pop("packed_layout", None)
+            return _forward(*args, **kwargs)
+
+        layer.self_attn.forward = patched
+    return model
+
+
+def attend_to_everything(model: Any) -> Any:
+    """An architecture with a bias between tokens that no configuration announces."""
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda _, __, out: (out[0] + out[0].mean(1, keepdim=True), *out[1:]))
+    return model
+
+
+CASES = {
+    "learned positions": (lambda: tiny_model("gpt2"), "positions are not rotary"),
+    "softcap": (lambda: tiny_model("gemma2", attn_implementation="eager"), "eager"),
+    "final softcap": (
+        lambda: tiny_model("llama", final_logit_softcapping=30.0),
+        "final_logit_softcapping",
+    ),
+    "attention dropout": (lambda: tiny_model("llama", attention_dropout=0.1), "attention dropout"),
+    "length-dependent rotary scaling": (
+        lambda: tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "depends on the sequence length",
+    ),
+    "patched attention": (lambda: attend_without_keywords(tiny_model("llama")), "attention interface"),
+    "unannounced bias": (lambda: attend_to_everything(tiny_model("llama")), "differ from padded ones"),
+}
+
+
+@pytest.mark.parametrize(("build", "reason"), CASES.values(), ids=CASES)
+def test_model(build: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    found = []
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        torch.manual_seed(0)
+        settings = {"disable_dropout": True} if "gpt2" in str(type(build())).lower() else {}
+        _, gradients = train_fixed(trainer_class, build(), tiny_args(tmp_path, max_steps=2, **settings))
+        found.append(gradients.steps)
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    if reason != "attention dropout":
+        for mine, theirs in zip(found[1], found[0], strict=True):
+            assert relative_difference(mine, theirs) < 1e-6
+
+
+def test_prompt_tuning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    trainer, gradients = train_fixed(PackedGRPOTrainer, model, tiny_args(tmp_path))
+    assert set(trainer._supported.values()) == {False}
+    assert "prompt-learning" in caplog.text
+    assert len(gradients.steps) == 1
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with every packed loss."""
+    calls: list[int] = []
+    loss = PackedGRPOTrainer._packed_loss
+    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
+    return calls
+
+
+@pytest.mark.parametrize(("window", "packed_calls"), [(8, 0), (200, 1)], ids=["active", "never reached"])
+def test_sliding_window(
+    window: int,
+    packed_calls: int,
+    tmp_path: Path,
+    packed: list[int],
+    caplog: pytest.LogCaptureFixture,
+):
+    found = []
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        model = tiny_lora(tiny_model("mistral", sliding_window=window))
+        _, gradients = train_fixed(trainer_class, model, tiny_args(tmp_path))
+        found.append(gradients.steps[0])
+    assert len(packed) == packed_calls
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1 - packed_calls
+    assert all("has a window of 8 tokens" in line for line in lines)
+    assert relative_difference(found[1], found[0]) < 1e-4
+
+
+def test_a_window_that_a_rollout_could_leave_is_told_once_and_generate_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    from tests.engine.test_decode import train
+
+    def build(kind: Any) -> Any:
+        return train(kind, tmp_path, model=tiny_lora(tiny_model("mistral", sliding_window=14)))
+
+    plain, ours = build(GRPOTrainer), build(PackedGRPOTrainer)
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1
+    assert "MistralForCausalLM has a window of 14 tokens" in lines[0]
+    assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
+
+
+@pytest.mark.parametrize(("coefficient", "packed_calls"), [(0.01, 0), (0.0, 1)])
+def test_a_router_with_an_auxiliary_loss_is_trained_by_trl_and_said(
+    coefficient: float,
+    packed_calls: int,
+    tmp_path: Path,
+    packed: list[int],
+    caplog: pytest.LogCaptureFixture,
+):
+    found = []
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+        settings = tiny_args(tmp_path, router_aux_loss_coef=coefficient)
+        found.append(train_fixed(trainer_class, model, settings)[1].steps[0])
+    assert len(packed) == packed_calls
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert len(lines) == 1 - packed_calls
+    assert all("auxiliary loss" in line for line in lines)
+    assert relative_difference(found[1], found[0]) < 1e-4
+
+
+def test_full_attention_layers_have_no_window():
+    model = tiny_model("qwen2", sliding_window=8, use_sliding_window=False)
+    assert attention.sliding_window(model) is None
+    assert (
+        attention.sliding_window(tiny_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1))
+        == 8
+    )
+
+
+def test_unsupported_decoding_settings_use_generate_and_say_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    from tests.engine.test_decode import train
+
+    settings = {"generation_kwargs": {"num_beams": 2, "do_sample": False}, "max_steps": 2}
+    plain, ours = (train(kind, tmp_path, settings=settings) for kind in (GRPOTrainer, PackedGRPOTrainer))
+    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert lines == ["Shared rollouts are off, `generate` is used: the generation mode is beam_search."]
+    assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
+
+
+def test_self_check_leaves_the_random_stream_alone(tmp_path: Path):
+    # Shuffling and sampling follow torch's global generator: "the same seed" must mean the same batches.
+    state = torch.random.get_rng_state()
+    trainer, _ = train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    trainer._supported.clear()
+    torch.random.set_rng_state(state)
+    assert trainer._is_supported(trainer.model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_other_calls_of_a_prepared_model_are_sdpa(tmp_path: Path):
+    model = tiny_model()
+    ids = torch.tensor([fixed_completions(1, 12, 0, [12])[0]])
+    expected = model(ids).logits
+    attention.install(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert attention.attention_forward.__module__ != sdpa_attention_forward.__module__
+    model.save_pretrained(tmp_path)
+    assert "grpo_lite" not in (tmp_path / "config.json").read_text()
+
+
+def test_base_model_is_found_inside_an_adapter():
+    model = tiny_model()
+    assert base_model(model) is model
+    assert base_model(tiny_lora(model)) is model

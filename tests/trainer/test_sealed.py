@@ -1,0 +1,100 @@
+"""The backend unsloth's trainer, tried with TRL's own in its place: saved whole, resumed, and never with NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from grpo_lite.errors import TrainingError
+from grpo_lite.models.load import load_model, lora_config
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.checkpoints import last_usable
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.session import build as engine
+from grpo_lite.train import train_run
+from grpo_lite.trainer.sealed import sealed
+
+REWARD = """
+import os, signal
+
+def mine(completion_ids, trainer_state=None, **_):
+    if trainer_state.global_step + 1 == {step} and not os.path.exists({once!r}):
+        open({once!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+"""
+
+
+@pytest.fixture
+def as_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of the backend unsloth without its package: its base is transformers' with the adapter on it."""
+
+    def with_adapter(recipe: Recipe, device: Any, prompt_tokens: int) -> Any:
+        from peft import get_peft_model
+
+        return get_peft_model(load_model(recipe, device), lora_config(recipe))
+
+    monkeypatch.setattr(engine, "uses_unsloth", lambda section: True)
+    monkeypatch.setattr("grpo_lite.train.load_base", with_adapter)
+
+
+def test_a_run_by_the_backend_s_trainer_resumes_from_its_checkpoint(
+    root: Path, tmp_path: Path, as_unsloth: None
+) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text(REWARD.format(step=2, once=str(tmp_path / "once")))
+    short = ["model.load_in=32bit", "eval.enabled=false", "check.enabled=false", "merge=false"]
+    short += ["grpo.max_steps=4", "grpo.save_steps=100"]
+    recipe = load_recipe("smoke", [f"rewards=[{{function: '{reward}:mine'}}]", *short])
+    run, lines = RunDir(tmp_path / "run"), list[str]()
+    assert train_run(recipe, run, lines.append).stopped_by == "SIGTERM"
+    assert last_usable(run.path).folder == run.path / "checkpoint-2"
+    assert train_run(recipe, run, lines.append).steps == 4
+    assert any(line.startswith("resuming from step 2 ") for line in lines)
+    assert len(run.metrics_file.read_text().splitlines()) == 4
+    assert not list(run.path.glob(".*-*"))
+
+
+class Fake:
+    """As much of a trainer as saving and skipping look at."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.model = torch.nn.Linear(2, 2)
+        self.accelerator = type("Accelerator", (), {"scaler": None})()
+        self.args = type("Args", (), {"output_dir": "run"})()
+        self.state = type("State", (), {"global_step": 3})()
+        self.callback: Any = None
+
+    def add_callback(self, callback: Any) -> None:
+        self.callback = callback
+
+
+def test_weights_that_are_not_finite_are_not_saved() -> None:
+    trainer = sealed(Fake, 2)()
+    trainer.require_finite_weights()
+    trainer.model.weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match=r"step 3: the adapter holds NaN or infinity \(weight\)"):
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_two_in_a_row_stop() -> None:
+    trainer = sealed(Fake, 2)()
+
+    def step(value: float) -> bool:
+        trainer.model.weight.grad = torch.full((2, 2), value)
+        trainer.callback.on_pre_optimizer_step(trainer.args, trainer.state, None)
+        return trainer.model.weight.grad is not None
+
+    assert [step(torch.nan), step(1.0), step(torch.inf)] == [False, True, False]
+    assert trainer.faults == {"skipped_steps": 2}
+    with pytest.raises(TrainingError, match="in 2 steps in a row"):
+        step(-torch.inf)
+
+
+def test_it_is_still_the_trainer_that_it_was_made_of() -> None:
+    assert issubclass(sealed(GRPOTrainer, 5), GRPOTrainer)
