@@ -8,6 +8,12 @@ lowest value where the *completion* is wrong, and an exception where the *reward
     >>> accuracy_reward([r"so it is \\boxed{\\frac{2}{4}}", "The answer is 3."], ["1/2", "4"])
     [1.0, 0.0]
 
+A reward states facts about itself as attributes (`rewards.facts`): `top`, the score of a perfect completion;
+`second_opinion`, an independent judge to log beside it; `runs_code`, whether it runs the model's programs.
+
+    >>> accuracy_reward.top, accuracy_reward.second_opinion.__name__, accuracy_reward.runs_code
+    (1.0, 'honest_accuracy', False)
+
 Importing the package loads nothing but this file; each reward loads its module on first use.
 """
 
@@ -16,6 +22,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# The module of each public name.
 _HOME = {
     "accuracy_reward": "accuracy",
     "choice_reward": "text",
@@ -33,22 +40,7 @@ _HOME = {
     "unit_test_reward": "code",
 }
 
-__all__ = [
-    "accuracy_reward",
-    "choice_reward",
-    "concise_reward",
-    "cosine_length_reward",
-    "countdown_reward",
-    "exact_match_reward",
-    "format_reward",
-    "gated",
-    "honest_accuracy",
-    "memoised",
-    "reasoning_gym_reward",
-    "repetition_penalty_reward",
-    "soft_overlong_punishment",
-    "unit_test_reward",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

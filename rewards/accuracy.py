@@ -15,6 +15,8 @@ from typing import Any
 
 from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
+from rewards.facts import states
+from rewards.honest import honest_accuracy
 from rewards.math.answer import Raw
 from rewards.math.equivalence import equivalent
 from rewards.math.reading import parse_answer
@@ -23,6 +25,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _LONGEST_RAW_GOLD_CHARS = 300
 
 
+@states(top=1.0, second_opinion=honest_accuracy)
 def accuracy_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any],

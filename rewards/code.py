@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.completion import Completion, prompt_prefills_think
+from rewards.facts import states
 from rewards.sandbox import Outcome, Tests, isolation, run_tests
 from rewards.sandbox.forms import TestsError, entry_of, from_asserts, from_cases, from_check
 from rewards.sandbox.run import TIMEOUT_S
@@ -16,6 +17,7 @@ _logger = logging.getLogger(__name__)
 _TIERS = ("compile", "run", "pass")
 
 
+@states(top=1.0, runs_code=True)
 def unit_test_reward(
     completions: Sequence[Completion],
     tests: Sequence[Any] | None = None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from rewards.completion import Completion, visible_texts
 from rewards.extraction import extract_answer
+from rewards.facts import states
 
 _LONGEST_CHARS = 300
 _LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("×", "*"), ("·", "*"))
@@ -20,6 +21,7 @@ _ARITHMETIC = re.compile(r"[0-9+\-*/()=\s.]+")  # keeps Python's other literals 
 _FRAC = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
+@states(top=1.0)
 def countdown_reward(
     completions: Sequence[Completion],
     nums: Sequence[Sequence[int]],

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.completion import Completion, completion_text, prompt_end
+from rewards.facts import states
 
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers and the empty Braille cell: letters that show nothing
 
 
+@states(top=1.0)
 def format_reward(
     completions: Sequence[Completion],
     *,

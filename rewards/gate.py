@@ -7,11 +7,11 @@ shapeless one. `gated(format_reward, by=accuracy_reward)` pays for form only whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Reward = Callable[..., list[float | None]]
+from rewards.facts import Reward, pass_on
 
 
 def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
@@ -37,6 +37,7 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
             for top, value in zip(tops, values, strict=True)
         ]
 
+    pass_on(reward, gated_reward)
     gated_reward.__name__ = reward_name(reward)
     gated_reward.__doc__ = f"{reward_name(reward)}, counting only where {reward_name(by)} >= {threshold}."
     return gated_reward
@@ -102,6 +103,7 @@ class _Memo:
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
+        pass_on(reward, self)
         self.__name__ = reward_name(reward)
         self._last: tuple[Any, list[float | None]] | None = None
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.completion import Completion, completion_text
+from rewards.facts import states
 
 _NUMBER = re.compile(r"(-?)\s*(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\}|(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?|(\.\d+))")
 _DECORATION = re.compile(
@@ -24,6 +25,7 @@ _JOINT = re.compile(r"(?:[\s,;$]|and|or)*")
 _SEPARATOR = re.compile(r"[=;<>]|\\(?:approx|pm|cup|text|le|ge)|\bor\b|\band\b")
 
 
+@states(top=1.0)
 def honest_accuracy(
     completions: Sequence[Completion],
     answer: Sequence[Any],

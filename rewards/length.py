@@ -14,11 +14,12 @@ from typing import Any
 
 from rewards.accuracy import accuracy_reward
 from rewards.completion import Completion, completion_text
-from rewards.gate import Reward
+from rewards.facts import Reward, states
 
 TokenIds = Sequence[Sequence[int]]
 
 
+@states(top=0.0)
 def soft_overlong_punishment(
     completions: Sequence[Completion],
     completion_ids: TokenIds,
@@ -110,6 +111,7 @@ def cosine_length_reward(
     return result
 
 
+@states(top=0.0)
 def repetition_penalty_reward(
     completions: Sequence[Completion],
     completion_ids: TokenIds | None = None,

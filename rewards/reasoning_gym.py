@@ -13,8 +13,10 @@ from typing import Any
 
 from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
+from rewards.facts import states
 
 
+@states(top=1.0)
 def reasoning_gym_reward(
     completions: Sequence[Completion],
     entry: Sequence[Mapping[str, Any] | str | None] | None = None,

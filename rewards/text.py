@@ -9,12 +9,14 @@ from typing import Any
 
 from rewards.completion import Completion, visible_texts
 from rewards.extraction import DEFAULT_METHODS, extract_answer
+from rewards.facts import states
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _LONGEST_CHOICE_CHARS = 500
 _CHOICE = re.compile(r"\W*(?:option|choice|answer)?\W*([A-Za-z])(?:\W*|[).:]\s.*)", re.IGNORECASE | re.DOTALL)
 
 
+@states(top=1.0)
 def exact_match_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any],
@@ -58,6 +60,7 @@ def exact_match_reward(
     return scores
 
 
+@states(top=1.0)
 def choice_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.completion import completion_text
-from rewards.gate import Reward
+from rewards.facts import Reward
 from rewards.testing.cheats import Cheat, all_cheats
 
 Row = Mapping[str, Any]

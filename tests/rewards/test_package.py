@@ -9,7 +9,9 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +110,49 @@ def test_the_examples_of_the_documentation_run(number: int) -> None:
 def test_the_documentation_names_every_reward() -> None:
     text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     assert [name for name in rewards.__all__ if name not in text] == []
+
+
+def test_rewards_state_their_facts() -> None:
+    tops = {name: getattr(getattr(rewards, name), "top", None) for name in REWARDS}
+    ones = {"accuracy", "choice", "countdown", "exact_match", "format", "reasoning_gym", "unit_test"}
+    assert {name for name, top in tops.items() if top == 1.0} == {"honest_accuracy", *(f"{n}_reward" for n in ones)}
+    assert {name for name, top in tops.items() if top == 0.0} == {
+        "repetition_penalty_reward",
+        "soft_overlong_punishment",
+    }
+    judged_twice = {name: getattr(getattr(rewards, name), "second_opinion", None) for name in REWARDS}
+    assert {name: opinion for name, opinion in judged_twice.items() if opinion} == {
+        "accuracy_reward": rewards.honest_accuracy
+    }
+    assert [name for name in REWARDS if getattr(getattr(rewards, name), "runs_code", False)] == ["unit_test_reward"]
+
+
+def test_a_perfect_completion_earns_the_stated_top() -> None:
+    entry = {"question": "?", "answer": "4", "metadata": {"source_dataset": "basic_arithmetic"}}
+    columns: dict[str, dict[str, Any]] = {
+        "accuracy_reward": {"answer": ["4"]},
+        "choice_reward": {"answer": ["B"]},
+        "countdown_reward": {"nums": [[4, 9]], "target": [4]},
+        "exact_match_reward": {"answer": ["4"]},
+        "format_reward": {},
+        "honest_accuracy": {"answer": ["4"]},
+        "reasoning_gym_reward": {"entry": [entry]},
+        "repetition_penalty_reward": {},
+        "soft_overlong_punishment": {"completion_ids": [[1]], "max_completion_length": 9, "cache_length": 3},
+        "unit_test_reward": {"test_list": [["assert f() == 4"]]},
+    }
+    texts = {"choice_reward": "<answer>B</answer>", "unit_test_reward": "```python\ndef f():\n    return 4\n```"}
+    assert {name for name in REWARDS if getattr(getattr(rewards, name), "top", None) is not None} == set(columns)
+    if find_spec("reasoning_gym") is None:
+        del columns["reasoning_gym_reward"]
+    for name, column in columns.items():
+        reward = getattr(rewards, name)
+        text = texts.get(name, "<think>two twos</think><answer>4</answer>")
+        assert reward([text], **column) == [reward.top], name
+
+
+def test_wrappers_keep_the_facts() -> None:
+    shared = rewards.memoised(rewards.accuracy_reward)
+    assert (shared.top, shared.second_opinion) == (1.0, rewards.honest_accuracy)
+    assert rewards.gated(rewards.format_reward, by=shared).top == 1.0
+    assert not hasattr(rewards.memoised(lambda completions: [0.0]), "top")
