@@ -24,7 +24,7 @@ from grpo_lite.screen import Show
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, lead_in, load_prompts
-from grpo_lite.task.rewards import Reward, load_function
+from grpo_lite.task.rewards import Reward, load_function, load_second_opinion
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now
 
@@ -122,8 +122,9 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     """Generate greedy and sampled completions for held-out rows and score them.
 
     Returns:
-        One record per row: `completion` (greedy); `lenient`, `strict` and, for accuracy_reward, `honest` (bool, None
-        without a usable gold); `samples_right`, how many of `eval.samples` sampled completions are leniently right.
+        One record per row: `completion` (greedy); `lenient`, `strict` and, where the first reward states a second
+        opinion, `honest` (bool, None without a usable gold); `samples_right`, how many of `eval.samples` sampled
+        completions are leniently right.
     """
     section = recipe.eval
     kwargs = recipe.grpo.get("chat_template_kwargs")
@@ -141,11 +142,9 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
         {"completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight}
         for c, loose, tight in zip(greedy, lenient, strict, strict=True)
     ]
-    honest = honest_section(recipe)
-    if honest is not None:
-        scores = _scores(honest, "eval.honest", tokenizer, recipe, rows, [c[0] for c in greedy])
-        for record, score in zip(records, scores, strict=True):
-            record["honest"] = None if record["lenient"] is None else score == 1.0
+    opinions = _second_opinions(tokenizer, recipe, rows, [c[0] for c in greedy])
+    for record, opinion in zip(records, opinions or [], strict=False):
+        record["honest"] = None if record["lenient"] is None else opinion
     if section.samples:
         sampled = generate_completions(
             model, tokenizer, ids, samples=section.samples, temperature=section.temperature, seed=recipe.seed,
@@ -157,15 +156,6 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
             group = right[i * section.samples : (i + 1) * section.samples]
             record["samples_right"] = None if None in group else sum(bool(r) for r in group)
     return records
-
-
-def honest_section(recipe: Recipe) -> ScoreSection | None:
-    """Return the second, independent judgement of an accuracy_reward recipe: never trained on, by other code."""
-    trained_on = recipe.rewards[0]
-    if trained_on.function != "rewards.accuracy_reward":
-        return None
-    kwargs = {key: value for key, value in trained_on.kwargs.items() if key in ("extract", "timeout_s", "prefilled")}
-    return ScoreSection(function="rewards.honest_accuracy", kwargs=kwargs, threshold=1.0)
 
 
 def score_completions(
@@ -184,12 +174,42 @@ def score_completions(
     return right, strict
 
 
+def _second_opinions(
+    tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
+) -> list[bool] | None:
+    """Return whether the first reward's second opinion finds each completion right; None where it states none."""
+    section, where = recipe.rewards[0], "rewards[0]"
+    columns, opened = _columns(rows), lead_in(rows, recipe, tokenizer)
+    reward = load_function(section, where, columns, opened)
+    opinion = load_second_opinion(reward, section, where, columns, opened)
+    if opinion is None:
+        return None
+    top = getattr(opinion, "top", None) or 1.0
+    scores = _call(opinion, where, tokenizer, recipe, rows, completions)
+    return [score is not None and score >= top for score in scores]
+
+
 def _scores(
     section: Any, where: str, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[float | None]:
+    function = load_function(section, where, _columns(rows), lead_in(rows, recipe, tokenizer))
+    return _call(function, where, tokenizer, recipe, rows, completions)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return sorted({key for row in rows for key in row if key != "prompt"})
+
+
+def _call(
+    function: Reward,
+    where: str,
+    tokenizer: Any,
+    recipe: Recipe,
+    rows: Sequence[Row],
+    completions: Sequence[list[int]],
+) -> list[float | None]:
     """Score completions as many at a time as in training, each call within the recipe's time limit."""
-    columns = sorted({key for row in rows for key in row if key != "prompt"})
-    function: Reward = load_function(section, where, columns, lead_in(rows, recipe, tokenizer))
+    columns = _columns(rows)
     function = limited(function, recipe.limits.reward_timeout_s, where)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = bool(rows) and not isinstance(rows[0]["prompt"], str)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.checks import nearest
-from grpo_lite.recipe.recipe import Recipe, RewardSection
+from grpo_lite.recipe.recipe import Recipe, ScoreSection
 
 # What TRL 1.14-1.16 passes to every reward besides the dataset's columns.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -51,7 +51,9 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
         function = load_function(section, f"rewards[{i}]", columns, lead_in)
         function.__name__ = recipe.reward_names[i]  # as the recipe calls it: a closure's own name may be "inner"
         functions.append(function)
-    functions[0] = _with_honest_metric(functions[0], recipe.rewards[0], lead_in)
+    opinion = load_second_opinion(functions[0], recipe.rewards[0], "rewards[0]", columns, lead_in)
+    if opinion is not None:
+        functions[0] = _logging_second_opinion(functions[0], opinion)
     gated = [i for i, section in enumerate(recipe.rewards) if section.gate]
     if gated:
         from rewards.gate import gated as gate
@@ -65,21 +67,15 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     return functions, [section.weight for section in recipe.rewards]
 
 
-def _with_honest_metric(function: Reward, section: RewardSection, lead_in: str) -> Reward:
-    """Log a second, independent judgement of the same completions beside accuracy_reward; it is never trained on."""
-    if section.function not in ("rewards.accuracy_reward", "rewards.accuracy.accuracy_reward"):
-        return function
-    from rewards import honest_accuracy
-
-    options = {key: value for key, value in section.kwargs.items() if key in ("extract", "timeout_s", "prefilled")}
-    options = _prefilled(honest_accuracy, section, lead_in) | options
+def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
+    """Return the reward, logging the mean of its second opinion on the same completions; that is never trained on."""
 
     @functools.wraps(function)
     def judged_twice(completions: list[Any], **kwargs: Any) -> list[float | None]:
         scores = function(completions=completions, **kwargs)
         if log_metric := kwargs.get("log_metric"):
-            honest = honest_accuracy(completions, kwargs["answer"], prompts=kwargs.get("prompts"), **options)
-            paid = [score for score in honest if score is not None]
+            quiet = {key: value for key, value in kwargs.items() if key not in ("log_metric", "log_extra")}
+            paid = [score for score in opinion(completions=completions, **quiet) if score is not None]
             if paid:
                 log_metric("honest_accuracy", sum(paid) / len(paid))
         return scores
@@ -95,7 +91,29 @@ def load_function(section: _Scored, where: str, columns: Sequence[str], lead_in:
     Raises:
         RewardError: as load_rewards.
     """
-    function = _import(section.function, where)
+    return _bind(_import(section.function, where), section, where, columns, lead_in)
+
+
+def load_second_opinion(
+    reward: Reward, section: _Scored, where: str, columns: Sequence[str], lead_in: str = ""
+) -> Reward | None:
+    """Return the independent judge that a loaded reward states (`rewards.facts`), None where it states none.
+
+    It gets those kwargs of the reward's section that it takes.
+
+    Raises:
+        RewardError: as load_rewards.
+    """
+    opinion = getattr(reward, "second_opinion", None)
+    if opinion is None:
+        return None
+    accepts = _accepts(opinion)
+    kwargs = {key: value for key, value in section.kwargs.items() if accepts is None or key in accepts}
+    name = f"{opinion.__module__}.{opinion.__name__}"
+    return _bind(opinion, ScoreSection(function=name, kwargs=kwargs, threshold=1.0), where, columns, lead_in)
+
+
+def _bind(function: Callable[..., Any], section: _Scored, where: str, columns: Sequence[str], lead_in: str) -> Reward:
     _check_signature(function, section, where, columns)
     return _wrap(function, section, where, _prefilled(function, section, lead_in))
 
@@ -204,11 +222,7 @@ def _check_signature(function: Callable[..., Any], section: _Scored, where: str,
 
 
 def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: dict[str, Any]) -> Reward:
-    try:
-        parameters = inspect.signature(function).parameters
-        accepts = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
-    except (TypeError, ValueError):
-        accepts = None
+    accepts = _accepts(function)
 
     @functools.wraps(function)
     def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
@@ -225,6 +239,15 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
 
     reward.__name__ = getattr(function, "__name__", section.function.replace(":", ".").rpartition(".")[2])
     return reward
+
+
+def _accepts(function: Callable[..., Any]) -> set[str] | None:
+    """Return the names of a function's arguments; None where it takes any, or where they cannot be read."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
 
 
 def _checked(scores: Any, expected: int, function: str, where: str) -> list[float | None]:

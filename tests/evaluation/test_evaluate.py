@@ -10,10 +10,11 @@ import pytest
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.errors import EvaluationError, MemoryBudgetError
-from grpo_lite.evaluation.evaluate import compare, honest_section, score_completions
+from grpo_lite.evaluation.evaluate import compare, score_completions, score_model
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.summary import score_lines
+from grpo_lite.task.rewards import load_rewards
 from tests.overflows import OTHERS, OVERFLOWS
 
 
@@ -84,18 +85,36 @@ def test_format_is_required_for_strict_only(root: Path, tiny_dir: Path) -> None:
     assert strict == [True, False, False]
 
 
-def test_the_honest_judgement_reads_the_recipe_s_own_contract(root: Path) -> None:
-    section = honest_section(load_recipe("smoke"))
-    assert section is not None
-    assert section.kwargs == {"extract": ["first_line"]}
-    assert honest_section(load_recipe("countdown")) is None
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_dir: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(tiny_dir), AutoTokenizer.from_pretrained(tiny_dir, padding_side="left")
+
+
+@pytest.mark.parametrize("function", ["rewards.accuracy_reward", "rewards.accuracy.accuracy_reward", "{file}:right"])
+def test_every_spelling_of_a_reward_gets_its_second_opinion(
+    function: str, root: Path, tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("from rewards import accuracy_reward as right\n")
+    recipe = load_recipe(
+        "smoke",
+        [f"rewards[0].function={function.format(file=tmp_path / 'mine.py')}", "eval.lenient=null", "eval.samples=0"],
+    )
+    assert recipe.rewards[0].kwargs == {"extract": ["first_line"]}
+    rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "?", "answer": None}]
+    records = score_model(*tiny, recipe, rows, lambda line: None, "base")
+    assert [record["honest"] for record in records] == [False, None]
+    rewards, _ = load_rewards(recipe, ["answer"])
+    logged: dict[str, float] = {}
+    rewards[0](completions=["4\n#### 5", "5"], answer=["4", "4"], log_metric=logged.__setitem__)
+    assert logged["honest_accuracy"] == 0.5  # reads the first line, as the reward does
+
+
+def test_a_reward_without_a_second_opinion_gets_none(root: Path, tiny: tuple[Any, Any]) -> None:
+    recipe = load_recipe("countdown", ["eval.samples=0", "eval.max_new_tokens=4"])
+    rows = [{"prompt": "?", "nums": [4, 9], "target": 4}]
+    assert "honest" not in score_model(*tiny, recipe, rows, lambda line: None, "base")[0]
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> None:
