@@ -29,6 +29,8 @@ from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import format_seconds
+from rewards import format_reward
+from rewards.facts import named
 
 PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
 OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
@@ -167,7 +169,7 @@ def _rewards(
     }
     formats = None
     for section, function in zip(recipe.rewards, functions, strict=True):
-        if section.function.endswith("format_reward"):
+        if named(section.function) is format_reward:
             formats = [value is not None and value >= 1.0 for value in function(**given)]
     return weighted_sum(functions, weights)(**given), formats
 

@@ -9,10 +9,12 @@ NaN comparisons are false, so a figure that is not known yet never leads to a fi
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Mapping
 
+import rewards
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
 
 LOW_LORA_LR = 5e-6
@@ -116,8 +118,8 @@ def _shorter(e: Evidence) -> str:
     if not e.recipe.grpo.get("mask_truncated_completions"):
         return "grpo.mask_truncated_completions=true"
     cap, new = e.recipe.max_completion_length, f"rewards[{len(e.parts)}]"
-    for index, part in enumerate(e.parts):
-        if part == "soft_overlong_punishment":
+    for index in range(len(e.parts)):
+        if e.function(index) is rewards.soft_overlong_punishment:
             return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
     return (
         f"{new}.function=rewards.soft_overlong_punishment {new}.weight=0.2 "
@@ -217,7 +219,7 @@ def learning_rate_too_low(e: Evidence) -> Finding | None:
     )
 
 
-_PENALTIES = ("penalty", "punishment")  # their top is 0
+_PENALTIES = ("penalty", "punishment")  # in the names of rewards that do not state their top, which is 0
 _GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in data.answer"
 
 
@@ -277,7 +279,8 @@ def half_open_thinking(e: Evidence) -> float:
 
 
 def _prefilled(e: Evidence, key: str, start: str, index: int) -> Finding:
-    takes_it = e.parts[index] in ("accuracy_reward", "format_reward")
+    function = e.function(index)
+    takes_it = function is not None and "prefilled" in inspect.signature(function).parameters
     return Finding(
         key,
         f"{start}: completions close </think> without opening it, because the template has already written <think>.",
@@ -316,7 +319,7 @@ def unusable_golds(e: Evidence) -> Finding | None:
 def judge_timeouts(e: Evidence) -> Finding | None:
     """The judge runs out of time on answers, which then count as wrong."""
     found = _worst(e, "timeout")
-    if found is None or e.parts[found[1]] == "unit_test_reward":  # a program that hangs is a wrong program
+    if found is None or getattr(e.function(found[1]), "runs_code", False):  # a program that hangs is a wrong program
         return None
     share, index = found
     limit = float(e.recipe.rewards[index].kwargs.get("timeout_s") or 2.0)
@@ -334,8 +337,11 @@ def _worst(e: Evidence, *names: str) -> tuple[float, int] | None:
 
 
 def is_penalty(e: Evidence, index: int) -> bool:
-    """Tell whether a reward's best is 0: by its name, or because it counts against the sum."""
-    return e.recipe.rewards[index].weight < 0 or any(word in e.parts[index] for word in _PENALTIES)
+    """Tell whether a reward's best is 0: because it says so or is named so, or because it counts against the sum."""
+    if e.recipe.rewards[index].weight < 0:
+        return True
+    top = getattr(e.function(index), "top", None)
+    return any(word in e.parts[index] for word in _PENALTIES) if top is None else top <= 0
 
 
 def twice_the_cap(e: Evidence) -> str:

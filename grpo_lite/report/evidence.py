@@ -11,6 +11,7 @@ from typing import Any
 from grpo_lite.files.records import read_json_lines
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
+from rewards.facts import Reward, named
 
 FEWEST = 4  # logged steps before anything about a trend is said
 FLAT = 0.03  # a mean reward that moved by less has not moved
@@ -78,6 +79,10 @@ class Evidence:
     def parts(self) -> list[str]:
         """Names of the rewards, as TRL logs them, in the recipe's order."""
         return self.recipe.reward_names
+
+    def function(self, index: int) -> Reward | None:
+        """Return the function of a reward of ours, by its place in the recipe; None for other code, never imported."""
+        return named(self.recipe.rewards[index].function)
 
     @property
     def main(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import rewards
 from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean_of
 from grpo_lite.screen import printable
 
@@ -82,8 +83,8 @@ def repeated_text(e: Evidence) -> Finding | None:
 
 
 def _penalise_repetition(e: Evidence) -> str:
-    for index, part in enumerate(e.parts):
-        if part == "repetition_penalty_reward":
+    for index in range(len(e.parts)):
+        if e.function(index) is rewards.repetition_penalty_reward:
             return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
     new = f"rewards[{len(e.parts)}]"
     return f"{new}.function=rewards.repetition_penalty_reward {new}.weight=0.5"
@@ -96,7 +97,7 @@ def many_answers(e: Evidence) -> Finding | None:
         return None
     share, sample = found
     index = _paying_part(e, _lists_answers)
-    if e.parts[index] == "accuracy_reward":  # pays the last one only: naming more does not help
+    if e.function(index) is rewards.accuracy_reward:  # pays the last one only: naming more does not help
         return None
     return Finding(
         "many_answers",
@@ -126,7 +127,7 @@ def stuffed_tags(e: Evidence) -> Finding | None:
     share, sample = found
     index = _paying_part(e, stuffed)
     name = e.parts[index]
-    own = e.recipe.rewards[index].function != "rewards.format_reward"
+    own = e.function(index) is not rewards.format_reward
     return Finding(
         "stuffed_tags",
         f"{share:.0%} of the best-paid completions stuff in tags, such as {sample}, and {name} pays for it.",

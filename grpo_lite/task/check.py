@@ -109,10 +109,6 @@ def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
     return text if closing in text else f"working\n{closing}\n{text}"
 
 
-_VERDICTS = ("accuracy", "choice", "countdown", "exact_match", "format", "reasoning_gym", "unit_test")
-_TOP_IS_ONE = frozenset(f"{verdict}_reward" for verdict in _VERDICTS)
-
-
 def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
     """Score the gold completions and the battery of cheats by the recipe's weighted sum of rewards.
 
@@ -144,7 +140,7 @@ def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
 def _highest_sum(
     recipe: Recipe, functions: list[Reward], rows: list[dict[str, Any]], golds: list[str], chat: bool
 ) -> float | None:
-    """Return what a perfect completion earns: each reward's known top, or the best that any gold earns.
+    """Return what a perfect completion earns: the top that a reward states, else the best that any gold earns.
 
     So a format that no gold keeps is found, though every gold then earns the same. None without a usable gold.
     """
@@ -153,7 +149,7 @@ def _highest_sum(
         paid = [score for score in score_rows(function, rows, golds, chat) if score is not None]
         if not paid:
             return None
-        highest += section.weight * (1.0 if section.function.rpartition(".")[2] in _TOP_IS_ONE else max(paid))
+        highest += section.weight * (getattr(function, "top", None) or max(paid))  # 0: a penalty may cost golds some
     return highest
 
 

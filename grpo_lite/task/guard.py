@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
+import functools
 import signal
 import threading
 import time
@@ -129,6 +130,7 @@ def limited(function: Reward, seconds: float | None, where: str) -> Reward:
         RewardError: (when called) it took longer.
     """
 
+    @functools.wraps(function)
     def reward(completions: list[Any], **columns: Any) -> list[float | None]:
         try:
             scores: list[float | None] = call_within(seconds, lambda: function(completions=completions, **columns))

@@ -630,6 +630,18 @@ def test_tags_of_the_recipe_s_own_are_looked_for() -> None:
     assert hacking.stuffed_tags(replace(sums(), completions=rows)) is None
 
 
+def test_the_doctor_knows_a_reward_of_ours_under_every_dotted_name_and_no_other() -> None:
+    rows = [{**row, "rewards": {"accuracy_reward": 0.0, "format_reward": 1.0}} for row in paid_rows("<think>" * 3)]
+    for function, override in (
+        ("rewards.format.format_reward", "rewards[1].weight=0"),
+        ("mine.format_reward", "rewards[1].function=rewards.format_reward rewards[1].kwargs={}"),
+    ):
+        own = sums(**{"rewards[1].function": function, "rewards[1].kwargs": "{tags: [think]}"})
+        found = hacking.stuffed_tags(replace(own, completions=rows))
+        assert found is not None
+        assert found.override == override
+
+
 def test_a_finding_cannot_steer_the_terminal() -> None:
     rows = paid_rows("\x1b[2J\u202e" + "again and again " * 9)
     found = hacking.repeated_text(replace(sums(), completions=rows))
