@@ -6,9 +6,10 @@
 from rewards.sandbox.forms import Call, Calls, Streams, TestCode, Tests
 from rewards.sandbox.pool import SandboxError, close_all
 from rewards.sandbox.programs import Outcome
-from rewards.sandbox.run import IsolationError, Layer, isolation, layers, run_tests
+from rewards.sandbox.run import WITHOUT, IsolationError, Layer, isolation, layers, run_tests
 
 __all__ = [
+    "WITHOUT",
     "Call",
     "Calls",
     "IsolationError",
