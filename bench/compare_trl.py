@@ -3,9 +3,10 @@
     python bench/compare_trl.py --model DIR [--shapes quickstart gsm8k long] [--repeats 3] [--curves] [--json FILE]
 
 Both train the same 4-bit model with the same LoRA, settings and completions, in turns. Completion lengths are drawn
-once per shape and forced on both samplers; what is sampled is thrown away and the same made-up completions are trained
-on, so that the two training phases do the same work and their gradient norms can be compared. No group has equal
-rewards: what zero-advantage rows save comes on top. On CPU the memory is the process's peak resident set per phase.
+once per shape and forced on both samplers. The samples are thrown away, and both train on the same invented
+completions, so that the two training phases do the same work and their gradient norms can be compared. No group has
+equal rewards, so the saving from skipped zero-advantage rows comes on top. On CPU the memory is the process's peak
+resident set per phase.
 """
 
 import argparse
@@ -176,7 +177,7 @@ def one_step(engine: str, model: Any, tokenizer: Any, shape: Shape, options: Eng
             rollout = getattr(self, "_rollout", None)
             padded = len(ids) * (max(map(len, prompt_ids)) + max(lengths) - 1)
             tokens["rollout"] = padded if rollout is None else rollout.prefill_tokens + rollout.decode_tokens
-            self._rollout = None  # the made-up completions below are not the ones it describes
+            self._rollout = None  # the invented completions below are not the ones it describes
             return [made[row] for row in rows], None
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

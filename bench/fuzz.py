@@ -1,9 +1,9 @@
-"""Fuzz recipes, overrides, data, rows, adapters, checkpoints and completions for as long as you like.
+"""Fuzz recipes, overrides, data, rows, adapters, checkpoints and completions for a given time.
 
     python bench/fuzz.py --minutes 60
 
-Prints how many inputs were tried by kind. One that ends in anything but a result or a clear error is shown as
-hypothesis' smallest such input; its kind is left out from then on, and the exit status is 1. No GPU, no network.
+Prints how many inputs were tried by kind. For an input that ends in anything but a result or a clear error it prints
+hypothesis' smallest such input, skips that kind from then on, and exits with status 1. No GPU, no network.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How far a run's GGUF files lie from its merged model, by kind: next tokens, greedy answers, held-out score.
+"""Compare a run's GGUF files with its merged model, by kind: next tokens, greedy answers, held-out score.
 
     python bench/gguf_agreement.py runs/quickstart [--kinds f16 q8_0 q4_k_m] [--rows 150]
 
 The evidence for the limits in grpo_lite/export/gguf/proof.py. Each kind is written to a folder, run by llama.cpp
 (llama-cpp-python; K-quants need llama-quantize). Two controls follow: files that must fail, made of the base instead of
-the merged model. The score is that of the run's own evaluation, greedily on the same held-out rows.
+the merged model. The score comes from the run's own evaluation, greedy, on the same held-out rows.
 """
 
 from __future__ import annotations

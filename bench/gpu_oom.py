@@ -1,8 +1,8 @@
-"""Train on a device whose allocator may take only so much, which the plan does not know: the run has to survive it.
+"""Train with a memory limit that the plan does not know about: the run has to survive it.
 
 Usage: python bench/gpu_oom.py GIB RECIPE [KEY=VALUE …] [--run DIR]
 Expected: lines `out of memory in …, the same step is done again`, and exit status 0; 2 if memory never ran out.
-Without a GPU nothing is limited: it is pretended that ten completions a GiB can be decoded, to try the script.
+Without a GPU no memory is limited; to try the script, decoding fails beyond ten completions per GiB.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Kill training runs at named moments and at random times, resume them, and compare with runs that nobody disturbed.
+"""Kill training runs at named moments and at random times, resume them, and compare with undisturbed runs.
 
     python bench/kill_soak.py --kills 60 --seed 0 --markdown
 
 Every run is killed once or more (SIGKILL), resumed until it ends, and must then equal the undisturbed run of the same
-configuration bit for bit: adapter, metrics lines (without `step_time`), completions, findings, merged weights; its
-report is there. Some of the kills fall into the exports (NF4, GGUF) of a merged run, which must then be those of an
-undisturbed export. Runs are forked from a process that has imported everything; no GPU, no network.
+configuration bit for bit: adapter, metrics lines (without `step_time`), completions, findings, merged weights. Its
+report must exist. Some kills hit the exports (NF4, GGUF) of a merged run, which must then equal those of an undisturbed
+export. Runs are forked from a process that has imported everything; no GPU, no network.
 """
 
 from __future__ import annotations

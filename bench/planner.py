@@ -1,7 +1,7 @@
-"""The planner against reality: counted tensor bytes on any machine, `torch.cuda.max_memory_allocated` on a GPU.
+"""Compare the planner with counted tensor bytes on any machine, and with `torch.cuda.max_memory_allocated` on a GPU.
 
 Usage: python bench/planner.py [--measure] [--models qwen2.5-0.5b …] [--phases training …] [--json FILE]
-Models have random weights of the real shapes; nothing is downloaded. Prints Markdown tables of planned over found.
+Models have random weights of the real shapes; nothing is downloaded. Prints Markdown tables of planned / counted.
 With --measure (needs CUDA) each row runs the largest wave and the largest micro-batch of the real trainer once.
 """
 
@@ -106,7 +106,7 @@ def total(traced: Any) -> int:
 def measured(
     models: list[str], device: str, lengths: Sequence[tuple[int, ...]], path: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Compare with what the CUDA allocator gave out in a rehearsal of the real trainer; on a CPU try that it runs."""
+    """Compare with the CUDA allocator's peak in a rehearsal of the real trainer; on a CPU only check that it runs."""
     records: list[dict[str, Any]] = []
     for name in models:
         for load_in in ("4bit", "16bit"):

@@ -3,7 +3,7 @@
     python bench/sampling_effect.py [--recipe quickstart] [--seeds 42 43 44] [--every 2] [--json FILE] [KEY=VALUE ...]
 
 Each setting trains from the same base with the same seeds; every few steps the held-out prompts are answered
-greedily, which the seconds leave out. Refilled groups cost extra rollouts, which the seconds include.
+greedily; the seconds do not include that. They do include the extra rollouts of refilled groups.
 """
 
 import argparse

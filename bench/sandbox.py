@@ -1,12 +1,12 @@
 """Throughput, endurance and resistance of the code sandbox on this machine.
 
-    python bench/sandbox.py speed   [--programs N]      programs a second, by stack of layers
+    python bench/sandbox.py speed   [--programs N]      programs per second, by stack of layers
     python bench/sandbox.py soak    [--programs N]      what N programs in a row leave behind
     python bench/sandbox.py attacks [--cases FILE]      hostile programs one at a time, by stack of layers
 
-Prints Markdown tables for docs/measurements/sandbox.md. `attacks` also plays the programs under weak isolation, where
-they do their worst: they fill files of 8 MB in /tmp and /dev/shm and kill processes of the same user. Only on a machine
-that may break.
+Prints Markdown tables for docs/measurements/sandbox.md. `attacks` also runs the programs under weak isolation, where
+they do harm: they fill files of 8 MB in /tmp and /dev/shm and kill processes of the same user. Run it only on a
+disposable machine.
 """
 
 from __future__ import annotations

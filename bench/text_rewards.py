@@ -4,7 +4,7 @@
 
 Prints Markdown tables for docs/measurements/rewards.md. Answers that need computer algebra are timed on their first
 pass with a fresh judge process, since in training they are new. math-verify alone is measured with its time-outs off
-(as they are off the main thread); on the hostile answers it is left out, since on some it would not come back.
+(as they are off the main thread). It is left out for the hostile answers, because some of them would hang it.
 """
 
 from __future__ import annotations

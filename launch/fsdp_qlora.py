@@ -2,8 +2,8 @@
 
 Usage: accelerate launch --config_file launch/fsdp_qlora.yaml launch/fsdp_qlora.py RECIPE OUT [KEY=VALUE …]
 
-The recipe's prompts, rewards and settings, plain compute. OUT becomes a run: `make merge RUN=OUT` merges it on a CPU.
-Not resumed when interrupted, and not yet run on a GPU (docs/scaling.md).
+It uses the recipe's prompts, rewards and settings, with plain compute. OUT becomes a run: `make merge RUN=OUT`
+merges it on a CPU. An interrupted run does not resume, and this has not yet run on a GPU (docs/scaling.md).
 """
 
 from __future__ import annotations

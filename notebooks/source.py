@@ -4,16 +4,16 @@
 # %% [markdown] tags=["colab"]
 # # GRPO on a free Colab T4: Qwen2.5-1.5B learns GSM8K
 # *Runtime → Change runtime type → T4 GPU*, then *Runtime → Run all*. Checkpoints go to your Google Drive: after a
-# disconnect run all cells again, and training goes on where it was.
+# disconnect run all cells again, and training resumes where it stopped.
 
 # %% [markdown] tags=["kaggle"]
 # # GRPO on Kaggle's free T4: Qwen2.5-1.5B learns GSM8K
 # *Settings → Accelerator → GPU T4*, *Internet → On*, then *Run all*. One of two T4s is used. Checkpoints go to
-# `/kaggle/working`: with *Persistence → Files*, run all cells again after a disconnect, and training goes on.
+# `/kaggle/working`: with *Persistence → Files*, run all cells again after a disconnect, and training resumes.
 
 # %% [markdown] tags=["quickstart"]
 # # GRPO on a laptop's CPU: SmolLM2-135M learns sums
-# Every cell below was run as it stands, on two CPU cores without a GPU; the outputs are that run's.
+# Every cell below ran as shown on two CPU cores without a GPU; the outputs are from that run.
 
 # %% [markdown]
 # ## What to run
@@ -26,7 +26,7 @@ CLONE = ""  # the project's git address: cloned into SOURCE where that is not th
 RECIPE = "gsm8k"
 RUN = "/content/drive/MyDrive/grpo_lite/gsm8k"  # on Drive: survives a disconnect
 DRIVE = True  # ask for Google Drive
-MINUTES = 180  # training stops in time, is evaluated and merged; run all cells again to go on
+MINUTES = 180  # training stops in time to evaluate and merge; run all cells again to resume
 OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
 GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
@@ -39,7 +39,7 @@ SOURCE = "/kaggle/working/grpo_lite"  # folder of the project: a clone, or a dat
 CLONE = ""  # the project's git address: cloned into SOURCE where that is not there
 RECIPE = "gsm8k"
 RUN = "/kaggle/working/gsm8k"
-MINUTES = 480  # a session lasts 9 hours at most; run all cells again to go on
+MINUTES = 480  # a session lasts 9 hours at most; run all cells again to resume
 OVERRIDES = [f"limits.max_minutes={MINUTES}"]
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
 GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
@@ -58,7 +58,7 @@ REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 
 # %% [markdown]
 # ## Install
-# The platform's own torch and numpy are kept as they are: pip is held to exactly their versions.
+# The platform's own torch and numpy stay as they are: pip is pinned to exactly their versions.
 
 # %% tags=["colab"]
 if DRIVE:
@@ -107,14 +107,14 @@ def grpo_lite(*words):
 grpo_lite("doctor")
 
 # %% [markdown] tags=["colab", "kaggle"]
-# Where its memory would go, counted before anything is loaded:
+# How its memory will be used, counted before anything is loaded:
 
 # %% tags=["colab", "kaggle"]
 grpo_lite("plan", RECIPE, *OVERRIDES, "--gpu", GPU)
 
 # %% [markdown]
 # ## What it will train on
-# Prompts as the model gets them, their lengths, and whether the rewards pay the right answer and nothing else.
+# The prompts as the model sees them, their lengths, and whether the rewards pay the right answer and nothing else.
 
 # %%
 grpo_lite("check", RECIPE, *OVERRIDES, "--previews", "1")
@@ -128,9 +128,8 @@ grpo_lite("probe", RECIPE, *OVERRIDES, "--prompts", PROBE)
 
 # %% [markdown]
 # ## Train
-# Run this cell again after a disconnect, or when the time budget (`limits.max_minutes`) has ended it: it goes on from
-# the last checkpoint. The board is redrawn in place; the doctor's lines say what is wrong, if anything, and what to
-# type.
+# Run this cell again after a disconnect, or after the time budget (`limits.max_minutes`) has ended it: it resumes from
+# the last checkpoint. The board is redrawn in place. The doctor says what is wrong, if anything, and what to type.
 
 # %%
 from grpo_lite.runs.run_dir import RunDir
@@ -169,8 +168,8 @@ grpo_lite("chat", RUN, QUESTION, "--compare")
 
 # %% [markdown]
 # ## Merge and export
-# Training has already merged the adapter onto the 16-bit base and proven it; export checks the files again, and makes a
-# GGUF for Ollama if `GGUF` names a kind. A run whose update is too small to be merged says so.
+# Training has already merged the adapter onto the 16-bit base and proven the result. Export checks the files again, and
+# makes a GGUF for Ollama if `GGUF` names a kind. A run whose update is too small to merge says so.
 
 # %%
 if run.merged.is_dir():
@@ -180,8 +179,8 @@ else:
 
 # %% [markdown]
 # ## Push
-# Without `REPO_ID` only what would be sent is shown: files, sizes and the card with the measured scores. To send, set
-# it and log in (`from huggingface_hub import login; login()`).
+# Without `REPO_ID` this only shows what would be sent: files, sizes and the card with the measured scores. To send
+# them, set `REPO_ID` and log in (`from huggingface_hub import login; login()`).
 
 # %%
 what = "merged" if run.merged.is_dir() else "adapter"
