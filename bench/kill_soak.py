@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.command_server import Server
 from tests.finished_run import make_run
-from tests.killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
+from tests.killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, export, exported, outcome, train
 
 EXPORT = "exports"
 

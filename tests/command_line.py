@@ -1,4 +1,4 @@
-"""Run the command line: as a process of its own, or within the test's."""
+"""Run the command line: in a process forked from the server, in an interpreter of its own, or within the test's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,34 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from click.testing import CliRunner
+
+from tests.command_server import Command, shared
 
 ROOT = Path(__file__).resolve().parent.parent
 GRPO_LITE = [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli"]
 
 
-def grpo_lite(*arguments: str, expect: int = 0, **environment: str) -> str:
+def grpo_lite(*arguments: str, expect: int = 0, cwd: str | Path = ROOT, **environment: str) -> str:
+    """Run a command in a forked process; return its output, then its errors.
+
+    Args:
+        environment: variables that are read after the imports.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
+        descriptors = [nothing.fileno(), out.fileno(), err.fileno()]
+        command = shared().start(arguments, descriptors, cwd=cwd, environment={**os.environ, **environment})
+        status = command.wait(timeout=300)
+        out.seek(0)
+        err.seek(0)
+        return _checked(status, expect, out.read() + err.read())
+
+
+def in_an_interpreter(*arguments: str, expect: int = 0, **environment: str) -> str:
+    """Run a command as a user does: an interpreter that has imported nothing yet."""
     result = subprocess.run(
         [*GRPO_LITE, *arguments],
         cwd=ROOT,
@@ -23,14 +42,11 @@ def grpo_lite(*arguments: str, expect: int = 0, **environment: str) -> str:
         env={**os.environ, **environment},
         timeout=300,
     )
-    text = result.stdout + result.stderr
-    assert result.returncode == expect, text
-    assert "Traceback" not in text, text
-    return text
+    return _checked(result.returncode, expect, result.stdout + result.stderr)
 
 
 def in_process(*arguments: str, expect: int = 0) -> str:
-    """Run a command that fails or ends before training, without paying a new interpreter's imports."""
+    """Run a command that fails or ends before training, without a process of its own."""
     from grpo_lite.cli import main
 
     result = CliRunner().invoke(main, arguments)
@@ -40,18 +56,15 @@ def in_process(*arguments: str, expect: int = 0) -> str:
     return result.output
 
 
-def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*GRPO_LITE, "train", "smoke", "--run", str(run), *overrides],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+def start(run: Path, *overrides: str) -> Command:
+    """Start a training in a forked process; its output and errors come from `stdout`."""
+    ours, theirs = os.pipe()
+    with open(theirs, "wb") as output, open(os.devnull) as nothing:
+        descriptors = [nothing.fileno(), output.fileno(), output.fileno()]
+        return shared().start(["train", "smoke", "--run", str(run), *overrides], descriptors, stdout=open(ours))
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> str:
+def read_until(process: Command, text: str) -> str:
     seen = ""
     assert process.stdout is not None
     for line in process.stdout:
@@ -61,10 +74,16 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} never came:\n{seen}")
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Command) -> None:
     process.kill()
     process.communicate(timeout=60)
 
 
 def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _checked(status: int, expect: int, text: str) -> str:
+    assert status == expect, text
+    assert "Traceback" not in text, text
+    return text

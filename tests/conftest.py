@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.killing import Server
+from tests.command_server import SOCKET, Server, shared
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +19,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and r
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server that all workers of pytest-xdist share, while they import."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[SOCKET] = shared().path
 
 
 @pytest.fixture
@@ -61,9 +64,6 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server() -> Server:
     """Runs commands in processes forked from one that has imported everything, and kills them where asked."""
-    from tests.killing import Server
-
-    with Server() as running:
-        yield running
+    return shared()

@@ -1,7 +1,6 @@
-"""Kill runs at named moments: a server that has imported everything once, and forks a run a job.
+"""Kill runs at named moments, and compare what they leave with an undisturbed run.
 
-The moments are functions that are wrapped in the forked process, never in the product. `python killing.py` serves jobs
-(JSON, a line each) on its standard input; `Server` talks to it. A fork costs a second or two, an interpreter ten.
+The moments are functions that are wrapped in the process which `tests.command_server` forks, never in the product.
 """
 
 from __future__ import annotations
@@ -9,16 +8,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Moment -> the function at whose nth call (`before`, or once it has returned: `after`) the process is killed.
 MOMENTS: dict[str, tuple[str, str]] = {
@@ -106,39 +98,6 @@ def uneven(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
 
-class Server:
-    """Runs commands in forked processes, killed where asked."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__).resolve())],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        )  # fmt: skip
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.process.communicate(timeout=60)  # ends it, and closes the pipes
-
-    def run(
-        self,
-        arguments: Sequence[str],
-        log: Path,
-        moment: str | None = None,
-        call: int = 1,
-        after_s: float | None = None,
-    ) -> int:
-        """Return the exit status of a command, -9 when it was killed (at the moment's nth call, or after a time)."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        job = {"arguments": list(arguments), "log": str(log), "moment": moment, "call": call, "after_s": after_s}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return int(json.loads(self.process.stdout.readline())["status"])
-
-
 def train(run: Path, configuration: str, *more: str) -> list[str]:
     """Return the command line of a run."""
     return ["train", "smoke", "--run", str(run), *FAST, *CONFIGURATIONS[configuration], *more]
@@ -196,8 +155,8 @@ def exported(run: Path) -> dict[str, Any]:
     }
 
 
-def kill_at(moment: str, call: int) -> None:
-    """Wrap a moment's function so that its nth call kills this process."""
+def kill_at(moment: str, call: int, number: int) -> None:
+    """Wrap a moment's function so that its nth call sends this process a signal."""
     target, when = (MOMENTS | EXPORT_MOMENTS)[moment]
     module_name, _, path = target.partition(":")
     owner: Any = importlib.import_module(module_name)
@@ -210,59 +169,10 @@ def kill_at(moment: str, call: int) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if when == "before" and calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         result = function(*args, **kwargs)
         if when == "after" and calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return result
 
     setattr(owner, name, wrapped)
-
-
-def _run(job: dict[str, Any]) -> None:
-    """Be the forked process: run the command, its output in the log."""
-    descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from grpo_lite.cli import main
-
-    if job["moment"]:
-        kill_at(job["moment"], job["call"])
-    status = 1
-    try:
-        main(job["arguments"], standalone_mode=False)
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def _serve() -> None:
-    import logging
-
-    ours = ("train", "trainer.recovery", "evaluation.evaluate", "export.stages", "report.page")
-    for name in (*(f"grpo_lite.{module}" for module in ours), "bitsandbytes", "datasets", "tests.killing"):
-        importlib.import_module(name)
-    importlib.import_module("transformers.models.llama.modeling_llama")
-    logging.disable(logging.WARNING)
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _run(job)
-        end = None if job["after_s"] is None else time.monotonic() + job["after_s"]
-        while True:
-            done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
-            if done:
-                break
-            if end is not None and time.monotonic() >= end:
-                os.kill(child, signal.SIGKILL)
-                end = None
-            time.sleep(0.002)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

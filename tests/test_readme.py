@@ -7,10 +7,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.command_server import program
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,10 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "Makefile", place)
     shutil.copy(ROOT / "pyproject.toml", place)
     shutil.copytree(ROOT / "recipes", place / "recipes")
-    (place / "env" / "bin").mkdir(parents=True)
-    script = place / "env" / "bin" / "grpo-lite"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -W ignore -m grpo_lite.cli "$@"\n')
-    script.chmod(0o755)
+    program(place / "env" / "bin" / "grpo-lite")
     for stamp in (".ready", ".ready-dev"):
         (place / "env" / stamp).touch()
     (place / "varied.py").write_text(

@@ -28,8 +28,9 @@ from grpo_lite.recipe.load import load_recipe, read_yaml
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import steadfast
 from tests.command_line import in_process
+from tests.command_server import Server
 from tests.finished_run import make_base, make_recipe, replaced
-from tests.killing import ALONE, FAST, Server
+from tests.killing import ALONE, FAST
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hf_" + "Zq7" * 11

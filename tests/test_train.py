@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from grpo_lite.runs.run_dir import RunDir
-from tests.command_line import grpo_lite, in_process
+from tests.command_line import grpo_lite, in_an_interpreter, in_process
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("runs") / "smoke"
-    return run, grpo_lite("train", "smoke", "--run", str(run))
+    return run, in_an_interpreter("train", "smoke", "--run", str(run))
 
 
 def test_a_run_ends_with_everything_in_its_directory(finished: tuple[Path, str]) -> None:

@@ -17,8 +17,9 @@ from grpo_lite.runs.remote import fetch_checkpoint, remote_of
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.records import PushCheckpoints
 from tests.command_line import in_process, steps_of
+from tests.command_server import Server
 from tests.export.hub_server import TOKEN, Hub, Repo, running_hub
-from tests.killing import ALONE, FAST, Server
+from tests.killing import ALONE, FAST
 
 REPO = "me/checkpoints"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

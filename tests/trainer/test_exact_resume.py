@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.command_server import Server
 from tests.finished_run import make_run
-from tests.killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, Server, export, exported, outcome, train
+from tests.killing import CONFIGURATIONS, EXPORT_MOMENTS, MOMENTS, export, exported, outcome, train
 
 
 @pytest.fixture(scope="module")
