@@ -29,9 +29,9 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "checkpoint: tensors": ("torch:save", "before"),
     "checkpoint: tensors written": ("torch:save", "after"),
     "checkpoint: manifest": ("grpo_lite.runs.checkpoints:write_manifest", "before"),
-    "checkpoint: flush": ("grpo_lite.runs.checkpoints:sync", "before"),
-    "checkpoint: rename": ("grpo_lite.runs.checkpoints:publish", "before"),
-    "checkpoint: renamed": ("grpo_lite.runs.checkpoints:publish", "after"),
+    "checkpoint: flush": ("grpo_lite.files.atomic:sync", "before"),
+    "checkpoint: rename": ("grpo_lite.files.atomic:_swap", "before"),
+    "checkpoint: renamed": ("grpo_lite.files.atomic:_swap", "after"),
     "checkpoint: older removed": ("grpo_lite.runs.checkpoints:rotate", "before"),
     "adapter": ("grpo_lite.session.fit:_save_adapter", "before"),
     "adapter written": ("grpo_lite.session.fit:_save_adapter", "after"),
@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "evaluation: written": ("grpo_lite.evaluation.evaluate:_write_records", "after"),
     "merge: a block": ("grpo_lite.export.merge.merge:ShardWriter._put", "before"),
     "merge: a shard": ("grpo_lite.export.merge.merge:ShardWriter.write", "after"),
-    "merge: swap": ("grpo_lite.files.atomic:_swap", "before"),
+    "merge: swap": ("grpo_lite.export.folder:publish", "before"),
     "merge: verify": ("grpo_lite.export.stages:verify_merge", "before"),
 }
 
@@ -56,7 +56,7 @@ EXPORT_MOMENTS: dict[str, tuple[str, str]] = {
     "gguf: proof": ("grpo_lite.export.stages:_prove", "before"),
     "gguf: record": ("grpo_lite.export.stages:write_atomic", "after"),
     "gguf: recorded": ("grpo_lite.export.stages:update_manifest", "after"),
-    "export: flushed": ("grpo_lite.files.atomic:_sync", "after"),
+    "export: flushed": ("grpo_lite.files.atomic:flush", "after"),
     "export: swap": ("grpo_lite.files.atomic:_swap", "before"),
     "export: swapped": ("grpo_lite.files.atomic:_swap", "after"),
     "export: a rename of the swap": ("os:rename", "after"),
@@ -150,7 +150,7 @@ def exported(run: Path) -> dict[str, Any]:
         "strangers": sorted(
             path.name
             for path in (*run.iterdir(), *(run / "gguf").iterdir())
-            if path.name.endswith((".partial", ".previous", ".tmp"))
+            if path.name.startswith(".replaced-") or path.name.endswith((".partial", ".previous", ".tmp"))
         ),
     }
 

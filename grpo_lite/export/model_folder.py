@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked
 from grpo_lite.errors import ExportError
 from grpo_lite.export.safetensors import open_checkpoint
-from grpo_lite.files.atomic import logger
+
+logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 << 20  # for two sets of logits in float32
 

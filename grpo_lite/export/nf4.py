@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from grpo_lite.errors import ExportError
+from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.model_folder import copy_files, load_saved_tokenizer, load_whole, read_base_config
 from grpo_lite.export.proof import Agreement, agreement, last_logits, positions_kept, tokenize
 from grpo_lite.export.safetensors import open_checkpoint
-from grpo_lite.files.atomic import replacing_folder
 from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, verify_manifest, write_manifest
 
 NF4_RECORD = "nf4.json"

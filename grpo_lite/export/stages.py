@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_lite.errors import ExportError, MemoryBudgetError, NothingToMerge
 from grpo_lite.evaluation.evaluate import evaluate_saved
+from grpo_lite.export.folder import clear_leftovers
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
 from grpo_lite.export.gguf.ollama import Prompting
 from grpo_lite.export.gguf.proof import GgufProof, prove_gguf
@@ -18,7 +19,7 @@ from grpo_lite.export.merge.adapter import WEIGHTS_NAME
 from grpo_lite.export.merge.merge import Progress, merge_adapter
 from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
-from grpo_lite.files.atomic import clear_leftovers, read_record, write_atomic
+from grpo_lite.files.atomic import read_record, write_atomic
 from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify_manifest
 from grpo_lite.models.base import resolve_base
 from grpo_lite.models.device import detect_device

@@ -1,57 +1,27 @@
-"""A file or a folder is written whole or not at all, and survives a kill in the middle of being replaced."""
+"""A file or folder is whole under its name or not there at all, and a kill while it is replaced loses nothing.
+
+A folder is filled under another name. `publish` flushes it to disk and renames it; what lies under its name is set
+aside until then. After a kill between the two renames, `restore` gives the old folder its name back.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.errors import ExportError
 from grpo_lite.files.manifest import MANIFEST_NAME
 
-ASIDE = ".replaced-"
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, replacing what lies there."""
-    aside = target.with_name(f"{ASIDE}{target.name}")
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-    os.rename(folder, target)
-    sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk; some mounted drives cannot flush folders."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not path.is_dir() or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return an export's JSON record, or an empty mapping where it is missing or no JSON object."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+ASIDE = ".replaced-"  # before the name of a folder that is being replaced
+_FORMER_ASIDE = ".previous"  # after the name of an export that an earlier version was replacing
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with scratch.open("w", encoding="utf-8") as file:
@@ -64,163 +34,66 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
-logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def replacing_folder(
-    out_dir: Path, need_bytes: int, overwrite: bool = False, protected: Sequence[Path] = ()
-) -> Iterator[Path]:
-    """Give a `<out_dir>.partial` folder to fill; on success it takes out_dir's name, on any exception it is removed.
-
-    A process killed in between leaves only the partial folder, which the next call clears. What lay under the name
-    before stays until the new folder is complete and on disk.
-
-    Args:
-        need_bytes: what will be written; refused before it starts when the disk has less.
-        overwrite: replace a folder that grpo_lite made (it has a manifest). Other folders are never replaced.
-        protected: folders that must not be, hold, or lie in `out_dir`.
-
-    Raises:
-        ExportError: the name is taken, not writable, in use by another process, or the disk is or becomes full.
-    """
-    _check_name(out_dir, overwrite, protected)
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a JSON record, or an empty mapping where the file is missing or holds no JSON object."""
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise ExportError(
-            f"{out_dir}: cannot be written: {error.strerror}. Give a folder on a disk and with rights to write."
-        ) from None
-    try:
-        _lock(lock, partial)
-        _clear(partial)
-        _check_space(partial, need_bytes)
-        try:
-            yield partial
-            _sync(partial)
-            _swap(partial, out_dir)
-        except OSError as error:
-            raise ExportError(
-                f"{out_dir}: the export failed: {error}. The partial result was removed: have {_gib(need_bytes)} free, "
-                "and run again."
-            ) from error
-    except BaseException:
-        if not _locked_by_other(lock):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def clear_leftovers(out_dir: Path) -> None:
-    """Remove what an export left that was killed while it replaced a whole `out_dir`, unless a process is at it."""
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    if out_dir.is_dir() and (_previous(out_dir) / MANIFEST_NAME).is_file():
-        shutil.rmtree(_previous(out_dir), ignore_errors=True)
-    if partial.is_symlink() or not partial.is_dir():
-        return
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        if not _locked_by_other(lock):
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
+def publish(folder: Path, target: Path) -> None:
+    """Flush a complete folder to disk and give it its name; if the renaming fails, the old folder stays."""
+    flush(folder)
+    _swap(folder, target)
 
 
-def _check_name(out_dir: Path, overwrite: bool, protected: Sequence[Path]) -> None:
-    target = out_dir.resolve()
-    for path in protected:
-        other = path.resolve()
-        if target == other or target in other.parents or (other in target.parents and (other / "config.json").exists()):
-            raise ExportError(f"{out_dir}: is, holds or lies in {path}, which is read. Give another output folder.")
-    previous = _previous(out_dir)
-    if previous.exists() and not (previous / MANIFEST_NAME).is_file():
-        raise ExportError(f"{previous}: is in the way (it is not grpo_lite's). Move it, or give another output folder.")
-    if previous.exists() and not out_dir.exists():  # killed between the two renames of _swap
-        os.rename(previous, out_dir)
-    if not (out_dir.exists() or out_dir.is_symlink()):
-        return
-    if not overwrite:
-        raise ExportError(f"{out_dir}: is already there. Give another output folder, or ask for it to be overwritten.")
-    empty = out_dir.is_dir() and not any(out_dir.iterdir())
-    if out_dir.is_symlink() or not (empty or (out_dir / MANIFEST_NAME).is_file()):
-        raise ExportError(
-            f"{out_dir}: was not exported by grpo_lite (it has no {MANIFEST_NAME}), so it is not overwritten. Give "
-            "another output folder, or remove it yourself."
-        )
-
-
-def _lock(descriptor: int, partial: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ExportError(f"{partial}: another process writes there. Wait for it, or give another folder.") from None
-    except OSError as error:  # some network file systems have no locks
-        logger.info("%s cannot be locked: %s", partial, error)
-
-
-def _locked_by_other(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def restore(target: Path) -> None:
+    """Finish what a kill interrupted: give a folder that was set aside its name back, or remove it once replaced."""
+    former = target.with_name(f"{target.name}{_FORMER_ASIDE}")
+    ours = [former] if (former / MANIFEST_NAME).is_file() else []  # a user may have a folder of that name
+    for aside in (_aside(target), *ours):
+        if not aside.is_dir():
+            continue
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
         else:
-            path.unlink()
+            os.rename(aside, target)
 
 
-def _check_space(folder: Path, need_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise ExportError(
-            f"{folder}: the export needs {_gib(need_bytes)} of disk, {_gib(free)} are free there. Free "
-            f"{_gib(need_bytes - free)}, or give an output folder on another disk."
-        )
+def flush(folder: Path) -> None:
+    """Flush a folder and all that it holds to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
-def _sync(folder: Path) -> None:
-    for path in [*(path for path in folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _swap(partial: Path, out_dir: Path) -> None:
-    previous = _previous(out_dir)
-    if out_dir.exists():
-        if previous.exists():
-            shutil.rmtree(previous)
-        os.rename(out_dir, previous)
-    try:
-        os.rename(partial, out_dir)
-    except BaseException:
-        if previous.exists():
-            os.rename(previous, out_dir)
-        raise
-    descriptor = os.open(out_dir.parent, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush one file or folder to disk; some mounted drives cannot flush folders."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
     finally:
         os.close(descriptor)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _previous(out_dir: Path) -> Path:
-    return out_dir.with_name(f"{out_dir.name}.previous")
+def _swap(folder: Path, target: Path) -> None:
+    aside = _aside(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    try:
+        os.rename(folder, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            with contextlib.suppress(OSError):  # the first error says more
+                os.rename(aside, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{ASIDE}{target.name}")

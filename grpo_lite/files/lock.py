@@ -1,10 +1,15 @@
-"""The lock of a run directory: one process works in it; the kernel lets go with the process, however it ends."""
+"""Locks of folders: one process works in one, and the kernel frees the lock when that process ends, however it ends.
+
+Not the `filelock` package (4.3): its lock names no holder, treats a drive without locks as an error (or leaves a marker
+file there), and cannot lock a folder itself, which an export needs because its folder is renamed while it is locked.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -14,13 +19,15 @@ from typing import TextIO
 from grpo_lite.errors import RunDirError
 
 LOCK_NAME = ".lock"
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # another process holds the lock
 _descriptors: set[int] = set()  # of the locks that this process holds
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; make the folder if need be.
+    """Hold a run directory's lock, a file in it that names this process; create the folder if necessary.
 
     Raises:
         RunDirError: another process holds it, or the folder is not writable.
@@ -34,27 +41,37 @@ def locked(folder: Path) -> Iterator[None]:
             "--run … (grpo-lite)."
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                raise RunDirError(
-                    f"run directory {folder}: another process is working in it{_holder(file)}. Wait for it, or "
-                    "choose another with RUN=…"
-                ) from None
-            # Anything else: a mounted folder without locks (Google Drive, some network disks). Go on without.
-        with contextlib.suppress(OSError):  # a full disk: the refusal above then says less
+        if not _take(file.fileno(), folder):
+            raise RunDirError(
+                f"run directory {folder}: another process is working in it{_holder(file)}. Wait for it, or "
+                "choose another with RUN=…"
+            )
+        with contextlib.suppress(OSError):  # a full disk: the message above then says less
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"{os.getpid()} {platform.node()}\n".encode())
-        _descriptors.add(file.fileno())
-        try:
+        with _kept_from_children(file.fileno()):
             yield
-        finally:
-            _descriptors.discard(file.fileno())
+
+
+@contextlib.contextmanager
+def locked_itself(folder: Path) -> Iterator[None]:
+    """Hold a lock on an existing folder itself: it leaves no file, and stays held when the folder is renamed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if not _take(descriptor, folder):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds its lock", str(folder))
+        with _kept_from_children(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
 
 
 def in_use(folder: Path) -> bool | None:
-    """Tell whether a process of this machine works in a folder; None where no lock says so."""
+    """Return whether a process of this machine works in a run directory; None where there is no lock to tell."""
     try:
         with (folder / LOCK_NAME).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -63,20 +80,40 @@ def in_use(folder: Path) -> bool | None:
     return False
 
 
-def _holder(lock: TextIO) -> str:
-    """Return which process says that it holds the lock, as far as that can be read."""
+def _take(descriptor: int, folder: Path) -> bool:
+    """Take a lock; return False where another process holds it."""
     try:
-        lock.seek(0)
-        process, _, machine = lock.read(200).strip().partition(" ")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        logger.info("%s cannot be locked: %s", folder, error)  # Google Drive and some network disks have no locks
+    return True
+
+
+@contextlib.contextmanager
+def _kept_from_children(descriptor: int) -> Iterator[None]:
+    _descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        _descriptors.discard(descriptor)
+
+
+def _holder(file: TextIO) -> str:
+    """Return which process holds the lock, as far as its file says."""
+    try:
+        file.seek(0)
+        process, _, machine = file.read(200).strip().partition(" ")
     except (OSError, ValueError):
         return ""
     return f" (process {process} on {machine})" if process.isdecimal() else ""
 
 
-def _let_go() -> None:
-    """In a forked child: give the locks up, which the parent keeps.
+def _release_in_child() -> None:
+    """Give up the parent's locks in a forked child.
 
-    A lock lives as long as any process has it open, and a reward's own workers may outlive a killed run.
+    A lock lives as long as any process has its file open, and a reward's worker processes may outlive a killed run.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in _descriptors:
@@ -85,4 +122,4 @@ def _let_go() -> None:
     _descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_in_child)

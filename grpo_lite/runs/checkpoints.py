@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ExportError, TrainingError
-from grpo_lite.files.atomic import ASIDE, publish, sync
+from grpo_lite.files.atomic import ASIDE, publish, restore
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 
 PREFIX = "checkpoint-"
@@ -149,22 +149,16 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Remove what must not travel, write the manifest, and flush every file to disk."""
+    """Remove what must not travel, and write the manifest."""
     for name in _NEVER_KEPT:
         (folder / name).unlink(missing_ok=True)
     write_manifest(folder)
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def clear_scratch(run: Path) -> None:
     """Remove what a killed save left; a checkpoint moved aside and never replaced gets its name back."""
     for path in run.glob(f"{ASIDE}*"):
-        target = run / path.name.removeprefix(ASIDE)
-        if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.rename(path, target)
+        restore(run / path.name.removeprefix(ASIDE))
     for path in run.glob(f"{_SCRATCH}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -394,7 +394,7 @@ def test_full_disk_is_refused_before_anything_is_written(case: Case, monkeypatch
         free: int = 1000
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage())
-    with pytest.raises(ExportError, match=r"the export needs 64 MiB of disk, 0 MiB are free there"):
+    with pytest.raises(ExportError, match=r"the export needs 64 MiB of disk, and 0 MiB are free"):
         merge_adapter(*case)
     assert not list(case.out.parent.glob("merged*"))
 
@@ -423,7 +423,7 @@ def test_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_next_mer
     program = f"""
 import os, signal
 from pathlib import Path
-from grpo_lite.merge import merge_adapter
+from grpo_lite.export.merge.merge import merge_adapter
 def kill(name, done, total):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -454,9 +454,10 @@ def test_two_merges_into_one_folder_do_not_mix(case: Case) -> None:
     verify_manifest(case.out)
 
 
-def test_kill_between_the_renames_of_an_overwrite_loses_nothing(case: Case) -> None:
+@pytest.mark.parametrize("aside", [".replaced-merged", "merged.previous"], ids=["now", "an earlier version"])
+def test_kill_between_the_renames_of_an_overwrite_loses_nothing(case: Case, aside: str) -> None:
     merge_adapter(*case)
-    case.out.rename(case.out.parent / "merged.previous")  # the state after such a kill
+    case.out.rename(case.out.parent / aside)  # the state after such a kill
     with pytest.raises(ExportError, match="already there"):
         merge_adapter(*case)
     verify_manifest(case.out)
@@ -465,8 +466,8 @@ def test_kill_between_the_renames_of_an_overwrite_loses_nothing(case: Case) -> N
 def test_folder_beside_the_output_that_is_not_ours_is_never_removed(case: Case) -> None:
     (case.out.parent / "merged.previous").mkdir()
     (case.out.parent / "merged.previous/thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"merged\.previous: is in the way"):
-        merge_adapter(*case)
+    merge_adapter(*case)
+    merge_adapter(*case, overwrite=True)
     assert (case.out.parent / "merged.previous/thesis.txt").read_text() == "mine"
 
 

@@ -43,7 +43,7 @@ def test_the_second_is_told_which_process_holds_it_and_a_kill_frees_it(tmp_path:
 
 def test_workers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path: Path) -> None:
     """A reward's pool of forked processes is not killed with the run, and inherits every open file."""
-    body = "    if not os.fork(): time.sleep(60)\n    print('held', flush=True); time.sleep(60)"
+    body = "    if os.fork(): time.sleep(60)\n    print('held', flush=True); time.sleep(60)"  # the worker says it runs
     process = holding(tmp_path, body)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)

@@ -19,10 +19,10 @@ from typing import Any
 
 import grpo_lite
 from grpo_lite.errors import ExportError
+from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.gguf.ollama import Prompting, ollama_settings
 from grpo_lite.export.gguf.tensors import Progress, add_architecture_keys, architecture, plan_tensors, write_tensors
 from grpo_lite.export.gguf.tokenizer import add_tokenizer_keys, read_tokenizer
-from grpo_lite.files.atomic import replacing_folder
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 
 GGUF_RECORD = "gguf.json"
