@@ -1,9 +1,8 @@
 r"""The structure of an answer: number or expression, list, set, tuple or interval, relation, matrix, text.
 
 `rewards.math.reading` builds these from text, `rewards.math.equivalence` compares two of them. What cannot be read
-stays a `Raw`, equal only to itself.
-
-Other ways to look at an answer: degrees in radians, letters as a product, a fraction as a ratio, a point's parts.
+stays a `Raw`, equal only to itself. The functions are other views of an answer that a comparison may take: degrees in
+radians, letters as a product, a fraction as a ratio, the coordinates of a point.
 """
 
 from __future__ import annotations

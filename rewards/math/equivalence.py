@@ -1,15 +1,13 @@
-r"""Is one answer the other? Three verdicts: True, False, and None where only computer algebra can tell.
+r"""Does one answer equal another? Three verdicts: True, False, and None where only computer algebra can tell.
 
 `equivalent(gold, given)` walks the two structures (`rewards.math.answer`). Where two expressions are not plainly
-rational it asks `leaf`, which without computer algebra says None; `rewards.math.symbolic` runs the same walk with a
-leaf that decides. Nothing here has a tolerance: numbers are exact fractions.
+rational it asks `leaf`, which returns None without computer algebra; `rewards.math.symbolic` runs the same walk with a
+leaf that decides. There is no tolerance: numbers are exact fractions.
 
-What must match is decided by the gold: a plain number is answered by a number that was worked out (`123+456` is no
-answer to 579, `41=42` none to 42), a bare list in any order, a tuple in its own, an interval with its own ends.
-
-Inequalities as the sets they state: `x \le 3` is (-∞, 3], `1 < x \le 2` is (1, 2], `x \ne 3` is all but a point.
-
-Three verdicts: True, False, and None for "not known", as `all` and `any` over them.
+The gold decides what must match: a plain number needs a number that was worked out (`123+456` does not answer 579,
+`41=42` does not answer 42), a bare list matches in any order, a tuple in its own, an interval with its own ends.
+Inequalities are compared as the sets they state: `x \le 3` is (-∞, 3], `1 < x \le 2` is (1, 2], `x \ne 3` is all but a
+point.
 """
 
 from __future__ import annotations
@@ -45,14 +43,19 @@ from rewards.math.units import compatible
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
+_INFINITY = ("const", "oo")
+_PLUS_INFINITY = Value("\\infty", _INFINITY, None)
+_MINUS_INFINITY = Value("-\\infty", ("neg", _INFINITY), None)
 
 
-def undecided(gold: object, given: object) -> bool | None:
+def _undecided(gold: object, given: object) -> bool | None:
     """Decide nothing: the leaf of the walk without computer algebra."""
     return None
 
 
-def equivalent(gold: Answer, given: Answer, leaf: Leaf = undecided, relations: Pairing = undecided) -> bool | None:
+def equivalent(gold: Answer, given: Answer, leaf: Leaf = _undecided, relations: Pairing = _undecided) -> bool | None:
     r"""Tell whether `given` answers `gold`; None if that takes computer algebra.
 
     Args:
@@ -82,11 +85,11 @@ class _Walk:
         self.relations = relations
 
     def answers(self, gold: Answer, given: Answer) -> bool | None:
-        if bounded_variable(gold) and bounded_variable(given) and bounded_variable(gold) != bounded_variable(given):
+        if _bounded_variable(gold) and _bounded_variable(given) and _bounded_variable(gold) != _bounded_variable(given):
             return False
-        if _is_inequality(gold) and _is_inequality(given) and not bounded_variable(given):
+        if _is_inequality(gold) and _is_inequality(given) and not _bounded_variable(given):
             return self.relations(gold, given)  # -x > -1 says x < 1
-        gold, given = as_interval(gold), as_interval(given)
+        gold, given = _as_interval(gold), _as_interval(given)
         if isinstance(gold, Raw) or isinstance(given, Raw):
             return same_spelling(gold.source, given.source) or (None if isinstance(gold, Raw) else False)
         if isinstance(gold, Relation) or isinstance(given, Relation):
@@ -154,7 +157,7 @@ class _Walk:
             if given.kind == "{}" and len(given.items) == 1:
                 return self.answers(gold, given.items[0])
             # One value written twice ("15 39/40, or 639/40") is one value: every item must be the gold.
-            return all_of(self.answers(gold, item) for item in given.items) if given.kind == "," else False
+            return _all_of(self.answers(gold, item) for item in given.items) if given.kind == "," else False
         return self.collections(gold, given)
 
     def collections(self, gold: Several, given: Several) -> bool | None:
@@ -162,7 +165,7 @@ class _Walk:
         if kinds <= {","}:
             return self.in_any_order(gold.items, given.items)
         if kinds <= {",", "{}"}:
-            return all_of([self.all_among(gold.items, given.items), self.all_among(given.items, gold.items)])
+            return _all_of([self.all_among(gold.items, given.items), self.all_among(given.items, gold.items)])
         if "U" in kinds or "{}" in kinds:
             return self.in_any_order(gold.items, given.items) if len(kinds) == 1 else False
         if len(kinds) == 1:
@@ -174,12 +177,12 @@ class _Walk:
 
     def all_among(self, items: Sequence[Answer], others: Sequence[Answer]) -> bool | None:
         """Tell whether every item is one of the others: as sets, {1, 1, 2} is {2, 1}."""
-        return all_of(any_of(self.answers(other, item) for other in others) for item in items)
+        return _all_of(_any_of(self.answers(other, item) for other in others) for item in items)
 
     def in_order(self, gold: Sequence[Answer], given: Sequence[Answer]) -> bool | None:
         if len(gold) != len(given):
             return False
-        return all_of(self.answers(a, b) for a, b in zip(gold, given, strict=True))
+        return _all_of(self.answers(a, b) for a, b in zip(gold, given, strict=True))
 
     def in_any_order(self, gold: Sequence[Answer], given: Sequence[Answer]) -> bool | None:
         """Pair the items off; equality is transitive, so taking the first match loses nothing."""
@@ -201,7 +204,7 @@ class _Walk:
             return False
         if len(gold.rows) != len(given.rows):
             return False
-        return all_of(self.in_order(a, b) for a, b in zip(gold.rows, given.rows, strict=True))
+        return _all_of(self.in_order(a, b) for a, b in zip(gold.rows, given.rows, strict=True))
 
     def ratios(self, gold: Answer, given: Answer) -> bool | None:
         if isinstance(gold, Ratio) and isinstance(given, Value):
@@ -230,9 +233,9 @@ class _Walk:
             return self.single_value(gold, given)
         assert isinstance(gold, Relation)
         if set(gold.signs) <= {"=", "\\approx"} and _is_constant_chain(gold):  # gold "0.56 = 56%": either will do
-            return any_of(self.answers(side, given) for side in gold.sides)
+            return _any_of(self.answers(side, given) for side in gold.sides)
         if gold.signs[0] == "=" and is_name(gold.sides[0]):
-            return any_of(self.answers(side, given) for side in gold.sides[1:])
+            return _any_of(self.answers(side, given) for side in gold.sides[1:])
         return False
 
     def single_value(self, gold: Answer, given: Relation) -> bool | None:
@@ -249,8 +252,8 @@ class _Walk:
         if not all(isinstance(side, Value) for side in sides[:-1]):
             return False
         # The sides before the last may be calculations, so they are compared by value, not as answers.
-        true_chain = all_of(self.same_value(sides[-1], side) for side in sides[:-1])
-        return all_of([true_chain, self.answers(gold, sides[-1])])
+        true_chain = _all_of(self.same_value(sides[-1], side) for side in sides[:-1])
+        return _all_of([true_chain, self.answers(gold, sides[-1])])
 
     def same_value(self, left: Answer, right: Answer) -> bool | None:
         if not isinstance(left, Value) or not isinstance(right, Value):
@@ -269,16 +272,16 @@ class _Walk:
                 return self.two_relations(gold, Relation(given.source, given.sides[::-1], given.signs))
             return False  # x = 5 is not answered by an equation that is still to be solved, nor by y = 5
         if len(gold.signs) == len(given.signs) and len(gold.signs) > 1:
-            flipped = tuple(FLIPPED.get(sign, sign) for sign in reversed(given.signs))
+            flipped = tuple(_FLIPPED.get(sign, sign) for sign in reversed(given.signs))
             same = gold.signs == given.signs and self.in_order(gold.sides, given.sides)
-            return any_of([same, gold.signs == flipped and self.in_order(gold.sides, given.sides[::-1])])
+            return _any_of([same, gold.signs == flipped and self.in_order(gold.sides, given.sides[::-1])])
         if len(gold.signs) != 1 or len(given.signs) != 1:
             return False
         return self.relations(gold, given)
 
 
 def _is_inequality(answer: Answer) -> TypeGuard[Relation]:
-    return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in FLIPPED
+    return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in _FLIPPED
 
 
 def _is_clock(ratio: Ratio) -> bool:
@@ -290,12 +293,7 @@ def _is_constant_chain(relation: Relation) -> bool:
     return all(isinstance(side, Value) and not has_symbols(side.node) for side in relation.sides)
 
 
-FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-_INFINITY = ("const", "oo")
-_OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
-
-
-def as_interval(answer: Answer) -> Answer:
+def _as_interval(answer: Answer) -> Answer:
     r"""Read `x \le 3`, `1 < x \le 2` and `x \ne 3` as the set they state."""
     if isinstance(answer, Several) and answer.kind == "," and any(isinstance(item, Relation) for item in answer.items):
         parts = [_interval(item) for item in answer.items]
@@ -322,10 +320,6 @@ def _intersection(answer: Several, parts: list[Answer]) -> Answer:
     return _between(answer.source, above[0].kind[0], above[0].items[0], below[0].items[1], below[0].kind[1])
 
 
-_PLUS_INFINITY = Value("\\infty", _INFINITY, None)
-_MINUS_INFINITY = Value("-\\infty", ("neg", _INFINITY), None)
-
-
 def _between(source: str, opening: str, low: Answer, high: Answer, closing: str) -> Several:
     return Several(source, opening + closing, (low, high))
 
@@ -336,14 +330,14 @@ def _interval(answer: Answer) -> Answer:
     sides, signs = answer.sides, answer.signs
     if len(signs) == 2 and is_name(sides[1]) and _constant(sides[0]) and _constant(sides[2]):
         if signs[0] in (">", "\\ge"):
-            sides, signs = sides[::-1], (FLIPPED.get(signs[1], ""), FLIPPED.get(signs[0], ""))
+            sides, signs = sides[::-1], (_FLIPPED.get(signs[1], ""), _FLIPPED.get(signs[0], ""))
         if set(signs) <= {"<", "\\le"}:
             return _between(answer.source, "[("[signs[0] == "<"], sides[0], sides[2], "])"[signs[1] == "<"])
     if len(signs) != 1:
         return answer
     sign = signs[0]
     if is_name(sides[1]) and _constant(sides[0]):
-        sides, sign = sides[::-1], FLIPPED.get(sign, sign)
+        sides, sign = sides[::-1], _FLIPPED.get(sign, sign)
     if not is_name(sides[0]) or not _constant(sides[1]):
         return answer
     bound = sides[1]
@@ -357,7 +351,7 @@ def _interval(answer: Answer) -> Answer:
     return answer
 
 
-def bounded_variable(answer: Answer) -> str | None:
+def _bounded_variable(answer: Answer) -> str | None:
     """Return the variable an inequality bounds, None for anything else."""
     if not isinstance(answer, Relation) or not isinstance(_interval(answer), Several):
         return None
@@ -389,10 +383,10 @@ def _without_points(answer: Several) -> Answer:
     return Several(answer.source, "U", pieces)
 
 
-def all_of(verdicts: Iterable[bool | None]) -> bool | None:
+def _all_of(verdicts: Iterable[bool | None]) -> bool | None:
     """Return False if one is False, else None if one is not known, else True.
 
-    >>> all_of([True, None]), all_of([None, False]), all_of([])
+    >>> _all_of([True, None]), _all_of([None, False]), _all_of([])
     (None, False, True)
     """
     result: bool | None = True
@@ -404,10 +398,10 @@ def all_of(verdicts: Iterable[bool | None]) -> bool | None:
     return result
 
 
-def any_of(verdicts: Iterable[bool | None]) -> bool | None:
+def _any_of(verdicts: Iterable[bool | None]) -> bool | None:
     """Return True if one is True, else None if one is not known, else False.
 
-    >>> any_of([False, None]), any_of([None, True]), any_of([])
+    >>> _any_of([False, None]), _any_of([None, True]), _any_of([])
     (None, True, False)
     """
     result: bool | None = False

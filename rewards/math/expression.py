@@ -1,13 +1,11 @@
-r"""A small strict parser for the mathematics of answers: LaTeX or plain text to a tree of tuples, exactly.
+r"""A small strict parser for the mathematics of answers: LaTeX or plain text to an exact tree of tuples.
 
-Decimals become fractions, mixed numbers numbers; two numbers side by side are an error (`42 41` is not 83), and so is
-a command that is not known. What a tree is worth is `rewards.math.arithmetic`'s business as
-long as it is rational, else `rewards.math.symbolic`'s, which turns the same tree into sympy.
+Decimals become fractions and mixed numbers become numbers. Two numbers side by side are an error (`42 41` is not 83),
+and so is an unknown command. `rewards.math.arithmetic` evaluates a tree as long as it is rational;
+`rewards.math.symbolic` turns the same tree into sympy.
 
 A node is `("num", Fraction)`, `("sym", name)`, `("const", "pi" | "e" | "i" | "oo")`, `("add" | "mul", [nodes])`,
 `("div" | "pow" | "root" | "log" | "binom", a, b)`, `("neg" | "fact" | "deg", a)` or `("call", name, [nodes])`.
-
-The words of the mathematics of answers: tokens, names of functions and letters, exact numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +15,30 @@ from fractions import Fraction
 from typing import Any
 
 Node = tuple[Any, ...]
+_MOST_TOKENS = 600
+_TOKEN = re.compile(
+    r"(?P<mixed>\d+\s+\d+\s*/\s*\d+(?![\d.]))"
+    r"|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?)"
+    r"|(?P<cmd>\\(?:[a-zA-Z]+|[{}|]))"
+    r"|(?P<sym>[a-zA-Z])"
+    r"|(?P<op>[-+*/^_!()\[\]{}|,'])"
+    r"|(?P<space>\s+)"
+)
+_CONSTANTS = {"pi": "pi", "infty": "oo"}
+_GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi
+psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar"""
+_FUNCTION_NAMES = """sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln exp asin acos atan lg"""
+_GREEK = frozenset(_GREEK_NAMES.split())
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+_COMMANDS = {"frac": "frac", "sqrt": "sqrt", "binom": "binom", "dbinom": "binom", "tbinom": "binom", "log": "log"}
+_COMMANDS |= {"lfloor": "floor", "lceil": "ceil"}
+_UNDEFINED = frozenset("fghFGH")  # f(x) is an application; a(x) is a product
+_TIMES = frozenset(["\\times", "\\cdot", "*"])
+_OVER = frozenset(["\\div", "/"])
+
+
+class NotAnExpression(ValueError):
+    """The text is not an expression this parser knows."""
 
 
 def parse_expression(text: str) -> Node:
@@ -30,7 +52,7 @@ def parse_expression(text: str) -> Node:
     >>> parse_expression("2x+1")
     ('add', [('mul', [('num', Fraction(2, 1)), ('sym', 'x')]), ('num', Fraction(1, 1))])
     """
-    parser = _Parser(tokens(text))
+    parser = _Parser(_tokens(text))
     try:
         node = parser.sum()
     except RecursionError:
@@ -38,6 +60,22 @@ def parse_expression(text: str) -> Node:
     if parser.place != len(parser.tokens):
         raise NotAnExpression(f"unexpected {parser.tokens[parser.place][1]!r}")
     return node
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """Return (kind, text) of every token; NotAnExpression at the first character that is none."""
+    found: list[tuple[str, str]] = []
+    place = 0
+    while place < len(text):
+        match = _TOKEN.match(text, place)
+        if match is None or match.lastgroup is None:
+            raise NotAnExpression(f"unexpected {text[place]!r}")
+        if match.lastgroup != "space":
+            found.append((match.lastgroup, match.group()))
+        if len(found) > _MOST_TOKENS:
+            raise NotAnExpression("too long")
+        place = match.end()
+    return found
 
 
 class _Parser:
@@ -70,14 +108,14 @@ class _Parser:
         node = self.signed()
         while True:
             kind, text = self.peek()
-            if text in TIMES or text in OVER:
+            if text in _TIMES or text in _OVER:
                 if argument:
                     return node
                 self.place += 1
                 right = self.signed()
-                node = ("div", node, right) if text in OVER else _times(node, right)
+                node = ("div", node, right) if text in _OVER else _times(node, right)
             elif self.starts_factor(kind, text):
-                if argument and text[1:] in FUNCTIONS | {"log"}:
+                if argument and text[1:] in _FUNCTIONS | {"log"}:
                     return node
                 if kind in ("num", "mixed"):
                     raise NotAnExpression("a number after a factor without a sign")
@@ -92,7 +130,7 @@ class _Parser:
         if text == "|":
             return self.bars == 0
         if kind == "cmd":
-            return text[1:] in _COMMANDS or text[1:] in FUNCTIONS or text[1:] in GREEK or text[1:] in CONSTANTS
+            return text[1:] in _COMMANDS or text[1:] in _FUNCTIONS or text[1:] in _GREEK or text[1:] in _CONSTANTS
         return text in ("(", "[", "{")
 
     def signed(self) -> Node:
@@ -143,9 +181,9 @@ class _Parser:
         kind, text = self.peek()
         self.place += 1
         if kind == "num":
-            return ("num", decimal(text))
+            return ("num", _decimal(text))
         if kind == "mixed":
-            return ("num", mixed_number(text))
+            return ("num", _mixed_number(text))
         if kind == "sym":
             return self.symbol(text)
         if text in ("(", "[", "{"):
@@ -162,13 +200,13 @@ class _Parser:
             self.bars -= 1
             return ("call", "abs", [node])
         name = text[1:]
-        if kind == "cmd" and name in CONSTANTS:
-            return ("const", CONSTANTS[name])
-        if kind == "cmd" and name in FUNCTIONS:
+        if kind == "cmd" and name in _CONSTANTS:
+            return ("const", _CONSTANTS[name])
+        if kind == "cmd" and name in _FUNCTIONS:
             return self.function(name)
         if kind == "cmd" and name in _COMMANDS:
             return getattr(self, f"read_{_COMMANDS[name]}")()
-        if kind == "cmd" and name in GREEK:
+        if kind == "cmd" and name in _GREEK:
             return self.symbol(text)
         raise NotAnExpression(f"unexpected {text!r}")
 
@@ -179,7 +217,7 @@ class _Parser:
             name += "_" + self.subscript()
         if name in ("i", "e"):
             return ("const", name)
-        if name in UNDEFINED and self.peek()[1] == "(":
+        if name in _UNDEFINED and self.peek()[1] == "(":
             return ("call", f"{name}()", [self.atom()])
         return ("sym", name)
 
@@ -254,7 +292,7 @@ class _Parser:
             power = self.script()
             if power == ("neg", ("num", Fraction(1))):
                 name, power = f"arc{name}", None
-                if name not in FUNCTIONS:
+                if name not in _FUNCTIONS:
                     raise NotAnExpression(f"no inverse of {name[3:]}")
         node: Node = ("call", name, [self.application()])
         return node if power is None else ("pow", node, power)
@@ -263,10 +301,6 @@ class _Parser:
         if self.peek()[1] in ("(", "{"):
             return self.atom()  # \\sin(x)^2 is the square of the sine
         return self.product(argument=True)
-
-
-_COMMANDS = {"frac": "frac", "sqrt": "sqrt", "binom": "binom", "dbinom": "binom", "tbinom": "binom", "log": "log"}
-_COMMANDS |= {"lfloor": "floor", "lceil": "ceil"}
 
 
 def _mixed(left: Node, right: Node) -> Node | None:
@@ -289,48 +323,7 @@ def _times(left: Node, right: Node) -> Node:
     return ("mul", [*factors, right])
 
 
-MOST_TOKENS = 600
-
-_TOKEN = re.compile(
-    r"(?P<mixed>\d+\s+\d+\s*/\s*\d+(?![\d.]))"
-    r"|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?)"
-    r"|(?P<cmd>\\(?:[a-zA-Z]+|[{}|]))"
-    r"|(?P<sym>[a-zA-Z])"
-    r"|(?P<op>[-+*/^_!()\[\]{}|,'])"
-    r"|(?P<space>\s+)"
-)
-CONSTANTS = {"pi": "pi", "infty": "oo"}
-_GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi
-psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar"""
-_FUNCTION_NAMES = """sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln exp asin acos atan lg"""
-GREEK = frozenset(_GREEK_NAMES.split())
-FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
-UNDEFINED = frozenset("fghFGH")  # f(x) is an application; a(x) is a product
-TIMES = frozenset(["\\times", "\\cdot", "*"])
-OVER = frozenset(["\\div", "/"])
-
-
-class NotAnExpression(ValueError):
-    """The text is not an expression this parser knows."""
-
-
-def tokens(text: str) -> list[tuple[str, str]]:
-    """Return (kind, text) of every token; NotAnExpression at the first character that is none."""
-    found: list[tuple[str, str]] = []
-    place = 0
-    while place < len(text):
-        match = _TOKEN.match(text, place)
-        if match is None or match.lastgroup is None:
-            raise NotAnExpression(f"unexpected {text[place]!r}")
-        if match.lastgroup != "space":
-            found.append((match.lastgroup, match.group()))
-        if len(found) > MOST_TOKENS:
-            raise NotAnExpression("too long")
-        place = match.end()
-    return found
-
-
-def decimal(text: str) -> Fraction:
+def _decimal(text: str) -> Fraction:
     mantissa, _, exponent = text.lower().partition("e")
     if exponent and abs(int(exponent)) > 400:
         raise NotAnExpression("exponent too large")
@@ -338,7 +331,7 @@ def decimal(text: str) -> Fraction:
     return whole * Fraction(10) ** int(exponent or 0)
 
 
-def mixed_number(text: str) -> Fraction:
+def _mixed_number(text: str) -> Fraction:
     whole, top, bottom = (int(part) for part in re.split(r"[\s/]+", text.strip()))
     if bottom == 0 or top >= bottom:
         raise NotAnExpression("no mixed number")

@@ -1,9 +1,8 @@
-"""Brackets in a cleaned text: how deep each place is, where one closes, and splitting outside all of them.
-
-From the text of a committed answer to its structure: one reader per kind of answer, tried in order.
+"""From the text of a committed answer to its structure: one reader per kind of answer, tried in order.
 
 `rewards.math.notation` first brings the text into one spelling; `rewards.math.expression` reads what is left when no
-list, bracket, relation, matrix or word is found.
+list, bracket, relation, matrix or word is found. The last three functions find brackets in the cleaned text: how deep
+each place is, where a bracket closes, and how to split outside all of them.
 """
 
 from __future__ import annotations
@@ -29,47 +28,9 @@ from rewards.math.answer import (
 from rewards.math.arithmetic import is_calculation, rational
 from rewards.math.expression import NotAnExpression, parse_expression
 from rewards.math.notation import clean
-from rewards.math.units import BASES, counted, number_word, split_unit
+from rewards.math.units import NUMBERS, counted, number_word, split_unit
 
 _OPEN, _CLOSE = "([{", ")]}"
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """Split at a separator outside all brackets and macros' braces."""
-    parts: list[str] = []
-    start = 0
-    for match in re.finditer(separator, text):
-        if match.end() > match.start() and depths(text)[match.start()] == 0:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
-
-
-@lru_cache(maxsize=64)
-def depths(text: str) -> tuple[int, ...]:
-    """Return how many brackets are open around each character; a bracket itself counts as outside."""
-    depth, result, place = 0, [], 0
-    while place < len(text):
-        step = 7 if text.startswith(("\\lbrace", "\\rbrace"), place) else 1
-        opens = text[place] in _OPEN or text.startswith("\\lbrace", place)
-        closes = text[place] in _CLOSE or text.startswith("\\rbrace", place)
-        depth -= closes
-        result.extend([depth] * step)
-        depth += opens
-        place += step
-    return tuple(result)
-
-
-def closing_place(text: str, place: int) -> int:
-    """Return where the bracket that opens at `place` closes, −1 if it does not."""
-    levels = depths(text)
-    after = place + (7 if text.startswith("\\lbrace", place) else 1)
-    for index in range(after, len(text)):
-        if levels[index] <= levels[place]:
-            return index
-    return -1
-
-
 _SIGN = re.compile(r"\\(?:le|ge|ne|approx|equiv|sim|to|rightarrow|Rightarrow|implies|mapsto|iff)(?![a-zA-Z])|[=<>]")
 _MATRIX = re.compile(
     r"\\begin\s*\{(?P<env>[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|\s]*\})?(?P<body>.*)\\end\s*\{(?P=env)\}",
@@ -199,9 +160,9 @@ def _read_several(text: str, depth: int) -> Answer | None:
     if re.search(r",\s", text):
         text = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
     parts = (
-        split_outside(text, r"\s*;\s*")
+        _split_outside(text, r"\s*;\s*")
         if ";" in text
-        else split_outside(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
+        else _split_outside(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
     )
     if len(parts) > 1:
         if any(not part.strip() for part in parts):
@@ -230,10 +191,10 @@ def _plus_minus(text: str, signs: list[str]) -> list[str]:
 
 
 def _read_union(text: str, depth: int) -> Answer | None:
-    removed = split_outside(text, r"\s*\\(?:setminus|backslash)(?![a-zA-Z])\s*")
+    removed = _split_outside(text, r"\s*\\(?:setminus|backslash)(?![a-zA-Z])\s*")
     if len(removed) == 2:
         return Several(text, "\\setminus", tuple(_parse(part, depth + 1) for part in removed))
-    parts = split_outside(text, r"\s*\\cup(?![a-zA-Z])\s*")
+    parts = _split_outside(text, r"\s*\\cup(?![a-zA-Z])\s*")
     if len(parts) < 2:
         return None
     sets = tuple(_parse(part, depth + 1) for part in parts)
@@ -250,7 +211,7 @@ def _read_relation(text: str, depth: int) -> Answer | None:
     signs: list[str] = []
     start = 0
     for match in _SIGN.finditer(text):
-        if depths(text)[match.start()] == 0:
+        if _depths(text)[match.start()] == 0:
             pieces.append(text[start : match.start()])
             signs.append(match.group())
             start = match.end()
@@ -267,7 +228,7 @@ def _read_relation(text: str, depth: int) -> Answer | None:
 def _read_bracketed(text: str, depth: int) -> Answer | None:
     """Read what one pair of brackets encloses: a set, a tuple, an interval, or just parentheses."""
     if text.startswith("\\lbrace"):
-        if not text.endswith("\\rbrace") or closing_place(text, 0) != len(text) - len("\\rbrace"):
+        if not text.endswith("\\rbrace") or _closing_place(text, 0) != len(text) - len("\\rbrace"):
             return None
         inner = text[len("\\lbrace") : -len("\\rbrace")].strip()
         if not inner:
@@ -280,7 +241,7 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
         return Several(text, "{}", items)
     if text in ("\\emptyset",):
         return Several(text, "{}", ())
-    if text[0] not in "([{" or text[-1] not in ")]}" or closing_place(text, 0) != len(text) - 1:
+    if text[0] not in "([{" or text[-1] not in ")]}" or _closing_place(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1].strip()
     parsed = _parse(inner, depth + 1)
@@ -288,7 +249,7 @@ def _read_bracketed(text: str, depth: int) -> Answer | None:
         if isinstance(parsed, Value) and (text[0] == "[" or text[-1] == "]"):
             return None if text[0] + text[-1] == "[]" else Raw(text)
         return parsed
-    parts = split_outside(inner, r"\s*[,;]\s*")
+    parts = _split_outside(inner, r"\s*[,;]\s*")
     if len(parts) < 2:
         return parsed if isinstance(parsed, Several) and text[0] == "(" else None
     return Several(text, text[0] + text[-1], tuple(_parse(part, depth + 1) for part in parts))
@@ -303,7 +264,7 @@ def _read_based(text: str, depth: int) -> Answer | None:
         match, name = in_words, in_words[2]
     else:
         return None
-    base = BASES.get(name, int(name) if name.isdigit() else 0)
+    base = NUMBERS.get(name, int(name) if name.isdigit() else 0)
     digits = match[1].lstrip("0").upper() or "0"
     if not any(digit.isdigit() for digit in digits) and not digits.isupper():
         return None
@@ -342,3 +303,39 @@ def _read_value(text: str) -> Answer:
             value /= 100
         node = ("num", value) if worked_out else ("div", node, ("num", Fraction(100)))
     return Value(text, node, value, measure.unit, measure.percent)
+
+
+def _split_outside(text: str, separator: str) -> list[str]:
+    """Split at a separator outside all brackets and macros' braces."""
+    parts: list[str] = []
+    start = 0
+    for match in re.finditer(separator, text):
+        if match.end() > match.start() and _depths(text)[match.start()] == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [*parts, text[start:]]
+
+
+@lru_cache(maxsize=64)
+def _depths(text: str) -> tuple[int, ...]:
+    """Return how many brackets are open around each character; a bracket itself counts as outside."""
+    depth, result, place = 0, [], 0
+    while place < len(text):
+        step = 7 if text.startswith(("\\lbrace", "\\rbrace"), place) else 1
+        opens = text[place] in _OPEN or text.startswith("\\lbrace", place)
+        closes = text[place] in _CLOSE or text.startswith("\\rbrace", place)
+        depth -= closes
+        result.extend([depth] * step)
+        depth += opens
+        place += step
+    return tuple(result)
+
+
+def _closing_place(text: str, place: int) -> int:
+    """Return where the bracket that opens at `place` closes, −1 if it does not."""
+    levels = _depths(text)
+    after = place + (7 if text.startswith("\\lbrace", place) else 1)
+    for index in range(after, len(text)):
+        if levels[index] <= levels[place]:
+            return index
+    return -1

@@ -1,4 +1,4 @@
-r"""Units, currencies, percent and degrees around a value: the explicit policy of the math rewards.
+r"""Units, currencies, percent, degrees and numbers in words around a value: the explicit policy of the math rewards.
 
 - A unit may be left out on either side: gold `5\text{ cm}` is answered by 5, gold 18 by `\$18` or `18 dollars`.
 - Two units that are both known must be the same unit: 5 cm is not 5 m. Nothing is converted: 5 cm is not 50 mm here.
@@ -6,8 +6,7 @@ r"""Units, currencies, percent and degrees around a value: the explicit policy o
 - `million`, `dozen` and the like multiply.
 - `50\%` is 0.5; where only one side has the sign, 50 answers it too (graders' habit), if the bare value is at least 1.
 - `90^\circ` is 90 (the unit left out) and π/2 (mathematics).
-
-Numbers in words: `forty-two`, `one hundred and five`, `two thirds`; and the number in front of a thing counted.
+- Numbers may be words: `forty-two`, `one hundred and five`, `two thirds`, also in front of a thing counted.
 """
 
 from __future__ import annotations
@@ -69,6 +68,22 @@ _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREE = re.compile(
     r"(?P<body>.*\S)\s*\\deg\s*(?:\\text\{\s*)?(?P<scale>[CF](?![a-zA-Z])|(?i:celsius|fahrenheit))?\s*\}?", re.DOTALL
 )
+_TEENS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_PART_NAMES = """half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"""
+NUMBERS = {word: n for n, word in enumerate(_TEENS.split())}
+_TENS_VALUES = {word: 10 * n for n, word in enumerate(_TENS.split(), start=2)}
+_LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"hundred": Fraction(100), "dozen": Fraction(12), **{word: Fraction(n) for word, n in _LARGE.items()}}
+_PARTS = {word: Fraction(1, n) for n, word in enumerate(_PART_NAMES.split(), start=2)}
+_PARTS |= {
+    "halve": Fraction(1, 2),
+    "quarter": Fraction(1, 4),
+    "hundredth": Fraction(1, 100),
+    "thousandth": Fraction(1, 1000),
+}
+_MOST_WORDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +140,7 @@ def _factor(words: list[str]) -> Fraction | None:
     """Return what `million` or, where nothing else is named, `thirds` multiplies by."""
     first = words[0].removesuffix("s") if words else ""
     alone = len(words) == 1 or (len(words) > 1 and words[1] == "of")
-    return SCALES.get(first) or (PARTS.get(first) if alone else None)
+    return _SCALES.get(first) or (_PARTS.get(first) if alone else None)
 
 
 def _ordinal_suffix(digits: str) -> str:
@@ -194,24 +209,6 @@ def _parts(unit: str) -> tuple[set[str], str]:
     return set(name.split()) - {"per"}, power
 
 
-_TEENS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen"""
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_PARTS = """half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"""
-BASES = {word: n for n, word in enumerate(_TEENS.split())}
-_TENS_VALUES = {word: 10 * n for n, word in enumerate(_TENS.split(), start=2)}
-_LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-SCALES = {"hundred": Fraction(100), "dozen": Fraction(12), **{word: Fraction(n) for word, n in _LARGE.items()}}
-PARTS = {word: Fraction(1, n) for n, word in enumerate(_PARTS.split(), start=2)}
-PARTS |= {
-    "halve": Fraction(1, 2),
-    "quarter": Fraction(1, 4),
-    "hundredth": Fraction(1, 100),
-    "thousandth": Fraction(1, 1000),
-}
-_MOST_WORDS = 16
-
-
 def number_word(words: str) -> Fraction | None:
     """Return what a number in words is worth, None for anything else.
 
@@ -224,7 +221,7 @@ def number_word(words: str) -> Fraction | None:
     tokens = (words.split(" ", 1)[1] if negative else words).replace("-", " ").split()
     if not tokens or len(tokens) > _MOST_WORDS:
         return None
-    part = PARTS.get(tokens[-1].removesuffix("s")) if len(tokens) > 1 else None
+    part = _PARTS.get(tokens[-1].removesuffix("s")) if len(tokens) > 1 else None
     value = _whole(tokens if part is None else tokens[:-1])
     if value is None:
         return None
@@ -270,7 +267,7 @@ def _below_thousand(tokens: list[str]) -> int | None:
     if "hundred" not in tokens:
         return _below_hundred(tokens)
     place = tokens.index("hundred")
-    count = BASES.get(tokens[0]) if place == 1 else None
+    count = NUMBERS.get(tokens[0]) if place == 1 else None
     if not count or count > 19:
         return None
     rest = tokens[place + 1 :]
@@ -282,7 +279,7 @@ def _below_thousand(tokens: list[str]) -> int | None:
 
 def _below_hundred(tokens: list[str]) -> int | None:
     if len(tokens) == 1:
-        return BASES.get(tokens[0], _TENS_VALUES.get(tokens[0]))
-    if len(tokens) == 2 and tokens[0] in _TENS_VALUES and 1 <= BASES.get(tokens[1], 0) <= 9:
-        return _TENS_VALUES[tokens[0]] + BASES[tokens[1]]
+        return NUMBERS.get(tokens[0], _TENS_VALUES.get(tokens[0]))
+    if len(tokens) == 2 and tokens[0] in _TENS_VALUES and 1 <= NUMBERS.get(tokens[1], 0) <= 9:
+        return _TENS_VALUES[tokens[0]] + NUMBERS[tokens[1]]
     return None

@@ -1,14 +1,13 @@
-"""Values as bounded plain text between processes that do not trust each other, and their comparison.
+"""The wire between the parent and a sandboxed process: values as bounded plain text, and the messages that carry them.
 
-What a program returned reaches the parent as JSON and is never made into an object there that could act: `matches`
-walks it along the expected value, so that neither an odd `__eq__` nor a million colliding keys can do anything.
+The two sides do not trust each other. What a program returned reaches the parent as JSON and never becomes an object
+there that could act: `matches` walks it along the expected value, so that neither an odd `__eq__` nor a million
+colliding keys can do anything. A message is a length of four bytes, then JSON.
 
 Scalars and lists are JSON's own. Everything else is an object with one key, its tag:
     t tuple · s set · f frozenset · d dict as pairs · b bytes · B bytearray · c complex · i large int, hexadecimal
     r range · y an iterator's items · T a builtin type by name · h [number, type] an object that stays where it is
     ! anything else, by its type's name; it equals nothing
-
-Messages on the socket between the parent and one sandboxed process: a length of four bytes, then JSON.
 """
 
 from __future__ import annotations
@@ -22,16 +21,51 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_FRAME_BYTES = 4 << 20
+LENGTH_BYTES = 4
 _ITERATOR_ITEMS = 10_000  # an endless generator must not fill the memory
 _JSON_INT = 1 << 63
 _INT_DIGITS = 20  # of the longest integer below it, with its sign
-
 Keep = Callable[[Any], int]
 Restore = Callable[[int, str], Any]
 
 
 class CodecError(ValueError):
     """The text is not a value in this encoding."""
+
+
+def pack(text: bytes) -> bytes:
+    """Return a message ready to be sent.
+
+    Raises:
+        CodecError: the message is longer than a reader would take.
+    """
+    if len(text) > MAX_FRAME_BYTES:
+        raise CodecError(f"a message of {len(text)} bytes, more than {MAX_FRAME_BYTES}")
+    return len(text).to_bytes(LENGTH_BYTES, "big") + text
+
+
+def read_message(descriptor: int) -> Any:
+    """Wait for a message and return it; None at the end of the stream. For the sandboxed side: it waits for ever."""
+    head = _read(descriptor, LENGTH_BYTES)
+    return loads(_read(descriptor, int.from_bytes(head, "big"))) if head else None
+
+
+def write_message(descriptor: int, message: Any) -> None:
+    """Send a message, waiting as long as the other side is busy."""
+    data = memoryview(pack(dumps(message)))
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _read(descriptor: int, count: int) -> bytes:
+    parts = []
+    while count:
+        part = os.read(descriptor, min(count, 1 << 20))
+        if not part:
+            return b""
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def dumps(value: Any) -> bytes:
@@ -241,41 +275,3 @@ def _atom_text(value: Any, strict: bool) -> str:
         if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
             value = int(value)
     return f"{type(value).__name__}:{hex(value) if type(value) is int else repr(value)}"
-
-
-LENGTH_BYTES = 4
-
-
-def pack(text: bytes) -> bytes:
-    """Return a message ready to be sent.
-
-    Raises:
-        CodecError: the message is longer than a reader would take.
-    """
-    if len(text) > MAX_FRAME_BYTES:
-        raise CodecError(f"a message of {len(text)} bytes, more than {MAX_FRAME_BYTES}")
-    return len(text).to_bytes(LENGTH_BYTES, "big") + text
-
-
-def read_message(descriptor: int) -> Any:
-    """Wait for a message and return it; None at the end of the stream. For the sandboxed side: it waits for ever."""
-    head = _read(descriptor, LENGTH_BYTES)
-    return loads(_read(descriptor, int.from_bytes(head, "big"))) if head else None
-
-
-def write_message(descriptor: int, message: Any) -> None:
-    """Send a message, waiting as long as the other side is busy."""
-    data = memoryview(pack(dumps(message)))
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _read(descriptor: int, count: int) -> bytes:
-    parts = []
-    while count:
-        part = os.read(descriptor, min(count, 1 << 20))
-        if not part:
-            return b""
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)

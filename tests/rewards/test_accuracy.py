@@ -42,14 +42,14 @@ def test_every_gsm8k_solution_earns_its_own_gold(split: str, shared_data: Path) 
     assert set(honest_accuracy(solutions, solutions)) == {1.0}
 
 
-@pytest.mark.parametrize("name", ["math500_test.jsonl", "math_train_answers.jsonl"])
 @pytest.mark.parametrize(
-    "form", ["so $\\boxed{{{0}}}$.", "<think>hm</think><answer>{0}</answer>", "The answer is ${0}$."]
+    "name", ["math500_test.jsonl", pytest.param("math_train_answers.jsonl", marks=pytest.mark.slow)]
 )
-def test_every_math_gold_answers_itself(name: str, form: str, shared_data: Path) -> None:
+def test_every_math_gold_answers_itself(name: str, shared_data: Path) -> None:
     golds = [row["answer"] for row in rows(shared_data / name)]
-    scores = accuracy_reward([form.format(gold) for gold in golds], golds)
-    assert [gold for gold, score in zip(golds, scores, strict=True) if score != 1.0] == []
+    for form in ("so $\\boxed{{{0}}}$.", "<think>hm</think><answer>{0}</answer>", "The answer is ${0}$."):
+        scores = accuracy_reward([form.format(gold) for gold in golds], golds)
+        assert [gold for gold, score in zip(golds, scores, strict=True) if score != 1.0] == [], form
 
 
 def test_every_math500_solution_earns_its_gold(shared_data: Path) -> None:
@@ -77,20 +77,19 @@ def test_an_answer_inside_thinking_that_the_prompt_opened_does_not_count() -> No
     assert accuracy_reward(texts, [42, 42], prompts=["2?", "2?"]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    "gold",
-    [None, "", "   ", float("nan"), float("inf"), [], ["42"], {"a": 1}, True, "#### ", "\\boxed{}", "\\frac{1}{", "}{"],
-    ids=repr,
-)
-def test_an_unusable_gold_gives_none_and_is_counted(gold: object) -> None:
-    seen: dict[str, float] = {}
-    assert accuracy_reward(["\\boxed{42}", "\\boxed{1}"], [gold, 1], log_metric=seen.__setitem__) == [None, 1.0]
-    assert seen["accuracy_reward/unusable_gold"] == 0.5
+def test_an_unusable_gold_gives_none_and_is_counted() -> None:
+    golds: list[Any] = [
+        None, "", "   ", float("nan"), float("inf"), [], ["42"], {"a": 1}, True, "#### ", "\\boxed{}",
+        "\\frac{1}{", "}{",
+    ]  # fmt: skip
+    for gold in golds:
+        seen: dict[str, float] = {}
+        scores = accuracy_reward(["\\boxed{42}", "\\boxed{1}"], [gold, 1], log_metric=seen.__setitem__)
+        assert (scores, seen["accuracy_reward/unusable_gold"]) == ([None, 1.0], 0.5), gold
 
 
-@pytest.mark.parametrize(
-    ("gold", "want"),
-    [
+def test_a_gold_may_be_a_number_latex_or_a_solution() -> None:
+    table: list[tuple[Any, str]] = [
         (72, "72"),
         (-3, "-3"),
         (0.1, "0.1"),
@@ -103,11 +102,10 @@ def test_an_unusable_gold_gives_none_and_is_counted(gold: object) -> None:
         ("a\n#### 1,000", "1,000"),
         ("so $x = \\boxed{\\frac12}$", "\\frac12"),
         ("$\\frac12$", "$\\frac12$"),
-    ],
-)
-def test_a_gold_may_be_a_number_latex_or_a_solution(gold: object, want: str) -> None:
-    assert gold_answer(gold) == want
-    assert accuracy_reward([f"\\boxed{{{want}}}"], [gold]) == [1.0]
+    ]
+    golds, answers = [gold for gold, _ in table], [answer for _, answer in table]
+    assert [gold_answer(gold) for gold in golds] == answers
+    assert accuracy_reward([f"\\boxed{{{answer}}}" for answer in answers], golds) == [1.0] * len(table)
 
 
 def test_metrics_say_why_completions_were_not_paid() -> None:
@@ -194,9 +192,9 @@ HONEST = [
 ]
 
 
-@pytest.mark.parametrize(("text", "gold", "want"), HONEST)
-def test_the_honest_metric_judges_the_last_commitment_strictly(text: str, gold: str | None, want: float | None) -> None:
-    assert honest_accuracy([text], [gold]) == [want]
+def test_the_honest_metric_judges_the_last_commitment_strictly() -> None:
+    scores = honest_accuracy([text for text, _, _ in HONEST], [gold for _, gold, _ in HONEST])
+    assert [row for row, score in zip(HONEST, scores, strict=True) if score != row[2]] == []
 
 
 def test_the_honest_metric_looks_outside_thinking_that_the_prompt_opened() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,79 +36,78 @@ _FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def scores(completions: Sequence[Any], **row: Any) -> list[float | None]:
+    """Score completions on one row."""
+    options = {name: row.pop(name) for name in ("mode", "tiers", "timeout_s", "log_metric") if name in row}
+    columns = {name: [value] * len(completions) for name, value in row.items()}
+    return unit_test_reward(completions, **columns, **{"timeout_s": 60.0, **options})
+
+
 def score(completion: Any, **row: Any) -> float | None:
     """Score one completion on one row."""
-    options = {name: row.pop(name) for name in ("mode", "tiers", "timeout_s", "log_metric") if name in row}
-    columns = {name: [value] for name, value in row.items()}
-    return unit_test_reward([completion], **columns, **{"timeout_s": 60.0, **options})[0]
+    return scores([completion], **row)[0]
 
 
 @pytest.mark.parametrize("form", _FORMS)
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [(_RIGHT, 1.0), (f"```python\n{_RIGHT}\n```", 1.0), (_HALF, 0.5), (_WRONG, 0.0), (_BROKEN, 0.0), ("", 0.0),
-     ("I do not know.", 0.0), ([{"role": "assistant", "content": f"```python\n{_RIGHT}\n```"}], 1.0)],
-    ids=["right", "fenced", "half", "wrong", "broken", "empty", "prose", "chat"],
-)  # fmt: skip
-def test_score_is_the_fraction_of_tests_passed(form: str, completion: Any, expected: float) -> None:
-    assert score(completion, **_FORMS[form]) == expected
+def test_score_is_the_fraction_of_tests_passed(form: str) -> None:
+    expected: dict[str, tuple[Any, float]] = {
+        "right": (_RIGHT, 1.0),
+        "fenced": (f"```python\n{_RIGHT}\n```", 1.0),
+        "half": (_HALF, 0.5),
+        "wrong": (_WRONG, 0.0),
+        "broken": (_BROKEN, 0.0),
+        "empty": ("", 0.0),
+        "prose": ("I do not know.", 0.0),
+        "chat": ([{"role": "assistant", "content": f"```python\n{_RIGHT}\n```"}], 1.0),
+    }
+    found = scores([completion for completion, _ in expected.values()], **_FORMS[form])
+    assert dict(zip(expected, found, strict=True)) == {name: score for name, (_, score) in expected.items()}
+    assert scores([_HALF, _RIGHT], **_FORMS[form], mode="all") == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("program", "expected"),
-    [
-        ("a, b = map(int, input().split())\nprint(a + b)", 1.0),
-        ("print(3)", 0.5),
-        ("print(3); print(4)", 0.0),
-        ("a, b = map(int, input().split())\nprint(a + b)\nraise SystemExit(1)", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_scripts_are_scored_by_their_output(program: str, expected: float) -> None:
-    assert score(program, tests=_STREAMS) == expected
-    assert score(f"```python\n{program}\n```", tests=json.dumps(_STREAMS)) == expected
+def test_scripts_are_scored_by_their_output() -> None:
+    expected = {
+        "a, b = map(int, input().split())\nprint(a + b)": 1.0,
+        "print(3)": 0.5,
+        "print(3); print(4)": 0.0,
+        "a, b = map(int, input().split())\nprint(a + b)\nraise SystemExit(1)": 0.0,
+        "": 0.0,
+    }
+    fenced = [f"```python\n{program}\n```" for program in expected]
+    assert dict(zip(expected, scores(list(expected), tests=_STREAMS), strict=True)) == expected
+    assert dict(zip(expected, scores(fenced, tests=json.dumps(_STREAMS)), strict=True)) == expected
 
 
-@pytest.mark.parametrize("form", _FORMS)
-def test_all_or_nothing_pays_no_fraction(form: str) -> None:
-    assert score(_HALF, **_FORMS[form], mode="all") == 0.0
-    assert score(_RIGHT, **_FORMS[form], mode="all") == 1.0
-
-
-@pytest.mark.parametrize(
-    ("program", "expected"),
-    [
-        (_BROKEN, 0.0),
-        ("import os; os._exit(0)", 0.1),  # it compiles
-        ("raise SystemExit(0)", 0.1),
-        ("x = 1", 0.1),
-        ("def add(a, b): raise ValueError", 0.1),
-        (_WRONG, 0.3),  # and every test ran to its end
-        (_HALF, 0.3 + 0.35),
-        (_RIGHT, 1.0),
-    ],
-)
 @pytest.mark.parametrize("form", ["calls", "HumanEval executed"])
-def test_tiers_pay_for_compiling_and_running(form: str, program: str, expected: float) -> None:
-    tiers = {"compile": 0.1, "run": 0.2, "pass": 0.7}
-    assert score(program, **_FORMS[form], tiers=tiers) == pytest.approx(expected)
+def test_tiers_pay_for_compiling_and_running(form: str) -> None:
+    expected = {
+        _BROKEN: 0.0,
+        "import os; os._exit(0)": 0.1,  # it compiles
+        "raise SystemExit(0)": 0.1,
+        "x = 1": 0.1,
+        "def add(a, b): raise ValueError": 0.1,
+        _WRONG: 0.3,  # and every test ran to its end
+        _HALF: 0.3 + 0.35,
+        _RIGHT: 1.0,
+    }
+    found = scores(list(expected), **_FORMS[form], tiers={"compile": 0.1, "run": 0.2, "pass": 0.7})
+    assert dict(zip(expected, found, strict=True)) == pytest.approx(expected)
 
 
 def test_tiers_of_a_script_need_exit_code_zero_to_have_run() -> None:
     tiers = {"compile": 0.1, "run": 0.2, "pass": 0.7}
-    scores = [score(p, tests=_STREAMS, tiers=tiers) for p in ("1 +", "raise ValueError", "print(3)")]
-    assert scores == pytest.approx([0.0, 0.1, 0.3 + 0.35])
+    found = scores(["1 +", "raise ValueError", "print(3)"], tests=_STREAMS, tiers=tiers)
+    assert found == pytest.approx([0.0, 0.1, 0.3 + 0.35])
 
 
 def test_blank_and_commented_out_programs_earn_no_tier() -> None:
     tiers = {"compile": 0.1, "run": 0.2, "pass": 0.7}
-    for program in ("", "   \n", "# def add(a, b): return a + b", "```python\n```"):
-        assert score(program, **_FORMS["calls"], tiers=tiers) == 0.0, program
+    programs = ["", "   \n", "# def add(a, b): return a + b", "```python\n```"]
+    assert scores(programs, **_FORMS["calls"], tiers=tiers) == [0.0] * 4
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_row_whose_tests_judge_nothing_is_none_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[dict[str, Any]] = [
         {"tests": []},
         {"tests": None},
         {"tests": "not JSON"},
@@ -129,18 +128,15 @@ def test_blank_and_commented_out_programs_earn_no_tier() -> None:
         {"test": _CHECK, "test_list": _ASSERTS, "entry_point": "add"},
         {"tests": [{"args": ["x" * 5_000_000, ""], "want": ""}], "entry_point": "add"},
         {"test": _CHECK_CODE + "#" * 5_000_000, "entry_point": "add"},
-    ],
-    ids=lambda row: re.sub(r" at 0x[0-9a-f]+", "", repr(row)),
-)
-def test_row_whose_tests_judge_nothing_is_none_and_reported(
-    row: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    columns = {"tests": None, **row}
-    found: dict[str, float] = {}
-    with caplog.at_level(logging.WARNING, logger="rewards.code"):
-        assert score(_RIGHT, **columns, log_metric=found.__setitem__) is None
-    assert found["unit_test_reward/unusable_tests"] == 1.0
-    assert "cannot be judged" in caplog.text
+    ]
+    for row in rows:
+        columns = {"tests": None, **row}
+        found: dict[str, float] = {}
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="rewards.code"):
+            assert score(_RIGHT, **columns, log_metric=found.__setitem__) is None, repr(row)[:200]
+        assert found["unit_test_reward/unusable_tests"] == 1.0
+        assert "cannot be judged" in caplog.text
 
 
 def test_rows_of_a_batch_are_independent() -> None:
@@ -170,9 +166,8 @@ def test_metrics_are_fractions_of_the_batch() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_broken_call_is_an_error_not_a_score() -> None:
+    calls: list[tuple[dict[str, Any], str]] = [
         ({}, "no tests"),
         ({"test_list": [_ASSERTS] * 2}, "test_list has 2 rows, completions has 1"),
         ({"test_list": [_ASSERTS], "entry_point": []}, "entry_point has 0 rows"),
@@ -180,11 +175,10 @@ def test_metrics_are_fractions_of_the_batch() -> None:
         ({"test_list": [_ASSERTS], "tiers": {"compile": 1.0, "run": 1.0}}, "sum 1"),
         ({"test_list": [_ASSERTS], "tiers": {"comple": 0.1, "pass": 0.9}}, "weights of compile, run, pass"),
         ({"test_list": [_ASSERTS], "tiers": {"run": -0.5, "pass": 1.5}}, "sum 1"),
-    ],
-)
-def test_broken_call_is_an_error_not_a_score(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        unit_test_reward([_RIGHT], **options)
+    ]
+    for options, message in calls:
+        with pytest.raises(ValueError, match=message):
+            unit_test_reward([_RIGHT], **options)
 
 
 def test_empty_batch_has_no_scores() -> None:
@@ -210,10 +204,8 @@ def test_types_decide_in_calls_and_pythons_equality_in_asserts() -> None:
     assert score(one, test_list=["assert add(0, 1) == 1"]) == 1.0
 
 
-@pytest.mark.parametrize("form", _FORMS)
-@pytest.mark.parametrize(
-    "program",
-    [
+def test_forgeries_earn_nothing_in_any_form() -> None:
+    programs = [
         "class A(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\ndef add(a, b): return A(0)",
         "from unittest.mock import MagicMock\nadd = MagicMock()",
         "import os; os._exit(0)",
@@ -221,10 +213,12 @@ def test_types_decide_in_calls_and_pythons_equality_in_asserts() -> None:
         "def add(a, b): return float('nan')",
         "import builtins\nbuiltins.sum = builtins.abs = lambda *a: 3\ndef add(a, b): return None",
         "def check(candidate): return True\ndef add(a, b): return 0",
-    ],
-)
-def test_forgeries_earn_nothing_in_any_form(form: str, program: str) -> None:
-    assert score(program, **_FORMS[form]) == 0.0
+    ]
+    paid = {
+        form: [program for program, score in zip(programs, scores(programs, **row), strict=True) if score != 0.0]
+        for form, row in _FORMS.items()
+    }
+    assert paid == {form: [] for form in _FORMS}
 
 
 def test_prompt_helpers_missing_make_the_row_unusable_rather_than_the_program_the_judge() -> None:

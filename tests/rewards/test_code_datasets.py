@@ -13,6 +13,9 @@ import pytest
 from rewards import unit_test_reward
 
 _TIMEOUT_S = 120.0  # MBPP/123 computes for 4 s on an idle core
+_SAMPLE_AND_ALL = pytest.mark.parametrize(
+    "step", [pytest.param(12, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
 
 
 def _rows(folder: Path, *names: str) -> list[dict[str, Any]]:
@@ -53,10 +56,12 @@ def _score_humaneval(
     )
 
 
-def test_all_964_solutions_of_mbpp_pass(mbpp: list[dict[str, Any]]) -> None:
-    scores = _score_mbpp(mbpp, [row["code"] for row in mbpp])
-    assert len(scores) == 964
-    assert [row["task_id"] for row, score in zip(mbpp, scores, strict=True) if score != 1.0] == []
+@_SAMPLE_AND_ALL
+def test_all_964_solutions_of_mbpp_pass(mbpp: list[dict[str, Any]], step: int) -> None:
+    assert len(mbpp) == 964
+    rows = mbpp[::step]
+    scores = _score_mbpp(rows, [row["code"] for row in rows])
+    assert [row["task_id"] for row, score in zip(rows, scores, strict=True) if score != 1.0] == []
 
 
 @pytest.mark.parametrize("task_id", [367, 927])
@@ -70,29 +75,32 @@ def test_setup_that_needs_the_solution_is_broken_where_it_runs_first(mbpp: list[
     assert _score_mbpp([row], [row["code"].replace("+ 1", "+ 2").replace("+1", "+2").replace("<= 1", "<= 9")]) != [1.0]
 
 
+@_SAMPLE_AND_ALL
 @pytest.mark.parametrize("form", ["whole program", "continuation", "chat"])
-def test_all_164_solutions_of_humaneval_pass(humaneval: list[dict[str, Any]], form: str) -> None:
-    prompts: list[Any] = [row["prompt"] for row in humaneval]
-    completions: list[Any] = [row["prompt"] + row["canonical_solution"] for row in humaneval]
+def test_all_164_solutions_of_humaneval_pass(humaneval: list[dict[str, Any]], form: str, step: int) -> None:
+    assert len(humaneval) == 164
+    rows = humaneval[::step]
+    prompts: list[Any] = [row["prompt"] for row in rows]
+    completions: list[Any] = [row["prompt"] + row["canonical_solution"] for row in rows]
     if form == "continuation":
-        completions = [row["canonical_solution"] for row in humaneval]
+        completions = [row["canonical_solution"] for row in rows]
     elif form == "chat":
         prompts = [
-            [{"role": "user", "content": f"Complete this:\n```python\n{row['prompt']}```\nOnly code."}]
-            for row in humaneval
+            [{"role": "user", "content": f"Complete this:\n```python\n{row['prompt']}```\nOnly code."}] for row in rows
         ]
         completions = [
             [{"role": "assistant", "content": f"<think>Hm.</think>Here:\n```python\n{text}\n```\nIt works."}]
             for text in completions
         ]
-    scores = _score_humaneval(humaneval, completions, prompts)
-    assert len(scores) == 164
-    assert [row["task_id"] for row, score in zip(humaneval, scores, strict=True) if score != 1.0] == []
+    scores = _score_humaneval(rows, completions, prompts)
+    assert [row["task_id"] for row, score in zip(rows, scores, strict=True) if score != 1.0] == []
 
 
-def test_solutions_of_humaneval_pass_without_prompts_too(humaneval: list[dict[str, Any]]) -> None:
-    completions = [row["prompt"] + row["canonical_solution"] for row in humaneval]
-    assert _score_humaneval(humaneval, completions, None) == [1.0] * 164
+@_SAMPLE_AND_ALL
+def test_solutions_of_humaneval_pass_without_prompts_too(humaneval: list[dict[str, Any]], step: int) -> None:
+    rows = humaneval[::step]
+    completions = [row["prompt"] + row["canonical_solution"] for row in rows]
+    assert _score_humaneval(rows, completions, None) == [1.0] * len(rows)
 
 
 _RIGGED = {
@@ -116,16 +124,20 @@ def _altered(code: str, which: int) -> str:
     return "\n".join(lines)
 
 
-def test_score_of_every_mbpp_solution_drops_with_one_line_altered(mbpp: list[dict[str, Any]]) -> None:
-    rows = mbpp
+@_SAMPLE_AND_ALL
+def test_score_of_every_mbpp_solution_drops_with_one_line_altered(mbpp: list[dict[str, Any]], step: int) -> None:
+    rows = mbpp[::step]
     for which in (-1, 0, 1):  # the last `return` of 20 of them is for a case that their tests do not have
         scores = _score_mbpp(rows, [_altered(row["code"], which) for row in rows])
         rows = [row for row, score in zip(rows, scores, strict=True) if score is None or score >= 1.0]
     assert [row["task_id"] for row in rows] == []
 
 
-def test_score_of_every_humaneval_solution_drops_with_one_line_altered(humaneval: list[dict[str, Any]]) -> None:
-    rows = humaneval
+@_SAMPLE_AND_ALL
+def test_score_of_every_humaneval_solution_drops_with_one_line_altered(
+    humaneval: list[dict[str, Any]], step: int
+) -> None:
+    rows = humaneval[::step]
     for which in (-1, 0):  # HumanEval/52 asserts that an answer is true, which 'altered' is
         completions = [_altered(row["canonical_solution"], which) for row in rows]
         scores = _score_humaneval(rows, completions, [row["prompt"] for row in rows])

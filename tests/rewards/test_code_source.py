@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
 from rewards.sandbox.source import complete, defines, fenced_blocks, program_of, prompt_code
 
 _ADD = "def add(a, b):\n    return a + b"
 
 
-@pytest.mark.parametrize(
-    ("completion", "program"),
-    [
+def test_program_is_found() -> None:
+    table: list[tuple[Any, str]] = [
         (_ADD, _ADD),
         (f"```python\n{_ADD}\n```", _ADD),
         (f"```py\n{_ADD}\n```", _ADD),
@@ -35,15 +34,12 @@ _ADD = "def add(a, b):\n    return a + b"
         ("    return a + b", "    return a + b"),  # a continuation keeps its indentation
         ("", ""),
         (None, ""),
-    ],
-)  # fmt: skip
-def test_program_is_found(completion: object, program: str) -> None:
-    assert program_of(completion, "add") == program  # type: ignore[arg-type]
+    ]  # fmt: skip
+    assert [row for row in table if program_of(row[0], "add") != row[1]] == []
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
+def test_bare_program_is_taken_whole_whatever_it_begins_with() -> None:
+    for program in (
         "a, b = map(int, input().split())\nc = a + b\nprint(c)",
         "while True:\n    pass\nx = 1",
         "try:\n    n = int(input())\nexcept ValueError:\n    n = 0\nprint(n)",
@@ -67,31 +63,26 @@ def test_program_is_found(completion: object, program: str) -> None:
         "with open(0) as f:\n    x = f.read()\nprint(x)",
         "yes = no = 1\nx = 2",
         "n\nx = 1",
-    ],
-)
-def test_bare_program_is_taken_whole_whatever_it_begins_with(program: str) -> None:
-    assert program_of(program) == program
-    assert program_of(f"\n{program}\n") == f"\n{program}\n"
+    ):
+        assert program_of(program) == program
+        assert program_of(f"\n{program}\n") == f"\n{program}\n"
 
 
-@pytest.mark.parametrize(
-    "prose",
-    ["Here is the function.", "Sure!", "Solution:", "The answer is below:", "I'd do this", "1. Add them", "- add",
-     "**Code**", "This solves it, I think.\n\nIt adds"],
-)  # fmt: skip
-def test_prose_in_front_of_bare_code_is_dropped(prose: str) -> None:
-    assert program_of(f"{prose}\n\n{_ADD}", "add") == _ADD
-    assert program_of(f"{prose}\nn = int(input())\nprint(n)") == "n = int(input())\nprint(n)"
+def test_prose_in_front_of_bare_code_is_dropped() -> None:
+    for prose in (
+        "Here is the function.", "Sure!", "Solution:", "The answer is below:", "I'd do this", "1. Add them", "- add",
+        "**Code**", "This solves it, I think.\n\nIt adds",
+    ):  # fmt: skip
+        assert program_of(f"{prose}\n\n{_ADD}", "add") == _ADD
+        assert program_of(f"{prose}\nn = int(input())\nprint(n)") == "n = int(input())\nprint(n)", prose
 
 
-@pytest.mark.parametrize(
-    "unit", [" ", "a", "* ", "**a ", "a ", ":", "for :", ":#", "=", "`", "``` ", "a,", "<answer>", "\n", "- "]
-)
-def test_hostile_completion_is_read_in_linear_time(unit: str) -> None:
+def test_hostile_completion_is_read_in_linear_time() -> None:
     # 300,000 characters on a line: anything quadratic would take minutes and meet the test's time limit.
-    text = unit * (300_000 // len(unit))
-    for completion in (text, f"Words here\n{text}", f"for {text}", f"```{text}", f"```python\n{text}\n```"):
-        assert isinstance(program_of(completion, "add"), str)
+    for unit in (" ", "a", "* ", "**a ", "a ", ":", "for :", ":#", "=", "`", "``` ", "a,", "<answer>", "\n", "- "):
+        text = unit * (300_000 // len(unit))
+        for completion in (text, f"Words here\n{text}", f"for {text}", f"```{text}", f"```python\n{text}\n```"):
+            assert isinstance(program_of(completion, "add"), str)
 
 
 def test_without_a_known_entry_the_last_python_block_counts() -> None:
@@ -118,46 +109,42 @@ def test_form_feed_does_not_break_a_line() -> None:
     assert program_of("```python\nx = 'a\x0cb\u2028c'\n```") == "x = 'a\x0cb\u2028c'"
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("def add(): pass", True),
-        ("async def add(): pass", True),
-        ("class add: pass", True),
-        ("add = lambda a, b: a + b", True),
-        ("x = 1\ndef add(): pass", True),
-        ("    def add(): pass", False),
-        ("def adder(): pass", False),
-        ("add == 1", False),
-        ("# def add(): pass", False),
-    ],
-)
-def test_definition_is_recognised_by_its_line(code: str, expected: bool) -> None:
-    assert defines(code, "add") is expected
+def test_definition_is_recognised_by_its_line() -> None:
+    expected = {
+        "def add(): pass": True,
+        "async def add(): pass": True,
+        "class add: pass": True,
+        "add = lambda a, b: a + b": True,
+        "x = 1\ndef add(): pass": True,
+        "    def add(): pass": False,
+        "def adder(): pass": False,
+        "add == 1": False,
+        "# def add(): pass": False,
+    }
+    assert {code: defines(code, "add") for code in expected} == expected
 
 
 _STUB = 'from typing import List\n\ndef helper(x):\n    return x\n\ndef add(a: int, b: int) -> int:\n    """Add."""\n'
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        _STUB,
-        f"Complete this function.\n\n{_STUB}",
-        f"```python\n{_STUB}```",
-        f"Write it:\n```python\n{_STUB}```\nReply with code only.",
-        f"{_STUB}\nPlease complete it.",
-        [{"role": "system", "content": "You code."}, {"role": "user", "content": f"Go:\n```python\n{_STUB}```"}],
-    ],
-    ids=["raw", "prose before", "fenced", "fenced in prose", "prose after", "chat"],
-)
-def test_code_of_a_prompt_is_found(prompt: object) -> None:
-    assert prompt_code(prompt, "add").strip() == _STUB.strip()  # type: ignore[arg-type]
+def test_code_of_a_prompt_is_found() -> None:
+    prompts: dict[str, Any] = {
+        "raw": _STUB,
+        "prose before": f"Complete this function.\n\n{_STUB}",
+        "fenced": f"```python\n{_STUB}```",
+        "fenced in prose": f"Write it:\n```python\n{_STUB}```\nReply with code only.",
+        "prose after": f"{_STUB}\nPlease complete it.",
+        "chat": [
+            {"role": "system", "content": "You code."},
+            {"role": "user", "content": f"Go:\n```python\n{_STUB}```"},
+        ],
+    }
+    assert [name for name, prompt in prompts.items() if prompt_code(prompt, "add").strip() != _STUB.strip()] == []
 
 
-@pytest.mark.parametrize("prompt", ["Add two numbers.", "def other(): pass", "def add(a, b)", ""])
-def test_prompt_without_the_entry_gives_no_code(prompt: str) -> None:
-    assert prompt_code(prompt, "add") == ""
+def test_prompt_without_the_entry_gives_no_code() -> None:
+    for prompt in ("Add two numbers.", "def other(): pass", "def add(a, b)", ""):
+        assert prompt_code(prompt, "add") == "", prompt
 
 
 def test_continuation_is_put_after_the_stub_and_a_program_after_its_helpers() -> None:

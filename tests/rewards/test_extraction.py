@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards import (
+    accuracy_reward,
+    choice_reward,
+    countdown_reward,
+    exact_match_reward,
+    format_reward,
+    honest_accuracy,
+)
 from rewards.completion import completion_text, prompt_end, visible_text, visible_texts
 from rewards.extraction import extract_answer
 
@@ -86,12 +97,10 @@ CLASSES = {
         "The answer is",
     ],
 }
-FLAT = [(text, want) for want, texts in CLASSES.items() for text in texts]
 
 
-@pytest.mark.parametrize(("text", "want"), FLAT, ids=[repr(text) for text, _ in FLAT])
-def test_texts_of_one_class_commit_to_one_answer(text: str, want: str | None) -> None:
-    assert extract_answer(text) == want
+def test_texts_of_one_class_commit_to_one_answer() -> None:
+    assert [(text, want) for want, texts in CLASSES.items() for text in texts if extract_answer(text) != want] == []
 
 
 HEDGES = [
@@ -131,12 +140,10 @@ HEDGES = [
 ]
 
 
-@pytest.mark.parametrize("text", HEDGES, ids=repr)
-def test_a_hedge_is_no_answer(text: str) -> None:
-    from rewards import accuracy_reward
-
-    assert accuracy_reward([text], ["42"]) == [0.0]
-    assert accuracy_reward([text], ["41"]) == [0.0]
+def test_a_hedge_is_no_answer() -> None:
+    for gold in ("42", "41"):
+        scores = accuracy_reward(HEDGES, [gold] * len(HEDGES))
+        assert [text for text, score in zip(HEDGES, scores, strict=True) if score != 0.0] == []
 
 
 def test_working_in_front_of_a_box_inside_the_answer_tag_is_read_as_a_chain() -> None:
@@ -159,26 +166,20 @@ def test_a_later_number_in_prose_takes_a_marked_answer_back_and_chatter_does_not
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("method", "answers"),
     [
-        ("15\n4+4=8", "15"),
-        ("\n\n 15 \n16", "15"),
-        ("15", "15"),
-        ("", None),
-        ("2+3=5\n4+4=8", None),
-        ("x = 5\n", "x = 5"),
+        (
+            "first_line",
+            {"15\n4+4=8": "15", "\n\n 15 \n16": "15", "15": "15", "": None, "2+3=5\n4+4=8": None, "x = 5\n": "x = 5"},
+        ),
+        (
+            "last_number",
+            {"so 1,234 apples": "1,234", "it is -3.5": "-3.5", "1 then 2/3": "2/3", "none": None, "x2 and .5": ".5"},
+        ),
     ],
 )
-def test_the_first_line_is_the_answer_of_a_few_shot_completion(text: str, want: str | None) -> None:
-    assert extract_answer(text, ["first_line"]) == want
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [("so 1,234 apples", "1,234"), ("it is -3.5", "-3.5"), ("1 then 2/3", "2/3"), ("none", None), ("x2 and .5", ".5")],
-)
-def test_the_last_number_is_found_on_request(text: str, want: str | None) -> None:
-    assert extract_answer(text, ["last_number"]) == want
+def test_the_first_line_or_the_last_number_is_the_answer_on_request(method: str, answers: dict[str, Any]) -> None:
+    assert {text: extract_answer(text, [method]) for text in answers} == answers
 
 
 @given(st.text(max_size=300))
@@ -194,26 +195,25 @@ def test_the_last_closed_box_wins_whatever_stands_before_it(before: str, number:
     assert extract_answer(f"{before} x \\boxed{{{number}}}", ["boxed"]) == str(number)
 
 
-THINKING = [
-    ("42", "42"),
-    ("<think>41</think>42", "42"),
-    ("<THINK>41</THINK>42", "42"),
-    ("<thinking>41</thinking>42", "42"),
-    ("<reasoning>41</reasoning>42", "42"),
-    ("41</think>42", "42"),
-    ("42<think>41", "42"),
-    ("<think>41", ""),
-    ("<think>a<think>b</think>42", "42"),
-    ("<think>a</think>4<think>b</think>2", "42"),
-    ("a</think>b</think>42", "42"),
-    ("42<think>a</think>", "42"),
-    ("<thinker>42", "<thinker>42"),
-]
+THINKING = {
+    "42": "42",
+    "<think>41</think>42": "42",
+    "<THINK>41</THINK>42": "42",
+    "<thinking>41</thinking>42": "42",
+    "<reasoning>41</reasoning>42": "42",
+    "41</think>42": "42",
+    "42<think>41": "42",
+    "<think>41": "",
+    "<think>a<think>b</think>42": "42",
+    "<think>a</think>4<think>b</think>2": "42",
+    "a</think>b</think>42": "42",
+    "42<think>a</think>": "42",
+    "<thinker>42": "<thinker>42",
+}
 
 
-@pytest.mark.parametrize(("text", "want"), THINKING)
-def test_thinking_is_left_out(text: str, want: str) -> None:
-    assert visible_text(text) == want
+def test_thinking_is_left_out() -> None:
+    assert {text: visible_text(text) for text in THINKING} == THINKING
 
 
 def test_a_prompt_that_opens_the_thinking_hides_what_comes_before_its_end() -> None:
@@ -229,9 +229,8 @@ def test_a_chat_prompt_leads_into_the_completion_only_by_a_started_assistant_tur
     assert prompt_end([]) == prompt_end(None) == ""
 
 
-@pytest.mark.parametrize(
-    ("completion", "want"),
-    [
+def test_the_text_of_a_completion_is_found_in_every_shape() -> None:
+    cases: list[tuple[Any, str]] = [
         (None, ""),
         ("text", "text"),
         ([{"role": "assistant", "content": "a"}], "a"),
@@ -248,11 +247,8 @@ def test_a_chat_prompt_leads_into_the_completion_only_by_a_started_assistant_tur
         ([{"role": "assistant", "content": "b", "reasoning_content": "42"}], "b"),
         ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}], "a"),
         ([], ""),
-    ],
-    ids=repr,
-)
-def test_the_text_of_a_completion_is_found_in_every_shape(completion: object, want: str) -> None:
-    assert completion_text(completion) == want  # type: ignore[arg-type]
+    ]
+    assert [(completion, want) for completion, want in cases if completion_text(completion) != want] == []
 
 
 def test_content_of_another_type_is_refused() -> None:
@@ -261,71 +257,26 @@ def test_content_of_another_type_is_refused() -> None:
 
 
 REPEATED = [
-    "1",
-    "1,",
-    "a ",
-    "(",
-    "{",
-    "\\{",
-    "\\frac{",
-    "\\text{",
-    "-",
-    "=",
-    "\\boxed{",
-    "$",
-    "$\\boxed{",
-    "\\(",
-    "**",
-    "1{,}",
-    "or ",
-]
-REPEATED += [
-    ",",
-    "\\boxed{1} ",
-    "\\boxed{1} or ",
-    "answer ",
-    "answer is ",
-    "answer: 1 ",
-    "#",
-    "####",
-    "#### 1",
-    "\n",
-    "\\",
-    "½",
-    "é",
-]
-REPEATED += [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<answer>1",
-    "x_",
-    "^",
-    "!",
-    "|",
-    "\\deg",
-    "5 cm ",
-    " because",
-    ". ",
-    "1 1/2 ",
-]
+    "1", "1,", "a ", "(", "{", "\\{", "\\frac{", "\\text{", "-", "=", "\\boxed{", "$", "$\\boxed{", "\\(", "**",
+    "1{,}", "or ", ",", "\\boxed{1} ", "\\boxed{1} or ", "answer ", "answer is ", "answer: 1 ", "#", "####", "#### 1",
+    "\n", "\\", "½", "é", "<think>", "</think>", "<answer>", "</answer>", "<answer>1", "x_", "^", "!", "|", "\\deg",
+    "5 cm ", " because", ". ", "1 1/2 ",
+]  # fmt: skip
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("piece", REPEATED, ids=repr)
-def test_no_repeated_pattern_makes_a_scan_quadratic(piece: str) -> None:
-    """60,000 characters: linear work takes a tenth of a second here, quadratic work far more than the limit."""
-    from rewards import (
-        accuracy_reward,
-        choice_reward,
-        countdown_reward,
-        exact_match_reward,
-        format_reward,
-        honest_accuracy,
-    )
+@pytest.mark.parametrize(("characters", "limit_s"), [(15_000, 5.0), pytest.param(60_000, 30.0, marks=pytest.mark.slow)])
+def test_no_repeated_pattern_makes_a_scan_quadratic(characters: int, limit_s: float) -> None:
+    """Linear work takes tenths of a second, quadratic work far more than the limit."""
+    slow = {}
+    for piece in REPEATED:
+        start = time.monotonic()
+        _score_all((piece * characters)[:characters])
+        if (seconds := time.monotonic() - start) > limit_s:
+            slow[piece] = seconds
+    assert slow == {}
 
-    text = (piece * 60_000)[:60_000]
+
+def _score_all(text: str) -> None:
     texts = [text, f"\\boxed{{{text[:3900]}}}", f"<answer>{text}</answer>", f"The answer is {text}", f"#### {text}"]
     for methods in (["first_line"], ["last_number"], ["answer_tag", "boxed", "hash", "phrase"]):
         accuracy_reward(texts, ["12345"] * 5, extract=methods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -94,19 +95,17 @@ WRONG_FORMS = {
 }
 
 
-@pytest.mark.parametrize("text", RIGHT_FORMS, ids=repr)
-def test_the_right_form_is_paid(text: str) -> None:
-    assert format_reward([text]) == [1.0]
-    assert format_reward([[{"role": "assistant", "content": text}]]) == [1.0]
-    assert format_reward([text], mode="soft") == [1.0]
+def test_the_right_form_is_paid() -> None:
+    chat = [[{"role": "assistant", "content": text}] for text in RIGHT_FORMS]
+    for scores in (format_reward(RIGHT_FORMS), format_reward(chat), format_reward(RIGHT_FORMS, mode="soft")):
+        assert [text for text, score in zip(RIGHT_FORMS, scores, strict=True) if score != 1.0] == []
 
 
-@pytest.mark.parametrize("text", WRONG_FORMS.values(), ids=WRONG_FORMS)
-def test_a_wrong_form_is_not_paid(text: str) -> None:
-    assert format_reward([text]) == [0.0]
-    soft = format_reward([text], mode="soft")[0]
-    assert soft is not None
-    assert soft <= 0.5
+def test_a_wrong_form_is_not_paid() -> None:
+    texts = list(WRONG_FORMS.values())
+    strict, soft = format_reward(texts), format_reward(texts, mode="soft")
+    assert [name for name, score in zip(WRONG_FORMS, strict, strict=True) if score != 0.0] == []
+    assert [name for name, score in zip(WRONG_FORMS, soft, strict=True) if score is None or score > 0.5] == []
 
 
 def test_soft_credit_counts_right_blocks_and_repetition_loses_it() -> None:
@@ -149,12 +148,13 @@ def test_a_pattern_matches_the_whole_text_over_newlines() -> None:
     assert format_reward(["a\nb END", "a END b"], pattern=r".+ END") == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"mode": "loose"}, {"mode": "soft", "pattern": ".*"}, {"tags": []}, {"tags": ["a", "a"]}], ids=repr
-)
-def test_options_that_make_no_sense_are_refused(kwargs: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="format_reward"):
-        format_reward([RIGHT], **kwargs)  # type: ignore[arg-type]
+def test_options_that_make_no_sense_are_refused() -> None:
+    options: list[dict[str, Any]] = [
+        {"mode": "loose"}, {"mode": "soft", "pattern": ".*"}, {"tags": []}, {"tags": ["a", "a"]},
+    ]  # fmt: skip
+    for kwargs in options:
+        with pytest.raises(ValueError, match="format_reward"):
+            format_reward([RIGHT], **kwargs)
 
 
 def test_the_longest_answer_can_be_set() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rewards import accuracy_reward, judge
+from rewards.judge import client
 
 ROOT = Path(__file__).resolve().parents[2]
 SURD = ("\\boxed{\\sqrt{12}}", "2\\sqrt{3}")  # needs computer algebra
@@ -26,8 +27,8 @@ def surd() -> list[float | None]:
 
 
 def judge_pid() -> int:
-    assert judge._judge.process is not None
-    return judge._judge.process.pid
+    assert client._judge.process is not None
+    return client._judge.process.pid
 
 
 def run_script(code: str) -> subprocess.CompletedProcess[str]:
@@ -91,9 +92,10 @@ def test_a_daemonic_worker_gets_a_judge_of_its_own(method: str) -> None:
 
 def test_a_script_without_a_main_guard_works_and_leaves_no_process() -> None:
     done = run_script("""
-        from rewards import accuracy_reward, judge
+        from rewards import accuracy_reward
+        from rewards.judge import client
         print(accuracy_reward([r"\\boxed{\\sqrt{12}}"], [r"2\\sqrt{3}"]))
-        print(judge._judge.process.pid)
+        print(client._judge.process.pid)
     """)
     assert done.stderr == ""
     scores, pid = done.stdout.splitlines()
@@ -106,9 +108,10 @@ def test_a_script_without_a_main_guard_works_and_leaves_no_process() -> None:
 def test_the_judge_ends_when_its_caller_is_killed() -> None:
     done = run_script("""
         import os, signal
-        from rewards import accuracy_reward, judge
+        from rewards import accuracy_reward
+        from rewards.judge import client
         accuracy_reward([r"\\boxed{\\sqrt{12}}"], [r"2\\sqrt{3}"])
-        print(judge._judge.process.pid, flush=True)
+        print(client._judge.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     pid = int(done.stdout)
@@ -169,20 +172,20 @@ def test_an_unknown_task_is_an_error() -> None:
 def test_no_items_ask_nobody() -> None:
     judge.stop_judge()
     assert judge.ask("math", [], 1.0) == []
-    assert judge._judge.process is None
+    assert client._judge.process is None
 
 
 def test_an_interrupted_batch_does_not_mix_its_answers_into_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     assert surd() == [1.0, 0.0]
-    read_line = judge._judge.read_line
+    read_line = client._judge.read_line
 
     def interrupted(deadline: float) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge._judge, "read_line", interrupted)
+    monkeypatch.setattr(client._judge, "read_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         surd()
-    monkeypatch.setattr(judge._judge, "read_line", read_line)
+    monkeypatch.setattr(client._judge, "read_line", read_line)
     assert accuracy_reward(["\\boxed{\\sqrt{13}}", SURD[0]], [SURD[1]] * 2) == [0.0, 1.0]
 
 

@@ -75,11 +75,11 @@ def test_gated_length_rewards_together_stay_under_correctness(group: list[tuple[
     assert wrong_never_beats_right(group, totals)
 
 
-@pytest.mark.parametrize(
-    ("length", "want"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (101, -1.0), (1000, -1.0)]
-)
-def test_overlong_is_equation_13_of_dapo(length: int, want: float) -> None:
-    assert soft_overlong_punishment([""], [[0] * length], max_completion_length=LIMIT, cache_length=20) == [want]
+def test_overlong_is_equation_13_of_dapo() -> None:
+    wanted = {0: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 100: -1.0, 101: -1.0, 1000: -1.0}  # by length
+    ids = [[0] * length for length in wanted]
+    scores = soft_overlong_punishment([""] * 7, ids, max_completion_length=LIMIT, cache_length=20)
+    assert dict(zip(wanted, scores, strict=True)) == wanted
 
 
 @given(st.integers(0, 300), st.integers(1, 100))
@@ -92,10 +92,10 @@ def test_overlong_grows_with_length_and_stays_in_its_range(length: int, cache: i
     assert -1.0 <= longer <= shorter <= 0.0
 
 
-@pytest.mark.parametrize("cache", [0, -1, 101])
-def test_an_overlong_cache_outside_the_limit_is_refused(cache: int) -> None:
-    with pytest.raises(ValueError, match=f"cache_length is {cache}; allowed: 1 to max_completion_length"):
-        soft_overlong_punishment([""], [[0]], max_completion_length=LIMIT, cache_length=cache)
+def test_an_overlong_cache_outside_the_limit_is_refused() -> None:
+    for cache in (0, -1, 101):
+        with pytest.raises(ValueError, match=f"cache_length is {cache}; allowed: 1 to max_completion_length"):
+            soft_overlong_punishment([""], [[0]], max_completion_length=LIMIT, cache_length=cache)
 
 
 def test_cosine_has_open_r1_s_values_and_is_clamped() -> None:
@@ -120,18 +120,16 @@ def test_cosine_ranges_that_overlap_are_refused() -> None:
         cosine_length_reward(**batch([(True, 5)]), max_completion_length=LIMIT, max_wrong=0.6)
 
 
-@pytest.mark.parametrize(
-    ("ids", "want"),
-    [
+def test_repetition_is_the_share_of_repeated_ngrams() -> None:
+    table: list[tuple[list[int], float]] = [
         ([], 0.0),
         ([1], 0.0),  # shorter than a 2-gram
         ([1, 2, 3], 0.0),
         ([7, 7, 7, 7, 7], -0.75),  # 4 two-grams, 1 distinct
         ([1, 2, 1, 2, 1], -0.5),  # 4 two-grams, 2 distinct
-    ],
-)
-def test_repetition_is_the_share_of_repeated_ngrams(ids: list[int], want: float) -> None:
-    assert repetition_penalty_reward([""], [ids], ngram_size=2) == [want]
+    ]
+    scores = repetition_penalty_reward([""] * 5, [ids for ids, _ in table], ngram_size=2)
+    assert scores == [want for _, want in table]
 
 
 def test_repetition_counts_words_without_token_ids() -> None:
@@ -145,10 +143,11 @@ def test_repetition_stays_in_its_range(ids: list[int], size: int) -> None:
     assert -0.5 <= score <= 0.0
 
 
-@pytest.mark.parametrize("kwargs", [{"max_penalty": 1.0}, {"ngram_size": 0}], ids=repr)
-def test_repetition_options_that_would_pay_are_refused(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="repetition_penalty_reward"):
-        repetition_penalty_reward([""], [[1]], **kwargs)
+def test_repetition_options_that_would_pay_are_refused() -> None:
+    options: list[dict[str, Any]] = [{"max_penalty": 1.0}, {"ngram_size": 0}]
+    for kwargs in options:
+        with pytest.raises(ValueError, match="repetition_penalty_reward"):
+            repetition_penalty_reward([""], [[1]], **kwargs)
 
 
 def test_concise_compares_right_completions_of_one_group_only() -> None:

@@ -342,14 +342,11 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("gold", "given", "why"), EQUAL, ids=[f"{g}~{a}" for g, a, _ in EQUAL])
-def test_an_equal_answer_is_paid(gold: str, given: str, why: str) -> None:
-    assert accuracy_reward([f"So we are done: \\boxed{{{given}}}."], [gold]) == [1.0], why
-
-
-@pytest.mark.parametrize(("gold", "given", "why"), DIFFERENT, ids=[f"{g}~{a}" for g, a, _ in DIFFERENT])
-def test_a_different_answer_is_not_paid(gold: str, given: str, why: str) -> None:
-    assert accuracy_reward([f"So we are done: \\boxed{{{given}}}."], [gold]) == [0.0], why
+@pytest.mark.parametrize(("table", "pay"), [(EQUAL, 1.0), (DIFFERENT, 0.0)], ids=["equal", "different"])
+def test_an_equal_answer_is_paid_and_a_different_one_is_not(table: list[tuple[str, str, str]], pay: float) -> None:
+    completions = [f"So we are done: \\boxed{{{given}}}." for _, given, _ in table]
+    scores = accuracy_reward(completions, [gold for gold, _, _ in table])
+    assert [row for row, score in zip(table, scores, strict=True) if score != pay] == []
 
 
 def test_whole_completions_are_judged_as_a_reader_would() -> None:
@@ -379,18 +376,21 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_answer_costs_its_limit_at_most_and_earns_nothing(name: str) -> None:
-    gold, answer = HOSTILE[name]
+def test_a_hostile_answer_costs_its_limit_at_most_and_earns_nothing() -> None:
     accuracy_reward(["\\boxed{x+1}"], ["1+x"])  # the judge is running
-    begun = time.monotonic()
-    assert accuracy_reward([f"\\boxed{{{answer}}}"], [gold], timeout_s=2.0) == [0.0]
-    assert time.monotonic() - begun < 2.0 + 3.0  # the limit, and room for a busy machine
+    wrong = []
+    for name, (gold, answer) in HOSTILE.items():
+        start = time.monotonic()
+        scores = accuracy_reward([f"\\boxed{{{answer}}}"], [gold], timeout_s=1.0)
+        seconds = time.monotonic() - start
+        if scores != [0.0] or seconds > 1.0 + 3.0:  # the limit, and room for a busy machine
+            wrong.append((name, scores, seconds))
+    assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_a_long_hostile_text_is_read_in_linear_time() -> None:
+    wrong = []
+    for text in (
         "\\boxed{3}" + "\n" * 200_000 + "or",
         "\\boxed{3}" + "." * 100_000 + "\\boxed{4}",
         "\\boxed{3}" + " option" * 30_000 + " x \\boxed{4}",
@@ -403,13 +403,13 @@ def test_a_hostile_answer_costs_its_limit_at_most_and_earns_nothing(name: str) -
         "<" + " " * 100_000 + "think>",
         "<answer>" + "```" * 30_000 + "</answer>",
         "\\boxed{" + " " * 100_000 + "2}",
-    ],
-    ids=lambda text: repr(text[:24]),
-)
-def test_a_long_hostile_text_is_read_in_linear_time(text: str) -> None:
-    begun = time.monotonic()
-    assert accuracy_reward([text], ["1"]) == [0.0]
-    assert time.monotonic() - begun < 10.0  # a fraction of a second on an idle core
+    ):
+        start = time.monotonic()
+        scores = accuracy_reward([text], ["1"])
+        seconds = time.monotonic() - start
+        if scores != [0.0] or seconds > 10.0:  # a fraction of a second on an idle core
+            wrong.append((text[:24], scores, seconds))
+    assert wrong == []
 
 
 def test_every_gold_of_the_table_answers_itself() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,9 +31,14 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("text", "gold", "want"), EXACT)
-def test_exact_match_compares_normalised_text(text: str, gold: object, want: float | None) -> None:
-    assert exact_match_reward([text], [gold]) == [want]
+def wrong_rows(reward: Callable[..., list[float | None]], table: list[Any]) -> list[Any]:
+    """Return the rows (completion, gold, wanted score) of a table that the reward scores otherwise."""
+    scores = reward([text for text, _, _ in table], [gold for _, gold, _ in table])
+    return [(row, score) for row, score in zip(table, scores, strict=True) if score != row[2]]
+
+
+def test_exact_match_compares_normalised_text() -> None:
+    assert wrong_rows(exact_match_reward, EXACT) == []
 
 
 def test_exact_match_can_compare_the_whole_visible_text_and_be_strict() -> None:
@@ -70,9 +77,8 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "gold", "want"), CHOICES)
-def test_a_choice_is_one_committed_letter(text: str, gold: object, want: float | None) -> None:
-    assert choice_reward([text], [gold]) == [want]
+def test_a_choice_is_one_committed_letter() -> None:
+    assert wrong_rows(choice_reward, CHOICES) == []
 
 
 def test_choices_on_offer_can_be_set() -> None:
@@ -115,14 +121,14 @@ COUNTDOWN = [
 ]
 
 
-@pytest.mark.parametrize(("expression", "want"), COUNTDOWN, ids=[text[:30] for text, _ in COUNTDOWN])
-def test_countdown_reads_arithmetic_on_the_given_numbers_only(expression: str, want: float) -> None:
-    assert countdown_reward([f"<answer>{expression}</answer>"], [[20, 16]], [4]) == [want]
+def test_countdown_reads_arithmetic_on_the_given_numbers_only() -> None:
+    count = len(COUNTDOWN)
+    scores = countdown_reward([f"<answer>{text}</answer>" for text, _ in COUNTDOWN], [[20, 16]] * count, [4] * count)
+    assert [text[:30] for (text, want), score in zip(COUNTDOWN, scores, strict=True) if score != want] == []
 
 
-@pytest.mark.parametrize(
-    ("expression", "nums", "target", "want"),
-    [
+def test_countdown_is_exact_and_counts_each_number() -> None:
+    table: list[tuple[str, list[int], int, float]] = [
         ("3 * 4 / 2", [2, 3, 4], 6, 1.0),
         ("7 / 2 * 4", [2, 4, 7], 14, 1.0),  # exact through a fraction
         ("1 / 3 * 3", [1, 3, 3], 1, 1.0),
@@ -135,10 +141,10 @@ def test_countdown_reads_arithmetic_on_the_given_numbers_only(expression: str, w
         ("5 + 5", [5, 5], 10, 1.0),
         ("5", [5, 3], 5, 1.0),
         ("-3 + 8", [3, 8], 5, 1.0),
-    ],
-)
-def test_countdown_is_exact_and_counts_each_number(expression: str, nums: list[int], target: int, want: float) -> None:
-    assert countdown_reward([f"\\boxed{{{expression}}}"], [nums], [target]) == [want]
+    ]
+    texts, nums, targets, wanted = zip(*table, strict=True)
+    scores = countdown_reward([f"\\boxed{{{text}}}" for text in texts], nums, targets)
+    assert [row for row, score, want in zip(table, scores, wanted, strict=True) if score != want] == []
 
 
 def test_countdown_can_ask_for_every_number_and_pay_for_the_right_kind_of_try() -> None:
@@ -149,9 +155,10 @@ def test_countdown_can_ask_for_every_number_and_pay_for_the_right_kind_of_try() 
         countdown_reward(tries, [[20, 16]] * 3, [4] * 3, partial_credit=0.9)
 
 
-@pytest.mark.parametrize(("nums", "target"), [(None, 4), ([], 4), ([20, "x"], 4), ([20, 16], None), ([20, 16], 4.5)])
-def test_a_row_that_states_no_problem_gives_none(nums: object, target: object) -> None:
-    assert countdown_reward(["<answer>20-16</answer>"], [nums], [target]) == [None]  # type: ignore[list-item]
+def test_a_row_that_states_no_problem_gives_none() -> None:
+    rows: list[tuple[Any, Any]] = [(None, 4), ([], 4), ([20, "x"], 4), ([20, 16], None), ([20, 16], 4.5)]
+    scores = countdown_reward(["<answer>20-16</answer>"] * 5, [nums for nums, _ in rows], [goal for _, goal in rows])
+    assert scores == [None] * 5
 
 
 def test_countdown_outside_thinking_only_and_in_a_few_shot_line() -> None:
@@ -159,11 +166,9 @@ def test_countdown_outside_thinking_only_and_in_a_few_shot_line() -> None:
     assert countdown_reward(["20-16\n3-1"], [[20, 16]], [4], extract=["first_line"]) == [1.0]
 
 
-@pytest.mark.parametrize(
-    "name", ["countdown_easy_train", "countdown_easy_test", "countdown_3to4_train", "countdown_3to4_test"]
-)
+@pytest.mark.parametrize("name", ["easy_train", "easy_test", "3to4_train", "3to4_test"])
 def test_every_example_solution_is_paid_and_a_neighbour_s_is_not(name: str, shared_data: Path) -> None:
-    rows = [json.loads(line) for line in (shared_data / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (shared_data / f"countdown_{name}.jsonl").read_text().splitlines()]
     texts = [f"<answer>{row['example_solution']}</answer>" for row in rows]
     columns = {"nums": [row["nums"] for row in rows], "target": [row["target"] for row in rows]}
     assert set(countdown_reward(texts, **columns)) == {1.0}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from rewards.sandbox import Outcome, TestCode, run_tests
 
 _CHECK = "def check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6\n    assert candidate(3) == 9\n"
@@ -116,9 +114,8 @@ def test_object_can_be_used_like_a_container() -> None:
     assert asserts(script, program).fraction == 1.0
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
+def test_forged_answer_earns_nothing_from_test_code() -> None:
+    programs = [
         "class A:\n    def __eq__(s, o): return True\n    def __bool__(s): return True\ndef square(x): return A()",
         "class A:\n    def __abs__(s): return s\n    def __sub__(s, o): return s\n    def __lt__(s, o): return True\n"
         "    def __eq__(s, o): return True\ndef square(x): return A()",
@@ -138,12 +135,9 @@ def test_object_can_be_used_like_a_container() -> None:
         "def square(x): return float('nan')",
         "def square(x): return (y for y in [x * x])",
         "",
-    ],
-)  # fmt: skip
-def test_forged_answer_earns_nothing_from_test_code(program: str) -> None:
-    outcome = check(_CHECK, program)
-    assert outcome.unusable is None
-    assert outcome.fraction == 0.0
+    ]  # fmt: skip
+    outcomes = run_tests(programs, TestCode("square", check=_CHECK), timeout_s=60.0)
+    assert [(one.unusable, one.fraction) for one in outcomes] == [(None, 0.0)] * len(programs)
 
 
 _ALWAYS = "class A:\n    __eq__ = __contains__ = __le__ = __ge__ = __lt__ = __gt__ = lambda s, o: True\n"
@@ -176,22 +170,24 @@ FORGED_BY_OBJECTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORGED_BY_OBJECTS)
-def test_an_object_or_exception_of_the_program_decides_nothing(name: str) -> None:
-    script, program = FORGED_BY_OBJECTS[name]
-    outcome = check(script, program) if "def check" in script else asserts([script], program)
-    assert outcome.unusable is None
-    assert outcome.fraction == 0.0
+def test_an_object_or_exception_of_the_program_decides_nothing() -> None:
+    scripts, programs = zip(*FORGED_BY_OBJECTS.values(), strict=True)
+    tests = [
+        TestCode("square", check=script) if "def check" in script else TestCode(None, tests=(script,))
+        for script in scripts
+    ]
+    outcomes = dict(zip(FORGED_BY_OBJECTS, run_tests(programs, tests, timeout_s=60.0), strict=True))
+    assert [name for name, one in outcomes.items() if (one.unusable, one.fraction) != (None, 0.0)] == []
 
 
-@pytest.mark.parametrize("kind", ["ArithmeticError", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "Exception"])
-def test_leaving_is_not_raising(kind: str) -> None:
+def test_leaving_is_not_raising() -> None:
     # A test that expects an exception is not satisfied by a process that ends.
     script = "def check(candidate):\n    ok = False\n    try:\n        candidate(1)\n" + (
         "    except Exception:\n        ok = True\n    assert ok"
     )
     assert check(script, "import os\ndef square(x): os._exit(0)").fraction == 0.0
-    assert check(script, f"def square(x): raise {kind}").fraction == 1.0
+    kinds = ["ArithmeticError", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "Exception"]
+    assert {kind: check(script, f"def square(x): raise {kind}").fraction for kind in kinds} == dict.fromkeys(kinds, 1.0)
 
 
 def test_hanging_program_is_out_of_time_in_test_code_too() -> None:
@@ -214,9 +210,8 @@ def test_random_tests_are_the_same_each_time() -> None:
     assert len({outcome.passed for outcome in outcomes}) == 1
 
 
-@pytest.mark.parametrize(
-    ("tests", "why"),
-    [
+def test_unusable_tests_are_told_apart_from_a_wrong_program() -> None:
+    reasons = [
         (TestCode("square", check="def check(candidate:\n    pass"), "not Python"),
         (TestCode("square", check="def check(candidate):\n    assert True"), "never ask the program"),
         (TestCode("square", check="assert sorted([2, 1]) == [1, 2]"), "never ask the program"),
@@ -224,13 +219,13 @@ def test_random_tests_are_the_same_each_time() -> None:
         (TestCode("square", check="def check(candidate):\n    assert poly(candidate(1)) == 0", open=False), "'poly'"),
         (TestCode(None, check=_CHECK), "no entry_point"),
         (TestCode("square", check="import sys\nsys.exit(0)"), "end their own process"),
-    ],
-)
-@pytest.mark.parametrize(
-    "program", [_SQUARE, "syntax error", "import os; os._exit(0)"], ids=["right", "broken", "gone"]
-)
-def test_unusable_tests_are_told_apart_from_a_wrong_program(tests: TestCode, why: str, program: str) -> None:
-    assert why in str(judged(program, tests).unusable)
+    ]
+    for program in (_SQUARE, "syntax error", "import os; os._exit(0)"):
+        outcomes = run_tests([program] * len(reasons), [tests for tests, _ in reasons], timeout_s=60.0)
+        wrong = [
+            (why, one.unusable) for (_, why), one in zip(reasons, outcomes, strict=True) if why not in str(one.unusable)
+        ]
+        assert wrong == [], program
 
 
 def test_argument_that_cannot_leave_the_judge_makes_the_test_unusable() -> None:

@@ -130,7 +130,7 @@ def test_layer_that_fails_after_probing_stops_the_reward(monkeypatch: pytest.Mon
     if "landlock" not in sandbox.isolation().layers:
         pytest.skip("no Landlock here")
     broken = Pool(["landlock", "seccomp", "rlimits", "uid"] if sys.platform == "linux" else [])
-    monkeypatch.setattr(sandbox, "_pool", lambda allow: broken)
+    monkeypatch.setattr("rewards.sandbox.run._pool", lambda allow: broken)
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc")  # where no directory can be made
     with pytest.raises(SandboxError, match="cannot put on its layers"):
         run_tests([_RIGHT], _ADD)

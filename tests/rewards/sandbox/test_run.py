@@ -63,21 +63,19 @@ def test_outcomes_come_in_the_order_of_the_programs(stack: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("program", "compiled", "ran", "error"),
-    [
+def test_outcome_tells_how_far_a_program_came() -> None:
+    table = [  # program, compiled, ran, error
         ("def add(a, b) return", False, False, "SyntaxError"),
         ("import nothing_of_that_name", True, False, "ModuleNotFoundError"),
         ("x = 1", True, False, "the program does not define 'add'"),
         ("def add(a): return a", True, False, "TypeError"),
         ("import os; os._exit(0)", True, False, "its process ended"),
         ("raise SystemExit(0)", True, False, "SystemExit"),
-    ],
-)
-def test_outcome_tells_how_far_a_program_came(program: str, compiled: bool, ran: bool, error: str) -> None:
-    outcome = run_one(program)
-    assert (outcome.fraction, outcome.compiled, outcome.ran) == (0.0, compiled, ran)
-    assert error in str(outcome.error)
+    ]
+    outcomes = run_tests([program for program, *_ in table], _ADD, timeout_s=60.0)
+    for (program, compiled, ran, error), outcome in zip(table, outcomes, strict=True):
+        assert (outcome.fraction, outcome.compiled, outcome.ran) == (0.0, compiled, ran), program
+        assert error in str(outcome.error)
 
 
 def test_tests_before_a_crash_still_count() -> None:
@@ -125,9 +123,8 @@ def test_script_is_judged_by_what_it_prints(stack: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("program", "passes"),
-    [
+def test_output_policy() -> None:
+    table = [  # program, passes
         ("print('a'); print('b')", True),
         ("print('a  '); print('b'); print(); print()", True),  # blanks at the ends of lines and of the output
         ("print('a'); print('b'); print('c')", False),
@@ -149,10 +146,9 @@ def test_script_is_judged_by_what_it_prints(stack: str) -> None:
         ("print('a'); print('b'); open('left behind', 'w').write('x')", True),
         ("import sys\nfor line in sys.stdin: pass\nprint('a'); print('b')", True),
         ("print(open(0).read() or 'a\\nb')", True),
-    ],
-)
-def test_output_policy(program: str, passes: bool) -> None:
-    assert run_one(program, Streams((("", "a\nb\n"),))).passed == (passes,)
+    ]
+    outcomes = run_tests([program for program, _ in table], Streams((("", "a\nb\n"),)), timeout_s=60.0)
+    assert [row for row, outcome in zip(table, outcomes, strict=True) if outcome.passed != (row[1],)] == []
 
 
 def test_script_starts_in_an_empty_directory_each_time() -> None:

@@ -82,9 +82,8 @@ _THREAD = 0x003D0F00  # the flags pthread_create passes
 _FORK = 17
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "answer"),
-    [
+def test_arguments_are_checked(machine: str) -> None:
+    table: list[tuple[str, tuple[int, ...], int]] = [
         ("kill", (_PID, 9), _ALLOW),
         ("kill", (_OTHER, 9), _EPERM),
         ("kill", (0, 9), _EPERM),
@@ -120,10 +119,9 @@ _FORK = 17
         ("sendto", (3, 0, 0, 0, 0x7FFF0000), _EPERM),
         ("prlimit64", (0, 7), _ALLOW),
         ("prlimit64", (_OTHER, 7), _EPERM),
-    ],
-)
-def test_arguments_are_checked(machine: str, name: str, args: tuple[int, ...], answer: int) -> None:
-    assert run_filter(machine, _numbers(machine, seccomp._CHECKED)[name], args) == answer
+    ]
+    numbers = _numbers(machine, seccomp._CHECKED)
+    assert [row for row in table if run_filter(machine, numbers[row[0]], row[1]) != row[2]] == []
 
 
 def test_nothing_dangerous_is_in_the_table() -> None:
