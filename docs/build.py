@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from house import picture, table  # noqa: E402
+from house import picture, tables  # noqa: E402
 
 from grpo_lite.report.doctor import troubleshooting  # noqa: E402
 
@@ -20,7 +20,7 @@ def pages() -> dict[Path, str]:
     return {
         HERE / "troubleshooting.md": troubleshooting(),
         HERE / "images" / "architecture.svg": picture(),
-        architecture: TABLE.sub(lambda _: table(), architecture.read_text(encoding="utf-8")),
+        architecture: TABLE.sub(lambda _: tables(), architecture.read_text(encoding="utf-8")),
     }
 
 

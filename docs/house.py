@@ -22,6 +22,7 @@ from tests.test_imports import GROUND, imported  # noqa: E402
 
 GROUND_ROOM = " · ".join(GROUND.split())  # drawn as one room: every other room may use it
 READING = ("completion", "extraction")  # modules of rewards that read completions: the other rooms use them
+READ_ROOM = "reading completions"
 FUNCTIONS = "reward functions"  # the other modules directly in rewards/
 LINE_CHARACTERS, LINE_HEIGHT = 34, 16  # of the module names in a room
 ROOM_WIDTH, GAP, FLOOR_GAP, MARGIN = 250, 26, 44, 24
@@ -73,7 +74,7 @@ def rewards_house() -> House:
     packages = {path.parent.name for path in (ROOT / "rewards").glob("*/__init__.py")}
 
     def room(parts: tuple[str, ...]) -> str:
-        return parts[0] if parts[0] in packages else "reading completions" if parts[0] in READING else FUNCTIONS
+        return parts[0] if parts[0] in packages else READ_ROOM if parts[0] in READING else FUNCTIONS
 
     return _read("rewards", room)
 
@@ -99,25 +100,33 @@ def _read(package: str, room_of: Callable[[tuple[str, ...]], str]) -> House:
 
 
 def purpose(package: str, room: str) -> str:
-    """Return the first sentence of a room's docstring."""
+    """Return the first sentence of a room's docstring, without the module's name in front."""
     path = ROOT / package / room
-    text = ast.get_docstring(
-        ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
-    )
-    return (text or "").replace("\n", " ").split(". ")[0].rstrip(".")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").replace("\n", " ")
+    sentence = text.removeprefix(f"{room}: ").split(". ")[0].rstrip(".")
+    return sentence[:1].upper() + sentence[1:]
 
 
-def table() -> str:
-    """Return a Markdown table of the rooms of grpo_lite, the top floor first: floor, room, purpose, imports."""
-    house = grpo_lite_house()
-    lines = ["| floor | room | what it is for | uses |", "|---|---|---|---|"]
+def tables() -> str:
+    """Return Markdown tables of the rooms of both houses, the top floor first: floor, room, purpose, rooms used."""
+    return "\n".join([*_table("grpo_lite", grpo_lite_house()), "", *_table("rewards", rewards_house()), ""])
+
+
+def _table(package: str, house: House) -> list[str]:
+    lines = [f"| floor | room of {package} | what it is for | uses |", "|---|---|---|---|"]
     for level, rooms in reversed(list(enumerate(house.floors(), start=1))):
         for room in rooms:
-            names = GROUND.split() if room == GROUND_ROOM else [room]
-            said = "; ".join(purpose("grpo_lite", name) for name in names)
-            uses = " ".join(f"`{other}`" for other in sorted(house.uses[room] - {GROUND_ROOM}))
-            lines.append(f"| {level} | {' '.join(f'`{name}`' for name in names)} | {said} | {uses} |")
-    return "\n".join(lines) + "\n"
+            files = {GROUND_ROOM: GROUND.split(), FUNCTIONS: ["."], READ_ROOM: READING}.get(room, [room])
+            text = "; ".join(purpose(package, file) for file in files)
+            shown = " ".join(f"`{file}`" for file in GROUND.split()) if room == GROUND_ROOM else _named(room)
+            uses = " ".join(_named(other) for other in sorted(house.uses[room] - {GROUND_ROOM}))
+            lines.append(f"| {level} | {shown} | {text} | {uses} |")
+    return lines
+
+
+def _named(room: str) -> str:
+    return room if room in (FUNCTIONS, READ_ROOM) else f"`{room}`"
 
 
 # The picture: floors of boxes; an arrow that passes a floor gets a gap of its own there, so that it crosses no room.
