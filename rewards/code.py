@@ -60,7 +60,7 @@ def unit_test_reward(
             `unit_test_reward/unusable_tests`, `.../not_python`, `.../timeout`, and `.../weak_isolation` (1 or 0).
 
     Returns:
-        0 to 1 per completion; None where the row's tests can judge no program.
+        0 to 1 per completion; None where the row's tests can grade no program.
 
     Raises:
         ValueError: no tests column, columns of different lengths, an unknown mode or tier.

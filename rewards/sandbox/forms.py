@@ -1,7 +1,7 @@
 """Tests in the forms datasets have them, as three kinds of plain data that the sandbox can run.
 
 `Calls` (function, arguments, expected value) need one process and are compared in the parent. `Streams` are one script
-run per input. `TestCode` is everything that must be executed to be judged. Assert lines whose two sides are literals,
+run per input. `TestCode` is all that must be executed to be graded. Assert lines whose two sides are literals,
 which is nearly all of MBPP and most of HumanEval, become `Calls`.
 """
 
@@ -19,7 +19,7 @@ from rewards.sandbox.wire import dumps, encode, pack
 
 
 class TestsError(ValueError):
-    """A row's tests cannot judge a program: the gold is unusable."""
+    """A row's tests cannot grade a program: the gold is unusable."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
 
@@ -61,7 +61,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class TestCode:
-    """Test code to be executed by the judge; see rewards.sandbox.inside.grader.judge."""
+    """Test code that the grader executes; see rewards.sandbox.inside.grader.grade."""
 
     __test__ = False
 

@@ -1,4 +1,4 @@
-"""Judging one program: what to send it, what its answers are worth. All comparing happens here or in the judge."""
+"""One program against its tests: what is sent to it and how its answers score, compared here or in the grader."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from rewards.sandbox.forms import Calls, Streams, TestCode, Tests
 from rewards.sandbox.pool import Worker
-from rewards.sandbox.session import Channel, GoneError, Session, message
+from rewards.sandbox.session import Channel, GoneError, Session, packed
 from rewards.sandbox.wire import CodecError, matches
 
 _AT_ONCE_BYTES = 64 << 10  # sent without waiting for answers; the socket holds more
 _GATHER_S = 0.001  # of answers to requests that were sent at once
 _SHOWN_CHARACTERS = 2000
 _OUTPUT_BYTES = 1 << 20  # more output than this, and than twice what is wanted, is wrong whatever it says
-_JUDGE_GRACE_S = 1.0  # for the judge to finish when the program's time is over
+_GRADER_GRACE_S = 1.0  # for the grader to finish when the program's time is over
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Outcome:
     compiled: bool = False  # the source is Python
     ran: bool = False  # it loaded, and every test ran to its end: a value, or exit code 0
     timed_out: bool = False
-    unusable: str | None = None  # why the tests can judge no program
+    unusable: str | None = None  # why the tests can grade no program
     error: str | None = None  # the first thing that went wrong
     output: tuple[str, ...] = field(default=(), repr=False)  # what came back, shortened, for people to read
 
@@ -45,7 +45,7 @@ def run_program(worker: Worker, program: str, tests: Tests, timeout_s: float) ->
         SandboxError: the sandbox failed; no verdict.
     """
     try:
-        first = message({"program": program, "keep": isinstance(tests, TestCode)})
+        first = packed({"program": program, "keep": isinstance(tests, TestCode)})
     except CodecError as error:
         return Outcome(passed=(False,), error=f"the program is too long: {error}")
     try:
@@ -110,7 +110,7 @@ def _load(channel: Channel, outcome: Outcome) -> Outcome:
 
 
 def _run_code(session: Session, program: Channel, first: bytes, tests: TestCode) -> Outcome:
-    """Let the judge run the tests, and carry its questions to the program."""
+    """Let the grader run the tests, and carry its questions to the program."""
     outcome = Outcome(passed=(False,))
     gone, ran = "", True
     try:
@@ -121,23 +121,23 @@ def _run_code(session: Session, program: Channel, first: bytes, tests: TestCode)
         outcome, gone = replace(outcome, timed_out=True), "out of time"
     except GoneError as error:
         gone = str(error)
-    judge = session.start("judge")
-    judge.deadline = max(program.deadline, judge.deadline - session.timeout_s) + _JUDGE_GRACE_S
+    grader = session.start("grader")
+    grader.deadline = max(program.deadline, grader.deadline - session.timeout_s) + _GRADER_GRACE_S
     try:
-        judge.send(message(_spec(tests)))
-        while "do" in (question := judge.receive_object()):
+        grader.send(packed(_spec(tests)))
+        while "do" in (question := grader.receive_object()):
             if not gone:
                 try:
-                    program.send(message(question))
+                    program.send(packed(question))
                     answer = program.receive()
                     ran = ran and not answer.startswith(b'{"error"')
-                    judge.send(len(answer).to_bytes(4, "big") + answer)
+                    grader.send(len(answer).to_bytes(4, "big") + answer)
                     continue
                 except TimeoutError:
                     outcome, gone = replace(outcome, timed_out=True), "out of time"
                 except GoneError as error:
                     gone = str(error)
-            judge.send(message({"gone": gone}))
+            grader.send(packed({"gone": gone}))
     except TimeoutError:
         return replace(outcome, timed_out=True, error="out of time in the tests")
     except GoneError:
@@ -149,7 +149,7 @@ def _run_code(session: Session, program: Channel, first: bytes, tests: TestCode)
 
 
 def _spec(tests: TestCode) -> dict[str, Any]:
-    """Return the judge's instructions."""
+    """Return the grader's instructions."""
     names = ("entry", "tests", "check", "setup", "helpers", "open")
     return {name: getattr(tests, name) for name in names}
 

@@ -159,7 +159,7 @@ class Session:
         return [End(*row) for row in reply["ends"]]
 
 
-def message(content: dict[str, Any]) -> bytes:
+def packed(content: dict[str, Any]) -> bytes:
     """Return a message ready to be sent."""
     return pack(dumps(content))
 

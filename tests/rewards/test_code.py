@@ -221,7 +221,7 @@ def test_forgeries_earn_nothing_in_any_form() -> None:
     assert paid == {form: [] for form in _FORMS}
 
 
-def test_prompt_helpers_missing_make_the_row_unusable_rather_than_the_program_the_judge() -> None:
+def test_prompt_helpers_missing_make_the_row_unusable_rather_than_the_program_the_grader() -> None:
     test = "def check(candidate):\n    assert helper(candidate(1)) == 2"
     program = "def helper(x): return 2\ndef add(a): return 0"
     prompt = "def helper(x):\n    return x + 1\n\ndef add(a):\n    '''Return a.'''\n"

@@ -67,7 +67,7 @@ def test_all_964_solutions_of_mbpp_pass(mbpp: list[dict[str, Any]], step: int) -
 @pytest.mark.parametrize("task_id", [367, 927])
 def test_setup_that_needs_the_solution_is_broken_where_it_runs_first(mbpp: list[dict[str, Any]], task_id: int) -> None:
     # The two tasks known as broken: their setup builds the solution's own Node. Run in the usual order it is a
-    # NameError; the judge runs it with the program there, so they can be used.
+    # NameError; the grader runs it with the program there, so they can be used.
     (row,) = [row for row in mbpp if row["task_id"] == task_id]
     with pytest.raises(NameError, match="Node"):
         exec(row["test_setup_code"], {})

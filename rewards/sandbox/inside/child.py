@@ -1,4 +1,4 @@
-"""One sandboxed process: it shuts itself in, then serves as the program under test or as the judge. It never returns.
+"""One sandboxed process: it shuts itself in, then serves as the program under test or as the grader. It never returns.
 
 Runs in a fresh fork of the worker. Nothing here is trusted by the parent once the program's first line has run.
 """
@@ -15,7 +15,7 @@ import threading
 import types
 from typing import Any, NamedTuple, NoReturn
 
-from rewards.sandbox.inside.grader import GoneError, UnusableError, judge
+from rewards.sandbox.inside.grader import ProgramGoneError, UnusableError, grade
 from rewards.sandbox.kernel import landlock, limits, linux, seccomp
 from rewards.sandbox.wire import CodecError, decode, encode, read_message, write_message
 
@@ -40,7 +40,7 @@ def run(kind: str, confinement: Confinement, descriptors: list[int], setup: int,
     """Confine this process, report on `setup`, and serve.
 
     Args:
-        kind: "calls" (load the program, answer requests), "program" (run it as a script) or "judge" (run tests).
+        kind: "calls" (load the program, answer requests), "program" (run it as a script) or "grader" (run tests).
         descriptors: the channel to the parent, then standard input and output for a script.
         setup: written to if a layer fails, and closed before anything untrusted runs.
     """
@@ -85,29 +85,29 @@ def confine(confinement: Confinement, timeout_s: float) -> None:
         confinement.filter.restrict_self()
 
 
-def answer_calls(channel: int) -> int:
-    """Load the program, then answer requests until the parent hangs up; return the exit code."""
-    first = read_message(channel)
+def _serve_calls() -> None:
+    """Load the program, then answer requests until the parent hangs up."""
+    first = read_message(CHANNEL)
     module = _fresh("solution")
     try:
         code = _compiled(first["program"])
-        write_message(channel, {"compiled": True})
+        write_message(CHANNEL, {"compiled": True})
         exec(code, module.__dict__)
-        write_message(channel, {"loaded": True})
+        write_message(CHANNEL, {"loaded": True})
     except BaseException as error:
-        write_message(channel, _failure(error))
-        return _LOAD_FAILED
+        write_message(CHANNEL, _failure(error))
+        os._exit(_LOAD_FAILED)
     kept: list[Any] = []
-    while request := read_message(channel):
+    while request := read_message(CHANNEL):
         try:
-            reply = {"value": answer(request, module.__dict__, kept, first["keep"])}
+            reply = {"value": _answer(request, module.__dict__, kept, first["keep"])}
         except BaseException as error:
             reply = _failure(error)
         try:
-            write_message(channel, reply)
+            write_message(CHANNEL, reply)
         except CodecError as error:  # the value is too large to be sent
-            write_message(channel, _failure(error))
-    return 0
+            write_message(CHANNEL, _failure(error))
+    os._exit(0)
 
 
 def _compiled(program: str) -> types.CodeType:
@@ -118,7 +118,7 @@ def _compiled(program: str) -> types.CodeType:
     return code
 
 
-def answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
+def _answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
     """Do what a request asks for and encode the result."""
 
     def store(value: Any) -> int:
@@ -185,7 +185,7 @@ def _serve_program() -> None:
     os._exit(status)
 
 
-def _serve_judge() -> None:
+def _serve_grader() -> None:
     """Run the tests, asking the parent for what only the program's process can answer."""
     spec = read_message(CHANNEL)
     _fresh("tests")
@@ -196,10 +196,10 @@ def _serve_judge() -> None:
         return reply if reply is not None else {"gone": "the parent hung up"}
 
     try:
-        message: dict[str, Any] = {"verdict": judge(spec, ask)}
+        message: dict[str, Any] = {"verdict": grade(spec, ask)}
     except UnusableError as error:
         message = {"unusable": str(error)[:500]}
-    except GoneError:
+    except ProgramGoneError:
         message = {"verdict": [False]}
     except BaseException as error:
         message = {"unusable": f"the tests end their own process: {type(error).__name__}: {error}"[:500]}
@@ -207,7 +207,7 @@ def _serve_judge() -> None:
     os._exit(0)
 
 
-_SERVE = {"calls": lambda: os._exit(answer_calls(CHANNEL)), "program": _serve_program, "judge": _serve_judge}
+_SERVE = {"calls": _serve_calls, "program": _serve_program, "grader": _serve_grader}
 
 
 def _fresh(name: str) -> types.ModuleType:

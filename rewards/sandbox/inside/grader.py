@@ -1,4 +1,4 @@
-"""The judge: runs a dataset's own test code in a sandboxed process, with the program's functions in another one.
+"""The grader: runs a dataset's own test code in a sandboxed process, with the program's functions in another one.
 
 Test code such as `assert abs(candidate(1.33) - 0.33) < 1e-6` must be executed, but not where the program could read or
 patch it. Here every name that belongs to the program is a `Remote`: a call goes to the program's process, and its
@@ -19,11 +19,11 @@ from rewards.sandbox.wire import decode, encode
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
-_RECORD = "_judge_record"
+_RECORD = "_grader_record"
 _ENDINGS = (StopIteration, StopAsyncIteration)
 
 
-class GoneError(BaseException):
+class ProgramGoneError(BaseException):
     """The program's process has ended or run out of time; not an Exception, so that no test takes it for an answer."""
 
 
@@ -32,10 +32,10 @@ class RemoteError(Exception):
 
 
 class UnusableError(BaseException):
-    """The tests cannot judge any program; the message says why. Not an Exception: no handler in a test may eat it."""
+    """The tests cannot grade any program; the message says why. Not an Exception: no handler in a test may eat it."""
 
 
-def judge(spec: dict[str, Any], ask: Ask) -> list[bool]:
+def grade(spec: dict[str, Any], ask: Ask) -> list[bool]:
     """Run the tests and tell which hold, in order.
 
     Args:
@@ -46,7 +46,7 @@ def judge(spec: dict[str, Any], ask: Ask) -> list[bool]:
 
     Raises:
         UnusableError: the tests name what nobody defines, are not Python, or fail before they ask anything.
-        GoneError: the program's process ended during the setup.
+        ProgramGoneError: the program's process ended during the setup.
     """
     asked = 0
 
@@ -90,7 +90,7 @@ def _each_holds(tests: list[ast.Module], space: dict[str, Any]) -> Iterator[bool
             if not gone:
                 _execute(ast.fix_missing_locations(_NoteAsserts().visit(tree)), space)
             yield not gone and (bool(reached) or not asserts)
-        except GoneError:
+        except ProgramGoneError:
             gone = True
             yield False
         except Exception:
@@ -112,7 +112,7 @@ def _check_holds(tree: ast.Module, space: dict[str, Any], entry: str | None) -> 
             if entry is None:
                 raise UnusableError("the test defines check(candidate), but the row names no entry_point")
             space["check"](space[entry])
-    except (Exception, GoneError):
+    except (Exception, ProgramGoneError):
         return [*(held.get(number, False) for number in range(transformer.count)), False]
     return list(held.values()) or [transformer.count == 0]  # asserts of which none was reached do not hold
 
@@ -135,8 +135,8 @@ class _RecordAsserts(ast.NodeTransformer):
         if _is_trivial(node.test) or self._compares_with_itself(node.test):
             return node if isinstance(node.test, ast.Constant) else ast.Pass()
         number, self.count = self.count, self.count + 1
-        holds, fails = (ast.parse(f"{_RECORD}({number}, {text})").body for text in ("_judge_ok", "False"))
-        attempt = ast.parse("_judge_ok = bool(0)").body
+        holds, fails = (ast.parse(f"{_RECORD}({number}, {text})").body for text in ("_grader_ok", "False"))
+        attempt = ast.parse("_grader_ok = bool(0)").body
         attempt[0].value.args[0] = node.test  # type: ignore[attr-defined]
         handler = ast.ExceptHandler(type=ast.Name("Exception", ast.Load()), name=None, body=fails)
         return ast.Try(body=attempt, handlers=[handler], orelse=holds, finalbody=[])
@@ -200,7 +200,7 @@ def _namespace(trees: list[ast.Module], entry: str | None, may_be_program: bool,
 
 
 class Remote:
-    """A function, class or object of the program, used from the judge by name or by number."""
+    """A function, class or object of the program, used from the grader by name or by number."""
 
     def __init__(self, ask: Ask, on: str | int) -> None:
         object.__setattr__(self, "_ask", ask)
@@ -209,7 +209,7 @@ class Remote:
     def _request(self, do: str, **fields: Any) -> Any:
         reply = self._ask({"do": do, "on": self._on, **fields})
         if "gone" in reply:
-            raise GoneError(reply["gone"])
+            raise ProgramGoneError(reply["gone"])
         if "error" in reply:
             name, message = reply["error"]
             kind = getattr(builtins, str(name), None)

@@ -3,11 +3,6 @@
 It never sees a program, an input or an expected value: those travel on sockets that it hands to its children unread. It
 serves one session at a time: `spawn` messages, then an `end`, which kills what is left, empties the directory and
 answers how each child ended. When its socket closes, the trainer is gone, and the worker ends as well.
-
-What a child will do, done a few times in the worker before it forks any: children then start with warm caches.
-
-A page that a child writes to is copied first, and in Python's first runs of a function nearly everything is written:
-counters and caches in its code, caches of its types, free lists. Measured, a program costs 5 to 10 % less.
 """
 
 from __future__ import annotations
@@ -23,17 +18,13 @@ import os
 import random
 import select
 import socket
-import sys
 import time
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from rewards.sandbox.inside import child, cleanup
-from rewards.sandbox.inside.grader import judge
 from rewards.sandbox.kernel import landlock, limits, linux, seccomp
 from rewards.sandbox.kernel.library import DEVICES, library_files
 from rewards.sandbox.kernel.namespaces import WORK_ROOT, enter_namespaces
-from rewards.sandbox.wire import dumps, pack
 
 _COMMON = "bisect collections copy datetime functools heapq itertools math operator re string typing"
 _GRACE_S = 1.0  # the parent ends a session in time; the worker steps in if the parent is stuck
@@ -107,9 +98,9 @@ def prepare(layers: set[str], temporary: str) -> Setting:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     root = WORK_ROOT if is_init else cleanup.make_own_root(temporary, child.HIGH)
-    rules: dict[str, landlock.Ruleset | None] = {"program": None, "judge": None}
+    rules: dict[str, landlock.Ruleset | None] = {"program": None, "grader": None}
     if "landlock" in layers:
-        for kind, writable in (("program", root), ("judge", None)):
+        for kind, writable in (("program", root), ("grader", None)):
             ruleset = landlock.build_ruleset(library, DEVICES, writable)
             high = fcntl.fcntl(ruleset.descriptor, fcntl.F_DUPFD_CLOEXEC, child.HIGH)
             os.close(ruleset.descriptor)
@@ -125,9 +116,9 @@ def prepare(layers: set[str], temporary: str) -> Setting:
         filter=seccomp.Filter() if "seccomp" in layers else None,
         directory=os.path.join(root, "work"),
     )
-    judge = program._replace(uid=None if uid is None else uid - 1, ruleset=rules["judge"], directory="/")
+    grader = program._replace(uid=None if uid is None else uid - 1, ruleset=rules["grader"], directory="/")
     make_directory(program)
-    confinement = {"calls": program, "program": program, "judge": judge}
+    confinement = {"calls": program, "program": program, "grader": grader}
     return Setting(root, is_init, "seccomp" not in layers, confinement)
 
 
@@ -143,7 +134,6 @@ def _prepare_interpreter() -> None:
     for name in _COMMON.split():
         importlib.import_module(name)
     random.seed(0)
-    rehearse()
     vars(builtins)["exit"] = vars(builtins)["quit"] = _sitebuiltins.Quitter("exit", "exit()")
 
 
@@ -274,55 +264,3 @@ def _threads(pid: int) -> int:
 def _send(control: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(ConnectionError):  # the parent is gone: the next read says so
         control.sendall(json.dumps(message).encode("ascii") + b"\n")
-
-
-_ROUNDS = 40  # CPython 3.11 specialises a function's code at the 8th call, and its instructions some calls later
-_PR_GET_DUMPABLE = 3  # stands for the calls that children make: it changes nothing
-_PROGRAM = """
-from collections import Counter
-import math, re
-
-class Pair:
-    def __init__(self, left, right=0):
-        self.left, self.right = left, right
-
-def ranked(words, most):
-    counts = Counter(words)
-    pairs = [Pair(word, counts[word]) for word in sorted(counts, key=lambda word: (-counts[word], word))]
-    return [(pair.left, pair.right) for pair in pairs[:most] if re.match("[a-z]", pair.left)]
-"""
-_CALL = {"do": "call", "on": "ranked", "args": [["a", "b", "a"], 2], "kwargs": {}}
-_TESTS = {
-    "entry": None,
-    "tests": ["assert ranked(['a', 'b', 'a'], 2) == [('a', 2), ('b', 1)]", "assert len(ranked(['a'], 1)) == 1"],
-    "check": "",
-    "setup": "",
-    "helpers": "",
-    "open": True,
-}
-
-
-def rehearse() -> None:
-    """Go through a child's steps, except those that would hold for this process for good."""
-    arguments = sys.argv
-    for _ in range(_ROUNDS):
-        ours, theirs = socket.socketpair()
-        steps = [{"program": _PROGRAM, "keep": False}, _CALL, _CALL]
-        ours.sendall(b"".join(pack(dumps(step)) for step in steps))
-        ours.shutdown(socket.SHUT_WR)
-        child.answer_calls(theirs.fileno())
-        space = vars(sys.modules["solution"])
-        judge(_TESTS, partial(_reply, space))
-        ours.close()
-        theirs.close()
-        limits.lower("RLIMIT_CORE", 0)
-        if linux.LINUX:
-            linux.prctl(_PR_GET_DUMPABLE)
-    sys.argv = arguments
-    for name in ("solution", "tests"):
-        sys.modules.pop(name, None)
-
-
-def _reply(space: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Answer the judge in the program's place."""
-    return {"value": child.answer(request, space, [], keep=True)}

@@ -8,19 +8,19 @@ _CHECK = "def check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6\n    as
 _SQUARE = "def square(x): return x * x"
 
 
-def judged(program: str, tests: TestCode, timeout_s: float = 60.0) -> Outcome:
+def graded(program: str, tests: TestCode, timeout_s: float = 60.0) -> Outcome:
     """Run one program against test code."""
     return run_tests([program], tests, timeout_s=timeout_s)[0]
 
 
 def check(script: str, program: str = _SQUARE, **fields: object) -> Outcome:
     """Run one program against a check script."""
-    return judged(program, TestCode("square", check=script, **fields))  # type: ignore[arg-type]
+    return graded(program, TestCode("square", check=script, **fields))  # type: ignore[arg-type]
 
 
 def asserts(tests: list[str], program: str, setup: str = "") -> Outcome:
     """Run one program against assert statements."""
-    return judged(program, TestCode(None, tests=tuple(tests), setup=setup))
+    return graded(program, TestCode(None, tests=tuple(tests), setup=setup))
 
 
 def test_every_assert_of_a_check_counts() -> None:
@@ -83,7 +83,7 @@ def test_types_may_be_passed_and_returned() -> None:
     ).passed == (True,)
 
 
-def test_name_of_a_standard_module_is_the_judges_own() -> None:
+def test_name_of_a_standard_module_is_the_graders_own() -> None:
     # MBPP/596 uses sys without importing it; a program's own `sys` must not be asked for the expected value.
     tests = ["assert f(('A', 1)) == sys.getsizeof(('A', 1))"]
     assert asserts(tests, "import sys\ndef f(t): return sys.getsizeof(t)").fraction == 1.0
@@ -191,13 +191,13 @@ def test_leaving_is_not_raising() -> None:
 
 
 def test_hanging_program_is_out_of_time_in_test_code_too() -> None:
-    outcome = judged("def square(x):\n    while True: pass", TestCode("square", check=_CHECK), timeout_s=0.5)
+    outcome = graded("def square(x):\n    while True: pass", TestCode("square", check=_CHECK), timeout_s=0.5)
     assert (outcome.timed_out, outcome.fraction) == (True, 0.0)
 
 
 def test_value_that_keeps_the_test_code_busy_is_out_of_time() -> None:
     script = "def check(candidate):\n    n = 0\n    while n != candidate(1): n += 1\n    assert n == 1"
-    assert judged("def square(x): return -1", TestCode("square", check=script), timeout_s=0.5).fraction == 0.0
+    assert graded("def square(x): return -1", TestCode("square", check=script), timeout_s=0.5).fraction == 0.0
 
 
 def test_random_tests_are_the_same_each_time() -> None:
@@ -228,11 +228,11 @@ def test_unusable_tests_are_told_apart_from_a_wrong_program() -> None:
         assert wrong == [], program
 
 
-def test_argument_that_cannot_leave_the_judge_makes_the_test_unusable() -> None:
+def test_argument_that_cannot_leave_the_grader_makes_the_test_unusable() -> None:
     assert "function" in str(asserts(["assert f(lambda x: x) == 1"], "def f(g): return g(1)").unusable)
 
 
-def test_helper_of_the_prompt_is_the_judges_own() -> None:
+def test_helper_of_the_prompt_is_the_graders_own() -> None:
     helpers = (
         "import math\ndef near(a, b): return math.fabs(a - b) < 1e-6\ndef square(x):\n    '''stub'''\nprint('not run')"
     )

@@ -228,8 +228,8 @@ def test_messages_that_arrive_together_are_told_apart() -> None:
         for _ in range(20):
             with Session(worker, 5.0) as session:
                 session.start("calls")
-                session.start("judge")
-                assert [end.kind for end in session.end()] == ["calls", "judge"]
+                session.start("grader")
+                assert [end.kind for end in session.end()] == ["calls", "grader"]
     pool.close()
 
 
