@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
-from DROP import register
 
 from grpo_lite.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
+from grpo_lite.cli import main
 from grpo_lite.errors import DataError
 from grpo_lite.runs.run_dir import RunDir
 from tests.command_line import in_process
@@ -27,14 +26,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture(scope="module")
 def both(run: RunDir) -> Chat:
     return Chat(run, Sampling(max_new_tokens=6), compare=True)
-
-
-@click.group()
-def main() -> None:
-    """Stand in for the command line."""
-
-
-register(main)
 
 
 def command(*arguments: str, stdin: str = "") -> str:

@@ -12,7 +12,6 @@ import torch
 from grpo_lite.engine import attention
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.evaluation import evaluate, probe
-from grpo_lite.memory import evaluation as evaluation_memory
 from grpo_lite.memory import fit as budgets
 from grpo_lite.memory.evaluation import evaluation_phase, most_rows
 from grpo_lite.memory.fit import available_bytes, rows_that_fit
@@ -47,11 +46,11 @@ def test_an_evaluation_begins_with_what_the_free_memory_holds_and_answers_the_sa
     longest = max(map(len, prompts))
     greedy = generate_completions(model, tokenizer, prompts, max_new_tokens=6)
     seen = waves(model, monkeypatch)
-    given: dict[str, Any] = {"max_new_tokens": 6, "fit": True}
+    given: dict[str, Any] = {"max_new_tokens": 6, "rows_that_fit": rows_that_fit}
     assert generate_completions(model, tokenizer, prompts, **given) == greedy
     assert seen == [7]  # on a CPU nothing is planned
     free = next(n for n in range(64 << 20, 80 << 20, 1 << 10) if holds(n, model, longest, shared, monkeypatch) == 3)
-    monkeypatch.setattr(evaluation_memory, "available_bytes", lambda device: free)
+    monkeypatch.setattr(budgets, "available_bytes", lambda device: free)
     seen.clear()
     assert generate_completions(model, tokenizer, prompts, **given) == greedy
     assert seen == [3, 3, 1]
@@ -66,7 +65,7 @@ def test_an_evaluation_begins_with_what_the_free_memory_holds_and_answers_the_sa
 
 def holds(free: int, model: Any, longest: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation_memory, "available_bytes", lambda device: free)
+        patched.setattr(budgets, "available_bytes", lambda device: free)
         return rows_that_fit(model, longest, 6, 7, shared)
 
 
@@ -178,7 +177,7 @@ def test_evaluation_and_probe_ask_for_it_unless_the_recipe_plans_nothing(
         pass
 
     def generate(*_: Any, **given: Any) -> Any:
-        asked.append(given["fit"])
+        asked.append(given["rows_that_fit"] is rows_that_fit)
         raise Asked
 
     rows = [{"prompt": "1+1=", "answer": "2"}]

@@ -99,11 +99,11 @@ def test_an_unreachable_hub_is_given_up_within_seconds_for_data_too(tmp_path: Pa
 def test_the_libraries_are_offline_only_while_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    from grpo_lite.models import base as base_model
+    from grpo_lite.files import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(base_model, "hub_answers", lambda: False)
-    with base_model.only_cache_if_unreachable():
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    with hub.only_cache_if_unreachable():
         assert constants.is_offline_mode()
     assert not constants.is_offline_mode()
 

@@ -143,7 +143,7 @@ time.sleep(60)
 """
 RACER = """
 import os, sys
-from grpo_lite.backend_race import _CHILD, _output, _stopped_by_signals
+from grpo_lite.session.backend import _CHILD, _output, _stopped_by_signals
 child = _CHILD.partition("from grpo_lite.cli")[0] + sys.argv[2]
 with _stopped_by_signals():
     _output([sys.executable, "-c", child, str(os.getpid()), sys.argv[1]], 60)
