@@ -43,7 +43,7 @@ SHARD_BYTES = 4 * 10**9  # the published model's shards are of 3.5 to 3.9 GB
 MERGE = """
 import sys
 from pathlib import Path
-from grpo_lite.merge import merge_adapter
+from grpo_lite.export.merge.merge import merge_adapter
 print(merge_adapter(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])))
 """
 PEFT = """

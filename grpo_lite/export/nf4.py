@@ -43,7 +43,6 @@ def export_nf4(
     merged_dir: Path,
     out_dir: Path,
     prompts: Sequence[str],
-    tokenizer: Any = None,
     *,
     device: str = "cpu",
     overwrite: bool = False,
@@ -63,7 +62,7 @@ def export_nf4(
     if (merged_dir / MANIFEST_NAME).is_file():
         verify_manifest(merged_dir)
     merged_bytes = sum(shard.path.stat().st_size for shard in open_checkpoint(merged_dir))
-    sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
+    sequences = tokenize(load_saved_tokenizer(merged_dir), prompts)
 
     model = load_whole(merged_dir, None, device)
     keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), 0)
@@ -74,7 +73,7 @@ def export_nf4(
 
     with replacing_folder(out_dir, merged_bytes // 2, overwrite, [merged_dir]) as partial:
         _quantise(merged_dir, partial, dtype, device)
-        copy_files(merged_dir, merged_dir, partial)
+        copy_files(merged_dir, partial)
         model = load_whole(partial, dtype, device)
         quantised = [last_logits(model, ids, keep) for ids in sequences]
         del model

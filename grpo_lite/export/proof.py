@@ -1,9 +1,8 @@
-"""How far two models' next-token distributions lie apart, and whether a merge is proven by it. Pure tensor code.
-
-Prove a merge: the merged folder, reloaded from disk, against base + adapter and against the base alone.
+"""Prove a merge: the merged folder, reloaded from disk, against base + adapter and against the base alone.
 
 All three compute in one dtype on the same token sequences: held-out prompts, each continued greedily by base + adapter,
-so that the trained behaviour is measured too. One model is in memory at a time.
+so that the trained behaviour is measured too. One model is in memory at a time. Nothing of the merge's own arithmetic
+is used: PEFT computes base + adapter. The tools that compare next-token distributions serve the other exports too.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ import dataclasses
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grpo_lite.engine.generate import stop_ids
 from grpo_lite.errors import ExportError
-from grpo_lite.export.merge.adapter import open_adapter
-from grpo_lite.export.model_folder import KEPT_BYTES, dtype_here, load_saved_tokenizer, load_whole
+from grpo_lite.export.model_folder import dtype_that_fits, free_bytes, load_saved_tokenizer, load_whole, stored_bytes
 from grpo_lite.export.safetensors import open_checkpoint
 
+CONTINUED_TOKENS = 16  # of the greedy continuation that is compared with each prompt
+KEPT_BYTES = 256 << 20  # for two sets of logits in float32
 # All measured on SmolLM2-135M (docs/measurements/merge.md).
 # KL that is no merge's fault, by what the models compute in: 16-bit weights' own rounding, then 16-bit computing's.
 NOISE_KL = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 5e-3}
@@ -69,7 +70,6 @@ class VerifyRecord:
     update_carried: float  # how much of the adapter's change of the logits the merged model has; 1 is all of it
     effect_resolved: bool  # the adapter's effect stands out from rounding, so that update_carried is exact
     merged_against_base: float  # largest logit difference; 0 means the merge changed nothing
-    training: Agreement | None  # reference: the training-time model (4-bit base + adapter), against the merged
     faults: tuple[str, ...]
 
     @property
@@ -89,6 +89,87 @@ class VerifyRecord:
                 + "\n".join(f"  {fault}" for fault in self.faults)
                 + "\nDo not use or publish it. Merge again onto the base that the adapter was trained on."
             )
+
+
+def verify_merge(base_dir: Path, adapter_dir: Path, merged_dir: Path, prompts: Sequence[str]) -> VerifyRecord:
+    """Measure the agreement of a merged folder with base + adapter; the record's `faults` say what is wrong.
+
+    All models compute on the CPU, in float32 where it fits the free memory, which leaves the merge's rounding as the
+    only difference; otherwise in the base's own dtype.
+
+    Args:
+        prompts: held-out prompts as rendered text (special tokens are not added again).
+
+    Raises:
+        ExportError: no prompts, too little memory, or a folder that does not load completely.
+    """
+    _require_memory(base_dir, merged_dir)
+    open_checkpoint(merged_dir)  # names truncated or missing shards
+    tokenizer = load_saved_tokenizer(merged_dir)  # the folder's own, which proves that it loads
+    sequences = tokenize(tokenizer, prompts)
+
+    model = _with_adapter(base_dir, adapter_dir, dtype_that_fits(base_dir))
+    dtype = model.dtype
+    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), CONTINUED_TOKENS)
+    reference, base = [], []
+    for number, prompt in enumerate(sequences):
+        answer = greedy_answer(model, prompt, CONTINUED_TOKENS, stop_ids(model, tokenizer))
+        sequences[number] = torch.cat([prompt, torch.tensor([answer])], dim=1)
+        reference.append(last_logits(model, sequences[number], keep))
+        with model.disable_adapter():
+            base.append(last_logits(model, sequences[number], keep))
+    del model
+    gc.collect()
+
+    model = load_whole(merged_dir, dtype)
+    merged = [last_logits(model, sequence, keep) for sequence in sequences]
+    del model
+    gc.collect()
+    return judge(str(dtype).removeprefix("torch."), reference, base, merged)
+
+
+def judge(
+    compute_dtype: str, reference: list[torch.Tensor], base: list[torch.Tensor], merged: list[torch.Tensor]
+) -> VerifyRecord:
+    """Compare a merged model's logits with those of base + adapter (the reference) and base, and say what is wrong."""
+    base_agreement = agreement(reference, base)
+    record = VerifyRecord(
+        prompts=len(reference),
+        positions=sum(len(logits) for logits in reference),
+        compute_dtype=compute_dtype,
+        merged=agreement(reference, merged),
+        base=base_agreement,
+        update_carried=update_carried(reference, base, merged),
+        effect_resolved=base_agreement.mean_kl >= RESOLVED * NOISE_KL.get(compute_dtype, 0.0),
+        merged_against_base=max(float((ours - b).abs().max()) for ours, b in zip(merged, base, strict=True)),
+        faults=(),
+    )
+    return dataclasses.replace(record, faults=tuple(_faults(record)))
+
+
+def _faults(record: VerifyRecord) -> Iterator[str]:
+    merged, base = record.merged, record.base
+    if not math.isfinite(merged.mean_kl + merged.max_logit_difference + record.merged_against_base):
+        yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
+        return
+    if base.max_logit_difference == 0:
+        yield "base + adapter equals the base: the adapter changes nothing"
+    elif record.merged_against_base == 0:
+        yield "the merged model equals the base: the update is not in it (lost in rounding, or never added)"
+    elif record.effect_resolved and not CARRIED[0] <= record.update_carried <= CARRIED[1]:
+        yield (
+            f"the merged model carries {record.update_carried:.2f} of the adapter's update; right is 1, allowed "
+            f"{CARRIED[0]} to {CARRIED[1]} (0: lost; 2: merged twice)"
+        )
+    if merged.mean_kl - NOISE_KL.get(record.compute_dtype, 0.0) > MAX_SHARE_LOST * base.mean_kl:
+        yield (
+            f"the merged model is {merged.mean_kl:.1e} nats from base + adapter, the base alone {base.mean_kl:.1e}: "
+            f"more than {MAX_SHARE_LOST:.0%} of the update's effect is lost"
+        )
+    if merged.mean_kl > MAX_MEAN_KL:
+        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding and noise alone cost below 7e-3"
+    if (same := merged.decided_top1_agreement) < MIN_TOP1_AGREEMENT:
+        yield f"top-1 agreement away from ties is {same:.1%}, below {MIN_TOP1_AGREEMENT:.0%}"
 
 
 def agreement(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
@@ -127,116 +208,6 @@ def update_carried(
     return along / wanted if wanted else 0.0
 
 
-def judge(
-    compute_dtype: str,
-    reference: list[torch.Tensor],
-    base: list[torch.Tensor],
-    merged: list[torch.Tensor],
-    training: list[torch.Tensor] | None = None,
-) -> VerifyRecord:
-    """Compare a merged model's logits with those of base + adapter (the reference) and base, and say what is wrong."""
-    base_agreement = agreement(reference, base)
-    record = VerifyRecord(
-        prompts=len(reference),
-        positions=sum(len(logits) for logits in reference),
-        compute_dtype=compute_dtype,
-        merged=agreement(reference, merged),
-        base=base_agreement,
-        update_carried=update_carried(reference, base, merged),
-        effect_resolved=base_agreement.mean_kl >= RESOLVED * NOISE_KL.get(compute_dtype, 0.0),
-        merged_against_base=max(float((ours - b).abs().max()) for ours, b in zip(merged, base, strict=True)),
-        training=agreement(training, merged) if training else None,
-        faults=(),
-    )
-    return dataclasses.replace(record, faults=tuple(_faults(record)))
-
-
-def _faults(record: VerifyRecord) -> Iterator[str]:
-    merged, base = record.merged, record.base
-    if not math.isfinite(merged.mean_kl + merged.max_logit_difference + record.merged_against_base):
-        yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
-        return
-    if base.max_logit_difference == 0:
-        yield "base + adapter equals the base: the adapter changes nothing"
-    elif record.merged_against_base == 0:
-        yield "the merged model equals the base: the update is not in it (lost in rounding, or never added)"
-    elif record.effect_resolved and not CARRIED[0] <= record.update_carried <= CARRIED[1]:
-        yield (
-            f"the merged model carries {record.update_carried:.2f} of the adapter's update; right is 1, allowed "
-            f"{CARRIED[0]} to {CARRIED[1]} (0: lost; 2: merged twice)"
-        )
-    if merged.mean_kl - NOISE_KL.get(record.compute_dtype, 0.0) > MAX_SHARE_LOST * base.mean_kl:
-        yield (
-            f"the merged model is {merged.mean_kl:.1e} nats from base + adapter, the base alone {base.mean_kl:.1e}: "
-            f"more than {MAX_SHARE_LOST:.0%} of the update's effect is lost"
-        )
-    if merged.mean_kl > MAX_MEAN_KL:
-        yield f"mean KL {merged.mean_kl:.2g} nats is above {MAX_MEAN_KL}: rounding and noise alone cost below 7e-3"
-    if (same := merged.decided_top1_agreement) < MIN_TOP1_AGREEMENT:
-        yield f"top-1 agreement away from ties is {same:.1%}, below {MIN_TOP1_AGREEMENT:.0%}"
-
-
-Logits = Callable[[torch.Tensor], torch.Tensor]  # token ids (1, T) -> logits (1, T, V)
-
-
-def verify_merge(
-    base_dir: Path,
-    adapter_dir: Path,
-    merged_dir: Path,
-    prompts: Sequence[str],
-    tokenizer: Any = None,
-    *,
-    max_new_tokens: int = 16,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    training_logits: Logits | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> VerifyRecord:
-    """Measure the agreement of a merged folder with base + adapter; the result's `faults` say what is wrong.
-
-    Args:
-        prompts: held-out prompts as rendered text (special tokens are not added again).
-        tokenizer: the merged folder's own by default, which proves that it loads.
-        max_new_tokens: length of the greedy continuation that is scored with each prompt; 0 scores prompts only.
-        dtype: what all three models compute in; by default float32 where it fits the free memory, which leaves the
-            merge's rounding as the only difference, else the base's own.
-        training_logits: the training-time model; its agreement with the merged one is reported, not judged.
-
-    Raises:
-        ExportError: no prompts, or a folder that does not load completely.
-    """
-    base_dir, adapter_dir, merged_dir = Path(base_dir), Path(adapter_dir), Path(merged_dir)
-    open_adapter(adapter_dir)  # refuses zero, NaN and unsupported ones by name
-    open_checkpoint(merged_dir)  # and truncated or missing shards
-    dtype = dtype or dtype_here(base_dir, merged_dir, device)
-    sequences = tokenize(tokenizer or load_saved_tokenizer(merged_dir), prompts)
-    report = progress or (lambda stage, done, total: None)
-
-    model = _with_adapter(base_dir, adapter_dir, dtype, device)
-    dtype = model.dtype
-    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), max_new_tokens)
-    reference, base = [], []
-    for number, prompt in enumerate(sequences):
-        sequences[number] = _continue(model, prompt, max_new_tokens)
-        reference.append(last_logits(model, sequences[number], keep))
-        with model.disable_adapter():
-            base.append(last_logits(model, sequences[number], keep))
-        report("base + adapter", number + 1, len(sequences))
-    del model
-    gc.collect()
-
-    model = load_whole(merged_dir, dtype, device)
-    merged = []
-    for number, sequence in enumerate(sequences):
-        merged.append(last_logits(model, sequence, keep))
-        report("merged", number + 1, len(sequences))
-    del model
-    gc.collect()
-
-    training = [training_logits(ids)[0, -keep:].float().cpu() for ids in sequences] if training_logits else None
-    return judge(str(dtype).removeprefix("torch."), reference, base, merged, training)
-
-
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
     """Return the ids, each (1, T), of the prompts that have any; none at all is an ExportError."""
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
@@ -246,19 +217,16 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
     return sequences
 
 
-@torch.no_grad()
-def _continue(model: Any, prompt: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Return the prompt with its greedy continuation, up to the end-of-text token; both (1, T), on the CPU."""
-    end = model.config.get_text_config().eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
-    ids, step, cache = prompt, prompt.to(model.device), None
-    for _ in range(max_new_tokens):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-        ids = torch.cat([ids, step.cpu()], dim=1)
-        if int(step) in ends:
-            break
-    return ids
+@torch.inference_mode()
+def greedy_answer(model: Any, prompt: torch.Tensor, cap: int, stops: Sequence[int]) -> list[int]:
+    """Return the greedy continuation of a prompt (1, T), its end token included if it comes within `cap` tokens."""
+    from transformers import GenerationConfig
+
+    ends = {"eos_token_id": list(stops), "pad_token_id": stops[0]} if stops else {}
+    config = GenerationConfig(max_new_tokens=cap, do_sample=False, **ends)
+    ids = prompt.to(model.device)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return [int(token) for token in out[0, ids.shape[1] :]]
 
 
 @torch.no_grad()
@@ -273,10 +241,21 @@ def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
     return max(1, min(fits, max(2 * max_new_tokens, 32)))
 
 
-def _with_adapter(base_dir: Path, adapter_dir: Path, dtype: torch.dtype | None, device: str) -> Any:
+def _require_memory(base_dir: Path, merged_dir: Path) -> None:
+    """Refuse a proof for which the memory is too small: better than being killed by the system in the middle."""
+    need, free = stored_bytes(base_dir) + KEPT_BYTES, free_bytes("cpu")
+    if need > free:
+        raise ExportError(
+            f"{merged_dir}: is merged but not verified: that takes one of the two models in memory at a time, "
+            f"{need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Close other programs, or copy the run to a "
+            "larger machine, and merge again there. Until then it cannot be pushed."
+        )
+
+
+def _with_adapter(base_dir: Path, adapter_dir: Path, dtype: torch.dtype | None) -> Any:
     from peft import PeftModel
 
-    model = load_whole(base_dir, dtype, device)
+    model = load_whole(base_dir, dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie")  # PEFT's advice on tied embeddings; this compares unmerged
         return PeftModel.from_pretrained(model, adapter_dir).eval()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ExportError, MemoryBudgetError, NothingToMerge
-from grpo_lite.evaluation.evaluate import evaluate_saved
+from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_saved
 from grpo_lite.export.folder import clear_leftovers
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
 from grpo_lite.export.gguf.ollama import Prompting
 from grpo_lite.export.gguf.proof import GgufProof, prove_gguf
 from grpo_lite.export.merge.adapter import WEIGHTS_NAME
-from grpo_lite.export.merge.merge import Progress, merge_adapter
+from grpo_lite.export.merge.merge import MergeRecord, Progress, merge_adapter
 from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.atomic import read_record, write_atomic
@@ -26,14 +26,94 @@ from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
 from grpo_lite.task.prompts import Prompts, load_prompts
 
-PROOF_PROMPTS = 8
-PROOF_TOKENS = 64  # of each answer, or as many as were trained
-LEAST_PROOF_TOKENS = 16
+MERGE_PROMPTS = 16  # on which a merge, or the loss of NF4, is measured
+GGUF_PROMPTS = 8
+GGUF_TOKENS = 64  # of each answer, or as many as were trained
+LEAST_GGUF_TOKENS = 16
 
 
-def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwrite: bool = False) -> list[str]:
+def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
+
+    Args:
+        prompts: the run's prompts, if already loaded.
+        overwrite: replace a merge that is there.
+
+    Returns:
+        The record kept under `merge` in run.json.
+
+    Raises:
+        ExportError: the merge or its verification failed.
+    """
+    recipe = run.load_recipe()
+    clear_leftovers(run.merged)
+    if run.merged.exists() and not overwrite:
+        raise ExportError(
+            f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
+            f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
+        )
+    base = resolve_base(recipe.model.id, recipe.model.revision)
+    show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
+    run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
+    with _progress_bar() as progress:
+        record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+    prompts = prompts or load_prompts(recipe, load_tokenizer(recipe))
+    texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
+    show(f"verifying the merge on {len(texts)} prompts")
+    proof = verify_merge(base, run.adapter, run.merged, texts)
+    if proof.faults and _lost_in_rounding(proof):
+        shutil.rmtree(run.merged)
+        raise NothingToMerge(
+            f"the update is too small for {record.dtype} weights to hold (mean KL to the base {proof.base.mean_kl:.1e} "
+            "nats, and rounding costs as much), so a merge would return the base. Train for more steps or with a "
+            "higher learning rate, or use the adapter as it is"
+        )
+    summary = _summary(record, proof, held_out=bool(prompts.eval))
+    run.update_run(merge=summary)
+    proof.require_passed(run.merged)
+    return summary
+
+
+def merge_and_score(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Merge and verify a run, then score the merged model on the held-out prompts where the run is evaluated.
+
+    Returns:
+        The record kept under `merge` in run.json.
+
+    Raises:
+        ExportError: the merge or its verification failed.
+    """
+    summary = merge_run(run, show, prompts, overwrite)
+    if run.load_recipe().eval.enabled and run.scores_file.is_file():
+        try:
+            evaluate_merged(run, show, prompts)
+        except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
+            show(f"the merged model is verified but not scored: {error}")
+            run.write_scores({name: value for name, value in run.read_scores().items() if name != "merged"})
+    return summary
+
+
+def export_run(run: RunDir, show: Show) -> int:
+    """Make sure a run has a verified merge whose files are intact; merge first if there is none.
+
+    Returns:
+        The number of files checked against their sha256 sums.
+
+    Raises:
+        ExportError: a file was altered, or the merge did not pass.
+    """
+    clear_leftovers(run.merged)
+    if not (run.read_run().get("merge") or {}).get("passed") or run.merged_adapter() != sha256_of(
+        run.adapter / WEIGHTS_NAME
+    ):
+        merge_and_score(run, show, overwrite=run.merged.is_dir())
+    return verify_manifest(run.merged)
+
+
+def export_run_gguf(run: RunDir, kind: str, show: Show, overwrite: bool = False) -> list[str]:
     """Write `gguf/<kind>/` in a run, prove the file against the merged model, and return lines for people.
 
     Raises:
@@ -42,22 +122,21 @@ def export_run_gguf(run: RunDir, kind: str, show: Callable[[str], None], overwri
     recipe = run.load_recipe()
     out = run.path / "gguf" / kind.lower()
     merged_sha256 = sha256_of(run.merged / MANIFEST_NAME)
-    made = read_record(out / GGUF_RECORD)
-    fit = (made.get("proof") or {}).get("passed") and made.get("merged_sha256") == merged_sha256
-    if fit and not overwrite:
+    clear_leftovers(out)
+    there = read_record(out / GGUF_RECORD)
+    proven = (there.get("proof") or {}).get("passed") and there.get("merged_sha256") == merged_sha256
+    if proven and not overwrite:
         try:
             intact = verify_manifest(out)
-            clear_leftovers(out)
-            return [f"{out / made['file']}: is there already, of this merge and proven ({intact} files intact)"]
+            return [f"{out / there['file']}: is there already, of this merge and proven ({intact} files intact)"]
         except ExportError as error:  # damaged since, or killed between the record and its checksum
             show(f"written again: {error}")
     show(f"writing {out}")
     prompting = prompting_of(recipe)
-    # Overwrite in any case: after a kill between the swap's two renames the old folder gets its name back first.
     record = export_gguf(run.merged, out, kind, name=recipe.name, prompting=prompting, overwrite=True)
     proof = _prove(run, recipe, out / record.file, record.kind)
-    added = record.to_json() | {"merged_sha256": merged_sha256, "proof": proof.to_json()}
-    write_atomic(out / GGUF_RECORD, json.dumps(added, indent=2) + "\n")
+    extended = record.to_json() | {"merged_sha256": merged_sha256, "proof": proof.to_json()}
+    write_atomic(out / GGUF_RECORD, json.dumps(extended, indent=2) + "\n")
     update_manifest(out, [GGUF_RECORD])
     if not proof.passed:
         raise ExportError(
@@ -85,55 +164,56 @@ def prompting_of(recipe: Recipe) -> Prompting:
     )
 
 
-def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
-    tokenizer = load_tokenizer(recipe)
-    texts = load_prompts(recipe, tokenizer).proof_texts(PROOF_PROMPTS, recipe, tokenizer)
-    trained = recipe.eval.max_new_tokens or recipe.max_completion_length
-    cap = max(LEAST_PROOF_TOKENS, min(PROOF_TOKENS, trained))
-    return prove_gguf(file, kind, run.merged, texts, max_new_tokens=cap)
+def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str]:
+    """Write `merged-nf4/` in a run, ready to load with bitsandbytes, and return lines for people.
 
-
-VERIFY_PROMPTS = 16
-
-
-def merge_run(
-    run: RunDir, show: Callable[[str], None], prompts: Prompts | None = None, overwrite: bool = False
-) -> dict[str, Any]:
-    """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
-
-    Args:
-        run: a trained run.
-        show: called with lines for people.
-        prompts: the run's prompts, if already loaded.
-        overwrite: replace a merge that is there.
-
-    Returns:
-        The record kept under `merge` in run.json.
+    The quantisation's loss against the merged model goes into run.json (`nf4`), and where the run is evaluated, its own
+    held-out score goes into metrics.json (`merged_nf4`). A folder of the same merge is kept.
 
     Raises:
-        ExportError: the merge or its verification failed.
+        ExportError: bitsandbytes is missing, or writing fails.
     """
+    out = run.path / "merged-nf4"
     recipe = run.load_recipe()
-    if run.merged.exists() and not overwrite:
-        raise ExportError(
-            f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
-            f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
-        )
-    base = resolve_base(recipe.model.id, recipe.model.revision)
-    _refuse_untrained(run)
-    show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
-    run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
-    with _progress_bar() as progress:
-        record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+    clear_leftovers(out)
+    record = {} if overwrite else read_record(out / NF4_RECORD)
+    there = record.get("merged_sha256") == sha256_of(run.merged / MANIFEST_NAME)
+    prompts = None
+    if there:
+        lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
+        run.update_run(nf4=record)  # a kill may have come between the folder and this
+    else:
+        show(f"writing {out}")
+        _forget_score(run)
+        prompts = load_prompts(recipe, load_tokenizer(recipe))
+        texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
+        export = export_nf4(run.merged, out, texts, device=detect_device().kind, overwrite=True)
+        run.update_run(nf4=export.to_json())
+        loss = export.agreement
+        lines = [
+            f"{out}: {export.size_bytes / 2**20:.0f} MiB (merged: {export.merged_bytes / 2**20:.0f} MiB); against the "
+            f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {export.positions}"
+        ]
+    if recipe.eval.enabled and (scores := run.read_scores()):
+        if not there or "merged_nf4" not in scores:
+            scores = evaluate_saved(run, show, prompts, out, "merged_nf4")
+        merged, nf4 = (scores[key]["lenient"]["rate"] if key in scores else None for key in ("merged", "merged_nf4"))
+        beside = "" if merged is None else f", the merged 16-bit model {merged:.3f}"
+        lines.append(f"held-out score in 4 bits: {nf4:.3f}{beside}")
+    return lines
+
+
+def _held_out_texts(recipe: Recipe, count: int, prompts: Prompts | None = None) -> list[str]:
+    """Return held-out prompts as rendered text."""
     tokenizer = load_tokenizer(recipe)
-    loaded = prompts or load_prompts(recipe, tokenizer)
-    texts = loaded.proof_texts(VERIFY_PROMPTS, recipe, tokenizer)
-    show(f"verifying the merge on {len(texts)} prompts")
-    proof = verify_merge(base, run.adapter, run.merged, texts)
-    summary = {
+    return (prompts or load_prompts(recipe, tokenizer)).proof_texts(count, recipe, tokenizer)
+
+
+def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[str, Any]:
+    return {
         "prompts": proof.prompts,
         "positions": proof.positions,
-        "held_out": bool(loaded.eval),
+        "held_out": held_out,
         "compute_dtype": proof.compute_dtype,
         "top1_agreement": proof.merged.top1_agreement,
         "mean_kl": proof.merged.mean_kl,
@@ -145,39 +225,6 @@ def merge_run(
         "relative_update": record.relative_update,
         "tensors_dithered": record.tensors_dithered,
     }
-    if proof.faults and _lost_in_rounding(proof):
-        shutil.rmtree(run.merged)
-        raise NothingToMerge(
-            f"the update is too small for {record.dtype} weights to hold (mean KL to the base {proof.base.mean_kl:.1e} "
-            "nats, and rounding costs as much), so a merge would return the base. Train for more steps or with a "
-            "higher learning rate, or use the adapter as it is"
-        )
-    run.update_run(merge=summary)
-    proof.require_passed(run.merged)
-    return summary
-
-
-def merge_and_score(
-    run: RunDir, show: Callable[[str], None], prompts: Prompts | None = None, overwrite: bool = False
-) -> dict[str, Any]:
-    """Merge and verify a run, then score the merged model on the held-out prompts where the run is evaluated.
-
-    Returns:
-        The record kept under `merge` in run.json.
-
-    Raises:
-        ExportError: the merge or its verification failed.
-    """
-    summary = merge_run(run, show, prompts, overwrite)
-    if run.load_recipe().eval.enabled and run.scores_file.is_file():
-        from grpo_lite.evaluation.evaluate import evaluate_merged
-
-        try:
-            evaluate_merged(run, show, prompts)
-        except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
-            show(f"the merged model is verified but not scored: {error}")
-            run.write_scores({name: value for name, value in run.read_scores().items() if name != "merged"})
-    return summary
 
 
 @contextlib.contextmanager
@@ -195,90 +242,19 @@ def _progress_bar() -> Iterator[Progress]:
         yield progress
 
 
-def _refuse_untrained(run: RunDir) -> None:
-    """Raise NothingToMerge for an adapter whose B factors are all zero, as they are before the first gradient."""
-    from safetensors import safe_open
-
-    with safe_open(run.adapter / "adapter_model.safetensors", framework="pt") as file:
-        names = list(file.keys())
-        factors = [name for name in names if ".lora_B." in name or ".lora_embedding_B" in name]
-        others = [name for name in names if ".lora_" not in name]
-        moved = others or any(bool(file.get_tensor(name).any()) for name in factors)
-    if not moved:
-        raise NothingToMerge(
-            "the adapter is zero, it still equals the base: no gradient ever flowed. Every group's rewards were equal "
-            "in every step (see what earns a reward with `grpo-lite check`), or the learning rate was 0 (warm-up)"
-        )
-
-
 def _lost_in_rounding(proof: VerifyRecord) -> bool:
     """Return whether the merged model is as near to base + adapter as the base itself is, and both are near."""
     return proof.merged.mean_kl <= 2 * proof.base.mean_kl < 0.02
 
 
-def export_run(run: RunDir, show: Callable[[str], None]) -> int:
-    """Make sure a run has a verified merge whose files are intact; merge first if there is none.
-
-    Returns:
-        The number of files checked against their sha256 sums.
-
-    Raises:
-        ExportError: a file was altered, or the merge did not pass.
-    """
-    if not (run.read_run().get("merge") or {}).get("passed") or run.merged_adapter() != sha256_of(
-        run.adapter / WEIGHTS_NAME
-    ):
-        merge_and_score(run, show, overwrite=run.merged.is_dir())
-    files = verify_manifest(run.merged)
-    clear_leftovers(run.merged)
-    return files
-
-
-LOSS_PROMPTS = 16
-
-
-def export_run_nf4(run: RunDir, show: Callable[[str], None], overwrite: bool = False) -> list[str]:
-    """Write `merged-nf4/` in a run, ready to load with bitsandbytes, and return lines for people.
-
-    The quantisation's loss against the merged model goes into run.json (`nf4`), and where the run is evaluated, its own
-    held-out score goes into metrics.json (`merged_nf4`). What is there already of the same merge is kept.
-
-    Raises:
-        ExportError: bitsandbytes is missing, or writing fails.
-    """
-    out = run.path / "merged-nf4"
-    recipe = run.load_recipe()
-    record = {} if overwrite else read_record(out / NF4_RECORD)
-    there = record.get("merged_sha256") == sha256_of(run.merged / MANIFEST_NAME)
-    prompts = None
-    if there:
-        clear_leftovers(out)
-        lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
-        run.update_run(nf4=record)  # a kill may have come between the folder and this
-    else:
-        show(f"writing {out}")
-        _forget_score(run)
-        tokenizer = load_tokenizer(recipe)
-        prompts = load_prompts(recipe, tokenizer)
-        texts = prompts.proof_texts(LOSS_PROMPTS, recipe, tokenizer)
-        made = export_nf4(run.merged, out, texts, tokenizer, device=detect_device().kind, overwrite=True)
-        run.update_run(nf4=made.to_json())
-        loss = made.agreement
-        lines = [
-            f"{out}: {made.size_bytes / 2**20:.0f} MiB (merged: {made.merged_bytes / 2**20:.0f} MiB); against the "
-            f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {made.positions}"
-        ]
-    if recipe.eval.enabled and (scores := run.read_scores()):
-        if not there or "merged_nf4" not in scores:
-            scores = evaluate_saved(run, show, prompts, out, "merged_nf4")
-        merged, nf4 = (scores[key]["lenient"]["rate"] if key in scores else None for key in ("merged", "merged_nf4"))
-        beside = "" if merged is None else f", the merged 16-bit model {merged:.3f}"
-        lines.append(f"held-out score in 4 bits: {nf4:.3f}{beside}")
-    return lines
+def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
+    trained = recipe.eval.max_new_tokens or recipe.max_completion_length
+    cap = max(LEAST_GGUF_TOKENS, min(GGUF_TOKENS, trained))
+    return prove_gguf(file, kind, run.merged, _held_out_texts(recipe, GGUF_PROMPTS), max_new_tokens=cap)
 
 
 def _forget_score(run: RunDir) -> None:
-    """Take an earlier export's score out of metrics.json: after a kill it would stand for the new one's."""
+    """Remove an earlier export's score from metrics.json; after a kill it would pass for the new one's."""
     scores = run.read_scores()
     if scores.pop("merged_nf4", None) is not None:
         run.write_scores(scores)

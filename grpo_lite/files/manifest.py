@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -58,20 +58,15 @@ def update_manifest(folder: Path, names: Iterable[str]) -> Path:
     return _write(folder, dict(sorted(entries.items())))
 
 
-def verify_manifest(folder: Path, progress: Callable[[str, int, int], None] | None = None) -> int:
+def verify_manifest(folder: Path) -> int:
     """Check every file of a folder against its manifest and return how many were checked.
-
-    Args:
-        progress: called with a file's name, the bytes read so far and the bytes in all.
 
     Raises:
         ExportError: all missing, truncated, corrupted and extra files, named together; or no usable manifest.
     """
     entries = read_manifest(folder)
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    total = sum((folder / name).stat().st_size for name in entries if (folder / name).is_file())
     faults: list[str] = []
-    done = 0
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -84,9 +79,6 @@ def verify_manifest(folder: Path, progress: Callable[[str, int, int], None] | No
             faults.append(f"{name}: corrupted ({size} bytes, {entry.size_bytes} were written)")
         elif sha256_of(path) != entry.sha256:
             faults.append(f"{name}: corrupted (its sha256 is not the recorded one)")
-        done += size
-        if progress:
-            progress(name, done, total)
     faults += [f"{name}: extra (not in the manifest)" for name in sorted(present - entries.keys() - {MANIFEST_NAME})]
     if faults:
         raise ExportError(

@@ -471,13 +471,6 @@ def test_folder_beside_the_output_that_is_not_ours_is_never_removed(case: Case) 
     assert (case.out.parent / "merged.previous/thesis.txt").read_text() == "mine"
 
 
-def test_missing_tokenizer_folder_content_is_named(case: Case, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ExportError, match="empty: holds no tokenizer"):
-        merge_adapter(*case, tokenizer_dir=tmp_path / "empty")
-    assert not case.out.exists()
-
-
 def test_merged_folder_checks_with_sha256sum(case: Case) -> None:
     merge_adapter(*case)
     tool = shutil.which("sha256sum")

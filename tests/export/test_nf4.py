@@ -21,6 +21,11 @@ from tests.export.test_proof import PROMPTS, ByteTokenizer
 pytest.importorskip("bitsandbytes")
 
 
+@pytest.fixture(autouse=True)
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_lite.export.nf4.load_saved_tokenizer", lambda folder: ByteTokenizer())
+
+
 @pytest.fixture
 def merged(tmp_path: Path) -> Path:
     base = make_base(tmp_path / "base", "wide", torch.bfloat16)
@@ -29,7 +34,7 @@ def merged(tmp_path: Path) -> Path:
 
 
 def test_nf4_export_is_smaller_loads_in_4_bit_and_records_its_loss(merged: Path, tmp_path: Path) -> None:
-    record = export_nf4(merged, tmp_path / "nf4", PROMPTS, ByteTokenizer())
+    record = export_nf4(merged, tmp_path / "nf4", PROMPTS)
     # Linear layers at 4 bits and their scales instead of 16; embedding and head stay.
     assert record.size_bytes < 0.6 * record.merged_bytes
     assert 0 < record.agreement.mean_kl < 0.5
@@ -50,7 +55,7 @@ def test_nf4_export_of_odd_widths_works_too(tmp_path: Path, hidden: int, interme
         num_key_value_heads=1, vocab_size=261,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    record = export_nf4(tmp_path / "m", tmp_path / "nf4", PROMPTS, ByteTokenizer())
+    record = export_nf4(tmp_path / "m", tmp_path / "nf4", PROMPTS)
     assert 0 < record.agreement.mean_kl < 0.1
     model = load_merged(tmp_path / "nf4", detect_device())
     with torch.no_grad():
@@ -60,10 +65,10 @@ def test_nf4_export_of_odd_widths_works_too(tmp_path: Path, hidden: int, interme
 def test_nf4_export_of_a_quantised_folder_is_refused(merged: Path, tmp_path: Path) -> None:
     edit_config(merged, "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(ExportError, match="the base is quantised"):
-        export_nf4(merged, tmp_path / "nf4", PROMPTS, ByteTokenizer())
+        export_nf4(merged, tmp_path / "nf4", PROMPTS)
     assert not (tmp_path / "nf4").exists()
 
 
 def test_nf4_export_without_prompts_is_refused(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="No prompts"):
-        export_nf4(merged, tmp_path / "nf4", [], ByteTokenizer())
+        export_nf4(merged, tmp_path / "nf4", [])

@@ -13,14 +13,16 @@ import torch
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.merge.merge import merge_adapter
-from grpo_lite.export.proof import agreement, update_carried, verify_merge
-from tests.export.merge_cases import edit_tensors, load_with_adapter, make_adapter, make_base
+from grpo_lite.export.proof import VerifyRecord, agreement, update_carried, verify_merge
+from tests.export.merge_cases import edit_tensors, make_adapter, make_base
 
 PROMPTS = ["abcdef", "a quick test", "zzz"]
 
 
 class ByteTokenizer:
     """Characters as token ids below the tiny models' vocabulary of 40."""
+
+    eos_token_id = None
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
         assert not add_special_tokens
@@ -41,14 +43,21 @@ def folder(originals: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def verify(folder: Path, **options: Any) -> Any:
-    arguments = {"prompts": PROMPTS, "tokenizer": ByteTokenizer(), "max_new_tokens": 4} | options
-    return verify_merge(folder / "base", folder / "adapter", folder / "merged", **arguments)
+@pytest.fixture(autouse=True)
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for a saved tokenizer, which the tiny models have none of; and four tokens are long enough here."""
+    monkeypatch.setattr("grpo_lite.export.proof.load_saved_tokenizer", lambda folder: ByteTokenizer())
+    monkeypatch.setattr("grpo_lite.export.proof.CONTINUED_TOKENS", 4)
+
+
+def verify(folder: Path, prompts: list[str] = PROMPTS) -> VerifyRecord:
+    return verify_merge(folder / "base", folder / "adapter", folder / "merged", prompts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_right_merge_passes(folder: Path, dtype: torch.dtype) -> None:
-    record = verify(folder, dtype=dtype)
+def test_right_merge_passes(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("grpo_lite.export.proof.dtype_that_fits", lambda folder: dtype)
+    record = verify(folder)
     assert record.passed, record.faults
     assert record.compute_dtype == str(dtype).removeprefix("torch.")
     assert record.merged.mean_kl < 0.1 * record.base.mean_kl
@@ -60,15 +69,15 @@ def test_right_merge_passes(folder: Path, dtype: torch.dtype) -> None:
 def test_merge_in_float32_of_a_float32_base_differs_only_by_float32_noise(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     merge_adapter(base, make_adapter(tmp_path / "adapter", base, scale=0.2), tmp_path / "merged")
-    record = verify(tmp_path, dtype=torch.float32)
+    record = verify(tmp_path)
+    assert record.compute_dtype == "float32"
     assert record.merged.max_logit_difference < 1e-4
     assert record.merged.top1_agreement == 1
 
 
 def test_positions_cover_prompt_and_greedy_continuation(folder: Path) -> None:
-    # 6 + 12 + 3 prompt tokens; with 4 new tokens each, unless the random model says end-of-text.
-    assert verify(folder, max_new_tokens=0).positions == 21
-    assert 21 < verify(folder, max_new_tokens=4).positions <= 33
+    # 6 + 12 + 3 prompt tokens; with 1 to 4 new tokens each: the random model may say end-of-text.
+    assert 24 <= verify(folder).positions <= 33
 
 
 def test_base_in_place_of_the_merge_fails(folder: Path) -> None:
@@ -108,10 +117,9 @@ def test_weights_that_are_not_finite_fail(folder: Path) -> None:
     assert verify(folder).faults == ("the logits hold NaN or infinity: the weights or the compute dtype are unusable",)
 
 
-def test_zero_adapter_is_refused(folder: Path) -> None:
+def test_zero_adapter_fails(folder: Path) -> None:
     edit_tensors(folder / "adapter", lambda saved: {name: value * 0 for name, value in saved.items()})
-    with pytest.raises(ExportError, match="the adapter is zero"):
-        verify(folder)
+    assert "base + adapter equals the base: the adapter changes nothing" in verify(folder).faults
 
 
 def test_weight_missing_from_the_merged_folder_is_named(folder: Path) -> None:
@@ -132,34 +140,19 @@ def test_too_little_memory_is_said_before_anything_is_loaded(folder: Path, monke
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200 << 20))
-    with pytest.raises(ExportError, match=r"merged but not verified.*0\.3 GiB, and 0\.2 GiB are free on cpu"):
-        verify_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, ByteTokenizer())
+    with pytest.raises(ExportError, match=r"merged but not verified.*0\.3 GiB, and 0\.2 GiB are free"):
+        verify(folder)
 
 
 def test_no_prompts_is_an_error(folder: Path) -> None:
     with pytest.raises(ExportError, match="No prompts"):
-        verify(folder, prompts=["", ""])
+        verify(folder, ["", ""])
 
 
-def test_missing_tokenizer_is_named(folder: Path) -> None:
+def test_missing_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     with pytest.raises(ExportError, match="merged: its tokenizer does not load"):
-        verify(folder, tokenizer=None)
-
-
-def test_training_time_model_is_compared_and_reported(folder: Path) -> None:
-    model = load_with_adapter(folder / "base", folder / "adapter", torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "base_layer" in name:
-            parameter.data.mul_(1.05)  # stands for the error of a 4-bit base
-
-    def training_logits(ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return model(input_ids=ids).logits
-
-    record = verify(folder, training_logits=training_logits)
-    assert record.passed
-    assert record.training.mean_kl > record.merged.mean_kl
-    assert record.to_json()["training"]["mean_kl"] == record.training.mean_kl
+        verify(folder)
 
 
 def test_agreement_of_known_distributions() -> None:

@@ -21,8 +21,9 @@ import grpo_lite
 from grpo_lite.errors import ExportError
 from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.gguf.ollama import Prompting, ollama_settings
-from grpo_lite.export.gguf.tensors import Progress, add_architecture_keys, architecture, plan_tensors, write_tensors
+from grpo_lite.export.gguf.tensors import add_architecture_keys, architecture, plan_tensors, write_tensors
 from grpo_lite.export.gguf.tokenizer import add_tokenizer_keys, read_tokenizer
+from grpo_lite.export.model_folder import load_saved_tokenizer, read_config
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 
 GGUF_RECORD = "gguf.json"
@@ -59,7 +60,6 @@ def export_gguf(
     name: str = "model",
     prompting: Prompting = Prompting(),  # noqa: B008 - frozen
     overwrite: bool = False,
-    progress: Progress | None = None,
 ) -> GgufRecord:
     """Write `<name>-<kind>.gguf`, a Modelfile, a record and a manifest into a folder of their own.
 
@@ -76,7 +76,7 @@ def export_gguf(
     if kind not in KINDS:
         raise ExportError(f"--gguf: {kind!r} is given. Allowed: {', '.join(KINDS)}. q8_0 is a good first choice.")
     tool = llama_quantize() if kind in K_QUANTS else None
-    config = _read_config(merged_dir)
+    config = read_config(merged_dir)
     arch = architecture(config, str(merged_dir))
     if (merged_dir / MANIFEST_NAME).is_file():
         verify_manifest(merged_dir)
@@ -89,11 +89,12 @@ def export_gguf(
         first = partial / (f"{name}-bf16.gguf" if tool else file_name)
         writer = _open_writer(first, arch, config, name, first_kind)
         add_tokenizer_keys(writer, facts)
-        count = write_tensors(writer, plans, config, progress)
+        count = write_tensors(writer, plans, config)
         if tool:
             _quantise(tool, first, partial / file_name, kind)
             first.unlink()
-        settings = ollama_settings(_tokenizer(merged_dir), facts, prompting, int(config["max_position_embeddings"]))
+        tokenizer, context = load_saved_tokenizer(merged_dir), int(config["max_position_embeddings"])
+        settings = ollama_settings(tokenizer, facts, prompting, context)
         for file, text in {"Modelfile": settings.modelfile(file_name), **settings.hub_files()}.items():
             (partial / file).write_text(text, encoding="utf-8")
         for path in [*merged_dir.glob("LICEN?E*"), *merged_dir.glob("NOTICE*")]:
@@ -129,19 +130,6 @@ def llama_quantize() -> Path:
             "with LLAMA_QUANTIZE=/path/to/llama-quantize. What needs nothing else: " + ", ".join(WRITTEN_HERE) + "."
         )
     return Path(found)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}/config.json: cannot be read ({error}). Give a merged model's folder.") from None
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _open_writer(path: Path, arch: str, config: Mapping[str, Any], name: str, kind: str) -> Any:

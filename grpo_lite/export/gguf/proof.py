@@ -12,7 +12,6 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,8 @@ import torch
 
 from grpo_lite.engine.generate import stop_ids
 from grpo_lite.errors import ExportError
-from grpo_lite.export.proof import DECIDED_LEAD
-from grpo_lite.export.safetensors import open_checkpoint
+from grpo_lite.export.model_folder import dtype_that_fits, load_saved_tokenizer, load_whole
+from grpo_lite.export.proof import DECIDED_LEAD, greedy_answer, last_logits
 
 # Least share of positions at which the file and the merged model agree on the next token, given the same text before:
 # everywhere, and where the merged model leads by DECIDED_LEAD. Rounding flips near ties only; wrong weights
@@ -151,40 +150,27 @@ def _version(loader: str) -> str:
 
 
 def _merged_answers(merged_dir: Path, prompts: Sequence[str], cap: int) -> tuple[Any, list[list[int]], list[_Answer]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(merged_dir)
-    model = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=_compute_dtype(merged_dir)).eval()
+    tokenizer = load_saved_tokenizer(merged_dir)
+    model = load_whole(merged_dir, dtype_that_fits(merged_dir))
     ids = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-    answers = [_greedy(model, tokenizer, row, cap) for row in ids]
-    with torch.inference_mode():
-        for prompt, answer in zip(ids, answers, strict=True):
-            logits = model(input_ids=torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1].float()
-            best = logits.topk(2, dim=-1).values
-            answer.decided.extend((best[:, 0] - best[:, 1] >= DECIDED_LEAD).tolist())
+    answers = [_answer(model, tokenizer, row, cap) for row in ids]
+    for prompt, answer in zip(ids, answers, strict=True):
+        best = _answer_logits(model, prompt, answer).topk(2, dim=-1).values
+        answer.decided.extend((best[:, 0] - best[:, 1] >= DECIDED_LEAD).tolist())
     del model
     gc.collect()
     return tokenizer, ids, answers
 
 
-def _compute_dtype(folder: Path) -> Any:
-    """Return float32 where the model fits the free memory in it, which leaves the file's rounding as the difference."""
-    import psutil
-
-    parameters = sum(math.prod(spec.shape) for shard in open_checkpoint(folder) for spec in shard.tensors.values())
-    return torch.float32 if 4 * parameters * 1.3 + (1 << 30) < psutil.virtual_memory().available else "auto"
-
-
-@torch.inference_mode()
-def _greedy(model: Any, tokenizer: Any, prompt: list[int], cap: int) -> _Answer:
-    from transformers import GenerationConfig
-
+def _answer(model: Any, tokenizer: Any, prompt: list[int], cap: int) -> _Answer:
     stops = stop_ids(model, tokenizer)
-    config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-    inputs = torch.tensor([prompt])
-    out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    new = out[0, len(prompt) :].tolist()
+    new = greedy_answer(model, torch.tensor([prompt]), cap, stops)
     return _Answer(new, tokenizer.decode(new, skip_special_tokens=True), bool(new) and new[-1] in stops)
+
+
+def _answer_logits(model: Any, prompt: list[int], answer: _Answer) -> torch.Tensor:
+    """Return the logits that predict each token of an answer, (tokens, V)."""
+    return last_logits(model, torch.tensor([prompt + answer.ids]), len(answer.ids) + 1)[:-1]
 
 
 Compared = tuple[list[list[int]], list[_Answer], bool | None]  # best next tokens, own answers, tokenised alike
@@ -195,7 +181,7 @@ def _by_transformers(
 ) -> Compared:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = torch.float32 if _compute_dtype(Path(tokenizer.name_or_path)) == torch.float32 else torch.bfloat16
+    dtype = dtype_that_fits(Path(tokenizer.name_or_path)) or torch.bfloat16
     known: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(tokenizer.name_or_path)  # the merged folder's
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
@@ -203,12 +189,10 @@ def _by_transformers(
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **known).eval()
     own = _own_tokenizer(path, tokenizer)
     model.generation_config.eos_token_id = None  # the file's own end token has to stop it
-    best = []
-    with torch.inference_mode():
-        for prompt, answer in zip(ids, answers, strict=True):
-            logits = model(input_ids=torch.tensor([prompt + answer.ids])).logits[0]
-            best.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
-    given = [_greedy(model, own, prompt, cap) for prompt in ids]
+    best = [
+        _answer_logits(model, prompt, answer).argmax(-1).tolist() for prompt, answer in zip(ids, answers, strict=True)
+    ]
+    given = [_answer(model, own, prompt, cap) for prompt in ids]
     return best, given, None
 
 

@@ -1,15 +1,13 @@
-"""Which architectures become GGUF, and how: metadata keys, tensor names, and the order of rotary rows.
+"""The tensors of a GGUF: metadata keys, names and the order of rotary rows, then streamed a block of rows at a time.
 
 Llama, Qwen2 and Qwen3 dense models, as llama.cpp reads them. Everything else is refused by name: a file that loads and
 answers nonsense is worse than none.
-
-The tensors of a GGUF: planned from safetensors headers, then streamed a block of rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, open_checkpo
 # transformers' class -> llama.cpp's architecture (gguf.MODEL_ARCH_NAMES)
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
+_BLOCK_BYTES = 64 << 20  # of float32 rows in memory at once
+_Q8_BLOCK = 32  # values that share a scale
 _ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 OTHER_WAY = (
     "Convert the merged folder, which is complete, with llama.cpp's own convert_hf_to_gguf.py instead, or serve it "
@@ -155,11 +155,6 @@ def rope_frequency_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
     return torch.where(wavelength < trained / high, 1.0, factors).to(torch.float32)
 
 
-_BLOCK_BYTES = 64 << 20  # of float32 rows in memory at once
-_Q8_BLOCK = 32  # values that share a scale
-Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
-
-
 @dataclass(frozen=True)
 class TensorPlan:
     """One tensor of the GGUF: where it comes from and how it is stored."""
@@ -225,9 +220,7 @@ def _stored_bytes(spec: TensorSpec, stored: Any) -> int:
     return math.prod(spec.shape) // block * size
 
 
-def write_tensors(
-    writer: Any, plans: Sequence[TensorPlan], config: Mapping[str, Any], progress: Progress | None
-) -> int:
+def write_tensors(writer: Any, plans: Sequence[TensorPlan], config: Mapping[str, Any]) -> int:
     """Write header, metadata, tensor list and tensors through a `gguf.GGUFWriter`, close it, return their number.
 
     Raises:
@@ -246,7 +239,6 @@ def write_tensors(
     expected = file.tell() + sum(
         writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values()
     )
-    total, done = sum(plan.size_bytes for plan in plans), 0
     try:
         if factors is not None:
             file.write(factors.numpy().tobytes())
@@ -254,9 +246,6 @@ def write_tensors(
         for plan in plans:
             for block in _blocks(plan):
                 file.write(block)
-                done += len(block)
-                if progress:
-                    progress(plan.name, done, total)
             writer.write_padding(file, plan.size_bytes)
         if file.tell() != expected:
             raise ExportError(f"{file.name}: {file.tell()} bytes were written, {expected} announced. Report this.")

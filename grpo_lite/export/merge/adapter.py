@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, open_shard, row_blocks
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest
 
@@ -79,7 +79,8 @@ def open_adapter(folder: Path) -> Adapter:
 
     Raises:
         ExportError: missing, corrupt or truncated files, an unsupported kind of adapter, unpaired tensors, NaN or
-            infinity, or factors that are all zero.
+            infinity.
+        NothingToMerge: every scaling · B·A is zero, as before the first gradient.
     """
     config = _read_config(folder)
     _check_supported(folder / CONFIG_NAME, config)
@@ -214,9 +215,9 @@ def _check_not_zero(adapter: Adapter, nonzero: set[str]) -> None:
         for factors in adapter.lora.values()
     )
     if not adapter.full and not any(changes):
-        raise ExportError(
-            f"{adapter.shard.path}: the adapter is zero (every B·A·scaling is 0), so merging would return the base. "
-            "Expected: trained factors. Train for more steps, or merge another checkpoint."
+        raise NothingToMerge(
+            "the adapter is zero, it still equals the base: no gradient ever flowed. Every group's rewards were equal "
+            "in every step (see what earns a reward with `grpo-lite check`), or the learning rate was 0 (warm-up)"
         )
 
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 
 import grpo_lite
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.merge.adapter import WEIGHTS_NAME, Adapter, LoraFactors, open_adapter
 from grpo_lite.export.merge.plan import Change, MergePlan, make_plan
@@ -72,7 +72,6 @@ def merge_adapter(
     adapter_dir: Path,
     out_dir: Path,
     *,
-    tokenizer_dir: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeRecord:
@@ -82,7 +81,6 @@ def merge_adapter(
         base_dir: config.json and safetensors of the base, in float32, bfloat16 or float16.
         adapter_dir: what PEFT's save_pretrained wrote; checked against its manifest where it has one.
         out_dir: must not exist, unless `overwrite` and grpo_lite made it.
-        tokenizer_dir: where tokenizer and chat template come from; the base by default.
         progress: called with the shard's name, the bytes written and the bytes in all.
 
     Raises:
@@ -99,12 +97,11 @@ def merge_adapter(
     _check_not_merged_before(base_dir, adapter_sha256)
     total = sum(len(shard.head) + sum(s.end - s.start for s in shard.tensors.values()) for shard in shards)
     total += sum(change.source.end - change.source.start for change in plan.added.values())
-    protected = [base_dir, adapter_dir, *([tokenizer_dir] if tokenizer_dir else [])]
-    with replacing_folder(out_dir, total + _MARGIN_BYTES, overwrite, protected) as partial:
+    with replacing_folder(out_dir, total + _MARGIN_BYTES, overwrite, [base_dir, adapter_dir]) as partial:
         writer = ShardWriter(partial, plan, adapter, _expected_digests(base_dir), progress, total)
         for shard in shards:
             writer.write(shard)
-        copy_files(base_dir, tokenizer_dir or base_dir, partial)
+        copy_files(base_dir, partial)
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
         record = _record(writer, shards, adapter_sha256, total, time.monotonic() - began)
@@ -123,10 +120,9 @@ def _record(
     dtypes = sorted({change.source.dtype for change in made})
     relative_update = math.sqrt(tally.update_squares / tally.base_squares) if tally.base_squares else 1.0
     if not tally.changed or relative_update < _FLOAT32_NOISE:
-        raise ExportError(
-            f"{adapter.folder}: the merged weights equal the base's to rounding: the update's relative size is "
-            f"{relative_update:.1e}, below what float32 tells apart. Expected: a trained adapter. Train for more steps "
-            "or with a higher learning rate."
+        raise NothingToMerge(
+            f"the merged weights equal the base's to rounding: the update's relative size is {relative_update:.1e}, "
+            "below what float32 tells apart. Train for more steps or with a higher learning rate"
         )
     recorded = adapter.config.get("base_model_name_or_path")
     return MergeRecord(
