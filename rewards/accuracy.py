@@ -1,7 +1,7 @@
-"""Does the completion commit to the right answer? Exact arithmetic first, computer algebra in a killable process after.
+"""The reward for the right answer: exact arithmetic first, then computer algebra in a process that can be killed.
 
-completion -> visible text -> committed answer -> structure -> equivalent to the gold's?
-  completion.py               extraction.py       answer.py    equivalence.py, judge.py
+completion -> visible text -> committed answer -> structure       -> equivalent to the gold?
+  completion.py               extraction.py       math/reading.py    math/equivalence.py, judge/
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def accuracy_reward(
         log_metric: passed by TRL. Gets the fractions of the batch that had no committed answer, could not be read, ran
             into the limit, or had an unusable gold, as `accuracy_reward/{no_answer,unparsed,timeout,unusable_gold}`.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
-        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
+        prefilled: whether every completion does; None looks at `prompts` (set it for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold (missing, blank, cut off, or a text without a marked answer).
@@ -133,14 +133,14 @@ def gold_answer(raw: Any) -> str | None:
 
 
 def _quick(gold: str, given: str) -> bool | None:
-    """Decide without computer algebra, plain integers without even parsing; None if that cannot be."""
+    """Compare without computer algebra, plain integers without parsing; None where that decides nothing."""
     if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given):
         return int(gold) == int(given)
     return equivalent(parse_answer(gold), parse_answer(given))
 
 
 def _balanced(text: str) -> bool:
-    """Tell whether the braces of a text close: a gold that was cut off is unusable."""
+    """Return whether all braces of a text close: a gold that was cut off is unusable."""
     depth = 0
     for mark in re.findall(r"\\.|[{}]", text):
         depth += (mark == "{") - (mark == "}")

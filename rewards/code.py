@@ -1,4 +1,4 @@
-"""The reward for programs: what the model wrote is run against the row's tests, in the sandbox."""
+"""The reward for programs: the model's code runs against the row's tests, in the sandbox."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def unit_test_reward(
         test_list, test_setup_code: MBPP's columns: assert statements, and code to run before them. Python's own `==`.
         entry_point, test: HumanEval's columns: the function, and a script with `check(candidate)`.
         mode: "fraction" or "all".
-        tiers: weights of "compile", "run" and "pass", with sum 1. The first two can be had without solving anything:
-            keep them small.
-        timeout_s: wall-clock seconds for one program with all its tests; what a hanging program costs.
+        tiers: weights of "compile", "run" and "pass", with sum 1. A program earns the first two without solving
+            anything: keep them small.
+        timeout_s: wall-clock seconds for one program with all its tests; a hanging program uses all of it.
         allow_weak_isolation: run even where programs can reach files or the network of this machine.
         prompts: passed by TRL. Helpers that HumanEval's prompts define are taken from here; without prompts the
             program's own are used, which it can rig (HumanEval/32, 38 and 50).
-        prefilled: whether every completion starts inside thinking that the prompt opened; None looks at `prompts` (say
-            it yourself for chat prompts).
+        prefilled: whether every completion starts inside thinking that the prompt opened; None looks at `prompts` (set
+            it for chat prompts).
         log_metric: passed by TRL. Gets the fractions of the batch with unusable tests, no Python, a time-out, as
             `unit_test_reward/unusable_tests`, `.../not_python`, `.../timeout`, and `.../weak_isolation` (1 or 0).
 
@@ -136,13 +136,13 @@ def _jobs(
 
 def _tests_of(row: Mapping[str, Any], prompt: Completion) -> tuple[Tests, str]:
     """Return a row's tests, and the code its prompt gives for them."""
-    given = [name for name in ("tests", "test_list", "test") if row.get(name) is not None]
-    if len(given) != 1:
-        raise TestsError(f"a row needs one of tests, test_list and test; this one has {given or 'none'}")
+    present = [name for name in ("tests", "test_list", "test") if row.get(name) is not None]
+    if len(present) != 1:
+        raise TestsError(f"a row needs one of tests, test_list and test; this one has {present or 'none'}")
     entry: Any = row.get("entry_point")
-    if given == ["test_list"]:
+    if present == ["test_list"]:
         return from_asserts(row["test_list"], row.get("test_setup_code") or "", entry), ""
-    if given == ["tests"]:
+    if present == ["tests"]:
         return from_cases(row["tests"], entry), ""
     stub = prompt_code(prompt, entry) if prompt is not None and entry else None
     return from_check(row["test"], entry, stub), stub or ""

@@ -68,7 +68,7 @@ def prompt_end(prompt: Completion) -> str:
 
 
 def prompt_prefills_think(prompt: Completion) -> bool:
-    """Tell whether a prompt ends inside an open thinking tag, so that the completion starts with thinking.
+    """Return whether a prompt ends inside an open thinking tag, so that the completion starts with thinking.
 
     >>> prompt_prefills_think("<|im_start|>assistant\\n<think>\\n"), prompt_prefills_think("What is 2+2?")
     (True, False)
@@ -85,7 +85,7 @@ def visible_texts(
         completions: text or chat messages.
         prompts: their prompts, which may end inside a thinking block.
         prefilled: whether all prompts do; None looks at `prompts`. With chat prompts, whose template is not visible
-            here, say it yourself.
+            here, set it.
     """
     texts = [completion_text(completion) for completion in completions]
     if prefilled is not None or prompts is None:
@@ -109,17 +109,17 @@ def visible_text(text: str, *, prefilled: bool = False) -> str:
     """
     if "<" not in text:
         return "" if prefilled else text
-    kept: list[str] = []
+    parts: list[str] = []
     start, inside = 0, prefilled
     for tag in _THINK_TAG.finditer(text):
         closing = bool(tag.group(1))
         if not inside and not closing:
-            kept.append(text[start : tag.start()])
+            parts.append(text[start : tag.start()])
             inside = True
         elif closing:
             if not inside:
-                kept.clear()
+                parts.clear()
             inside, start = False, tag.end()
     if not inside:
-        kept.append(text[start:])
-    return "".join(kept)
+        parts.append(text[start:])
+    return "".join(parts)

@@ -49,7 +49,7 @@ def countdown_reward(
         use_all: every number must be used.
         partial_credit: in [0, 0.5], for a well-formed expression over the right numbers with another value.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
-        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
+        prefilled: whether every completion does; None looks at `prompts` (set it for chat prompts).
 
     Returns:
         One value in [0, 1] per completion; None where `nums` or `target` is missing or not integers.
@@ -82,7 +82,7 @@ def countdown_reward(
 
 
 def _usable(numbers: Any, goal: Any) -> bool:
-    """Tell whether a row states a countdown problem."""
+    """Return whether a row states a countdown problem."""
     try:
         return len(numbers) > 0 and all(int(n) == n for n in numbers) and int(goal) == goal
     except (TypeError, ValueError):

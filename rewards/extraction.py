@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Sequence
 
 DEFAULT_METHODS = ("answer_tag", "boxed", "hash", "phrase")
-Found = tuple[str, int]  # the answer's text, and where it ends in the completion
+Commitment = tuple[str, int]  # the answer's text, and where it ends in the completion
 
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
@@ -71,7 +71,7 @@ _OR_JUST_BEFORE = re.compile(
 )
 _CONTRAST = re.compile(r",\s*(?:and\s+)?not\s+[$\\(]{0,3}-?\d[\d.,/]*[$\\)]{0,3}\Z", re.IGNORECASE)
 _WINDOW = 80  # how far around a box or phrase its neighbours are looked at, in characters: all scans stay linear
-_GOES_ON = re.compile(r"\s*(?:[,;/=<>]|or\b|and\b|to\b|\\(?:approx|pm|text))", re.IGNORECASE)
+_CONTINUES = re.compile(r"\s*(?:[,;/=<>]|or\b|and\b|to\b|\\(?:approx|pm|text))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
 _NUMERIC = re.compile(
     r"(?:[$€£¥]|\\\$)?\s*[-−+]?(?:[$€£¥]|\\\$)?\s*(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s*(?:\\?%|[a-zA-Z°]*)\s*\.?"
@@ -92,10 +92,10 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
         unknown = next(method for method in methods if method not in _METHODS)
         raise ValueError(f"extract names {unknown!r}; allowed: a list of {', '.join(_METHODS)}")
     for index, method in enumerate(methods):
-        found = _METHODS[method](text)
-        if found is None:
+        commitment = _METHODS[method](text)
+        if commitment is None:
             continue
-        answer, end = found
+        answer, end = commitment
         if "phrase" in methods[index + 1 :]:
             retraction = _phrase(text[end:])
             if retraction is not None and _is_value(retraction[0]):
@@ -104,9 +104,9 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
     return None
 
 
-def _answer_tag(text: str) -> Found | None:
+def _answer_tag(text: str) -> Commitment | None:
     start: int | None = None
-    found: Found | None = None
+    commitment: Commitment | None = None
     for tag in _ANSWER_TAG.finditer(text):
         if not tag.group(1):
             start = tag.end()
@@ -114,14 +114,14 @@ def _answer_tag(text: str) -> Found | None:
             content = text[start : tag.start()].strip()
             start = None
             if content:
-                found = (content, tag.end())
-    if found is None:
+                commitment = (content, tag.end())
+    if commitment is None:
         return None
-    inner = _phrase(found[0])
-    return _unbox(inner[0] if inner is not None else found[0]), found[1]
+    inner = _phrase(commitment[0])
+    return _unbox(inner[0] if inner is not None else commitment[0]), commitment[1]
 
 
-def _boxed(text: str) -> Found | None:
+def _boxed(text: str) -> Commitment | None:
     boxes = [box for box in _boxes(text) if not _is_denied(text, box)]
     if not boxes:
         return None
@@ -140,7 +140,7 @@ def _boxed(text: str) -> Found | None:
 
 
 def _is_denied(text: str, box: tuple[int, int, str]) -> bool:
-    """Tell whether a box is named only to be denied: `it is not \\boxed{41}`."""
+    """Return whether a box is named only to be denied: `it is not \\boxed{41}`."""
     start, end, _ = box
     before = _DENIED.search(text, max(0, start - _WINDOW), start)
     return before is not None or _DENIED_AFTER.match(text, end, end + _WINDOW) is not None
@@ -190,18 +190,18 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     return outermost
 
 
-def _hash(text: str) -> Found | None:
+def _hash(text: str) -> Commitment | None:
     if "####" not in text:
         return None
-    found: Found | None = None
+    commitment: Commitment | None = None
     for match in _HASH.finditer(text):
         content = _HASH_LABEL.sub("", match.group(1), count=1).strip()
         if content:
-            found = (content, match.end())
-    return found
+            commitment = (content, match.end())
+    return commitment
 
 
-def _phrase(text: str) -> Found | None:
+def _phrase(text: str) -> Commitment | None:
     for match in reversed(list(_PHRASE.finditer(text))):
         content, end = _sentence(text, match.end())
         if not content:
@@ -214,14 +214,14 @@ def _phrase(text: str) -> Found | None:
 
 
 def _is_value(text: str) -> bool:
-    """Tell whether a phrase's content is a number or a short formula, not chatter."""
+    """Return whether a phrase's content is a number or a short formula, not chatter."""
     if _NUMERIC.fullmatch(text):
         return True
     bare = re.sub(r"\\[a-zA-Z]+", " ", text)
     return len(text) <= 60 and any(c.isdigit() for c in bare) and re.search(r"[a-zA-Z]{2,}", bare) is None
 
 
-def _sentence(text: str, start: int) -> Found:
+def _sentence(text: str, start: int) -> Commitment:
     """Return what stands from `start` to the end of the sentence, or of the next line if this one ends here."""
     while start < len(text) and text[start].isspace():
         start += 1
@@ -237,7 +237,7 @@ def _sentence(text: str, start: int) -> Found:
             rest = text[start + len(opening) : close] if close > 0 else ""
             if close > 0 and not (opening == "$" and _NUMERIC.match(content) and "\\" not in rest and " " in rest):
                 after = close + len(closing)
-                if not _GOES_ON.match(text, after):
+                if not _CONTINUES.match(text, after):
                     return _unbox(rest.strip()), after
                 end_match = _SENTENCE_END.search(text, after, limit)  # $41$ or $42$: the whole sentence is the answer
                 end = end_match.start() if end_match else limit
@@ -269,7 +269,7 @@ def _unbox(content: str) -> str:
     return content
 
 
-def _first_line(text: str) -> Found | None:
+def _first_line(text: str) -> Commitment | None:
     stripped = text.lstrip()
     line = stripped.partition("\n")[0].strip()
     left, equals, _ = line.partition("=")
@@ -278,14 +278,14 @@ def _first_line(text: str) -> Found | None:
     return line, len(text) - len(stripped) + len(line)
 
 
-def _last_number(text: str) -> Found | None:
-    last: Found | None = None
+def _last_number(text: str) -> Commitment | None:
+    last: Commitment | None = None
     for match in _NUMBER.finditer(text):
         last = (match.group(), match.end())
     return last
 
 
-_METHODS: dict[str, Callable[[str], Found | None]] = {
+_METHODS: dict[str, Callable[[str], Commitment | None]] = {
     "answer_tag": _answer_tag,
     "boxed": _boxed,
     "hash": _hash,

@@ -1,4 +1,4 @@
-"""Does the completion keep the agreed form? `format_reward` counts tags, so repeating or nesting them earns nothing.
+"""The reward for the agreed form. `format_reward` counts tags, so repeating or nesting them earns nothing.
 
 It judges form only; pair it with an accuracy reward, and gate it (`rewards.gate`) where form must not pay on its own.
 """
@@ -40,9 +40,9 @@ def format_reward(
         tags: the blocks in order; case counts.
         pattern: a regular expression the whole completion must match instead of `tags` (`.` matches newlines).
         mode: `soft` gives the partial credit above; it needs `tags`.
-        prefilled: whether the prompt already wrote the first opening tag, which is then not the model's to write. None
-            looks at the end of each prompt's text; with chat prompts, whose template is not visible here, say it
-            yourself (`rewards.format.ends_with_tag(rendered_prompt, "think")`).
+        prefilled: whether the prompt already wrote the first opening tag, which the model then does not write. None
+            looks at the end of each prompt's text; with chat prompts, whose template is not visible here, set it
+            (`rewards.format.ends_with_tag(rendered_prompt, "think")`).
         prompts: passed by TRL.
         max_answer_chars: longest last block accepted, in characters, against enumerating all answers.
 
@@ -83,7 +83,7 @@ def format_reward(
 
 
 def ends_with_tag(rendered_prompt: str, tag: str) -> bool:
-    r"""Tell whether a rendered prompt ends with an opening tag, which the model then does not write itself.
+    r"""Return whether a rendered prompt ends with an opening tag, which the model then does not write itself.
 
     >>> ends_with_tag("<|im_start|>assistant\n<think>\n", "think")
     True
@@ -109,12 +109,12 @@ def _right_blocks(text: str, tags: Sequence[str], marker: re.Pattern[str], max_a
 
 
 def _is_visible(text: str) -> bool:
-    """Tell whether a text shows anything: zero-width and control characters are no reasoning."""
+    """Return whether a text shows anything: zero-width and control characters are no reasoning."""
     return any(unicodedata.category(char)[0] not in "ZCM" and char not in _BLANK for char in text)
 
 
 def _only_blocks(text: str, tags: Sequence[str]) -> bool:
-    """Tell whether nothing but white space stands outside the blocks, each known to occur once and in order."""
+    """Return whether nothing but white space stands outside the blocks, each known to occur once and in order."""
     position = 0
     for tag in tags:
         start = text.index(f"<{tag}>")

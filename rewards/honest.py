@@ -89,7 +89,7 @@ def honest_accuracy(
 
 
 def _ends_in_thinking(prompt: Completion) -> bool:
-    """Tell whether a text prompt ends with an opening `<think>`."""
+    """Return whether a text prompt ends with an opening `<think>`."""
     return isinstance(prompt, str) and prompt.rstrip().lower().endswith("<think>")
 
 
@@ -110,28 +110,28 @@ def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
     opened = _OPENED.search(text)
     text = text[: opened.start()] if opened else text
     lowered = text.lower()
-    found: list[tuple[int, str]] = []
+    candidates: list[tuple[int, str]] = []
     if "first_line" in markers:
         return next((line.strip() for line in text.split("\n") if line.strip()), None)
     if "answer_tag" in markers and (end := lowered.rfind("</answer>")) >= 0:
         begin = lowered.rfind("<answer>", 0, end)
         if begin >= 0:
-            found.append((end, text[begin + len("<answer>") : end]))
+            candidates.append((end, text[begin + len("<answer>") : end]))
     if "boxed" in markers and (box := _last_box(text)) is not None:
         before = _last_box(text[: box[0]])
         between = None if before is None else text[before[0] + len(before[1]) + len("\\boxed{}") : box[0]]
         several = between is not None and before is not None and before[1] != box[1] and _JOINT.fullmatch(between)
-        found.append((box[0], "" if several else box[1]))
+        candidates.append((box[0], "" if several else box[1]))
     if "hash" in markers and (place := text.rfind("####")) >= 0:
-        found.append((place, text[place + 4 :].split("\n", 1)[0]))
+        candidates.append((place, text[place + 4 :].split("\n", 1)[0]))
     if "phrase" in markers and (place := max(lowered.rfind("answer is"), lowered.rfind("answer:"))) >= 0:
         tail = re.split(r"\.\s|\.$|\n", re.sub(r"^\s*(?:is)?\s*:?\s*", "", text[place + len("answer") :]), maxsplit=1)[
             0
         ]
-        found.append((place, tail))
-    if not found:
+        candidates.append((place, tail))
+    if not candidates:
         return None
-    content = max(found)[1].strip()
+    content = max(candidates)[1].strip()
     inner = _last_box(content)
     return (content if inner is None else inner[1]).strip() or None
 

@@ -46,7 +46,7 @@ def reasoning_gym_reward(
         log_metric: passed by TRL. Gets the fractions of the batch that ran into the limit or broke the verifier, as
             `reasoning_gym_reward/{timeout,broken}`.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
-        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
+        prefilled: whether every completion does; None looks at `prompts` (set it for chat prompts).
 
     Returns:
         One value in [0, 1] per completion; None where the metadata name no known task.

@@ -39,7 +39,7 @@ def exact_match_reward(
         extract: methods of `rewards.extraction`, in order; None compares the whole visible completion.
         ignore_case, ignore_punctuation: what normalisation forgives.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
-        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
+        prefilled: whether every completion does; None looks at `prompts` (set it for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold.
@@ -82,7 +82,7 @@ def choice_reward(
         choices: the letters on offer.
         extract: methods of `rewards.extraction`, in order.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
-        prefilled: whether every completion does; None looks at `prompts` (say it yourself for chat prompts).
+        prefilled: whether every completion does; None looks at `prompts` (set it for chat prompts).
 
     Returns:
         1 or 0 per completion, None for an unusable gold.

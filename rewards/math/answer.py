@@ -94,7 +94,7 @@ Answer = Value | Text | Several | Relation | Matrix | Based | Ratio | Raw
 
 
 def is_name(side: Answer) -> bool:
-    r"""Tell whether one side of a relation is a name: x, a_1, f(x), AB, `\angle A`, words; not an expression."""
+    r"""Return whether one side of a relation is a name: x, a_1, f(x), AB, `\angle A`, words; not an expression."""
     if isinstance(side, Several):  # (x, y) = (1, 2)
         return side.kind == "()" and all(is_name(item) for item in side.items)
     if isinstance(side, Text):
@@ -132,7 +132,7 @@ def as_ratio(value: Value) -> Answer:
 
 
 def may_be_time(ratio: Ratio) -> bool:
-    """Tell whether `a:b` could be a time of day, which is not to be reduced: 2:30 is not 1:15."""
+    """Return whether `a:b` could be a time of day, which is not to be reduced: 2:30 is not 1:15."""
     minutes = ratio.parts[1].source
     return len(minutes) == 2 and minutes.isdigit() and int(minutes) < 60
 

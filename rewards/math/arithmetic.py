@@ -117,7 +117,7 @@ _RATIONAL: dict[str, Any] = {
 
 
 def is_number(node: Node) -> bool:
-    """Tell whether a tree is a number as one writes it down: 5, -1/2, 2.5."""
+    """Return whether a tree is a number as one writes it down: 5, -1/2, 2.5."""
     if node[0] == "neg":
         return is_number(node[1])
     if node[0] == "div":
@@ -126,7 +126,7 @@ def is_number(node: Node) -> bool:
 
 
 def is_calculation(node: Node) -> bool:
-    """Tell whether a tree still adds, multiplies or divides plain numbers; `a × 10ⁿ` is a way to write one."""
+    """Return whether a tree still adds, multiplies or divides plain numbers; `a × 10ⁿ` is a way to write one."""
     kind = node[0]
     if kind in ("num", "sym", "const"):
         return False
@@ -153,7 +153,7 @@ def _is_numeric(node: Node) -> bool:
 
 
 def has_symbols(node: Node) -> bool:
-    """Tell whether a tree has a variable, or a function that is not known."""
+    """Return whether a tree has a variable, or a function that is not known."""
     if node[0] == "sym" or (node[0] == "call" and node[1].endswith("()")):
         return True
     if node[0] in ("num", "const"):

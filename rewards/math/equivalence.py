@@ -43,7 +43,7 @@ from rewards.math.units import compatible
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
 _INFINITY = ("const", "oo")
 _PLUS_INFINITY = Value("\\infty", _INFINITY, None)
@@ -56,7 +56,7 @@ def _undecided(gold: object, given: object) -> bool | None:
 
 
 def equivalent(gold: Answer, given: Answer, leaf: Leaf = _undecided, relations: Pairing = _undecided) -> bool | None:
-    r"""Tell whether `given` answers `gold`; None if that takes computer algebra.
+    r"""Return whether `given` answers `gold`; None if that takes computer algebra.
 
     Args:
         gold, given: parsed answers.
@@ -73,7 +73,7 @@ def equivalent(gold: Answer, given: Answer, leaf: Leaf = _undecided, relations: 
 
 
 def _undefined(answer: Answer) -> bool:
-    """Tell whether an expression divides by zero where that can be seen."""
+    """Return whether an expression divides by zero where that can be seen."""
     return isinstance(answer, Value) and answer.value is None and divides_by_zero(answer.node)
 
 
@@ -176,7 +176,7 @@ class _Walk:
         return self.in_order(gold.items, given.items) if kinds <= plain else False
 
     def all_among(self, items: Sequence[Answer], others: Sequence[Answer]) -> bool | None:
-        """Tell whether every item is one of the others: as sets, {1, 1, 2} is {2, 1}."""
+        """Return whether every item is one of the others: as sets, {1, 1, 2} is {2, 1}."""
         return _all_of(_any_of(self.answers(other, item) for other in others) for item in items)
 
     def in_order(self, gold: Sequence[Answer], given: Sequence[Answer]) -> bool | None:
@@ -272,7 +272,7 @@ class _Walk:
                 return self.two_relations(gold, Relation(given.source, given.sides[::-1], given.signs))
             return False  # x = 5 is not answered by an equation that is still to be solved, nor by y = 5
         if len(gold.signs) == len(given.signs) and len(gold.signs) > 1:
-            flipped = tuple(_FLIPPED.get(sign, sign) for sign in reversed(given.signs))
+            flipped = tuple(FLIPPED.get(sign, sign) for sign in reversed(given.signs))
             same = gold.signs == given.signs and self.in_order(gold.sides, given.sides)
             return _any_of([same, gold.signs == flipped and self.in_order(gold.sides, given.sides[::-1])])
         if len(gold.signs) != 1 or len(given.signs) != 1:
@@ -281,11 +281,11 @@ class _Walk:
 
 
 def _is_inequality(answer: Answer) -> TypeGuard[Relation]:
-    return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in _FLIPPED
+    return isinstance(answer, Relation) and len(answer.signs) == 1 and answer.signs[0] in FLIPPED
 
 
 def _is_clock(ratio: Ratio) -> bool:
-    """Tell whether a ratio can only be a time: minutes with a leading zero."""
+    """Return whether a ratio can only be a time: minutes with a leading zero."""
     return len(ratio.parts) > 1 and re.fullmatch(r"0\d\b.*", ratio.parts[1].source) is not None
 
 
@@ -330,14 +330,14 @@ def _interval(answer: Answer) -> Answer:
     sides, signs = answer.sides, answer.signs
     if len(signs) == 2 and is_name(sides[1]) and _constant(sides[0]) and _constant(sides[2]):
         if signs[0] in (">", "\\ge"):
-            sides, signs = sides[::-1], (_FLIPPED.get(signs[1], ""), _FLIPPED.get(signs[0], ""))
+            sides, signs = sides[::-1], (FLIPPED.get(signs[1], ""), FLIPPED.get(signs[0], ""))
         if set(signs) <= {"<", "\\le"}:
             return _between(answer.source, "[("[signs[0] == "<"], sides[0], sides[2], "])"[signs[1] == "<"])
     if len(signs) != 1:
         return answer
     sign = signs[0]
     if is_name(sides[1]) and _constant(sides[0]):
-        sides, sign = sides[::-1], _FLIPPED.get(sign, sign)
+        sides, sign = sides[::-1], FLIPPED.get(sign, sign)
     if not is_name(sides[0]) or not _constant(sides[1]):
         return answer
     bound = sides[1]

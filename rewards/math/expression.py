@@ -64,18 +64,18 @@ def parse_expression(text: str) -> Node:
 
 def _tokens(text: str) -> list[tuple[str, str]]:
     """Return (kind, text) of every token; NotAnExpression at the first character that is none."""
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
     place = 0
     while place < len(text):
         match = _TOKEN.match(text, place)
         if match is None or match.lastgroup is None:
             raise NotAnExpression(f"unexpected {text[place]!r}")
         if match.lastgroup != "space":
-            found.append((match.lastgroup, match.group()))
-        if len(found) > _MOST_TOKENS:
+            result.append((match.lastgroup, match.group()))
+        if len(result) > _MOST_TOKENS:
             raise NotAnExpression("too long")
         place = match.end()
-    return found
+    return result
 
 
 class _Parser:

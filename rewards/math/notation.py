@@ -196,7 +196,7 @@ def clean(text: str) -> str | None:
 
 
 def same_spelling(left: str, right: str) -> bool:
-    r"""Tell whether two cleaned texts differ in nothing but insignificant blanks.
+    r"""Return whether two cleaned texts differ in nothing but insignificant blanks.
 
     >>> same_spelling("x + 1", "x+1"), same_spelling("4 2", "42")
     (True, False)

@@ -15,7 +15,7 @@ import sympy
 from sympy import Expr, Rational, Symbol
 
 from rewards.math.answer import Relation, Value
-from rewards.math.equivalence import equivalent
+from rewards.math.equivalence import FLIPPED, equivalent
 from rewards.math.expression import Node
 from rewards.math.reading import parse_answer
 
@@ -55,25 +55,25 @@ class Undecided(Exception):
 
 
 def judge(gold: str, given: str) -> bool:
-    """Tell whether a committed answer is the gold, with computer algebra; it may take forever: run it killable.
+    """Return whether a committed answer is the gold, by computer algebra; call it in a process that can be killed.
 
     Raises:
         Undecided: sympy cannot tell.
     """
     expected, answer = parse_answer(gold), parse_answer(given)
-    verdict = equivalent(expected, answer, same_expression, same_relation)
+    verdict = equivalent(expected, answer, _same_expression, _same_relation)
     if verdict is None:
         return judge_by_math_verify(gold, given)
     return verdict
 
 
-def same_expression(gold: Value, given: Value) -> bool:
+def _same_expression(gold: Value, given: Value) -> bool:
     left, right = _sympy(gold.node), _sympy(given.node)
-    return same(left, right)
+    return _same(left, right)
 
 
-def same(left: Expr, right: Expr) -> bool:
-    """Tell whether two sympy expressions are equal."""
+def _same(left: Expr, right: Expr) -> bool:
+    """Return whether two sympy expressions are equal."""
     if left.has(sympy.nan, sympy.zoo) or right.has(sympy.nan, sympy.zoo):
         return False
     if left == right:
@@ -135,7 +135,7 @@ def _same_functions(left: Expr, right: Expr, symbols: list[Symbol]) -> bool:
 
 
 def _differ(left: Expr, right: Expr, digits: int) -> bool:
-    """Tell whether two numbers differ on that many digits."""
+    """Return whether two numbers differ on that many digits."""
     a, b = _digits_of(left, digits), _digits_of(right, digits)
     return bool(abs(a - b) > (abs(a) + abs(b)) * Rational(1, 10 ** (digits - 20)))
 
@@ -150,9 +150,8 @@ def _digits_of(number: Expr, digits: int) -> Expr:
     return real + sympy.I * imaginary
 
 
-def same_relation(gold: Relation, given: Relation) -> bool:
-    """Tell whether two equations or inequalities state the same: one left-minus-right is a constant times the other."""
-    flip = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+def _same_relation(gold: Relation, given: Relation) -> bool:
+    """Return whether two equations or inequalities agree: one left-minus-right is a constant times the other."""
     sides = [side for relation in (gold, given) for side in relation.sides]
     if not all(isinstance(side, Value) for side in sides):
         return False
@@ -165,11 +164,11 @@ def same_relation(gold: Relation, given: Relation) -> bool:
     if denominator == 0 or denominator.has(sympy.nan, sympy.zoo, sympy.oo):
         return bool(sympy.simplify(left - right) == 0 and gold.signs == given.signs)
     factor = right.subs(first) / denominator
-    if factor == 0 or not same(factor * left, right):
+    if factor == 0 or not _same(factor * left, right):
         return False
     if gold.signs[0] == "=" or given.signs[0] == "=" or gold.signs[0] == "\\ne":
         return gold.signs == given.signs
-    return (gold.signs[0] if factor > 0 else flip.get(gold.signs[0])) == given.signs[0]
+    return (gold.signs[0] if factor > 0 else FLIPPED.get(gold.signs[0])) == given.signs[0]
 
 
 def _difference(relation: Relation) -> Expr:

@@ -188,7 +188,7 @@ def _canonical(word: str) -> str:
 
 
 def compatible(left: str | None, right: str | None) -> bool:
-    """Tell whether two units may stand on the two sides of one answer.
+    """Return whether two units may stand on the two sides of one answer.
 
     A missing unit fits any. Things counted may be named differently, a unit of measurement may not; `day` and
     `school day` share a word and will do.

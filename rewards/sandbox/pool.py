@@ -1,4 +1,4 @@
-"""The parent's side of the workers: starting them, lending them to one program at a time, replacing them, ending them.
+"""The parent's side of the workers: start them, lend each to one program at a time, replace and end them.
 
 A worker is started by exec with an empty environment, so that neither a CUDA context nor a lock, an open file or a
 token of the trainer is in it; this works from any thread, from worker processes and from notebooks.
@@ -112,14 +112,14 @@ class Worker:
                 self.control.settimeout(max(0.001, deadline - time.monotonic()))
                 part = self.control.recv(1 << 16)
                 if not part:
-                    raise WorkerLostError(f"a sandbox worker ended: {self._last_words()}")
+                    raise WorkerLostError(f"a sandbox worker ended: {self._start_errors()}")
                 data += part
         except OSError as error:
             raise WorkerLostError(f"a sandbox worker does not answer: {error}") from error
         reply: dict[str, Any] = json.loads(data)
         return reply
 
-    def _last_words(self) -> str:
+    def _start_errors(self) -> str:
         """Return what the interpreter wrote before it ended."""
         try:
             _, errors = self.process.communicate(timeout=1.0)
@@ -128,13 +128,13 @@ class Worker:
         return errors.decode(errors="replace").strip()[-1000:] or f"exit code {self.process.returncode}"
 
     def started(self, directory: str) -> None:
-        """Note the worker's directory and that it has no start-up errors to tell."""
+        """Record the worker's directory; it has started, so nobody will read its start-up errors."""
         self.directory = directory
         if self.process.stderr:
             self.process.stderr.close()
 
     def close(self) -> None:
-        """Hang up, which ends the worker and whatever it runs; insist if it does not."""
+        """Close the socket, which ends the worker and its programs; kill it if that does not."""
         self.control.close()
         try:
             self.process.wait(timeout=5.0)
@@ -158,7 +158,7 @@ class Worker:
             time.sleep(_REMOVE_PAUSE_S)
 
     def forget(self) -> None:
-        """Let go of a worker that belongs to the process this one was forked from."""
+        """Release a worker that belongs to the process this one was forked from."""
         self.control.close()
         if self.process.stderr:
             self.process.stderr.close()
@@ -232,7 +232,7 @@ class Pool:
                 worker.close()
 
     def forget(self) -> None:
-        """Let go of all workers in a forked process; the queue's lock may be held for ever there."""
+        """Release all workers in a forked process; the queue's lock may be held forever there."""
         for worker in self.workers:
             worker.forget()
 

@@ -65,7 +65,7 @@ def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
     requests = tests.requests
     outcome = Outcome(passed=(False,) * len(requests))
     passed: list[bool] = []
-    shown: list[str] = []
+    replies: list[str] = []
     errors: list[str] = []
     at_once = len(first) + sum(map(len, requests)) <= _AT_ONCE_BYTES
     try:
@@ -78,7 +78,7 @@ def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
             if not at_once:
                 channel.send(request)
             reply = channel.receive_object()
-            shown.append(_shorten(reply))
+            replies.append(_shorten(reply))
             if "value" in reply:
                 passed.append(matches(call.want, reply["value"], strict=call.strict))
             else:
@@ -91,7 +91,7 @@ def _run_calls(channel: Channel, first: bytes, tests: Calls) -> Outcome:
     except GoneError as error:
         errors.append(str(error))
     missing = (False,) * (len(requests) - len(passed))
-    return replace(outcome, passed=(*passed, *missing), error=next(iter(errors), None), output=tuple(shown))
+    return replace(outcome, passed=(*passed, *missing), error=next(iter(errors), None), output=tuple(replies))
 
 
 def _load(channel: Channel, outcome: Outcome) -> Outcome:

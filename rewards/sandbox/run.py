@@ -1,4 +1,4 @@
-"""Run untrusted Python against tests, so that neither the machine nor the verdict depends on the program's good will.
+"""Run untrusted Python against tests; neither the machine nor the score depends on the program's good will.
 
     >>> from rewards.sandbox import Calls, Call, run_tests
     >>> tests = Calls((Call("add", [1, 2], 3), Call("add", [2, 2], 4)))
@@ -6,7 +6,7 @@
     [1.0, 0.5]
 
 Isolation is a stack of layers, each found by trying it (`layers`). A program runs only where files and network are out
-of its reach, or where the caller says that weak isolation will do. What each layer covers and does not:
+of its reach, or where the caller accepts weak isolation. What each layer covers and does not:
 docs/sandbox.md.
 """
 
@@ -78,14 +78,14 @@ def isolation() -> Isolation:
     Landlock alone leaves modes, times and datagrams open, seccomp alone leaves files open: files need both, or a file
     system of their own.
     """
-    found = {layer.name for layer in layers() if layer.available}
-    if "namespaces" in found:
-        found.discard("bubblewrap")  # the same once more
-    own_world = bool({"namespaces", "bubblewrap"} & found)
+    available = {layer.name for layer in layers() if layer.available}
+    if "namespaces" in available:
+        available.discard("bubblewrap")  # the same layer, set up by another program
+    own_world = bool({"namespaces", "bubblewrap"} & available)
     return Isolation(
-        layers=tuple(name for name in _PURPOSE if name in found),
-        files=own_world or {"landlock", "seccomp"} <= found,
-        network=own_world or "seccomp" in found,
+        layers=tuple(name for name in _PURPOSE if name in available),
+        files=own_world or {"landlock", "seccomp"} <= available,
+        network=own_world or "seccomp" in available,
     )
 
 
@@ -125,16 +125,16 @@ def run_tests(
 
 def _pool(allow_weak_isolation: bool) -> Pool:
     """Return the workers with all layers there are, if they suffice."""
-    found = isolation()
-    if found.weak and not allow_weak_isolation:
-        reach = " and ".join(what for what, safe in (("files", found.files), ("network", found.network)) if not safe)
+    stack = isolation()
+    if stack.weak and not allow_weak_isolation:
+        reach = " and ".join(what for what, safe in (("files", stack.files), ("network", stack.network)) if not safe)
         missing = "; ".join(f"{layer.name}: {layer.why}" for layer in layers() if not layer.available)
         raise IsolationError(
-            f"rewards.sandbox: programs written by the model could reach this machine's {reach}. Needed are landlock "
-            f"and seccomp, or namespaces, or bubblewrap; not available are: {missing}. Run elsewhere, allow one of "
-            "them, or set allow_weak_isolation: true if nothing on this machine is worth protecting."
+            f"rewards.sandbox: programs written by the model could reach this machine's {reach}. It takes "
+            f"landlock and seccomp, or namespaces, or bubblewrap to prevent that. Not available: {missing}. Run on "
+            "another machine, enable one of them, or set allow_weak_isolation: true if nothing here needs protection."
         )
-    return pool_for(found.layers, _bubblewrap() if "bubblewrap" in found.layers else ())
+    return pool_for(stack.layers, _bubblewrap() if "bubblewrap" in stack.layers else ())
 
 
 def _without() -> frozenset[str]:
@@ -144,18 +144,18 @@ def _without() -> frozenset[str]:
 @cache
 def _probe(without: frozenset[str]) -> dict[str, str]:
     """Return for each layer why it is not available, "" if it is. Tried once per process."""
-    found = {"process": "", **_ask_probe({}, ())}
-    missing = {name for name, why in found.items() if why} | without
-    if found["uid"].startswith("user ") and ("namespaces" not in missing or missing & {"landlock", "seccomp"}):
+    reasons = {"process": "", **_ask_probe({}, ())}
+    missing = {name for name, why in reasons.items() if why} | without
+    if reasons["uid"].startswith("user ") and ("namespaces" not in missing or missing & {"landlock", "seccomp"}):
         # Inside the namespaces the library lies where any user may read it. And where nothing else keeps root's
         # programs from files and processes, being another user is worth more than importing the whole library.
-        found["uid"] = ""
+        reasons["uid"] = ""
     bwrap = _bubblewrap()
     try:
-        found |= _ask_probe({"inside": True}, bwrap) if bwrap else {"bubblewrap": "bwrap is not installed"}
+        reasons |= _ask_probe({"inside": True}, bwrap) if bwrap else {"bubblewrap": "bwrap is not installed"}
     except SandboxError as error:
-        found["bubblewrap"] = str(error)
-    return found | dict.fromkeys(without, f"left out by {WITHOUT}")
+        reasons["bubblewrap"] = str(error)
+    return reasons | dict.fromkeys(without, f"left out by {WITHOUT}")
 
 
 def _ask_probe(options: dict[str, bool], prefix: Sequence[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ _CODE_LINE = re.compile(
 )
 _PROSE_LINE = re.compile(r"(?:[-*>+]|\d+[.)]) +\S|\*\*\w|([A-Za-z']+)(?:[,.!?;]? +([A-Za-z']+)|[:!?] *$)")
 _CODE_BEGINS = frozenset((*keyword.kwlist, "match", "type"))
-_CODE_GOES_ON = frozenset(("and", "or", "if", "else", "in"))
+_CODE_CONTINUES = frozenset(("and", "or", "if", "else", "in"))
 _MOST_CUT_LINES = 30
 
 
@@ -79,7 +79,7 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def defines(code: str, name: str) -> bool:
-    """Tell whether code defines a name at its top level, going by the look of its lines."""
+    """Return whether code defines a name at its top level, going by the look of its lines."""
     return (
         re.search(rf"^(?:(?:async )?def|class) +{re.escape(name)}\b|^{re.escape(name)} *=[^=]", code, re.M) is not None
     )
@@ -102,8 +102,8 @@ def _from_first_code_line(text: str) -> str:
 
 def _is_prose(line: str) -> bool:
     """Tell words that no line of Python can begin with: two names side by side, a list item, a lone word."""
-    found = _PROSE_LINE.match(line)
-    return found is not None and "=" not in line and found[1] not in _CODE_BEGINS and found[2] not in _CODE_GOES_ON
+    match = _PROSE_LINE.match(line)
+    return match is not None and "=" not in line and match[1] not in _CODE_BEGINS and match[2] not in _CODE_CONTINUES
 
 
 def prompt_code(prompt: Completion, entry: str) -> str:

@@ -45,7 +45,7 @@ def pack(text: bytes) -> bytes:
 
 
 def read_message(descriptor: int) -> Any:
-    """Wait for a message and return it; None at the end of the stream. For the sandboxed side: it waits for ever."""
+    """Wait for a message and return it; None at the end of the stream. For the sandboxed side: it waits forever."""
     head = _read(descriptor, LENGTH_BYTES)
     return loads(_read(descriptor, int.from_bytes(head, "big"))) if head else None
 
@@ -203,7 +203,7 @@ def _tagged(encoded: dict[str, Any]) -> tuple[str, Any]:
 
 
 def matches(want: Any, got: Any, *, strict: bool) -> bool:
-    """Tell whether an encoding from an untrusted process stands for the expected value. Never raises, never hangs.
+    """Return whether an encoding from an untrusted process stands for the expected value. Never raises, never hangs.
 
     Args:
         want: plain value from the dataset.
@@ -240,9 +240,9 @@ def _same(want: Any, got: Any, strict: bool) -> bool:
 
 def _same_dict(want: dict[Any, Any], pairs: Any, strict: bool) -> bool:
     """Compare by the texts of the keys; `pairs` is as long as `want`, and a repeated key leaves another one missing."""
-    found = {_text(key, strict): item for key, item in pairs}
+    items = {_text(key, strict): item for key, item in pairs}
     texts = {_text(encode(key), strict): item for key, item in want.items()}
-    return all(text in found and _same(item, found[text], strict) for text, item in texts.items())
+    return all(text in items and _same(item, items[text], strict) for text, item in texts.items())
 
 
 def _texts(encoded: Any, strict: bool) -> set[str]:

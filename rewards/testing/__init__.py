@@ -1,4 +1,4 @@
-"""Test a reward before training: does the gold answer score, and does no cheat?"""
+"""Test a reward before training: the gold answer must score, and no cheat may."""
 
 from rewards.testing.battery import Finding, Line, Report, check_rewards, score_rows
 from rewards.testing.cheats import Cheat, all_cheats

@@ -1,10 +1,10 @@
-r"""Does a reward pay the right answer, and nothing else? A battery of cheats, before any training and in any pytest.
+r"""A battery of cheats: does a reward pay the right answer and nothing else? Runs before training and in any pytest.
 
     def test_my_reward_cannot_be_fooled():
         rows = [{"prompt": "What is 6 * 7?", "answer": "42"}, {"prompt": "What is 2 + 2?", "answer": "4"}]
         check_rewards(rows, my_reward, render_gold=lambda row: f"<answer>{row['answer']}</answer>").assert_ok()
 
-`check_rewards` writes the completion that ought to win (`render_gold`) for every row, and some forty completions that
+`check_rewards` writes the completion that should win (`render_gold`) for every row, and some forty completions that
 must not win: nothing, the prompt, every number from 0 to 1000, several answers, broken or stuffed tags, another row's
 gold. The report says how often the gold does not score (false negatives), how often a cheat does (gameability), and
 shows the text.
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Line:
-    """How one kind of completion fared over all rows."""
+    """The result of one check over all rows."""
 
     check: str
     what: str
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What the battery found. `table()` is the text to show; `ok` decides whether to train."""
+    """The results of the battery. `table()` is the text to show; `ok` says whether the reward is fit to train on."""
 
     lines: tuple[Line, ...]
     findings: tuple[Finding, ...]
@@ -169,8 +169,8 @@ def check_rewards(
     for cheat in battery:
         if cheat.name in skip:
             continue
-        made = [(index, cheat.write(rows[index], rows)) for index in usable]
-        tries = [(index, text) for index, text in made if text is not None]
+        texts = [(index, cheat.write(rows[index], rows)) for index in usable]
+        tries = [(index, text) for index, text in texts if text is not None]
         values = score_rows(score, [rows[index] for index, _ in tries], [text for _, text in tries], chat)
         wrong = 0
         for (index, text), value in zip(tries, values, strict=True):

@@ -1,4 +1,4 @@
-"""The completions of the battery in `rewards.testing`: what a policy writes when it learns the reward, not the task.
+"""The completions of the battery in `rewards.testing`: what a policy writes when it learns the reward and not the task.
 
 Each cheat writes one completion for a row, or None where it does not apply (a gold without digits has no thousands
 separators). `must_win` marks the honest ones.
@@ -24,7 +24,7 @@ _NUMBERS_WITH_COMMAS = ", ".join(str(n) for n in range(1001))
 
 @dataclass(frozen=True)
 class Cheat:
-    """One check: a name, what the completion is, how to write it, and whether it ought to earn the top score."""
+    """One check: a name, what the completion is, how to write it, and whether it should earn the top score."""
 
     name: str
     what: str
@@ -252,7 +252,7 @@ def _both(
 
 
 def _same(left: str, right: str) -> bool:
-    """Tell whether two golds are the same answer, so that one row's gold is no cheat on the other."""
+    """Return whether two golds are the same answer, so that one row's gold is no cheat on the other."""
     from rewards.accuracy import accuracy_reward
 
     return left == right or accuracy_reward([f"<answer>{left}</answer>"], [right]) == [1.0]

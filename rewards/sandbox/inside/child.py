@@ -1,4 +1,4 @@
-"""One sandboxed process: it shuts itself in, then serves as the program under test or as the grader. It never returns.
+"""One sandboxed process: it confines itself, then serves as the program under test or as the grader. It never returns.
 
 Runs in a fresh fork of the worker. Nothing here is trusted by the parent once the program's first line has run.
 """
@@ -97,10 +97,10 @@ def _serve_calls() -> None:
     except BaseException as error:
         write_message(CHANNEL, _failure(error))
         os._exit(_LOAD_FAILED)
-    kept: list[Any] = []
+    objects: list[Any] = []
     while request := read_message(CHANNEL):
         try:
-            reply = {"value": _answer(request, module.__dict__, kept, first["keep"])}
+            reply = {"value": _answer(request, module.__dict__, objects, first["keep"])}
         except BaseException as error:
             reply = _failure(error)
         try:
@@ -118,16 +118,16 @@ def _compiled(program: str) -> types.CodeType:
     return code
 
 
-def _answer(request: dict[str, Any], space: dict[str, Any], kept: list[Any], keep: bool) -> Any:
+def _answer(request: dict[str, Any], space: dict[str, Any], objects: list[Any], keep: bool) -> Any:
     """Do what a request asks for and encode the result."""
 
     def store(value: Any) -> int:
-        kept.append(value)
-        return len(kept) - 1
+        objects.append(value)
+        return len(objects) - 1
 
     def restore(number: int | str, _: str) -> Any:
         if isinstance(number, int):
-            return kept[number]
+            return objects[number]
         if number not in space:
             raise NameError(f"the program does not define {number!r}")
         return space[number]

@@ -1,4 +1,4 @@
-"""Leaving nothing behind: ends every process a program may have started and empties its directory, however hostile."""
+"""Cleanup after a hostile program: end every process it may have started and empty its directory."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _sweep(codes: dict[int, int]) -> None:
 
 
 def is_untouched(root: str, directory: str, mode: int) -> bool:
-    """Tell whether a program has left its directory as it was, empty and alone below the root, as most do."""
+    """Return whether a program has left its directory as it was, empty and alone below the root, as most do."""
     info = os.lstat(directory) if os.path.lexists(directory) else None
     if info is None or info.st_mode != stat.S_IFDIR | mode:
         return False
@@ -119,7 +119,7 @@ def empty_directory(directory: str) -> None:
 
 
 def within_quota(directory: str, most_bytes: int, most_entries: int) -> bool:
-    """Tell whether the files below a directory stay within the limits, looking at no more entries than allowed."""
+    """Return whether the files below a directory stay within the limits, looking at no more entries than allowed."""
     total = seen = 0
     pending = [os.fsencode(directory)]
     while pending:
@@ -139,7 +139,7 @@ def within_quota(directory: str, most_bytes: int, most_entries: int) -> bool:
 def make_own_root(temporary: str, lowest: int) -> str:
     """Make a worker's directory, and remove those of workers that were killed.
 
-    A worker holds a lock on its directory for as long as it lives, so that others can tell, in other containers too.
+    A worker locks its directory for as long as it lives, so that workers in other containers see it too.
 
     Args:
         temporary: where it is made.

@@ -151,7 +151,7 @@ class Session:
         self.descriptors: list[int] = []
 
     def serve(self) -> bool:
-        """Serve until the parent ends the session; tell whether there is still a parent."""
+        """Serve until the parent ends the session; return whether there is still a parent."""
         while (message := self._receive()) and message["do"] == "spawn":
             self._spawn(message)
         if message:

@@ -52,8 +52,8 @@ def library_files() -> LibraryFiles:
 
 def _outermost(paths: set[str]) -> list[str]:
     """Drop the paths that lie below another one."""
-    kept: list[str] = []
+    outermost: list[str] = []
     for path in sorted(paths):
-        if not any(path.startswith(f"{above}/") for above in kept):
-            kept.append(path)
-    return kept
+        if not any(path.startswith(f"{above}/") for above in outermost):
+            outermost.append(path)
+    return outermost

@@ -89,9 +89,9 @@ def _bind(source: str, target: str, is_directory: bool) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
     _mount(source, target, None, _BIND | _REC)
-    kept = os.statvfs(target).f_flag & _KEEP
+    locked = os.statvfs(target).f_flag & _KEEP
     devices = 0 if target.endswith(DEVICES) else _NODEV
-    _mount("none", target, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | devices | kept)
+    _mount("none", target, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | devices | locked)
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:

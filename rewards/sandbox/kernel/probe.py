@@ -1,6 +1,6 @@
-"""Which layers this machine allows, found out by putting each one on and trying to get past it.
+"""Which layers this machine allows, tested by putting each one on and trying to get past it.
 
-Runs in a worker process of its own (`main`), one fork per layer: a version number or a config file promises nothing.
+Runs in a worker process of its own (`main`), one fork per layer: a version number or a config file proves nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def main(descriptor: int, options: dict[str, Any]) -> NoReturn:
     """Send `{layer: ""}` for what works and `{layer: reason}` for what does not, and exit."""
     inside = options.get("inside")
     probes = {"bubblewrap": _try_inside} if inside else _PROBES
-    found = {name: _in_fork(probe) for name, probe in probes.items()}
+    reasons = {name: _in_fork(probe) for name, probe in probes.items()}
     with socket.socket(fileno=descriptor) as control:
-        control.sendall(json.dumps(found).encode("ascii") + b"\n")
+        control.sendall(json.dumps(reasons).encode("ascii") + b"\n")
     os._exit(0)
 
 

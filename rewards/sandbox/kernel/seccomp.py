@@ -92,7 +92,7 @@ _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ,
 
 
 def machine_is_known() -> bool:
-    """Tell whether the tables hold this machine's system call numbers (64-bit x86 and ARM)."""
+    """Return whether the tables hold this machine's system call numbers (64-bit x86 and ARM)."""
     return platform.machine() in _MACHINES and sys.maxsize > 2**32
 
 
