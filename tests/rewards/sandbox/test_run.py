@@ -25,7 +25,12 @@ _RIGHT = "def add(a, b): return a + b"
 _WRONG = "def add(a, b): return 0"
 
 
-@pytest.fixture(params=["", "namespaces,bubblewrap"], ids=["all-layers", "landlock-seccomp"])
+@pytest.fixture(
+    params=[
+        pytest.param("", id="all-layers"),
+        pytest.param("namespaces,bubblewrap", id="landlock-seccomp", marks=pytest.mark.slow),
+    ]
+)
 def stack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run under all layers, and under those an unprivileged container allows."""
     monkeypatch.setenv(sandbox.WITHOUT, request.param)
