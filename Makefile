@@ -24,7 +24,7 @@ setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
 plan: $(VENV)/.ready  ## Where a card's memory would go: RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
 	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,"$(RECIPE)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
 
-backends: $(VENV)/.ready  ## Race hf against unsloth on RECIPE's shape; `auto` takes the winner on this card from then on
+backends: $(VENV)/.ready  ## Time hf and unsloth on RECIPE; `auto` takes the faster one on this card from then on
 	@$(CLI) backends $(RECIPE) $(ARGS)
 
 probe: $(VENV)/.ready  ## Will RECIPE learn? Samples the untrained model on its prompts, in minutes

@@ -361,28 +361,31 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
 @click.argument("recipe", metavar="RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--steps", default=4, type=click.IntRange(2), show_default=True, help="Of each; the first round is left out."
+    "--steps",
+    default=4,
+    type=click.IntRange(2),
+    show_default=True,
+    help="Steps of each; the first round is not counted.",
 )
-@click.option("--minutes", default=5.0, type=click.FloatRange(0.1, 1440), show_default=True, help="Most for each.")
+@click.option("--minutes", default=5.0, type=click.FloatRange(0.1, 1440), show_default=True, help="Time limit of each.")
 @trust_option
 def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float) -> None:
-    """Race hf against unsloth on RECIPE's shape; `model.backend: auto` takes the winner on this card from then on."""
+    """Time hf and unsloth on RECIPE; from then on `model.backend: auto` takes the faster one on this card."""
     from grpo_lite.models.unsloth import lacks
     from grpo_lite.recipe.load import load_recipe
-    from grpo_lite.session.backend import card_of_a_choice, keep_race, race
+    from grpo_lite.session.backend import card_with_both, measure_backends
 
     loaded = load_recipe(recipe, overrides)
-    card = card_of_a_choice()
+    card = card_with_both()
     if card is None:
-        click.echo("no choice here: it takes CUDA and the package unsloth (make setup). auto is hf")
+        click.echo("no choice here: that needs CUDA, one process and the package unsloth (make setup). auto is hf")
         return
     if why_not := lacks(loaded):
         click.echo(f"no choice for this recipe: {why_not}. auto is hf")
         return
-    click.echo(f"{loaded.name}: {steps} steps of each on {card}")
-    found = race(loaded, say, steps, minutes * 60)
-    keep_race(loaded, card, found)
-    say(f"auto takes {found['chosen']}: {found['why']}")
+    click.echo(f"{loaded.name}: {steps} steps with each backend on {card}")
+    outcome = measure_backends(loaded, card, say, steps, minutes * 60)
+    say(f"auto takes {outcome['chosen']}: {outcome['why']}")
 
 
 def _this_card() -> Card:
