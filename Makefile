@@ -79,10 +79,10 @@ doctor: $(VENV)/.ready  ## Say what is wrong with RUN and what to type; without 
 	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),"$(RUN)")
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.ready-dev  ## Run the slow tests too
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadscope $(ARGS)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## Lint (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

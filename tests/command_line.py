@@ -1,10 +1,9 @@
-"""Run the command line: in a process forked from the server, in an interpreter of its own, or within the test's."""
+"""Run the command line: in a process forked from the server, or within the test's."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,20 +28,10 @@ def grpo_lite(*arguments: str, expect: int = 0, cwd: str | Path = ROOT, **enviro
         status = command.wait(timeout=300)
         out.seek(0)
         err.seek(0)
-        return _checked(status, expect, out.read() + err.read())
-
-
-def in_an_interpreter(*arguments: str, expect: int = 0, **environment: str) -> str:
-    """Run a command as a user does: an interpreter that has imported nothing yet."""
-    result = subprocess.run(
-        [*GRPO_LITE, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
-    return _checked(result.returncode, expect, result.stdout + result.stderr)
+        text = out.read() + err.read()
+    assert status == expect, text
+    assert "Traceback" not in text, text
+    return text
 
 
 def in_process(*arguments: str, expect: int = 0) -> str:
@@ -81,9 +70,3 @@ def kill(process: Command) -> None:
 
 def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _checked(status: int, expect: int, text: str) -> str:
-    assert status == expect, text
-    assert "Traceback" not in text, text
-    return text

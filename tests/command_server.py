@@ -206,7 +206,14 @@ def _import_everything() -> None:
 
     logging.disable(logging.WARNING)  # what upstream says on import
     stages = ("train", "cli", "trainer.recovery", "evaluation.evaluate", "export.stages", "report.page")
-    for name in (*(f"grpo_lite.{stage}" for stage in stages), "bitsandbytes", "datasets", "tests.killing"):
+    upstream = (
+        "bitsandbytes",
+        "datasets",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.font_manager",
+    )
+    for name in (*(f"grpo_lite.{stage}" for stage in stages), *upstream, "tests.killing"):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")

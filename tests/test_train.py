@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from grpo_lite.runs.run_dir import RunDir
-from tests.command_line import grpo_lite, in_an_interpreter, in_process
+from tests.command_line import grpo_lite, in_process
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("runs") / "smoke"
-    return run, in_an_interpreter("train", "smoke", "--run", str(run))
+    return run, grpo_lite("train", "smoke", "--run", str(run))
 
 
 def test_a_run_ends_with_everything_in_its_directory(finished: tuple[Path, str]) -> None:
@@ -229,6 +229,7 @@ def test_help_lists_the_commands() -> None:
     assert all(f"  {verb} " in text for verb in ("train", "eval", "merge", "export", "recipes", "show", "check"))
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
     shared_data: Path, smollm2_dir: Path, tmp_path: Path
@@ -248,14 +249,21 @@ def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
     assert record["merge"].get("passed") is True or "skipped" in record["merge"]
 
 
-@pytest.mark.weights
+@pytest.mark.parametrize(
+    "model",
+    [
+        "tiny/random-llama",
+        pytest.param("embedded/SmolLM2-135M-Instruct", marks=[pytest.mark.slow, pytest.mark.weights]),
+    ],
+)
 def test_the_code_recipe_trains_on_unit_tests_run_in_the_sandbox(
-    shared_data: Path, smollm2_dir: Path, tmp_path: Path
+    shared_data: Path, request: pytest.FixtureRequest, tmp_path: Path, model: str
 ) -> None:
+    if model.startswith("embedded/"):
+        request.getfixturevalue("smollm2_dir")
     run = tmp_path / "code"
     text = grpo_lite(
-        "train", "code", "--run", str(run),
-        "model.id=embedded/SmolLM2-135M-Instruct",
+        "train", "code", "--run", str(run), f"model.id={model}", "data.max_prompt_tokens=null",
         f"data.train.path={shared_data / 'mbpp_train.jsonl'}", "data.train.limit=40",
         "grpo.max_steps=2", "grpo.gradient_accumulation_steps=2", "grpo.max_completion_length=48",
         "rewards[0].kwargs.allow_weak_isolation=true", "check.rows=4", "eval.limit=4", "eval.samples=0",

@@ -16,7 +16,7 @@ from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.manifest import verify_manifest
 from tests.export.merge_cases import load, tensors
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
 SHOTS = "2+3=5\n4+4=8\n6+1=7\n9+8=17\n"
 HELD_OUT = [f"{SHOTS}{a}+{b}=" for a, b in [(3, 4), (9, 9), (14, 2), (19, 11)]]

@@ -258,6 +258,7 @@ def test_embedded_base_without_its_wheel_has_no_licence_rather_than_a_traceback(
     assert (facts.hub_id, facts.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", None)
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_embedded_base_names_its_origin_and_its_wheels_licence(smollm2_dir: Path) -> None:
     facts = base_facts(ModelSection(id=EMBEDDED_MODEL))  # type: ignore[call-arg]

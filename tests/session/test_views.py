@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.views import as_html, make_view
 from grpo_lite.units import format_seconds
 from tests.command_line import ROOT, in_process, kill, start
+from tests.command_server import shared
 from tests.run_files import write_run
 
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -119,10 +118,7 @@ def in_terminal(*arguments: str) -> bytes:
     """Run the command line with a terminal as its output."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli", *arguments],
-        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True,
-    )  # fmt: skip
+    process = shared().start(arguments, [theirs] * 3, environment=environment)
     os.close(theirs)
     output = b""
     while True:
