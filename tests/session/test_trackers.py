@@ -21,7 +21,7 @@ SMALL = ["grpo.max_steps=2", "eval.enabled=false", "merge=false"]
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a fresh interpreter (trackers read their variables on import) has trained with every tracker that is installed."""
+    """A folder in which a fresh interpreter has trained with every tracker here: they read variables on import."""
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     result = subprocess.run(
