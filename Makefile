@@ -11,7 +11,7 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-all lint clean
+.PHONY: help setup setup-dev plan backends probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-slow test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,7 +81,10 @@ doctor: $(VENV)/.ready  ## Say what is wrong with RUN and what to type; without 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
-test-all: $(VENV)/.ready-dev  ## Run the slow tests too
+test-slow: $(VENV)/.ready-dev  ## Run the slow tests that take minutes (CI runs them after `test`)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "slow and not matrix and not gpu" $(ARGS)
+
+test-all: $(VENV)/.ready-dev  ## Run all tests, the kill matrices of several hours among them
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## Lint (ruff) and types (mypy)

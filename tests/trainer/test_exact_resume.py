@@ -62,6 +62,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_every_moment_of_every_configuration(
@@ -103,6 +104,7 @@ def test_a_killed_export_is_completed_by_the_next(
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("moment", EXPORT_MOMENTS)
 def test_every_moment_of_the_exports(
