@@ -25,6 +25,7 @@ from grpo_lite.session.views import View
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward
+from rewards.facts import named
 
 
 def device_line(recipe: Recipe, device: Device) -> str:
@@ -210,7 +211,7 @@ def record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> Non
     else:
         commit = commit_of(resolve_base(recipe.model.id, recipe.model.revision, weights=False))
         run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json(), base_revision=commit)
-    if any(reward.function.endswith("unit_test_reward") for reward in recipe.rewards):
+    if any(getattr(named(reward.function), "runs_code", False) for reward in recipe.rewards):
         from rewards.sandbox import layers
 
         weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)
