@@ -93,6 +93,17 @@ def test_a_gated_reward_counts_only_where_the_first_is_at_its_top(root: Path) ->
     assert functions[1](completions=texts, answer=["4", "4"], prompts=["p", "p"]) == [1.0, 0.0]
 
 
+def test_a_reward_of_the_user_s_states_its_own_top(root: Path, tmp_path: Path) -> None:
+    text = "def half(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+    (tmp_path / "plain.py").write_text(text)
+    (tmp_path / "stated.py").write_text(f"{text}half.top = 2.0\n")
+    for name, top in (("plain", 1.0), ("stated", 2.0)):
+        function = f"{tmp_path / name}.py:half"
+        recipe = load_recipe("smoke", [f"rewards[0].function={function}", "rewards[0].kwargs={}"])
+        report = check_recipe_rewards(recipe, load_prompts(recipe))
+        assert (report.top, report.gold_scores) == (top, top == 1.0)
+
+
 def test_the_honest_metric_is_logged_beside_the_training_reward(root: Path) -> None:
     functions, _ = load_rewards(load_recipe("gsm8k", ["data.train.path=x.jsonl"]), ["answer"])
     logged: dict[str, float] = {}
