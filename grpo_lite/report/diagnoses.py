@@ -49,18 +49,16 @@ def equal_groups(e: Evidence) -> Finding | None:
     share = e.late("refill/frac_without_signal" if refilled else "frac_reward_zero_std")
     if not share >= 0.85 or zero_reward(e):
         return None
-    groups = e.recipe.generation_batch // e.recipe.num_generations
     if _solved(e):
         return Finding(
             "equal_groups",
-            f"In {share:.0%} of the groups all completions earn the same, and nearly all earn the most there is: the "
-            "prompts are solved, and further steps teach nothing.",
-            "sampling.difficulty=true",
+            f"In {share:.0%} of the groups all completions have the same reward, and nearly all have the highest: the "
+            "prompts are solved, and further steps teach nothing. Train on harder rows.",
         )
     return Finding(
         "equal_groups",
-        f"In {share:.0%} of the groups all completions earn the same, so they give no gradient.",
-        twice_the_group(e) if refilled else f"sampling.refill={max(1, groups)} sampling.difficulty=true",
+        f"In {share:.0%} of the groups all completions have the same reward, so they give no gradient.",
+        twice_the_group(e),
     )
 
 

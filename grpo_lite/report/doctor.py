@@ -63,9 +63,10 @@ TABLE = (
     Diagnosis(
         diagnoses.equal_groups,
         "`loss` and `grad_norm` are 0 or nearly, `frac_reward_zero_std` is near 1",
-        "The advantage compares the completions of a group; where all earn the same there is nothing to compare. "
-        "Refilling draws further prompts in their place, and the difficulty order prefers prompts that are solved "
-        "sometimes. (A loss near 0 alone is normal with `beta: 0`.)",
+        "The advantage compares the completions of a group; where all have the same reward there is nothing to "
+        "compare. A larger group is more likely to contain both right and wrong answers. If nearly all groups are "
+        "wrong, train on easier rows or a stronger model; if nearly all are right, train on harder rows. (A loss near "
+        "0 alone is normal with `beta: 0`.)",
     ),
     Diagnosis(
         diagnoses.format_up_accuracy_flat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,9 @@ DESKTOP, PHONE = (1280, 900, False), (390, 844, True)
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     sick = write_run(folder / "sick", steps=30, solved=(5, 6), overrides=("grpo.learning_rate=1e-7",))
-    sick.metrics_file.write_text(sick.metrics_file.read_text().replace('"frac_reward_zero_std": 0.25',
-                                                                       '"frac_reward_zero_std": 0.95'))  # fmt: skip
+    equal_and_far_off = re.sub('"kl": [0-9.e-]+', '"kl": 3.0', sick.metrics_file.read_text())
+    equal_and_far_off = equal_and_far_off.replace('"frac_reward_zero_std": 0.25', '"frac_reward_zero_std": 0.95')
+    sick.metrics_file.write_text(equal_and_far_off)
     good = write_run(folder / "good")
     return {
         "report": write_report(good),
@@ -153,5 +155,5 @@ def test_the_override_can_be_copied(browser: Any, pages: dict[str, Path]) -> Non
     assert button is not None
     browser.execute_script("arguments[0].click()", button)
     browser.implicitly_wait(1)
-    assert "sampling.difficulty" in browser.execute_script("return arguments[0].dataset.copy", button)
+    assert "grpo.beta=" in browser.execute_script("return arguments[0].dataset.copy", button)
     assert browser.execute_script("return arguments[0].textContent", button) == "copied"

@@ -126,8 +126,8 @@ CASES = [
     Case("zero_part", ["noise", "rewards.format_reward"], ("grpo.max_completion_length=60",),
          script=lambda s, r: words(4, r) + "</think>\n<answer>4</answer>", says="format_reward has been 0 in all",
          override="rewards[1].kwargs.prefilled=true"),
-    Case("equal_groups", ["same"], says="In 100% of the groups all completions earn the same, so they give no",
-         override="sampling.refill=4 sampling.difficulty=true"),
+    Case("equal_groups", ["same"], says="In 100% of the groups all completions have the same reward, so they give no",
+         override="grpo.num_generations=8"),
     Case("format_up_accuracy_flat", ["noise", "form"], ("grpo.max_steps=16", "grpo.learning_rate=0.04",
          "rewards[0].weight=0"), says="form rose from", override="rewards[1].gate=true"),
     Case("length_collapse", ["noise", "short"], ("grpo.max_completion_length=40",),
@@ -314,7 +314,8 @@ def test_solved_prompts_are_called_solved() -> None:
     solved = steps(8, reward=lambda i: 1.0, frac_reward_zero_std=lambda i: 1.0, **{part: lambda i: 1.0})
     (finding,) = diagnose(replace(sums(), steps=solved))
     assert "are solved" in finding.sentence
-    assert finding.override == "sampling.difficulty=true"
+    assert "Train on harder rows" in finding.sentence
+    assert finding.override is None
 
 
 @pytest.mark.parametrize("key, function", [("unusable_gold", unpaid.unusable_golds),
@@ -353,7 +354,7 @@ def test_a_spike_that_clipping_already_tames_is_left_alone() -> None:
     assert diagnoses.grad_norm_spikes(replace(spiky, recipe=sums(**{"grpo.max_grad_norm": 100}).recipe)) is not None
 
 
-def test_where_groups_are_refilled_already_more_completions_are_advised() -> None:
+def test_groups_that_stay_equal_after_refilling_are_judged_by_the_refilled_share() -> None:
     part = "rewards__accuracy_reward__mean"
     flat = steps(8, reward=lambda i: 0.5, frac_reward_zero_std=lambda i: 1.0, refill__frac_without_signal=lambda i: 0.9,
                  **{part: lambda i: 0.5})  # fmt: skip
@@ -442,7 +443,7 @@ def test_the_command_line_reads_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     from tests.command_line import in_process
 
     run, _ = train(Case(None, ["same"]), tmp_path, monkeypatch)
-    assert 'Try: ARGS="sampling.refill=4 sampling.difficulty=true"' in in_process("doctor", str(run.path))
+    assert 'Try: ARGS="grpo.num_generations=8"' in in_process("doctor", str(run.path))
     (run.path / "findings.jsonl").unlink()
     healthy = [{"step": i, "reward": 0.1 * i} for i in range(1, 6)]
     run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in healthy))
