@@ -25,7 +25,7 @@ def grpo_lite(*arguments: str, expect: int = 0, cwd: str | Path = ROOT, **enviro
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
         descriptors = [nothing.fileno(), out.fileno(), err.fileno()]
         command = shared().start(arguments, descriptors, cwd=cwd, environment={**os.environ, **environment})
-        status = command.wait(timeout=300)
+        status = command.wait(timeout=500)
         out.seek(0)
         err.seek(0)
         text = out.read() + err.read()

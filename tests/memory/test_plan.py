@@ -126,7 +126,7 @@ def compare_rollout(config: dict[str, Any], prompt: int, completion: int, rows: 
 @pytest.mark.parametrize(
     "name, prompt, completion, rows, settings",
     [
-        ("qwen2.5-1.5b", 200, 512, 8, {}),
+        pytest.param("qwen2.5-1.5b", 200, 512, 8, {}, marks=pytest.mark.slow),
         ("qwen2.5-0.5b", 200, 256, 16, {"group": 8, "load_in": "16bit", "rank": 64}),
         ("qwen3-4b", 256, 1024, 2, {"group": 8}),
         ("llama-3.2-3b", 300, 400, 4, {"checkpointing": False}),
@@ -193,7 +193,7 @@ def compare_evaluation(config: dict[str, Any], prompt: int, completion: int, row
 
 @pytest.mark.parametrize(
     "name, prompt, completion, rows",
-    [("qwen2.5-1.5b", 200, 512, 64), ("llama-3.2-3b", 100, 2048, 8)],
+    [("qwen2.5-1.5b", 200, 512, 64), pytest.param("llama-3.2-3b", 100, 2048, 8, marks=pytest.mark.slow)],
 )
 def test_an_evaluation_is_planned_as_counted(name: str, prompt: int, completion: int, rows: int) -> None:
     """Once its reading of the prompts is the peak, once the decoding behind full buffers."""

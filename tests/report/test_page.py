@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grpo_lite.errors import RunDirError
-from grpo_lite.report.curves import charts, moving_average, svg
+from grpo_lite.report.curves import Chart, charts, moving_average, svg, write_png
 from grpo_lite.report.evidence import read_evidence
 from grpo_lite.report.facts import MOST_ROWS, completion_rows, phases, read_page, shortened, total_of
 from grpo_lite.report.page import finish_with_report, recipe_differences, write_comparison, write_report
@@ -25,8 +27,41 @@ def data_of(html: str) -> dict[str, object]:
     return json.loads(text)
 
 
-def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def drawings() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(drawings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Draw charts of the same values once for all pages of these tests: drawing takes two seconds a page."""
+
+    def svg_once(chart: Chart) -> str:
+        if repr(chart) not in drawings:
+            drawings[repr(chart)] = svg(chart)
+        return str(drawings[repr(chart)])
+
+    def png_once(shown: Sequence[Chart], path: Path, title: str = "") -> None:
+        key = repr((list(shown), title))
+        if key in drawings:
+            path.write_bytes(drawings[key])
+            return
+        write_png(shown, path, title)
+        if path.is_file():
+            drawings[key] = path.read_bytes()
+
+    monkeypatch.setattr("grpo_lite.report.page.svg", svg_once)
+    monkeypatch.setattr("grpo_lite.report.page.write_png", png_once)
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run as `write_run` leaves it."""
+    return write_report(write_run(tmp_path_factory.mktemp("page") / "run")).read_text(encoding="utf-8")
+
+
+def test_the_page_is_one_file_that_loads_nothing(html: str) -> None:
     without_data = re.sub(r'<script type="application/json".*?</script>', "", html, flags=re.DOTALL)
     assert not re.findall(r'(?:src|href)=["\'](?!data:|#)', without_data)
     assert "@import" not in html
@@ -35,8 +70,7 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert len(html) < 400_000
 
 
-def test_the_verdict_with_its_interval_stands_first(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+def test_the_verdict_with_its_interval_stands_first(html: str) -> None:
     hero = html[html.index('id="verdict"') : html.index('id="doctor"')]
     assert "25.0 %" in hero  # 5 of 20
     assert "75.0 %" in hero  # 15 of 20
@@ -53,8 +87,7 @@ def test_the_tone_follows_the_interval(tmp_path: Path, solved: tuple[int, int], 
     assert f'class="hero card {tone}"' in html
 
 
-def test_hostile_completions_stay_text(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+def test_hostile_completions_stay_text(html: str) -> None:
     assert HOSTILE not in html
     assert html.count("<script") == 2  # the data's and the page's own
     assert "<img" not in html
@@ -74,8 +107,7 @@ def test_every_metric_the_run_has_gets_a_chart_and_no_other(tmp_path: Path) -> N
     assert {chart.key for chart in charts(read_evidence(bare))} == {"reward"}
 
 
-def test_ids_in_the_charts_are_unique_on_the_page(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+def test_ids_in_the_charts_are_unique_on_the_page(html: str) -> None:
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
@@ -220,7 +252,8 @@ def test_recipes_of_different_shapes_are_compared_key_by_key(tmp_path: Path) -> 
     assert recipe_differences([one, one]) == []
 
 
-def test_report_can_be_written_again_for_the_same_run(tmp_path: Path) -> None:
+def test_report_can_be_written_again_for_the_same_run(tmp_path: Path, drawn_once: pytest.MonkeyPatch) -> None:
+    drawn_once.undo()
     run = write_run(tmp_path / "run")
     first = write_report(run).read_bytes()
     assert write_report(RunDir(run.path)).read_bytes() == first
