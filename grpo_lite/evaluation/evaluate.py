@@ -213,7 +213,7 @@ def _call(
     function = limited(function, recipe.limits.reward_timeout_s, where)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
-    size = recipe.generation_batch
+    size = recipe.schedule.batch
     scores: list[float | None] = []
     for start in range(0, len(rows), size):
         part, said = rows[start : start + size], texts[start : start + size]

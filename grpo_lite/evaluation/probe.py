@@ -22,7 +22,6 @@ from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.recipe.schedule import schedule
 from grpo_lite.task.check import weighted_sum
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts
@@ -113,9 +112,9 @@ def probe_recipe(
     sampled_s = time.monotonic() - begun
     # A round of training again, by itself: how long one takes hardly depends on how many are decoded at once.
     begun = time.monotonic()
-    chosen = ids[: max(1, recipe.generation_batch // group)]
-    generate_completions(model, tokenizer, chosen, samples=group, batch_size=recipe.generation_batch, **sampling)
-    round_s = (time.monotonic() - begun) * recipe.generation_batch / (group * len(chosen))
+    chosen = ids[: max(1, recipe.schedule.batch // group)]
+    generate_completions(model, tokenizer, chosen, samples=group, batch_size=recipe.schedule.batch, **sampling)
+    round_s = (time.monotonic() - begun) * recipe.schedule.batch / (group * len(chosen))
     completions = [completion for group in groups for completion in group]
     repeated = [row for row in rows for _ in range(samples)]
     right, _ = score_completions(tokenizer, recipe, repeated, completions)
@@ -126,12 +125,11 @@ def probe_recipe(
     reward_s = time.monotonic() - begun
     lengths = [len(completion) for completion in completions]
     caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
-    plan = schedule(recipe, len(prompts.train))
     forward_s = forward_seconds(recipe, model, tokenizer, ids, groups)
     equal = statistics.fmean(_equal(totals, samples, min(group, samples)))
     live = 1.0 - equal if recipe.compute == "packed" and not recipe.grpo.get("beta") else 1.0  # the rest is left out
-    step_s = plan.sampled * (round_s / recipe.generation_batch + reward_s / len(completions))
-    step_s += plan.trained * live * forward_s * training_forwards(recipe)
+    step_s = recipe.schedule.sampled_per_step * (round_s / recipe.schedule.batch + reward_s / len(completions))
+    step_s += recipe.schedule.trained_per_step * live * forward_s * training_forwards(recipe)
     return Probe(
         prompts=len(rows),
         samples=samples,
@@ -146,7 +144,7 @@ def probe_recipe(
         opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
         tokens_per_s=max(1, sum(lengths)) / max(sampled_s, 1e-9),
         step_s=step_s,
-        steps=plan.steps,
+        steps=recipe.schedule.steps(len(prompts.train)),
         evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled_s / len(completions),
         notes=() if counts else ("no probed prompt has a usable gold answer",),
     )

@@ -45,7 +45,7 @@ def forward_seconds(
     size = min(recipe.num_generations, len(groups[0]))
     end = [0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)]
     pairs = [(prompt, [*ids, *end]) for prompt, group in zip(prompts, groups, strict=True) for ids in group[:size]]
-    rows = [(list(prompt), ids) for prompt, ids in pairs[: int(recipe.grpo.get("per_device_train_batch_size", 8))]]
+    rows = [(list(prompt), ids) for prompt, ids in pairs[: recipe.schedule.rows]]
     run = _packed if _is_packed(recipe, model) else _padded
     was_training = model.training
     model.eval()

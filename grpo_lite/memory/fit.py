@@ -62,7 +62,7 @@ def fit_to_device(recipe: Recipe, device: Device, prompt_tokens: int, show: Call
     options = engine_options(recipe)
     if not recipe.memory.fit or device.kind != "cuda" or uses_unsloth(recipe.model):
         return Fit(options)
-    own = share_of_batch(recipe, this_process().world)
+    own = share_of_batch(recipe.grpo, this_process().world)
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
     try:
         job, _ = recipe_job(recipe, prompt=prompt_tokens, bfloat16=device.bfloat16)

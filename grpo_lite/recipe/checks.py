@@ -136,12 +136,12 @@ def cross_faults(recipe: Recipe) -> list[str]:
 
 
 def _batch_faults(recipe: Recipe) -> list[str]:
-    group, batch = recipe.num_generations, recipe.generation_batch
+    schedule = recipe.schedule
+    group, batch, per_device = schedule.group, schedule.batch, schedule.rows
     if group < 2:
         return [f"grpo.num_generations: {group} is given; a group needs at least 2 to have a spread. Try 8."]
     if batch < 1 or batch % group == 0:
         return []
-    per_device = int(recipe.grpo.get("per_device_train_batch_size", 8))
     fitting = [n for n in range(2, min(batch, 64) + 1) if batch % n == 0]
     up = -(-batch // group) * group
     steps = up // per_device if up % per_device == 0 else group

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from grpo_lite.recipe.schedule import Schedule
+
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 TINY_MODEL = "tiny/random-llama"
 
@@ -269,22 +271,19 @@ class Recipe(_Section):
         return names
 
     @property
+    def schedule(self) -> Schedule:
+        """What the batch keys of `grpo` mean in completions and steps."""
+        return Schedule.of({**GRPO_DEFAULTS, **self.grpo})
+
+    @property
     def num_generations(self) -> int:
         """Completions per prompt, G."""
-        return int(self.grpo.get("num_generations", 8))
+        return self.schedule.group
 
     @property
     def max_completion_length(self) -> int:
         """Longest completion, in tokens."""
-        return int(self.grpo.get("max_completion_length", 256))
-
-    @property
-    def generation_batch(self) -> int:
-        """Completions generated per round: a multiple of `num_generations`."""
-        if size := self.grpo.get("generation_batch_size"):
-            return int(size)
-        steps = self.grpo.get("steps_per_generation") or self.grpo.get("gradient_accumulation_steps", 1)
-        return int(self.grpo.get("per_device_train_batch_size", 8)) * int(steps)
+        return int(self.grpo.get("max_completion_length", GRPO_DEFAULTS["max_completion_length"]))
 
 
 def without_paths(recipe: Recipe) -> Recipe:

@@ -355,13 +355,13 @@ def twice_the_cap(e: Evidence) -> str:
 
 def twice_the_group(e: Evidence) -> str:
     """Return the override for twice as many completions a prompt, and for a round that such groups fill."""
-    group, batch = 2 * e.recipe.num_generations, e.recipe.generation_batch
+    group, batch = 2 * e.recipe.num_generations, e.recipe.schedule.batch
     new = f"grpo.num_generations={group}"
     if batch % group == 0:
         return new
     if e.recipe.grpo.get("generation_batch_size"):
         return f"{new} grpo.generation_batch_size={-(-batch // group) * group}"
-    rows = int(e.recipe.grpo.get("per_device_train_batch_size", 8))
+    rows = e.recipe.schedule.rows
     key = "steps_per_generation" if e.recipe.grpo.get("steps_per_generation") else "gradient_accumulation_steps"
     least = math.lcm(rows, group) // rows  # steps of which groups fill a round
     return f"{new} grpo.{key}={-(-batch // (rows * least)) * least}"

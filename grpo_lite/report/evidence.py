@@ -102,7 +102,7 @@ class Evidence:
         if math.isnan(rise):
             return None
         spread = self.late("reward_std" if key == "reward" else key.removesuffix("/mean") + "/std")
-        each = self.recipe.generation_batch * self.window
+        each = self.recipe.schedule.batch * self.window
         error = 0.0 if math.isnan(spread) else spread * math.sqrt(2 / each)
         return rise > max(FLAT, 2 * error)
 

@@ -24,7 +24,6 @@ from grpo_lite.files.records import read_json_lines
 from grpo_lite.models.unsloth import imported_before, lacks
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.recipe.schedule import round_steps
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.screen import Show
 from grpo_lite.units import now
@@ -137,7 +136,7 @@ def _measure(recipe: Recipe, backend: str, steps: int, limit_s: float) -> dict[s
     with tempfile.TemporaryDirectory(prefix="grpo_lite_backends_", ignore_cleanup_errors=True) as folder:
         file, run = Path(folder) / f"{recipe.name}.yaml", RunDir(Path(folder) / "run")
         file.write_text(dump_recipe(recipe), encoding="utf-8")
-        per_round = round_steps(recipe)
+        per_round = recipe.schedule.steps_per_round
         steps = per_round * max(2, -(-steps // per_round))
         command = [sys.executable, "-m", "grpo_lite.cli", "train", str(file), "--run", str(run.path), "--plain"]
         command += [f"model.backend={backend}", f"grpo.max_steps={steps}", "grpo.logging_steps=1"]

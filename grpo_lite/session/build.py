@@ -139,7 +139,7 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    shared = share_of_batch(recipe, this_process().world)
+    shared = share_of_batch(recipe.grpo, this_process().world)
     try:
         grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
         args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
@@ -221,7 +221,7 @@ def record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> Non
 
 def fill_a_round(rows: list[dict[str, Any]], recipe: Recipe, show: Show) -> list[dict[str, Any]]:
     """Repeat the rows until they fill one round of generation; TRL's sampler would silently drop what does not."""
-    needed = recipe.generation_batch // recipe.num_generations
+    needed = recipe.schedule.prompts_per_round
     if len(rows) >= needed:
         return rows
     show(f"data: a round takes {needed} prompts and there are {len(rows)}; they are repeated")

@@ -67,16 +67,11 @@ class Deadline(TrainerCallback):
         if evaluation is None:
             base_and_trained = 2 * (1 + self.recipe.eval.samples)
             completions = self.held_out * (base_and_trained + (1 if self.recipe.merge else 0))
-            evaluation = completions * step_s / max(1, self._completions_per_step())
+            evaluation = completions * step_s / max(1, self.recipe.schedule.sampled_per_step)
         merge = self.earlier.get("merge_seconds")
         if merge is None:
             merge = MERGE_SETUP_S + self.base_bytes / MERGE_BYTES_PER_S
         return 1.2 * ((evaluation if self.recipe.eval.enabled else 0.0) + (merge if self.recipe.merge else 0.0))
-
-    def _completions_per_step(self) -> int:
-        grpo = self.recipe.grpo
-        per_step = int(grpo.get("per_device_train_batch_size", 8)) * int(grpo.get("gradient_accumulation_steps", 1))
-        return per_step // max(1, int(grpo.get("num_iterations", 1)))
 
 
 class StopCleanly(TrainerCallback):

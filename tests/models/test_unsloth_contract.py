@@ -199,7 +199,7 @@ def test_its_ranges_hold_a_version_that_we_allow(source: Path) -> None:
 def test_the_presets_keep_the_batch_that_unsloth_would_change(name: str) -> None:
     """Its trainer replaces a batch that is no multiple of the group; ours are one already."""
     recipe = load_recipe(name)
-    assert recipe.generation_batch % recipe.num_generations == 0
+    assert recipe.schedule.batch % recipe.num_generations == 0
 
 
 def test_a_lora_key_that_unsloth_lacks_is_refused() -> None:

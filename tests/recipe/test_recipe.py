@@ -147,7 +147,7 @@ def test_the_advice_on_the_batch_is_itself_valid(batch: int, steps: int, group: 
     }
     raw = {"name": "x", **yaml.safe_load(MINIMAL), "grpo": grpo}
     if batch * steps % group == 0:
-        assert build_recipe(raw, "x").generation_batch == batch * steps
+        assert build_recipe(raw, "x").schedule.batch == batch * steps
         return
     with pytest.raises(RecipeError) as caught:
         build_recipe(raw, "x")

@@ -526,7 +526,7 @@ def test_twice_the_group_is_advised_in_a_way_that_every_recipe_takes(name: str, 
     recipe = load_recipe(path, more)
     advised = load_recipe(path, [*more, *unpaid.twice_the_group(Evidence(recipe, [])).split()])
     assert advised.num_generations == 2 * recipe.num_generations
-    assert advised.generation_batch >= recipe.generation_batch
+    assert advised.schedule.batch >= recipe.schedule.batch
 
 
 def test_a_reward_of_a_larger_scale_is_not_called_solved_half_way() -> None:

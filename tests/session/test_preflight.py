@@ -15,7 +15,6 @@ from grpo_lite.models.device import Device, find_card
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.processes import Ranks
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.recipe.schedule import Schedule, schedule
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import preflight
 from grpo_lite.task.prompts import load_prompts
@@ -97,24 +96,6 @@ def test_a_training_that_goes_on_is_not_probed_again() -> None:
     callback = preflight.Preflight(load_recipe("smoke"), None, None, object(), None, None, print)  # type: ignore[arg-type]
     callback.on_train_begin(None, State, None)
     assert callback.trainer is None
-
-
-@pytest.mark.parametrize(
-    "overrides, rows, expected",
-    [
-        # 4 rows × 8 micro-steps = 32 completions = 4 prompts a step; 100 prompts are 25 rounds an epoch.
-        (["grpo.max_steps=-1", "grpo.num_train_epochs=2"], 100, Schedule(50, 32, 32)),
-        (["grpo.max_steps=-1", "grpo.num_train_epochs=1"], 103, Schedule(25, 32, 32)),  # what fills no round is dropped
-        (["grpo.max_steps=7"], 100, Schedule(7, 32, 32)),
-        # Each round is trained on twice: half as many completions a step, twice the steps.
-        (["grpo.max_steps=-1", "grpo.num_train_epochs=1", "grpo.num_iterations=2"], 100, Schedule(50, 16, 32)),
-        # A round of 64 completions serves two optimizer steps.
-        (["grpo.max_steps=-1", "grpo.num_train_epochs=1", "grpo.generation_batch_size=64"], 104, Schedule(26, 32, 32)),
-        (["grpo.max_steps=-1", "grpo.num_train_epochs=0.5"], 2, Schedule(1, 32, 32)),
-    ],
-)
-def test_steps_are_counted_as_the_trainer_counts_them(overrides: list[str], rows: int, expected: Schedule) -> None:
-    assert schedule(load_recipe("gsm8k", overrides), rows) == expected
 
 
 def test_a_step_s_time_is_that_of_its_completions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,14 +34,14 @@ def test_the_batch_is_shared_so_that_all_together_train_the_recipe_s(
     rows: int, accumulation: int, world: int, expected: dict[str, int]
 ) -> None:
     keys = [f"grpo.per_device_train_batch_size={rows}", f"grpo.gradient_accumulation_steps={accumulation}"]
-    assert share_of_batch(load_recipe("gsm8k", keys), world) == expected
+    assert share_of_batch(load_recipe("gsm8k", keys).grpo, world) == expected
 
 
 @pytest.mark.parametrize("rows, accumulation, world", [(8, 1, 2), (8, 3, 2), (8, 4, 3)])
 def test_a_batch_that_cannot_be_shared_in_whole_groups_is_refused(rows: int, accumulation: int, world: int) -> None:
     keys = [f"grpo.per_device_train_batch_size={rows}", f"grpo.gradient_accumulation_steps={accumulation}"]
     with pytest.raises(GRPOLiteError, match=f"GPUS={world}"):
-        share_of_batch(load_recipe("gsm8k", keys), world)
+        share_of_batch(load_recipe("gsm8k", keys).grpo, world)
 
 
 def launch(processes: int, *arguments: str) -> str:
