@@ -1,18 +1,19 @@
-"""Checkpoints kept elsewhere too, in a mounted folder or a private Hub repository, and fetched from there.
+"""Copies of a run's checkpoints in a mounted folder or a private Hub repository, and how a new machine fetches them.
 
-A free GPU's disk is gone when it disconnects. With `push_checkpoints` every checkpoint is copied after it was saved; on
-a new machine the same command finds it, checks its sums, and goes on. A copy that fails is told and does not stop
-training; the next checkpoint is copied again.
+The disk of a free GPU is lost when its session ends. With `push_checkpoints` every checkpoint is copied once it is
+saved; on a new machine the same command finds the copy, checks its sums and resumes. A copy that fails is reported and
+does not stop training; the next checkpoint is copied as usual.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.files.atomic import publish, write_atomic
@@ -40,6 +41,32 @@ _BEGINNING = (
 _FETCHING = ".saving-fetched"
 
 
+def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
+    """Fetch the newest usable copy of this run's checkpoints where the run directory has no checkpoint of its own.
+
+    Raises:
+        RunDirError: the place does not answer. Training from the beginning would replace the copies there.
+    """
+    if last_usable(run.path).folder or run.read_run().get("trained_at"):
+        return
+    remote = remote_of(address, run)
+    try:
+        _fetch(run, remote, show)
+    except Exception as error:
+        reason = hub_message(error, remote.name) or f"{type(error).__name__}: {error}"
+        raise RunDirError(
+            f"push_checkpoints: {remote.name} cannot be asked for checkpoints of this run: {reason} To train without "
+            "it, set push_checkpoints=null."
+        ) from None
+
+
+def remote_of(address: str, run: RunDir) -> Remote:
+    """Return the place that `push_checkpoints` names for a run: a path (`/…`, `./…`, `~/…`) or `user/repo`."""
+    if address.startswith(("/", ".", "~")):
+        return FolderRemote(Path(address).expanduser() / run.path.resolve().name)
+    return HubRemote(address, run.path.resolve().name)
+
+
 class Remote(Protocol):
     """A place that keeps the checkpoints of one run."""
 
@@ -58,13 +85,6 @@ class Remote(Protocol):
         """Return the content of one of the run's files, None where there is none."""
 
 
-def remote_of(address: str, run: RunDir) -> Remote:
-    """Return the place that `push_checkpoints` names for a run: a path (`/…`, `./…`, `~/…`) or `user/repo`."""
-    if address.startswith(("/", ".", "~")):
-        return FolderRemote(Path(address).expanduser() / run.path.resolve().name)
-    return HubRemote(address, run.path.resolve().name)
-
-
 class FolderRemote:
     """A folder, for example on a mounted drive."""
 
@@ -78,7 +98,7 @@ class FolderRemote:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._publish(checkpoint)
-        except TrainingError:  # the drive is full: those that are not kept here any more make room, the newest stays
+        except TrainingError:  # the drive is full: remove the copies that are no longer kept here, but the newest
             if not self._remove_stale([*keep, *self.steps()[-1:]]):
                 raise
             self._publish(checkpoint)
@@ -106,26 +126,49 @@ class FolderRemote:
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a folder, without the rights and times that some mounted drives refuse to set.
-
-    Links are left out, and the manifest then misses them: on a shared drive they could lead to any file of this
-    machine.
-    """
-    for path in source.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-
-
 class HubRemote:
-    """A private repository on the Hub, one folder a run."""
+    """A private repository on the Hub, with one folder for each run."""
 
     def __init__(self, repo_id: str, folder: str) -> None:
         self.repo_id, self.folder, self.name = repo_id, folder, f"{repo_id} on the Hub"
 
+    def steps(self) -> list[int]:
+        pattern = re.compile(rf"{PREFIX}(\d+)/{re.escape(MANIFEST_NAME)}")
+        return sorted(int(match[1]) for name in self._files() if (match := pattern.fullmatch(name)))
+
+    def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
+        """Send and delete in one commit: whoever fetches meanwhile sees all of it or nothing."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(self.repo_id, private=True, exist_ok=True)
+        if not api.repo_info(self.repo_id).private:
+            raise RunDirError("it is there and public, and checkpoints hold your data's prompts. Make it private.")
+        api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=run.path,
+            path_in_repo=self.folder,
+            allow_patterns=[f"{checkpoint.name}/*", *_RUN_FILES],
+            delete_patterns=[f"{PREFIX}{step}/*" for step in self.steps() if step not in keep],
+            commit_message=f"{self.folder}: {checkpoint.name}",
+        )
+
+    def fetch(self, step: int, target: Path) -> None:
+        from huggingface_hub import snapshot_download
+
+        folder = f"{self.folder}/{PREFIX}{step}"
+        cache = snapshot_download(self.repo_id, allow_patterns=f"{glob.escape(folder)}/*")
+        shutil.copytree(Path(cache) / folder, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+    def read(self, name: str) -> str | None:
+        from huggingface_hub import hf_hub_download
+
+        if name not in self._files():
+            return None
+        return Path(hf_hub_download(self.repo_id, f"{self.folder}/{name}")).read_text(encoding="utf-8")
+
     def _files(self) -> list[str]:
+        """Return the names of the run's files there, relative to its folder."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -134,81 +177,6 @@ class HubRemote:
         except RepositoryNotFoundError:
             return []
         return [name.removeprefix(f"{self.folder}/") for name in names if name.startswith(f"{self.folder}/")]
-
-    def steps(self) -> list[int]:
-        pattern = re.compile(rf"{PREFIX}(\d+)/{re.escape(MANIFEST_NAME)}")
-        return sorted(int(match[1]) for name in self._files() if (match := pattern.fullmatch(name)))
-
-    def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-        api = HfApi()
-        api.create_repo(self.repo_id, private=True, exist_ok=True)
-        if not api.repo_info(self.repo_id).private:
-            raise RunDirError("it is there and public, and checkpoints hold your data's prompts. Make it private.")
-        names = [path.relative_to(run.path).as_posix() for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-        names += [name for name in _RUN_FILES if (run.path / name).is_file()]
-        operations: list[Any] = [CommitOperationAdd(f"{self.folder}/{name}", str(run.path / name)) for name in names]
-        stale = [step for step in self.steps() if step not in keep]
-        operations += [CommitOperationDelete(f"{self.folder}/{PREFIX}{step}/", is_folder=True) for step in stale]
-        api.create_commit(self.repo_id, operations, commit_message=f"{self.folder}: {checkpoint.name}")
-
-    def fetch(self, step: int, target: Path) -> None:
-        prefix = f"{PREFIX}{step}/"
-        for name in self._files():
-            inside = name.removeprefix(prefix)
-            outside = Path(inside).is_absolute() or ".." in Path(inside).parts
-            if name.startswith(prefix) and not outside:
-                (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._download(name), target / inside)
-
-    def read(self, name: str) -> str | None:
-        return Path(self._download(name)).read_text(encoding="utf-8") if name in self._files() else None
-
-    def _download(self, name: str) -> str:
-        from huggingface_hub import hf_hub_download
-
-        return str(hf_hub_download(self.repo_id, f"{self.folder}/{name}"))
-
-
-def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
-    """Bring the newest usable checkpoint of this run from elsewhere, where the run directory has none of its own.
-
-    Raises:
-        RunDirError: the place cannot be asked. Going on would train from the beginning and replace what is there.
-    """
-    if last_usable(run.path).folder or run.read_run().get("trained_at"):
-        return
-    remote = remote_of(address, run)
-    try:
-        _fetch(run, remote, show)
-    except Exception as error:
-        reason = hub_message(error, remote.name) or f"{type(error).__name__}: {error}"
-        raise RunDirError(
-            f"push_checkpoints: {remote.name} cannot be asked for checkpoints of this run: {reason} To train without "
-            "it, set push_checkpoints=null."
-        ) from None
-
-
-def _beginning(text: str) -> str:
-    """Return a fetched run.json with what a checkpoint goes on from, and nothing that others could steer a run by.
-
-    That it is trained or merged is not known there; a base's commit is hexadecimal, and lists are lists.
-    """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return "{}\n"
-    kept = {key: found[key] for key in _BEGINNING if key in found} if isinstance(found, dict) else {}
-    for key in ("resumed_at", "changed_files"):
-        if not isinstance(kept.get(key, []), list) or not all(isinstance(line, str) for line in kept.get(key, [])):
-            del kept[key]
-    for key in ("evaluation_seconds", "merge_seconds"):
-        if not isinstance(kept.get(key, 0), int | float):
-            del kept[key]
-    if not re.fullmatch(r"[0-9a-f]{7,64}", str(kept.get("base_revision"))):
-        kept.pop("base_revision", None)
-    return json.dumps(kept, indent=2) + "\n"
 
 
 def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
@@ -223,7 +191,7 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
             show(f"push_checkpoints: {PREFIX}{step} of {remote.name} is passed over, damaged: {fault}")
             shutil.rmtree(scratch)
             continue
-        for name in _RUN_FILES:  # recipe.yaml first: a kill from here on leaves a run that asks again
+        for name in _RUN_FILES:  # recipe.yaml first: after a kill from here on, the run asks again
             text = remote.read(name)
             if text is not None:
                 write_atomic(run.path / name, _beginning(text) if name == "run.json" else text)
@@ -232,3 +200,37 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
         os.rmdir(scratch)
         show(f"push_checkpoints: fetched {PREFIX}{step} from {remote.name}")
         return
+
+
+def _beginning(text: str) -> str:
+    """Return of a fetched run.json only what a resumed run starts from, so that others cannot steer the run by it.
+
+    Whether the run is trained or merged is decided here; a base's commit must be hexadecimal, and a list a list.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return "{}\n"
+    kept = {key: record[key] for key in _BEGINNING if key in record} if isinstance(record, dict) else {}
+    for key in ("resumed_at", "changed_files"):
+        if not isinstance(kept.get(key, []), list) or not all(isinstance(line, str) for line in kept.get(key, [])):
+            del kept[key]
+    for key in ("evaluation_seconds", "merge_seconds"):
+        if not isinstance(kept.get(key, 0), int | float):
+            del kept[key]
+    if not re.fullmatch(r"[0-9a-f]{7,64}", str(kept.get("base_revision"))):
+        kept.pop("base_revision", None)
+    return json.dumps(kept, indent=2) + "\n"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a folder, without the rights and times that some mounted drives refuse to set.
+
+    Links are left out, so that the manifest misses their files: on a shared drive they could lead to any file of this
+    machine.
+    """
+    for path in source.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -191,8 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.state.stored:
                     return self._answer({"error": f"{value['path']} was never uploaded"}, 400)
                 repo.files[value["path"]] = value["oid"]
-            elif line["key"] == "deletedFolder":
-                repo.files = {name: oid for name, oid in repo.files.items() if not name.startswith(value["path"])}
+            elif line["key"] == "deletedFile":
+                del repo.files[value["path"]]
         sha = hashlib.sha1(body).hexdigest()
         repo.commits.append(sha)
         url = f"{self.state.url}/{repo_id}/commit/{sha}"

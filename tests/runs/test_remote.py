@@ -84,6 +84,14 @@ def test_a_new_machine_gets_the_newest_checkpoint_and_what_goes_with_it(hub: Hub
     assert f"fetched checkpoint-3 from {remote_of(address, run).name}" in lines[-1]
 
 
+def test_a_run_on_the_hub_may_have_a_name_that_reads_as_a_pattern(hub: Hub, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run [1-3] *")
+    train_until(run, REPO, lambda line: None, 1, 2, 3)
+    shutil.rmtree(run.path)
+    fetch_checkpoint(run, REPO, lambda line: None)
+    assert last_usable(run.path).folder == run.path / "checkpoint-3"
+
+
 def test_a_hub_repository_for_checkpoints_is_private(hub: Hub, tmp_path: Path) -> None:
     train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
     assert hub.repos[REPO].private

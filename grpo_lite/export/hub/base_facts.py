@@ -77,17 +77,12 @@ def _line(text: Any) -> str | None:
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
+    from huggingface_hub.repocard import metadata_load
+
     try:
-        text = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return metadata_load(readme) or {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _hub_card(model_id: str, revision: str | None) -> dict[str, Any]:
