@@ -1,7 +1,7 @@
-"""chat: ask a trained run a question, or talk with it; base and trained side by side on request.
+"""Ask a trained run a question, or chat with it; base and trained model side by side on request.
 
-Questions are put as the recipe put them in training (template, system prompt, examples), and answered by the same
-weights that were evaluated: the base, quantised as the recipe says, with the adapter on it or switched off.
+Questions are asked as in training (the recipe's template, system prompt and examples) and answered by the weights that
+were evaluated: the base, quantised as the recipe says, with the adapter switched on or off.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.task.tokens import prompt_ids
 
-HELP = "/new forgets the conversation, /exit ends it"
-_NARROW = 80  # columns below which answers go one under the other
+HELP = "/new starts a new conversation, /exit ends it"
+_NARROW = 80  # columns; on narrower terminals one answer is shown below the other
 
 Turn = tuple[str, str]  # question as asked, answer
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     temperature: float = 0.0  # 0: greedy, as the scores were measured
     top_p: float = 1.0
@@ -37,18 +37,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
+        faults = [
             text
-            for bad, text in (
+            for wrong, text in (
                 (not 0 <= self.temperature < float("inf"), f"--temperature {self.temperature}: 0 (greedy) or more"),
                 (not 0 < self.top_p <= 1, f"--top-p {self.top_p}: above 0, at most 1"),
                 (self.top_k < 0, f"--top-k {self.top_k}: 0 (off) or more"),
                 (self.max_new_tokens is not None and self.max_new_tokens < 1, "--max-new-tokens: 1 or more"),
             )
-            if bad
+            if wrong
         ]
-        if wrong:
-            raise DataError("chat: allowed are " + "; ".join(wrong) + ".")
+        if faults:
+            raise DataError("chat: allowed are " + "; ".join(faults) + ".")
 
 
 class Chat:
@@ -70,11 +70,11 @@ class Chat:
             torch.manual_seed(sampling.seed)
 
     def ask(self, question: str, remember: bool = False, stream: Show | None = None) -> dict[str, str]:
-        """Answer one question, by side ("trained", and "base" when comparing).
+        """Return the answers to one question by side: "trained", and "base" when comparing.
 
         Args:
-            remember: carry question and answer into the next one (chat format only).
-            stream: called with pieces of the answer as they come; one side only.
+            remember: keep question and answer for the next question (chat format only).
+            stream: called with pieces of the answer as they are generated; one side only.
         """
         answers = {}
         for side in self.sides:
@@ -122,34 +122,34 @@ class Chat:
 
 
 def build_prompt(recipe: Recipe, question: str, history: Sequence[Turn] = ()) -> Any:
-    """Return a question as the recipe's rows were put: chat messages, or text."""
+    """Return a question in the form of the recipe's prompts: chat messages, or text."""
     data = recipe.data
-    asked = fill_template(data, question)
+    filled = fill_template(data, question)
     if data.format == "text":
         shots = "".join(f"{example.prompt}{example.answer}\n" for example in data.examples)
-        return (f"{data.system}\n" if data.system else "") + shots + asked
+        return (f"{data.system}\n" if data.system else "") + shots + filled
     messages = [{"role": "system", "content": data.system}] if data.system else []
     turns = [(example.prompt, example.answer) for example in data.examples]
-    turns += [(fill_template(data, said), answer) for said, answer in history]
-    for said, answer in turns:
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": asked}]
+    turns += [(fill_template(data, earlier), answer) for earlier, answer in history]
+    for earlier, answer in turns:
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": filled}]
 
 
 def fill_template(data: DataSection, question: str) -> str:
-    """Put a question into the recipe's template where that has one column; otherwise leave it as typed."""
+    """Put a question into the recipe's template if that has one column; otherwise return it as typed."""
     pieces = list(string.Formatter().parse(data.prompt))
     columns = [field for _, field, _, _ in pieces if field is not None]
     if len(set(columns)) != 1:
         return question
     filled = "".join(literal + (question if field is not None else "") for literal, field, _, _ in pieces)
     ending = pieces[-1][0] if pieces[-1][1] is None else ""
-    # "2+3=" was typed where the template is "{question}=": do not add what is there already.
+    # "2+3=" was typed and the template is "{question}=": do not add the ending twice.
     return filled[: -len(ending)] if ending and question.endswith(ending) else filled
 
 
 def answer_lines(answers: dict[str, str], width: int | None = None) -> list[str]:
-    """Return answers as lines for people: one plain, two side by side, or one under the other where it is narrow."""
+    """Return answers as lines for people: one as it is, two side by side, or below each other where it is narrow."""
     if len(answers) == 1:
         return [next(iter(answers.values()))]
     width = width or shutil.get_terminal_size((_NARROW - 1, 24)).columns
@@ -166,12 +166,12 @@ def answer_lines(answers: dict[str, str], width: int | None = None) -> list[str]
 
 
 def talk(chat: Chat, lines: Iterable[str], show: Show, interactive: bool, stream: Show | None = None) -> int:
-    """Answer questions line by line until they end; return how many were answered.
+    """Answer questions line by line; return how many were answered.
 
     Args:
-        lines: what is typed, or piped: then every line is a question of its own.
-        interactive: keep the conversation, and know /new and /exit.
-        stream: called with pieces of a single answer as they come; needs `interactive` and one side.
+        lines: typed or piped; of a pipe every line is a question of its own.
+        interactive: keep the conversation, and accept /new and /exit.
+        stream: called with pieces of an answer as they are generated; only where there is one side.
     """
     count = 0
     for line in lines:

@@ -17,6 +17,14 @@ def gib(size: float | None) -> str | None:
     return None if not size else f"{size / 2**30:.1f} GiB"
 
 
+def size(count: int) -> str:
+    """Return a number of bytes in the largest unit that fits, as `1.5 MiB` or `812 B`."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} B"
+
+
 def now() -> str:
     """Return the time, UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

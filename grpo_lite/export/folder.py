@@ -11,6 +11,7 @@ from grpo_lite.errors import ExportError
 from grpo_lite.files.atomic import publish, restore
 from grpo_lite.files.lock import locked_itself
 from grpo_lite.files.manifest import MANIFEST_NAME
+from grpo_lite.units import size
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def replacing_folder(
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
                 raise ExportError(
-                    f"{out_dir}: the export failed: {error}. The partial result was removed: have {_gib(need_bytes)} "
+                    f"{out_dir}: the export failed: {error}. The partial result was removed: have {size(need_bytes)} "
                     "free, and run again."
                 ) from error
             raise
@@ -110,14 +111,10 @@ def _check_space(folder: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise ExportError(
-            f"{folder}: the export needs {_gib(need_bytes)} of disk, and {_gib(free)} are free. Free "
-            f"{_gib(need_bytes - free)}, or give an output folder on another disk."
+            f"{folder}: the export needs {size(need_bytes)} of disk, and {size(free)} are free. Free "
+            f"{size(need_bytes - free)}, or give an output folder on another disk."
         )
 
 
 def _partial(out_dir: Path) -> Path:
     return out_dir.with_name(f"{out_dir.name}.partial")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""export_nf4: a merged folder quantised to 4-bit NF4 by bitsandbytes, ready to load, with its own measured loss."""
+"""Quantise a merged folder to 4-bit NF4 with bitsandbytes, ready to load, and measure what that costs."""
 
 from __future__ import annotations
 

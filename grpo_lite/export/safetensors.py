@@ -1,8 +1,8 @@
 """Safetensors files read and written a slice at a time, so that no shard is ever held in memory.
 
-The `safetensors` library maps whole files on reading and wants every tensor of a file at once on writing. The format
-is a length, a JSON header and the bytes in order, so here a shard's header is parsed (and distrusted), rows are read
-with `pread` and written in file order. Source: safetensors' README, "Format", version 0.8.
+Not the `safetensors` library: it maps whole files when reading and needs every tensor of a file at once when writing.
+The format is a length, a JSON header and the bytes in order. So a shard's header is parsed and checked against the
+file, and rows are read by offset and written in file order. Source: safetensors' README, "Format", version 0.8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Safe files: written whole or not at all, summed, locked, cached, without secrets; and patience with the Hub.
+"""Safe files: written whole or not at all, checksummed, locked, cached, without secrets; and errors of the Hub.
 
 Every room may use these modules; they know nothing of recipes or models.
 """

@@ -1,4 +1,4 @@
-"""What was measured here, kept in the user's cache as small records and found by what they depend on. Torch-free."""
+"""Measurements kept in the user's cache as small records, looked up by the settings they depend on. Torch-free."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def keep_record(kind: str, settings: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Keep a record of one kind; a cache that cannot be written costs nothing.
+    """Keep a record of one kind; a cache that cannot be written is no error.
 
     Args:
         kind: the folder's name.
@@ -44,7 +44,7 @@ def keep_record(kind: str, settings: Mapping[str, Any], record: Mapping[str, Any
 
 
 def kept_record(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was kept for these very settings; an empty mapping if nothing was, or it cannot be read."""
+    """Return the record kept for exactly these settings; an empty mapping if there is none or it is unreadable."""
     try:
         return read_record(_file(kind, settings))
     except GRPOLiteError:

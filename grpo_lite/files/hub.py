@@ -1,4 +1,4 @@
-"""What a fault of a push means and what to do, by status and cause; nothing of a token or a signed address."""
+"""The Hub's errors as messages without tokens or signed addresses, and a short wait where the Hub does not answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+HUB_PATIENCE_S = 5.0
+
 
 def hub_message(error: BaseException, repo_id: str) -> str | None:
-    """Return a message for people, or None where the fault is not the Hub's, the network's or the account's."""
+    """Return a message for people, or None where the Hub, the network and the account are not at fault."""
     import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -23,67 +25,15 @@ def hub_message(error: BaseException, repo_id: str) -> str | None:
         if isinstance(status, int):
             return _by_status(status, repo_id, _server_words(cause))
     for cause in chain:
-        if isinstance(cause, ValueError) and str(cause).startswith(
-            "LFS batch API"
-        ):  # a file is refused, with status 200
-            return f"the Hub refused a file: {str(cause).partition(':')[2].strip()[:500]}. Mend it and push again."
+        # A refused file comes with status 200.
+        if isinstance(cause, ValueError) and str(cause).startswith("LFS batch API"):
+            return f"the Hub refused a file: {str(cause).partition(':')[2].strip()[:500]}. Fix that and push again."
     if any(isinstance(cause, httpx.TransportError | ConnectionError | TimeoutError) for cause in chain):
         return (
-            "the connection to the Hub broke. Nothing is visible there yet, and what was sent is kept: give the same "
-            "command again to send the rest."
+            "the connection to the Hub broke. Nothing is visible there yet, and the Hub keeps what was sent: give the "
+            "same command again to send the rest."
         )
     return None
-
-
-def _by_status(status: int, repo_id: str, words: str) -> str:
-    owner = repo_id.partition("/")[0]
-    said = f" The Hub says: {words}" if words else ""
-    if status == 401:
-        return f"the Hub does not accept your token (401).{said} Log in again: `hf auth login`, or set a new HF_TOKEN."
-    if status == 403:
-        return (
-            f"your token may not write to {owner} (403).{said} Use a token with write access to it (its settings page "
-            f"on the Hub), or push under your own name."
-        )
-    if status == 404:
-        return f"there is no {owner} on the Hub, or you may not see {repo_id} (404).{said} Check the name."
-    if status in (409, 412):
-        return (
-            f"somebody else is changing the repository, or changed it meanwhile ({status}).{said} Look at it, and give "
-            "the same command again."
-        )
-    if status == 429 or status >= 500:
-        return (
-            f"the Hub is busy or out of order ({status}).{said} What was sent is kept: give the same command again in "
-            "a while."
-        )
-    return f"the Hub refused ({status}).{said} Mend what it names and push again."
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
-
-
-def _server_words(cause: BaseException) -> str:
-    words = str(getattr(cause, "server_message", None) or "").strip().replace("\n", " ")[:300]
-    for secret in (os.environ.get("HF_TOKEN"), _token()):
-        if secret:
-            words = words.replace(secret, "…")
-    return words
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
-HUB_PATIENCE_S = 5.0
 
 
 @cache
@@ -101,9 +51,9 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def only_cache_if_unreachable() -> Iterator[None]:
-    """Let the libraries below look into their caches only while the Hub does not answer.
+    """Let the libraries below use only their caches while the Hub does not answer.
 
-    Left alone they ask again and again: 45 s until a dataset is given up (huggingface_hub 1.x, datasets 4.x).
+    Left alone they retry: 45 s until a dataset is given up (huggingface_hub 1.x, datasets 4.x).
     """
     from huggingface_hub import constants
 
@@ -117,3 +67,47 @@ def only_cache_if_unreachable() -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
+
+
+def _by_status(status: int, repo_id: str, words: str) -> str:
+    owner = repo_id.partition("/")[0]
+    reply = f" The Hub says: {words}" if words else ""
+    if status == 401:
+        return f"the Hub does not accept your token (401).{reply} Log in again: `hf auth login`, or set a new HF_TOKEN."
+    if status == 403:
+        return (
+            f"your token may not write to {owner} (403).{reply} Use a token with write access to it (its settings page "
+            f"on the Hub), or push under your own name."
+        )
+    if status == 404:
+        return f"there is no {owner} on the Hub, or you may not see {repo_id} (404).{reply} Check the name."
+    if status in (409, 412):
+        return (
+            f"someone else is changing the repository, or has changed it meanwhile ({status}).{reply} Look at it, and "
+            "give the same command again."
+        )
+    if status == 429 or status >= 500:
+        return (
+            f"the Hub is busy or out of order ({status}).{reply} It keeps what was sent: give the same command again "
+            "later."
+        )
+    return f"the Hub refused ({status}).{reply} Fix what it names and push again."
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _server_words(cause: BaseException) -> str:
+    from huggingface_hub import get_token
+
+    words = str(getattr(cause, "server_message", None) or "").strip().replace("\n", " ")[:300]
+    for secret in (os.environ.get("HF_TOKEN"), get_token()):
+        if secret:
+            words = words.replace(secret, "…")
+    return words

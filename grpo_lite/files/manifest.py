@@ -1,7 +1,7 @@
 """MANIFEST.sha256: the checksums of every file of an exported folder.
 
-The format is that of `sha256sum`, so `sha256sum -c MANIFEST.sha256` checks a folder where grpo_lite is not installed;
-sizes stand in comment lines, which sha256sum skips, so that a truncated file can be told from a changed one.
+The format is that of `sha256sum`, so `sha256sum -c MANIFEST.sha256` checks a folder where grpo_lite is not installed.
+Comment lines, which sha256sum skips, hold the sizes: a truncated file can be told from a changed one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIZE = re.compile(r"# ([0-9]{1,19}) bytes: (.+)")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a manifest says of one file."""
+    """A manifest's entry for one file."""
 
     sha256: str
     size_bytes: int | None  # None: the manifest was written by sha256sum itself
@@ -34,7 +34,7 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> Path
 
     Args:
         folder: symbolic links inside are refused, since their targets do not travel with the folder.
-        known: digests by relative name that need no second reading (a merge hashes what it writes).
+        known: digests by relative name of files that need not be read again (a merge hashes what it writes).
 
     Raises:
         ExportError: a link, a name with a line break or backslash, or a file that cannot be read or written.
@@ -82,10 +82,10 @@ def verify_manifest(folder: Path) -> int:
     faults += [f"{name}: extra (not in the manifest)" for name in sorted(present - entries.keys() - {MANIFEST_NAME})]
     if faults:
         raise ExportError(
-            f"{folder}: {len(faults)} of {len(present | entries.keys())} files are not as {MANIFEST_NAME} says:\n"
+            f"{folder}: {len(faults)} of {len(present | entries.keys())} files do not match {MANIFEST_NAME}:\n"
             + "\n".join(f"  {fault}" for fault in faults)
             + "\nExpected: exactly the files that were exported. Export or download the folder again; if you changed a "
-            "file on purpose, write the manifest anew."
+            "file on purpose, write a new manifest."
         )
     return len(entries)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; none where there is no such file, and no line cut by a kill."""
+    """Return the objects in a file of JSON lines; none if there is no such file. A line cut by a kill is left out."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut within a character
     except FileNotFoundError:
@@ -18,12 +18,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(text: str) -> list[dict[str, Any]]:
     """Return the objects of JSON lines; a line cut by a kill is left out."""
-    found = []
-    for line in text.split("\n"):  # not splitlines: U+2028 and the like stand bare in JSON, and models write them
+    records = []
+    for line in text.split("\n"):  # not splitlines: JSON holds U+2028 unescaped, and models write it
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            records.append(value)
+    return records

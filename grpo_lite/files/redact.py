@@ -1,4 +1,4 @@
-"""redact: the values of secrets in the environment never reach a file of a run, the screen or a log."""
+"""Keep the values of secrets out of a run's files, the screen and the logs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# TOKENIZERS_PARALLELISM holds none; KEY has to be a word of its own (KEYBOARD, MONKEY).
+# TOKENIZERS_PARALLELISM is no secret; KEY has to be a word of its own (not KEYBOARD, MONKEY).
 _NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|_)(KEYS?|PAT|AUTH)(_|$)",
     re.IGNORECASE,
 )
-_SHORTEST = 8  # shorter values would be found everywhere
-# Secrets that give themselves away, whatever the environment says: `https://user:password@host` (pathlib makes one
-# slash of two), and tokens of the Hub, GitHub, GitLab, OpenAI and its imitators, Slack, AWS.
+_SHORTEST = 8  # shorter values would match everywhere
+# Secrets recognised by their form, whatever the environment says: `https://user:password@host` (pathlib makes one
+# slash of two), and tokens of the Hub, GitHub, GitLab, OpenAI-like services, Slack and AWS.
 _USERINFO = re.compile(r"(?<=:/)(/?)[^\s/@:'\"]*:[^\s/@'\"]+@")
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
@@ -35,17 +35,17 @@ HIDDEN = "[secret]"
 
 
 def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return where secrets are named -> their values: environment variables, and the Hub's login."""
-    given = os.environ if environment is None else environment
-    found = {f"${name}": value.strip() for name, value in given.items() if _NAME.search(name)}
-    home = given.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    """Return the values of secrets by where they come from: environment variables, and the Hub's login."""
+    variables = os.environ if environment is None else environment
+    values = {f"${name}": value.strip() for name, value in variables.items() if _NAME.search(name)}
+    home = variables.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        found["the Hub's login"] = Path(given.get("HF_TOKEN_PATH") or Path(home) / "token").read_text().strip()
-    return {name: value for name, value in found.items() if len(value) >= _SHORTEST and not _is_path(value)}
+        values["the Hub's login"] = Path(variables.get("HF_TOKEN_PATH") or Path(home) / "token").read_text().strip()
+    return {name: value for name, value in values.items() if len(value) >= _SHORTEST and not _is_path(value)}
 
 
 def _is_path(value: str) -> bool:
-    """Say whether a value names a file that is there (SSL_KEY_FILE …); base64 may begin with a slash, too."""
+    """Return whether a value names an existing file (SSL_KEY_FILE …); base64 may begin with a slash, too."""
     try:
         return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
     except ValueError:
@@ -53,13 +53,13 @@ def _is_path(value: str) -> bool:
 
 
 def _spellings(value: str) -> set[str]:
-    """Return a value as it stands, and as JSON, Python, HTML and addresses write it."""
-    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
-    return found | {html.escape(value), urllib.parse.quote(value, safe="", errors="replace")}
+    """Return a value as it is, and as JSON, Python, HTML and URLs write it."""
+    spellings = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
+    return spellings | {html.escape(value), urllib.parse.quote(value, safe="", errors="replace")}
 
 
 def redact(text: str) -> str:
-    """Return the text with every secret's value replaced, however it is spelled, and what has a secret's form."""
+    """Return the text without secrets: known values, however they are spelled, and what has the form of one."""
     for spelling in sorted({s for value in secrets().values() for s in _spellings(value)}, key=len, reverse=True):
         text = text.replace(spelling, HIDDEN)
     return _TOKEN.sub(HIDDEN, _USERINFO.sub(rf"\1{HIDDEN}@", text) if "@" in text else text)
@@ -100,7 +100,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def redact_logs() -> None:
-    """Hide secrets in what is logged: here, and by libraries with handlers of their own (transformers, datasets)."""
+    """Hide secrets in log records: ours, and those of libraries with their own handlers (transformers, datasets)."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(RedactingFormatter("%(name)s: %(message)s"))
     make = logging.getLogRecordFactory()
@@ -108,19 +108,19 @@ def redact_logs() -> None:
         return
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # a faulty call: logging itself tells of it
-            message = made.getMessage()
+        entry = make(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # a faulty call: logging itself reports it
+            message = entry.getMessage()
             if (hidden := redact(message)) != message:
-                made.msg, made.args = hidden, None
-        return made
+                entry.msg, entry.args = hidden, None
+        return entry
 
     record.hides_secrets = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(record)
 
 
 def redact_tracebacks() -> None:
-    """Hide secrets in the traceback of an error that nobody catches (GRPO_LITE_TRACEBACK=1)."""
+    """Hide secrets in the traceback of an uncaught error (GRPO_LITE_TRACEBACK=1)."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its checkpoints, copies of them elsewhere, and what it was made with."""
+"""A run on disk: its directory, its checkpoints, copies of them elsewhere, and its provenance."""

@@ -1,7 +1,7 @@
-"""Checkpoint folders of a run: whole under their name or not there at all, checksummed, and the last usable one found.
+"""Checkpoint folders of a run: whole under their name or not there at all, checksummed; and the last usable one.
 
-A checkpoint is written to a scratch folder beside, sealed with MANIFEST.sha256, flushed to disk and renamed. A kill, a
-full disk or a pulled plug therefore leaves the checkpoint before untouched.
+A checkpoint is written to a scratch folder, sealed with MANIFEST.sha256, flushed to disk and renamed. A kill, a full
+disk or a power cut therefore leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FACTS_FILE = "grpo_lite.json"  # step, mean training reward since the checkpoint
 _FACTS = ("step", "processes", "reward", "seconds_trained", "faults", "budget")
 _SCRATCH = ".saving-"
 
-_SPARE_BYTES = 16 << 20  # logs and completions are written beside a checkpoint
-# By transformers: a pickle that nobody here ever loads. By PEFT: a card without licence or scores, which names a folder
-# of this machine as the base (`grpo-lite push` writes the real one).
+_SPARE_BYTES = 16 << 20  # for the logs and completions that are written beside a checkpoint
+# transformers writes a pickle that is never loaded here; PEFT writes a card without licence or scores, which names a
+# folder of this machine as the base (`grpo-lite push` writes the real card).
 _NEVER_KEPT = ("training_args.bin", "README.md")
 
 
@@ -47,12 +47,12 @@ def step_of(folder: Path) -> int:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run by step, usable or not."""
-    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def last_usable(run: Path) -> Found:
-    """Return the newest checkpoint whose every file is as it was written; each newer one is named with its fault."""
+    """Return the newest checkpoint whose files are all as they were written, and the fault of each newer one."""
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run)):
         fault = fault_of(folder)
@@ -78,13 +78,13 @@ def fault_of(folder: Path) -> str | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what grpo_lite noted in a checkpoint, without what is of another kind than it writes."""
+    """Return the facts that grpo_lite noted in a checkpoint; values of another kind than it writes are left out."""
     try:
-        found = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    given = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in given if key in _FACTS and _is_as_written(key, value)}
+    items = record.items() if isinstance(record, dict) else ()
+    return {key: value for key, value in items if key in _FACTS and _is_as_written(key, value)}
 
 
 def _is_as_written(key: str, value: Any) -> bool:
@@ -105,10 +105,10 @@ def processes_of(folder: Path) -> int:
 
 @contextlib.contextmanager
 def saving(run: Path, step: int) -> Iterator[Path]:
-    """Give a scratch folder in which `checkpoint-<step>` is to be written; publish it when the block ends well.
+    """Yield a scratch folder for the folder `checkpoint-<step>`, which is published when the block succeeds.
 
     Raises:
-        TrainingError: the disk is full; what was saved before is untouched.
+        TrainingError: the disk is full; earlier checkpoints are untouched.
     """
     clear_scratch(run)
     scratch, name = run / f"{_SCRATCH}{os.getpid()}", f"{PREFIX}{step}"
@@ -128,10 +128,10 @@ def saving(run: Path, step: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def publishing(target: Path) -> Iterator[Path]:
-    """Give a scratch folder to fill; it takes the target's name, sealed and on disk, when the block ends well.
+    """Yield a scratch folder to fill; when the block succeeds it is sealed and takes the target's name.
 
     Raises:
-        TrainingError: the disk is full; what lay under the name before is untouched.
+        TrainingError: the disk is full; the folder of that name before is untouched.
     """
     run = target.parent
     clear_scratch(run)
@@ -156,7 +156,7 @@ def seal(folder: Path) -> None:
 
 
 def clear_scratch(run: Path) -> None:
-    """Remove what a killed save left; a checkpoint moved aside and never replaced gets its name back."""
+    """Remove what a killed save left; a folder that was set aside and never replaced gets its name back."""
     for path in run.glob(f"{ASIDE}*"):
         restore(run / path.name.removeprefix(ASIDE))
     for path in run.glob(f"{_SCRATCH}*"):
@@ -164,9 +164,9 @@ def clear_scratch(run: Path) -> None:
 
 
 def rotate(run: Path, limit: int | None, saved: int) -> None:
-    """Keep the newest `limit` checkpoints up to the step just saved, and the one with the best training reward as well.
+    """Keep the newest `limit` checkpoints up to the step just saved, and the one with the best training reward.
 
-    Later ones are damaged (they were passed over): they neither count nor go, until training comes and replaces them.
+    Later ones are damaged and were passed over. They are neither counted nor removed until training replaces them.
     """
     folders = [f for f in checkpoint_folders(run) if step_of(f) <= saved and (f / MANIFEST_NAME).is_file()]
     if not limit or len(folders) <= limit:
@@ -178,20 +178,20 @@ def rotate(run: Path, limit: int | None, saved: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
+    """Remove a checkpoint; a kill in between leaves no half of it under its name."""
     doomed = folder.with_name(f"{_SCRATCH}{folder.name}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def best_checkpoint(folders: list[Path]) -> Path | None:
-    """Return the checkpoint with the highest mean training reward since the one before; of equals the newest."""
+    """Return the checkpoint with the highest mean training reward since its predecessor; among equals the newest."""
     scored = [(facts["reward"], step_of(f), f) for f in folders if (facts := read_facts(f)).get("reward") is not None]
     return max(scored)[2] if scored else None
 
 
 def require_room(run: Path, trained: int, kept: int, merge_bytes: int) -> None:
-    """Refuse to begin a training whose results would not fit on the disk.
+    """Refuse to start a training whose results would not fit on the disk.
 
     Args:
         trained: trained parameters; a checkpoint holds each with Adam's two moments, 12 bytes.
@@ -199,7 +199,7 @@ def require_room(run: Path, trained: int, kept: int, merge_bytes: int) -> None:
         merge_bytes: what the merged model takes, 0 without a merge.
 
     Raises:
-        TrainingError: too little is free, with the arithmetic.
+        TrainingError: too little is free; the message shows the arithmetic.
     """
     there = sum(size_bytes(folder) for folder in checkpoint_folders(run))
     one = 12 * trained + _SPARE_BYTES
@@ -214,7 +214,7 @@ def require_room(run: Path, trained: int, kept: int, merge_bytes: int) -> None:
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Say whether an error came of a full disk; safetensors and torch hide the errno in their messages."""
+    """Return whether a full disk caused an error; safetensors and torch hide the errno in their messages."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error)
@@ -224,7 +224,7 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
 
 
 def _require_space(run: Path) -> None:
-    """Raise the disk-full error before writing anything, judged by the size of the checkpoint before."""
+    """Raise the disk-full error before anything is written, judging by the size of the last checkpoint."""
     folders = checkpoint_folders(run)
     if not folders:
         return
@@ -239,11 +239,11 @@ def size_bytes(folder: Path) -> int:
 
 
 def disk_full(run: Path, what: str) -> str:
-    """Return what to say when a run's disk is full: what was lost, what is whole, what to do."""
+    """Return the message for a full disk: what was lost, what is whole, what to do."""
     usable = last_usable(run).folder
     kept = f"{usable} is whole, and nothing before it is lost" if usable else "no checkpoint had been saved before"
     free = shutil.disk_usage(run).free / 2**20
     return (
         f"{run}: the disk is full ({free:.0f} MiB free): {what}. {kept}. Free some space "
-        "(older runs, grpo.save_total_limit), then give the same command again to go on from there."
+        "(older runs, grpo.save_total_limit), then give the same command again to resume from there."
     )

@@ -1,6 +1,6 @@
-"""What a reader needs to reproduce a run, read from the environment: versions, commit, platform, command.
+"""Provenance of a run: the environment (versions, commit, platform, command) and the files outside it.
 
-The local files outside a run that its result depends on, data and rewards: are they still those it began with?
+Its result depends on local files of data and reward code. Their sums are kept, and a file that has changed is named.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.units import now
 
+Sums = Mapping[str, Mapping[str, str | None]]  # recipe key -> path and sha256
+
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "vllm")
 
 
 def environment_record() -> dict[str, Any]:
     """Return what a reader needs to reproduce the run: versions, commit, platform, command."""
-    found = {name: version_of(name) for name in _PACKAGES}
+    versions = {name: version_of(name) for name in _PACKAGES}
     return {
         "grpo_lite": version_of("grpo-lite") or "source tree",
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version for name, version in found.items() if version is not None},
+        "versions": {name: version for name, version in versions.items() if version is not None},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started_at": now(),
     }
@@ -60,9 +62,6 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-Sums = Mapping[str, Mapping[str, str | None]]
-
-
 def outside_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     """Yield the recipe's key and the file, for every local file of rows and of reward code that it names.
 
@@ -85,10 +84,10 @@ def _file_of(reference: str) -> Path | None:
         return Path(reference.rpartition(":")[0]).expanduser()
     dotted = reference.rpartition(".")[0]
     try:
-        found = importlib.util.find_spec(dotted) if dotted and "." not in dotted and dotted != "rewards" else None
+        spec = importlib.util.find_spec(dotted) if dotted and "." not in dotted and dotted != "rewards" else None
     except (ImportError, ValueError):
         return None
-    return Path(found.origin) if found and found.origin and found.origin.endswith(".py") else None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
 def file_sums(recipe: Recipe) -> dict[str, dict[str, str | None]]:
@@ -105,10 +104,10 @@ def file_sums(recipe: Recipe) -> dict[str, dict[str, str | None]]:
 
 
 def changed_files(then: Any, now: Sums) -> list[str]:
-    """Return a line for every file that is not what it was.
+    """Return a line for every file that has changed.
 
     Args:
-        then: what run.json keeps under `files`; a run of an earlier version keeps nothing, and nothing is said.
+        then: what run.json holds under `files`; runs of earlier versions hold nothing, so no change is reported.
     """
     lines = []
     for key, old in then.items() if isinstance(then, dict) else ():
@@ -126,10 +125,10 @@ def changed_files(then: Any, now: Sums) -> list[str]:
 
 
 def keep_sums(run: RunDir, recipe: Recipe, goes_on: bool, show: Show) -> None:
-    """Note in run.json which files a session reads; where it goes on with a run, say which have changed.
+    """Record in run.json which files a session reads; if it resumes a run, show which have changed.
 
     Args:
-        goes_on: the run has begun earlier, so its files should be those that are noted.
+        goes_on: the session resumes the run, so the files should be those recorded.
     """
     changed = tell_changes(run, recipe, show) if goes_on else []
     told = {"changed_files": [*run.read_run().get("changed_files", []), *changed]} if changed else {}
@@ -137,8 +136,8 @@ def keep_sums(run: RunDir, recipe: Recipe, goes_on: bool, show: Show) -> None:
 
 
 def tell_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
-    """Say which files are not those that the run read last, and return the lines."""
+    """Show which files differ from those that the run read last, and return the lines."""
     changed = changed_files(run.read_run().get("files"), file_sums(recipe))
     for line in changed:
-        show(f"{line}, so this is no exact continuation of the run")
+        show(f"{line}, so the run is not continued exactly")
     return changed

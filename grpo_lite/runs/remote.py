@@ -143,7 +143,7 @@ class HubRemote:
         api = HfApi()
         api.create_repo(self.repo_id, private=True, exist_ok=True)
         if not api.repo_info(self.repo_id).private:
-            raise RunDirError("it is there and public, and checkpoints hold your data's prompts. Make it private.")
+            raise RunDirError("it exists and is public, and checkpoints hold your data's prompts. Make it private.")
         api.upload_folder(
             repo_id=self.repo_id,
             folder_path=run.path,

@@ -1,4 +1,4 @@
-"""RunDir: every path and manifest of a run, and whether it may be started, resumed or must be left alone."""
+"""RunDir: the paths and records of a run, and whether it can be started or resumed, or must be left alone."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class RunDir:
     evaluation = property(lambda self: self.path / "evaluation")
 
     def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish", "report"]:
-        """Make the folder, or recognise an interrupted run of the same recipe.
+        """Create the folder, or recognise an interrupted run of the same recipe.
 
         Returns:
-            "new"; "resume" from a checkpoint; "finish", trained but not yet evaluated and merged; or "report",
+            "new"; "resume" from a checkpoint; "finish": trained but not yet evaluated and merged; or "report":
             finished, but killed before its report was written.
 
         Raises:
-            RunDirError: finished already, another recipe, or not writable.
+            RunDirError: the run is finished, of another recipe, or not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,36 +102,36 @@ class RunDir:
     def _refuse_changed(self, recipe: Recipe) -> None:
         from grpo_lite.recipe.load import read_yaml
 
-        begun, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # it may have come from another machine
+        first, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # the file may come from another machine
         old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return
-        if _fixed(begun) == _fixed(yaml.safe_load(new)):
-            write_atomic(self.recipe_file, new)  # tomorrow's session may be longer, and say less
+        if _fixed(first) == _fixed(yaml.safe_load(new)):
+            write_atomic(self.recipe_file, new)  # the next session may be longer, and log less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
         changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
         raise RunDirError(
-            f"run directory {self.path}: was begun with another recipe, and a run is one recipe:\n{changed}\n"
+            f"run directory {self.path}: was started with another recipe, and a run has one recipe:\n{changed}\n"
             "Undo the change to resume it, or choose another directory with RUN=…"
         )
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that was completed, if any; `checkpoints.last_usable` also reads its files."""
-        found = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
-        return found[-1] if found else None
+        """Return the newest completed checkpoint, if any; `checkpoints.last_usable` also checks its files."""
+        complete = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
+        return complete[-1] if complete else None
 
     def read_run(self) -> dict[str, Any]:
         """Return run.json, or an empty mapping before there is one."""
         try:
-            found = json.loads(self.run_file.read_text(encoding="utf-8"))
+            record = json.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (ValueError, RecursionError) as error:
             raise RunDirError(f"{self.run_file}: is not valid JSON ({error}). Restore or remove it.") from None
-        if not isinstance(found, dict):
-            raise RunDirError(f"{self.run_file}: holds a {type(found).__name__}, not an object. Restore or remove it.")
-        return found
+        if not isinstance(record, dict):
+            raise RunDirError(f"{self.run_file}: holds a {type(record).__name__}, not an object. Restore or remove it.")
+        return record
 
     def read_scores(self) -> dict[str, Any]:
         """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
@@ -150,16 +150,16 @@ class RunDir:
         write_atomic(self.scores_file, json.dumps(scores, indent=2) + "\n")
 
     def merged_adapter(self) -> str | None:
-        """Return the sha256 of the adapter that merged/ was made of; a paused run that went on has a newer one."""
-        found = read_record(self.merged / "merge.json").get("adapter_sha256")
-        return None if found is None else str(found)
+        """Return the sha256 of the adapter that was merged; a paused run that resumed has a newer adapter."""
+        sha256 = read_record(self.merged / "merge.json").get("adapter_sha256")
+        return None if sha256 is None else str(sha256)
 
     def update_run(self, **values: Any) -> None:
         """Merge values into run.json, atomically."""
         write_atomic(self.run_file, redact(json.dumps({**self.read_run(), **values}, indent=2, default=str)) + "\n")
 
     def load_recipe(self) -> Recipe:
-        """Return the recipe this run was begun with, its base at the very commit that was trained on.
+        """Return the recipe this run was started with, its base at the commit that was trained on.
 
         Raises:
             RunDirError: the folder is not a run.
@@ -171,14 +171,14 @@ class RunDir:
         return self.with_base_commit(build_recipe(read_yaml(self.recipe_file), str(self.recipe_file)))
 
     def with_base_commit(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with its base at the commit that this run began with, if it has begun and has one."""
+        """Return the recipe with its base at the commit that this run started from, if one is recorded."""
         if not (commit := self.read_run().get("base_revision")):
             return recipe
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock: two runs at once in one folder are refused.
+        """Hold the folder's lock: a second process in the same folder is refused.
 
         Raises:
             RunDirError: another process holds it, or the folder is not writable.
@@ -187,12 +187,12 @@ class RunDir:
             yield
 
     def in_use(self) -> bool | None:
-        """Tell whether a process of this machine works in the folder; None where no lock says so."""
+        """Return whether a process of this machine works in the folder; None where there is no lock to tell."""
         return lock.in_use(self.path)
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run has in common with its beginning: all that its result depends on."""
+    """Return the keys that a resumed run must not change: those its result depends on."""
     return {key: value for key, value in recipe.items() if key not in ("limits", "log", "push_checkpoints")}
 
 
@@ -202,7 +202,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that escapes what YAML takes for the end of a line; PyYAML writes it as it is and reads a line end."""
+    """SafeDumper that escapes YAML's other line ends; PyYAML writes them as they are and reads a line break."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Return the text's node, in double quotes where it holds such a character."""
@@ -214,7 +214,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _clear_scraps(folder: Path) -> None:
-    """Remove what `write_atomic` left when it was killed, other processes' files in use excepted."""
+    """Remove what a killed `write_atomic` left, except the files of processes that are still running."""
     for place in (folder, folder / "completions", folder / "evaluation"):
         for path in place.glob(".*.tmp"):
             owner = path.name.split(".")[-2]
@@ -228,7 +228,7 @@ def _is_alive(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        return True  # somebody else's
+        return True  # another user's process
     return True
 
 

@@ -210,7 +210,7 @@ def test_smollm_splitting_is_recognised() -> None:
 
 def test_unknown_splitting_is_refused_rather_than_guessed() -> None:
     backend = bpe_tokenizer(LLAMA3_SPLIT.replace("{1,3}", "{1,2}")).backend_tokenizer
-    with pytest.raises(ExportError, match="way of splitting this tokenizer's text is not known"):
+    with pytest.raises(ExportError, match=r"no way of splitting text that llama\.cpp knows matches this tokenizer's"):
         pre_tokenizer_name(backend, "here")
 
 

@@ -129,7 +129,7 @@ def test_second_push_of_the_same_files_sends_none_again(run: RunDir, server: Hub
         ("/preupload/", 404, r"there is no me on the Hub, or you may not see me/sums \(404\)"),
         ("/objects/batch", 403, r"may not write to me \(403\)"),
         ("/upload/", 403, r"\(403\)"),
-        ("/commit/", 409, r"somebody else is changing the repository.*\(409\)"),
+        ("/commit/", 409, r"someone else is changing the repository.*\(409\)"),
         ("/commit/", 412, r"changed it meanwhile \(412\)"),
         ("/commit/", 500, r"busy or out of order \(500\).*same command again"),
         ("/commit/", 400, r"the Hub refused \(400\)"),
@@ -207,14 +207,14 @@ def test_private_repository_is_made_private(run: RunDir, server: Hub) -> None:
 
 def test_private_push_into_a_public_repository_is_refused_before_anything_is_sent(run: RunDir, server: Hub) -> None:
     server.repos[REPO] = Repo(private=False)
-    with pytest.raises(ExportError, match="is there and public"):
+    with pytest.raises(ExportError, match="exists and is public"):
         push(run, private=True)
     assert server.stored == {}
 
 
 def test_repository_with_other_files_is_left_alone_unless_forced(run: RunDir, server: Hub) -> None:
     server.repos[REPO] = Repo(private=False, files={"precious.bin": "0" * 64, ".gitattributes": "1" * 64})
-    with pytest.raises(ExportError, match=r"holds other files already \(precious.bin\)"):
+    with pytest.raises(ExportError, match=r"already holds other files \(precious.bin\)"):
         push(run)
     push(run, force=True)
     assert "precious.bin" in server.repos[REPO].files
@@ -236,7 +236,7 @@ def test_unverified_merge_is_refused_and_forced_with_a_word_in_the_card(run: Run
         push(run)
     assert server.requests == []
     push(run, force=True)
-    assert b"Pushed in spite of this:** the merge is not verified" in content(server, "README.md")
+    assert b"Pushed despite this:** the merge is not verified" in content(server, "README.md")
 
 
 def test_run_that_was_never_merged_has_nothing_to_push(run: RunDir) -> None:
@@ -334,7 +334,7 @@ def test_file_with_a_path_of_this_machine_is_refused(run: RunDir, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["sums", "me/sums/more", "me/su ms", "", "me/"])
 def test_name_that_is_no_repository_is_refused(run: RunDir, name: str) -> None:
-    with pytest.raises(ExportError, match="is not a repository's name"), hub.stage(run, name, "merged"):
+    with pytest.raises(ExportError, match="is not a valid repository name"), hub.stage(run, name, "merged"):
         pass
 
 

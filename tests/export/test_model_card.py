@@ -50,7 +50,7 @@ def test_licence_of_its_own_keeps_its_name_and_link(run: RunDir) -> None:
 def test_licence_that_is_not_known_is_no_placeholder(run: RunDir) -> None:
     header, body = card(run, base=BaseFacts("a/b", "a/b", None, None))
     assert "license" not in header
-    assert "Not known: the metadata of a/b names none" in body
+    assert "Unknown: the metadata of a/b names none" in body
 
 
 def test_scores_stand_with_intervals_before_and_after(run: RunDir) -> None:
@@ -80,13 +80,19 @@ def test_run_without_scores_says_so(tmp_path: Path, run: RunDir) -> None:
     header, body = card(bare)
     assert "model-index" not in header
     assert "Nothing: this run was not evaluated." in body
-    assert "The task itself: no score before or after." in body
+    assert "The task itself: there is no score before or after training." in body
 
 
 def test_what_was_not_measured_is_said(run: RunDir) -> None:
     _, body = card(run)
     part = body.partition("## Not measured")[2]
-    for words in ("other tasks", "the training unlearnt", "over seeds", "very files", "no strict score of its own"):
+    for words in (
+        "other tasks",
+        "training may have unlearnt",
+        "over seeds",
+        "score of these files",
+        "no strict score of its own",
+    ):
         assert words in part
 
 
@@ -97,7 +103,7 @@ def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: 
     run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": rate, "strict": rate}}))
     header, body = card(run)
     assert "| lenient, merged 16-bit model | | 0.700 (" in body
-    assert "very files" not in body
+    assert "score of these files" not in body
     metrics = header["model-index"][0]["results"][0]["metrics"]
     assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.7, 0.25, 0.75, 0.7]
     assert metrics[2]["name"].startswith("greedy lenient accuracy after training, merged 16-bit model (95% interval")
@@ -125,9 +131,9 @@ def test_merge_whose_verification_was_cut_off_is_not_called_verified(tmp_path: P
 
 def test_versions_peak_memory_and_recipe_are_the_runs(run: RunDir) -> None:
     _, body = card(run)
-    assert "| peak memory | 5.00 GiB |" in body
+    assert "| peak memory | 5.0 GiB |" in body
     assert "| versions | torch 2.13.0, trl 1.16.0 |" in body
-    assert "| training time | 1.5 min |" in body
+    assert "| training time | 1 min 30 s |" in body
     recipe = yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])
     assert recipe["lora"]["r"] == 4
     assert recipe["data"]["prompt"] == "{question}="
@@ -211,7 +217,7 @@ def test_of_several_gguf_files_it_names_a_modelfile_that_is_pushed(run: RunDir) 
 
 
 def test_doubts_of_a_forced_push_stand_in_it(run: RunDir) -> None:
-    assert "Pushed in spite of this:** it is worse" in card(run, doubts=["it is worse"])[1]
+    assert "Pushed despite this:** it is worse" in card(run, doubts=["it is worse"])[1]
 
 
 @pytest.mark.parametrize(

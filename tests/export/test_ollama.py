@@ -136,7 +136,7 @@ def test_template_that_counts_is_not_guessed(caplog: pytest.LogCaptureFixture) -
     assert take_apart(tokenizer_with(COUNTING)) is None
     settings = settings_of(tokenizer_with(COUNTING))
     assert settings.template is None
-    assert "could not be turned into Ollama's" in caplog.text
+    assert "could not be converted to Ollama's" in caplog.text
     assert "# No TEMPLATE" in settings.modelfile("m.gguf")
     assert "template" not in settings.hub_files()
 

@@ -101,7 +101,7 @@ def test_checkpoints_are_not_put_into_a_public_repository(hub: Hub, tmp_path: Pa
     lines: list[str] = []
     hub.repos[REPO] = Repo(private=False)
     train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
-    assert "it is there and public" in lines[0]
+    assert "it exists and is public" in lines[0]
     assert hub.repos[REPO].files == {}
 
 

@@ -1,7 +1,7 @@
-"""export_gguf: a merged folder as one GGUF file with a Modelfile, for llama.cpp and Ollama.
+"""Write a merged folder as one GGUF file with a Modelfile, for llama.cpp and Ollama.
 
-The weights stream from the safetensors a block of rows at a time, so memory stays at a few blocks. PyPI has no kept
-converter (DECISIONS.md, "GGUF"), so the file is written here with llama.cpp's own `gguf` package.
+The weights stream from the safetensors a block of rows at a time, so memory stays at a few blocks. PyPI has no
+maintained converter (DECISIONS.md, "GGUF"), so the file is written here with llama.cpp's own `gguf` package.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def llama_quantize() -> Path:
     found = os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize")
     if not found or not os.access(found, os.X_OK):
         raise ExportError(
-            f"--gguf: K-quants are made by llama.cpp's llama-quantize, which is not at {found or 'any place of PATH'}. "
-            "Install llama.cpp (brew, winget, your distribution, or from source) and put it on the PATH, or name it "
-            "with LLAMA_QUANTIZE=/path/to/llama-quantize. What needs nothing else: " + ", ".join(WRITTEN_HERE) + "."
+            f"--gguf: K-quants need llama.cpp's llama-quantize, which is not at {found or 'any place in PATH'}. "
+            "Install llama.cpp (brew, winget, your distribution, or from source) and put it on the PATH, or set "
+            "LLAMA_QUANTIZE=/path/to/llama-quantize. These kinds need nothing else: " + ", ".join(WRITTEN_HERE) + "."
         )
     return Path(found)
 

@@ -1,8 +1,8 @@
-"""The Modelfile: what makes Ollama answer as the model was trained, and stop.
+"""The Modelfile, which makes Ollama ask the model as it was trained, and stop where it should.
 
-Ollama does not run a GGUF's Jinja template; it looks for a similar one among its own and falls back to none. So the
-template is taken apart here into what stands before and after each role's text, put together again as Ollama's Go
-template, and compared with the original on several conversations.
+Ollama does not run a GGUF's Jinja template; it looks for a similar one of its own and otherwise uses none. So the
+template is split here into the text before and after each role's content, rebuilt as Ollama's Go template, and compared
+with the original on several conversations.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TurnTemplate:
 
 
 def take_apart(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> TurnTemplate | None:
-    """Return the tokenizer's chat template as turns, or None where fixed text around each content is not all it does.
+    """Return the tokenizer's chat template as turns, or None where it is more than fixed text around each content.
 
     Args:
         kwargs: the recipe's `chat_template_kwargs`.
@@ -119,10 +119,10 @@ def _cases(template: TurnTemplate) -> list[list[Message]]:
     def turns(*texts: str) -> list[Message]:
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
-    said = [turns("2+2="), turns("a b", "c", "d"), turns("{{ x }} \" '", "1\n2", "?", "!", "so")]
+    cases = [turns("2+2="), turns("a b", "c", "d"), turns("{{ x }} \" '", "1\n2", "?", "!", "so")]
     if "system" in template.before:
-        said += [[{"role": "system", "content": "Be brief."}, *case] for case in said]
-    return said
+        cases += [[{"role": "system", "content": "Be brief."}, *case] for case in cases]
+    return cases
 
 
 def _go(text: str) -> str:
@@ -132,7 +132,7 @@ def _go(text: str) -> str:
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a run made prompts, which is how its model wants to be asked."""
+    """How a run made its prompts, which is how its model should be asked."""
 
     format: str = "chat"  # or "text"
     system: str | None = None
@@ -144,7 +144,7 @@ class Prompting:
 
 @dataclass(frozen=True)
 class OllamaSettings:
-    """What Ollama is told of a model besides its weights."""
+    """What Ollama needs to know of a model besides its weights."""
 
     template: str | None  # None: Ollama looks for one itself
     system: str | None
@@ -156,7 +156,7 @@ class OllamaSettings:
         """Return the text of a Modelfile beside the GGUF.
 
         Raises:
-            ExportError: a text holds three double quotes in a row, which a Modelfile cannot.
+            ExportError: a text holds three double quotes in a row, which a Modelfile cannot express.
         """
         lines = [*([f"# {self.note}"] if self.note else []), f"FROM ./{gguf_name}"]
         if self.template is None:
@@ -168,14 +168,14 @@ class OllamaSettings:
         for question, answer in self.examples:
             lines.append("MESSAGE user " + _quoted(question, "data.examples"))
             lines.append("MESSAGE assistant " + _quoted(answer, "data.examples"))
-        lines.append("# Greedy, as the scores were measured, and nothing that Ollama adds to sampling by itself.")
+        lines.append("# Greedy, as the scores were measured, without Ollama's own defaults for sampling.")
         for name, value in self.parameters.items():
             for one in value if isinstance(value, list) else [value]:
                 lines.append(f"PARAMETER {name} {json.dumps(one, ensure_ascii=False)}")
         return "\n".join(lines) + "\n"
 
     def hub_files(self) -> dict[str, str]:
-        """Return the files by which `ollama run hf.co/user/name` learns the same from a repository on the Hub."""
+        """Return the files from which `ollama run hf.co/user/name` reads the same settings on the Hub."""
         files = {"params": json.dumps(self.parameters, indent=2, ensure_ascii=False) + "\n"}
         if self.template is not None:
             files["template"] = self.template
@@ -188,7 +188,7 @@ def ollama_settings(tokenizer: Any, facts: TokenizerFacts, prompting: Prompting,
     """Return the settings under which Ollama asks the model as the run did.
 
     Args:
-        context_tokens: what the model was made for; Ollama's own default is 4096 whatever the model.
+        context_tokens: what the model was made for; Ollama's own default is 4096 for every model.
     """
     bos = facts.tokens[facts.bos_id] if facts.add_bos and facts.bos_id is not None else None
     template: str | None
@@ -199,7 +199,7 @@ def ollama_settings(tokenizer: Any, facts: TokenizerFacts, prompting: Prompting,
         turns = take_apart(tokenizer, prompting.template_kwargs)
         template = turns.to_go(bos) if turns else None
         if template is None:
-            logger.warning("The chat template could not be turned into Ollama's: compare its answers before use.")
+            logger.warning("The chat template could not be converted to Ollama's: compare the answers before use.")
     chat = prompting.format == "chat"
     asked = json.dumps(prompting.question, ensure_ascii=False)
     return OllamaSettings(
@@ -229,5 +229,5 @@ def _text_stops(prompting: Prompting) -> list[str]:
 
 def _quoted(text: str, what: str) -> str:
     if '"""' in text or text.endswith('"'):
-        raise ExportError(f'{what}: has """ or ends in a double quote, which a Modelfile cannot hold. Change it.')
+        raise ExportError(f'{what}: has """ or ends in a double quote, which a Modelfile cannot express. Change it.')
     return f'"""{text}"""'

@@ -1,7 +1,7 @@
 """Prove a GGUF: load the file with another program and compare it with the merged model on held-out prompts.
 
-llama-cpp-python is used where it is installed, since that is what Ollama runs, tokenizer and stopping included;
-otherwise transformers' GGUF loader, which proves the weights and the end token but not llama.cpp's text splitting.
+llama-cpp-python is used where it is installed: Ollama runs the same library, so tokenizer and stopping are proven too.
+Otherwise transformers' GGUF loader proves the weights and the end token, but not llama.cpp's text splitting.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEAST_STOPPED = 0.5  # of the answers that the merged model ends; q6_k ended 6 o
 
 @dataclass(frozen=True)
 class GgufProof:
-    """How a GGUF file answers, beside the merged model it was made from."""
+    """How a GGUF file answers, compared with the merged model it was made from."""
 
     loader: str
     prompts: int
@@ -67,7 +67,7 @@ class GgufProof:
         return (
             f"{self.loader}: next-token agreement {self.top1_agreement:.1%} over {self.tokens} tokens "
             f"({self.decided_agreement:.1%} away from ties), "
-            f"{self.same_answers} of {self.prompts} greedy answers identical, {self.stopped} stopped by themselves "
+            f"{self.same_answers} of {self.prompts} greedy answers identical, {self.stopped} ended by themselves "
             f"(merged model: {self.stopped_merged})"
         )
 
@@ -94,13 +94,19 @@ def prove_gguf(
         ExportError: no prompts, or the file does not load.
     """
     if not prompts:
-        raise ExportError("gguf: no prompts to prove the file on are given. Give held-out prompts as text.")
+        raise ExportError("gguf: there are no prompts to prove the file on. Give held-out prompts as text.")
     loader = loader or ("llama_cpp" if importlib.util.find_spec("llama_cpp") else "transformers")
     tokenizer, ids, answers = _merged_answers(merged_dir, prompts, max_new_tokens)
     compare = _by_llama_cpp if loader == "llama_cpp" else _by_transformers
     try:
         best, given, alike = compare(gguf_file, tokenizer, list(prompts), ids, answers, max_new_tokens)
-    except (OSError, ValueError, RuntimeError, LookupError, struct.error) as error:  # readers' faults on damaged files
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        struct.error,
+    ) as error:  # damaged files
         raise ExportError(f"{gguf_file}: {loader} does not load it: {str(error).splitlines()[0]}") from error
     hits = [a == b for answer, row in zip(answers, best, strict=True) for a, b in zip(answer.ids, row, strict=True)]
     agreement = sum(hits) / max(1, len(hits))
@@ -132,7 +138,7 @@ def _agreement_faults(kind: str, agreement: float, decided: float) -> Iterator[s
         (decided, LEAST_DECIDED_AGREEMENT.get(kind, LEAST_DECIDED_AGREEMENT_K), " away from ties"),
     ):
         if share < least:
-            yield f"agrees with the merged model on {share:.1%} of the next tokens{where}, {least:.0%} are least"
+            yield f"agrees with the merged model on {share:.1%} of the next tokens{where}; the minimum is {least:.0%}"
 
 
 def stop_faults(stopped: int, stopped_merged: int, prompts: int) -> list[str]:
@@ -140,7 +146,7 @@ def stop_faults(stopped: int, stopped_merged: int, prompts: int) -> list[str]:
     if stopped >= LEAST_STOPPED * stopped_merged:
         return []
     return [
-        f"runs on: of {prompts} answers the merged model ended {stopped_merged} by itself, the file {stopped}. A "
+        f"answers do not end: of {prompts} the merged model ended {stopped_merged} by itself, the file {stopped}. A "
         "larger kind keeps what this one rounds away"
     ]
 

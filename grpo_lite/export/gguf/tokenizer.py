@@ -1,8 +1,8 @@
 """The tokenizer's part of a GGUF: tokens and their types, merges, pre-tokenizer, end tokens, chat template.
 
 llama.cpp re-implements each model's text splitting under a name (`tokenizer.ggml.pre`). Its own converter finds the
-name by a hash of one vocabulary's ids; here the splitting itself is compared on a text full of hard cases, so that a
-fine-tune with added tokens is recognised and an unknown splitting is refused instead of guessed.
+name by a hash of one vocabulary's ids; here the splitting itself is compared on a text of hard cases, so that a
+fine-tune with added tokens is recognised and an unknown splitting is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What a GGUF says of a tokenizer."""
+    """What a GGUF stores of a tokenizer."""
 
     tokens: list[str]
     types: list[int]
@@ -68,7 +68,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFacts:
         vocab_size: rows of the embedding; ids without a token become unused ones.
 
     Raises:
-        ExportError: no byte-level BPE, a splitting llama.cpp has no name for, or nothing that ends a generation.
+        ExportError: no byte-level BPE, a splitting that llama.cpp has no name for, or no end token.
     """
     from transformers import AutoTokenizer
 
@@ -85,7 +85,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFacts:
         )
     if not model["merges"]:
         raise ExportError(
-            f"{folder}: its tokenizer has no merges (a test model), which llama.cpp does not load. Train a real one."
+            f"{folder}: its tokenizer has no merges (a test model), which llama.cpp does not load. Use a real one."
         )
     tokens, types = _tokens(folder, raw, vocab_size)
     turn_end = turn_end_id(tokenizer)
@@ -143,8 +143,8 @@ def pre_tokenizer_name(backend: Any, where: Path | str) -> str:
         if looks_up == ignore_merges and _split(patterns) == pieces:
             return name
     raise ExportError(
-        f"{where}: llama.cpp's way of splitting this tokenizer's text is not known here (known: "
-        f"{', '.join(PRE_TOKENIZERS)}), and a wrong one gives worse answers without a warning. {OTHER_WAY}"
+        f"{where}: no way of splitting text that llama.cpp knows matches this tokenizer's (tried: "
+        f"{', '.join(PRE_TOKENIZERS)}), and a wrong one silently gives worse answers. {OTHER_WAY}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is known of a base model for a model card: its public name, the exact revision, and its own licence."""
+"""Facts about a base model for a model card: its public name, the exact revision and its own licence."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class BaseFacts:
     """A base model as its own metadata describes it."""
 
     name: str  # for people: a Hub id, or a folder's name without its path
-    hub_id: str | None  # None: not on the Hub, so nothing can refer to it
+    hub_id: str | None  # None: not on the Hub, so a card cannot refer to it
     revision: str | None  # the commit that was used
-    licence: str | None  # as its metadata says; None: it says none, or could not be asked
+    licence: str | None  # from its metadata; None: it names none, or could not be read
     licence_name: str | None = None
     licence_link: str | None = None
     note: str = ""
 
 
 def base_facts(section: ModelSection) -> BaseFacts:
-    """Return what is known of the base that a recipe names; the Hub is asked for the licence where it can be."""
+    """Return the facts about a recipe's base; the Hub is asked for the licence if it can be reached."""
     if section.id == EMBEDDED_MODEL:
         return _embedded()
     if section.id == TINY_MODEL:
@@ -72,7 +72,7 @@ def _licence(card: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
 
 
 def _line(text: Any) -> str | None:
-    """Return metadata of a base as text that stays text in our card: one line, without Markdown's and HTML's marks."""
+    """Return a base's metadata as one line without Markdown or HTML, so that it stays plain text in our card."""
     return re.sub(r"[<>\[\]`|]", "", " ".join(text.split()))[:200] or None if isinstance(text, str) else None
 
 
@@ -86,7 +86,7 @@ def _front_matter(readme: Path) -> dict[str, Any]:
 
 
 def _hub_card(model_id: str, revision: str | None) -> dict[str, Any]:
-    """Return a Hub model's card data, from its cached README where the Hub cannot be asked; {} if neither."""
+    """Return a Hub model's card data from its cached README, else from the Hub; {} if there is neither."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     cached = try_to_load_from_cache(model_id, "README.md", revision=revision)

@@ -1,6 +1,7 @@
-"""How the model of a card is loaded and asked: transformers, vLLM, Ollama, and the form of the questions it learnt.
+"""The model card: what a run's own files say, measured numbers with their intervals, and what was not measured.
 
-The model card: only what a run's own files say, measured numbers with their intervals, and what was not measured.
+Its section on use shows how the model is loaded and asked (transformers, vLLM, Ollama) and the form of the questions
+it was trained on.
 """
 
 from __future__ import annotations
@@ -13,73 +14,9 @@ from typing import Any
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.units import duration, gib
 
-
-def use_section(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any]], repo_id: str, what: str) -> str:
-    """Return the card's section on loading and asking the model.
-
-    Args:
-        gguf: gguf.json of each file that is pushed.
-        what: "adapter", "merged" or "gguf".
-    """
-    base_name = base.hub_id or base.name
-    title = repo_id.rpartition("/")[2]
-    lines = ["## Use", ""]
-    lines += _asked(recipe)
-    if what == "gguf":
-        kinds = [str(record["kind"]) for record in gguf] or ["q8_0"]
-        lines += ["```sh", *(f"ollama run hf.co/{repo_id}:{kind.upper()}" for kind in kinds), "```", ""]
-        lines += ["or download the file with its `Modelfile` and run", "", "```sh"]
-        modelfile = f"Modelfile-{kinds[0]}" if len(kinds) > 1 else "Modelfile"  # as push names them
-        lines += [f"ollama create {title.lower()} -f {modelfile} && ollama run {title.lower()}", "```", ""]
-        file = gguf[0]["file"] if gguf else f"{recipe.name}-q8_0.gguf"
-        lines += ["```python", "from transformers import AutoModelForCausalLM  # needs the package gguf", ""]
-        lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", gguf_file="{file}")', "```", ""]
-        lines += ["vLLM is better served by the merged 16-bit model: `grpo-lite push RUN … --what merged`."]
-        return "\n".join(lines) + "\n"
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    revision = f', revision="{base.revision}"' if base.revision else ""
-    if what == "adapter":
-        lines += [
-            "from peft import PeftModel",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")',
-            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
-        ]
-    else:
-        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "", "```sh"]
-    if what == "adapter":
-        rank = recipe.lora.get("r", 8)
-        lines += [f"vllm serve {base_name} --enable-lora --max-lora-rank {rank} --lora-modules {title}={repo_id}"]
-    else:
-        lines += [f"vllm serve {repo_id}"]
-    lines += ["```", ""]
-    lines += [f"For Ollama make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
-    if what == "merged":
-        lines += ["Without the run: llama.cpp's `convert_hf_to_gguf.py` on a download of this repository."]
-    return "\n".join(lines) + "\n"
-
-
-def _asked(recipe: Recipe) -> list[str]:
-    """Return how a question was put in training, which is how the model wants to be asked."""
-    data = recipe.data
-    form = f"Trained on questions of the form {_code(data.prompt)}"
-    if data.format == "text":
-        before = (f"{data.system}\n" if data.system else "") + "".join(f"{e.prompt}{e.answer}\n" for e in data.examples)
-        form += " in plain text, without the chat template (vLLM: `/v1/completions`)"
-        return [form + (f", after this text: {_code(before)}." if before else "."), ""]
-    if not data.system and not data.examples and data.prompt == "{prompt}":
-        return []
-    shots = f", after {len(data.examples)} examples (`data.examples` in the recipe below)" if data.examples else ""
-    return [form + (f" under the system prompt {_code(data.system)}" if data.system else "") + shots + ".", ""]
-
-
-def _code(text: str) -> str:
-    return f"`{json.dumps(text, ensure_ascii=False)}`"
-
-
-# The relation of what is pushed to its base, in the Hub's words. A GGUF of a trained model is a fine-tune as well:
+# How the pushed model relates to its base, in the Hub's words. A GGUF of a trained model is a fine-tune too:
 # "quantized" would list it as a copy of the base itself.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
@@ -113,7 +50,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
 
     Args:
         what: "adapter", "merged" or "gguf".
-        doubts: why the push had to be forced; they stand in the card.
+        doubts: why the push had to be forced; the card repeats them.
     """
     base, recipe = facts.base, facts.recipe
     title = repo_id.rpartition("/")[2]
@@ -125,9 +62,9 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
         f"{_article(what)} {of}{revision}, trained with GRPO and LoRA by "
         f"grpo_lite: {recipe.description.rstrip('.')}.\n",
         f"The base is {base.note}.\n" if base.note else "",
-        "".join(f"> **Pushed in spite of this:** {doubt}\n" for doubt in doubts),
+        "".join(f"> **Pushed despite this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
-        use_section(recipe, base, facts.gguf, repo_id, what),
+        _use(recipe, base, facts.gguf, repo_id, what),
         _training(facts),
         _not_measured(facts, what),
         _licence_text(base),
@@ -143,18 +80,18 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base, recipe = facts.base, facts.recipe
-    known: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "library_name": _LIBRARIES[what],
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "lora", "trl", "grpo_lite", "reinforcement-learning"],
     }
     if base.licence:
-        known |= {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
+        metadata |= {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
     if base.hub_id:
-        known |= {"base_model": base.hub_id, "base_model_relation": RELATIONS[what]}
+        metadata |= {"base_model": base.hub_id, "base_model_relation": RELATIONS[what]}
     sources = [source for source in (recipe.data.train, recipe.data.eval) if source]
     if hubs := list(dict.fromkeys(source.hub for source in sources if source.hub)):
-        known["datasets"] = hubs
+        metadata["datasets"] = hubs
     results = []
     source = recipe.data.eval or recipe.data.train
     for kind in ("lenient", "strict") if facts.scores else ():
@@ -175,8 +112,8 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
                     metric_value=round(rate["rate"], 4),
                 )
             )
-    known |= {"model_name": title, "eval_results": results} if results else {}
-    return str(ModelCardData(**known).to_yaml()).rstrip() + "\n"
+    metadata |= {"model_name": title, "eval_results": results} if results else {}
+    return str(ModelCardData(**metadata).to_yaml()).rstrip() + "\n"
 
 
 def _source_name(source: Any) -> str:
@@ -209,7 +146,7 @@ def _measured(facts: RunFacts) -> str:
         )
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"| {name}, sampled | {rates['base']:.3f} | {rates['trained']:.3f} | |")
-    lines += ["", f"{scores['n']} held-out prompts; lenient: the answer is right; strict: and in the asked form."]
+    lines += ["", f"{scores['n']} held-out prompts; lenient: the answer is right; strict: and has the required form."]
     if merge := facts.merge:
         lines += ["", _merge_sentence(merge)]
     for record in facts.gguf:
@@ -240,6 +177,70 @@ def _proof_sentence(proof: Mapping[str, Any]) -> str:
     )
 
 
+def _use(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any]], repo_id: str, what: str) -> str:
+    """Return the card's section on loading and asking the model.
+
+    Args:
+        gguf: gguf.json of each file that is pushed.
+        what: "adapter", "merged" or "gguf".
+    """
+    base_name = base.hub_id or base.name
+    title = repo_id.rpartition("/")[2]
+    lines = ["## Use", ""]
+    lines += _asked(recipe)
+    if what == "gguf":
+        kinds = [str(record["kind"]) for record in gguf] or ["q8_0"]
+        lines += ["```sh", *(f"ollama run hf.co/{repo_id}:{kind.upper()}" for kind in kinds), "```", ""]
+        lines += ["or download the file with its `Modelfile` and run", "", "```sh"]
+        modelfile = f"Modelfile-{kinds[0]}" if len(kinds) > 1 else "Modelfile"  # as push names them
+        lines += [f"ollama create {title.lower()} -f {modelfile} && ollama run {title.lower()}", "```", ""]
+        file = gguf[0]["file"] if gguf else f"{recipe.name}-q8_0.gguf"
+        lines += ["```python", "from transformers import AutoModelForCausalLM  # needs the package gguf", ""]
+        lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", gguf_file="{file}")', "```", ""]
+        lines += ["For vLLM, prefer the merged 16-bit model: `grpo-lite push RUN … --what merged`."]
+        return "\n".join(lines) + "\n"
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    if what == "adapter":
+        lines += [
+            "from peft import PeftModel",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")',
+            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
+        ]
+    else:
+        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "", "```sh"]
+    if what == "adapter":
+        rank = recipe.lora.get("r", 8)
+        lines += [f"vllm serve {base_name} --enable-lora --max-lora-rank {rank} --lora-modules {title}={repo_id}"]
+    else:
+        lines += [f"vllm serve {repo_id}"]
+    lines += ["```", ""]
+    lines += [f"For Ollama, make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
+    if what == "merged":
+        lines += ["Without the run, use llama.cpp's `convert_hf_to_gguf.py` on a download of this repository."]
+    return "\n".join(lines) + "\n"
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    """Return how questions were asked in training, which is how the model should be asked."""
+    data = recipe.data
+    form = f"Trained on questions of the form {_code(data.prompt)}"
+    if data.format == "text":
+        before = (f"{data.system}\n" if data.system else "") + "".join(f"{e.prompt}{e.answer}\n" for e in data.examples)
+        form += " in plain text, without the chat template (vLLM: `/v1/completions`)"
+        return [form + (f", after this text: {_code(before)}." if before else "."), ""]
+    if not data.system and not data.examples and data.prompt == "{prompt}":
+        return []
+    shots = f", after {len(data.examples)} examples (`data.examples` in the recipe below)" if data.examples else ""
+    return [form + (f" under the system prompt {_code(data.system)}" if data.system else "") + shots + ".", ""]
+
+
+def _code(text: str) -> str:
+    return f"`{json.dumps(text, ensure_ascii=False)}`"
+
+
 def _training(facts: RunFacts) -> str:
     record = facts.record
     device = record.get("device") or {}
@@ -247,8 +248,8 @@ def _training(facts: RunFacts) -> str:
     rows = {
         "device": device.get("name"),
         "steps": record.get("steps"),
-        "training time": _minutes(record.get("training_seconds")),
-        "peak memory": _gib(record.get("peak_memory_bytes")),
+        "training time": duration(record.get("training_seconds")),
+        "peak memory": gib(record.get("peak_memory_bytes")),
         "seed": record.get("seed"),
         "versions": versions or None,
         "python": record.get("python"),
@@ -263,29 +264,21 @@ def _training(facts: RunFacts) -> str:
     )
 
 
-def _minutes(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{seconds / 60:.1f} min"
-
-
-def _gib(size: int | None) -> str | None:
-    return None if size is None else f"{size / 2**30:.2f} GiB"
-
-
 def _not_measured(facts: RunFacts, what: str) -> str:
     scores, recipe = facts.scores, facts.recipe
     source = _source_name(recipe.data.eval or recipe.data.train)
-    lines = [f"- Anything but {source}: other tasks, languages, safety, and what the training unlearnt."]
+    lines = [f"- Anything but {source}: other tasks, languages, safety, and what training may have unlearnt."]
     if not scores:
-        lines = ["- The task itself: no score before or after."]
+        lines = ["- The task itself: there is no score before or after training."]
     if scores and not recipe.eval.strict:
         lines.append("- The form of the answers: this recipe has no strict score of its own.")
     if scores:
         lines.append("- Spread over seeds: one run; the intervals are over prompts only.")
     if scores and what == "gguf" and "merged" in scores:
-        lines.append("- The task score of these very files: the scores were measured on the model they were made from.")
+        lines.append("- The task score of these files: the scores were measured on the model they were made from.")
     elif scores and (what == "gguf" or (what == "merged" and "merged" not in scores)):
         loaded = f"the {recipe.model.load_in} base with the adapter on it"
-        lines.append(f"- The task score of these very files: the scores were measured on {loaded}.")
+        lines.append(f"- The task score of these files: the scores were measured on {loaded}.")
     if what == "gguf" and not all((record.get("proof") or {}).get("passed") for record in facts.gguf):
         lines.append("- Whether every GGUF file answers as the merged model does.")
     lines.append("- Whether held-out prompts were in the base model's own training data.")
@@ -294,7 +287,7 @@ def _not_measured(facts: RunFacts, what: str) -> str:
 
 def _licence_text(base: BaseFacts) -> str:
     if not base.licence:
-        return f"## Licence\n\nNot known: the metadata of {base.name} names none. Ask its authors before use.\n"
+        return f"## Licence\n\nUnknown: the metadata of {base.name} names none. Ask its authors before you use it.\n"
     name = base.licence_name or base.licence
     link = f" ({base.licence_link})" if base.licence_link else ""
-    return f"## Licence\n\n{name}{link}, as the base model's own metadata says; it applies to what is made from it.\n"
+    return f"## Licence\n\n{name}{link}, according to the base model's metadata; it applies to models made from it.\n"

@@ -1,8 +1,8 @@
-"""push: a run's adapter, merged model or GGUF files to the Hub, with a card; proven ones only, unless forced.
+"""Push a run's adapter, merged model or GGUF files to the Hub, with a card; only proven ones, unless forced.
 
-All large files go first, one by one, and a single commit then makes everything visible: an interrupted push leaves the
-repository as it was, and the next one sends only what is missing. The token comes from the environment or
-`hf auth login`, is only ever held by `huggingface_hub`, and is never printed or written.
+Large files are sent first, one by one, and a single commit then makes everything visible: an interrupted push leaves
+the repository as it was, and the next push sends only what is missing. The token comes from the environment or
+`hf auth login`; only `huggingface_hub` holds it, and it is never printed or written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo_lite import units
 from grpo_lite.errors import ExportError
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
 from grpo_lite.export.hub.card import CURVES, model_card, read_facts
@@ -31,12 +32,12 @@ What = Literal["adapter", "merged", "gguf"]
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_*")
 _SCRATCH = ".push-"
-_OWN_NAMES = {".gitattributes", "README.md"}  # what the Hub makes by itself, or a card alone
+_OWN_NAMES = {".gitattributes", "README.md"}  # created by the Hub itself, or by a card alone
 
 
 @dataclass(frozen=True)
 class Staged:
-    """What would be pushed: a folder with exactly the repository's files, and why it should not be, if anything."""
+    """What a push would send: a folder with exactly the repository's files, and the doubts about it."""
 
     folder: Path
     repo_id: str
@@ -55,8 +56,8 @@ class Staged:
         """Return files, sizes, doubts and the card as lines for people."""
         files = self.files
         width = max(map(len, files))
-        lines = [f"{name.ljust(width)}  {_size(size)}" for name, size in files.items()]
-        lines += [f"{'in all'.ljust(width)}  {_size(sum(files.values()))}", ""]
+        lines = [f"{name.ljust(width)}  {units.size(size)}" for name, size in files.items()]
+        lines += [f"{'in all'.ljust(width)}  {units.size(sum(files.values()))}", ""]
         lines += [f"would be refused without --force: {doubt}" for doubt in self.doubts]
         return [*lines, *([""] if self.doubts else []), self.card]
 
@@ -66,10 +67,10 @@ def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
     """Lay out what a push would send, in a temporary folder of hard links inside the run directory.
 
     Args:
-        run: nobody else pushes it meanwhile (`run.locked()`).
+        run: locked by this process (`run.locked()`).
 
     Raises:
-        ExportError: nothing of that kind in the run, a file was altered, or the repository's name is not one.
+        ExportError: the run has nothing of that kind, a file was altered, or the repository's name is not valid.
     """
     _check_repo_id(repo_id)
     base = base_facts(run.load_recipe().model)
@@ -96,11 +97,11 @@ def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
 
 
 def push(staged: Staged, show: Show, private: bool = False, force: bool = False) -> str:
-    """Create the repository if need be, send what is missing, commit, and return the address.
+    """Create the repository if necessary, send what is missing, commit, and return the address.
 
     Args:
         private: the repository must not be public.
-        force: push in spite of doubts and of other files in the repository. The card tells of the doubts.
+        force: push despite doubts and other files in the repository. The card states the doubts.
 
     Raises:
         ExportError: doubts; not logged in, not allowed, unknown owner, a conflict, or the connection broke.
@@ -109,7 +110,7 @@ def push(staged: Staged, show: Show, private: bool = False, force: bool = False)
         raise ExportError(
             f"push {staged.repo_id}: refused:\n"
             + "\n".join(f"  {doubt}" for doubt in staged.doubts)
-            + "\nMend it, or push all the same with --force (make push … FORCE=1): the card then says so."
+            + "\nFix it, or push anyway with --force (make push … FORCE=1): the card then says so."
         )
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -125,7 +126,8 @@ def push(staged: Staged, show: Show, private: bool = False, force: bool = False)
         for number, operation in enumerate(operations, 1):
             api.preupload_lfs_files(staged.repo_id, [operation], free_memory=False)
             sent = number
-            show(f"sent {number}/{len(operations)} {operation.path_in_repo} ({_size(files[operation.path_in_repo])})")
+            name = operation.path_in_repo
+            show(f"sent {number}/{len(operations)} {name} ({units.size(files[name])})")
         message = f"Upload {staged.what} with grpo_lite"
         info = api.create_commit(staged.repo_id, operations, commit_message=message, parent_commit=parent)
     except Exception as error:
@@ -143,10 +145,10 @@ def _check_repo_id(repo_id: str) -> None:
 
     try:
         if repo_id.count("/") != 1:
-            raise HFValidationError("it needs an owner and a name, like user/name")
+            raise HFValidationError("it needs an owner and a name, such as user/name")
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ExportError(f"push: {repo_id!r} is not a repository's name: {error}.") from None
+        raise ExportError(f"push: {repo_id!r} is not a valid repository name: {error}.") from None
 
 
 def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, Any]]]:
@@ -179,7 +181,7 @@ def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, A
 
 
 def _link(source: Path, target: Path) -> None:
-    if source.is_symlink():  # a run of somebody else's could send any file of this machine to the Hub
+    if source.is_symlink():  # in another person's run it could send any file of this machine to the Hub
         raise ExportError(f"{source}: is a symbolic link, and only files of the run are pushed. Copy the file there.")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -189,7 +191,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _name_base(path: Path, base: BaseFacts) -> None:
-    """Put the base's public name where PEFT recorded a path of the training machine."""
+    """Write the base's public name where PEFT recorded a path of the training machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.hub_id or base.name
     config["revision"] = base.revision
@@ -212,9 +214,9 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
     scores = run.read_scores()
     yield from _doubts_by_scores(run, what, scores.get("lenient", {}), scores.get("merged", {}).get("lenient", {}))
     if not base.licence:
-        yield f"the licence of {base.name} could not be read from its own metadata, and it binds what is made from it"
+        yield f"the licence of {base.name} could not be read from its metadata, and it applies to this model too"
     if base.hub_id is None and what == "adapter":
-        yield f"an adapter is of no use without its base, and {base.name} is {base.note or 'not on the Hub'}"
+        yield f"an adapter is useless without its base, and {base.name} is {base.note or 'not on the Hub'}"
     yield from _paths_of_this_machine(folder)
 
 
@@ -239,7 +241,7 @@ def _paths_of_this_machine(folder: Path) -> Iterator[str]:
 
 
 def _open_repo(api: Any, staged: Staged, private: bool, force: bool, show: Show) -> str | None:
-    """Create the repository, or look at the one that is there; return the commit to build on."""
+    """Create the repository or check the existing one; return the commit to build on."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -251,20 +253,13 @@ def _open_repo(api: Any, staged: Staged, private: bool, force: bool, show: Show)
     info = api.repo_info(staged.repo_id)
     if private and not info.private:
         raise ExportError(
-            f"push {staged.repo_id}: it is there and public, and a private one was asked for. Make it private on its "
+            f"push {staged.repo_id}: it exists and is public, but a private one was asked for. Make it private on its "
             "page, or choose another name."
         )
     strange = sorted({file.rfilename for file in info.siblings or ()} - set(staged.files) - _OWN_NAMES)
     if strange and not force:
         raise ExportError(
-            f"push {staged.repo_id}: it holds other files already ({', '.join(strange[:5])}), which this push would "
-            "be mixed with. Choose another name, or use --force to add to it."
+            f"push {staged.repo_id}: it already holds other files ({', '.join(strange[:5])}), and this push would be "
+            "mixed with them. Choose another name, or use --force to add to it."
         )
     return str(info.sha) if info.sha else None
-
-
-def _size(size: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.1f} {unit}"
-    return f"{size} B"

@@ -1,7 +1,7 @@
 """A saved LoRA adapter: its config checked, its tensors paired by module, nothing held in memory.
 
-What PEFT 0.21 writes is read here as PEFT reads it. Whatever cannot be expressed as a change of weights, or was trained
-against weights other than the base's, is refused by name.
+The files of PEFT 0.21 are read here as PEFT reads them. What cannot be expressed as a change of weights, or was trained
+against other weights than the base's, is refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROLES = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-# Keys of peft 0.18 … 0.21's LoraConfig that do not change what the saved tensors mean, or that are handled here.
+# Keys of LoraConfig (peft 0.18 to 0.21) that do not change the meaning of the saved tensors, or are handled here.
 _HARMLESS = """
 peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version r lora_alpha
 lora_dropout target_modules exclude_modules fan_in_fan_out bias use_rslora use_dora modules_to_save

@@ -1,4 +1,4 @@
-"""Which of the base's tensors change, and how: the adapter's names and shapes matched to the base's before any writing.
+"""The plan of a merge: which of the base's tensors change, and how. Names and shapes are matched before any writing.
 
 The unmerged model (base + adapter, as PEFT computes it) is the truth. Where it uses one stored tensor in two ways (tied
 embeddings of which the adapter changes one side), the plan unties them: the output head becomes a tensor of its own.
@@ -55,7 +55,7 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) 
     changes: dict[str, Change] = {}
     added: dict[str, Change] = {}
     faults: list[str] = []
-    for name, make in _wanted(adapter):
+    for name, update in _updates(adapter):
         target = _resolve(name, base)
         if target is not None:
             (spec, shard), book = base[target], changes
@@ -64,7 +64,7 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) 
         else:
             faults.append(f"{name}: the base has no such tensor")
             continue
-        change = _fit(make, spec, shard, config, faults, name)
+        change = _check_fit(update, spec, shard, config, faults, name)
         if change is not None:
             book[target] = change
     faults += _copies_that_differ(adapter, base, pair)
@@ -85,7 +85,7 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) 
     return MergePlan(changes, added, untied=touched and config.get("tie_word_embeddings") is not False)
 
 
-def _wanted(adapter: Adapter) -> list[tuple[str, LoraFactors | TensorSpec]]:
+def _updates(adapter: Adapter) -> list[tuple[str, LoraFactors | TensorSpec]]:
     return [
         *((f"{module}.weight", factors) for module, factors in adapter.lora.items()),
         *adapter.full.items(),
@@ -98,8 +98,8 @@ def _resolve(name: str, base: Mapping[str, Any]) -> str | None:
     return name if name in base else short if short in base else None
 
 
-def _fit(
-    make: LoraFactors | TensorSpec,
+def _check_fit(
+    update: LoraFactors | TensorSpec,
     spec: TensorSpec,
     shard: Shard,
     config: Mapping[str, Any],
@@ -110,27 +110,27 @@ def _fit(
     if spec.dtype not in FLOATS:
         faults.append(f"{name}: the base stores it as {spec.dtype} (quantised); a merge needs F32, F16 or BF16")
         return None
-    if isinstance(make, TensorSpec):
-        if make.shape != spec.shape:
-            hint = " (was the vocabulary resized?)" if make.shape[1:] == spec.shape[1:] else ""
-            faults.append(f"{name}: {list(make.shape)} in the adapter, {list(spec.shape)} in the base{hint}")
+    if isinstance(update, TensorSpec):
+        if update.shape != spec.shape:
+            hint = " (was the vocabulary resized?)" if update.shape[1:] == spec.shape[1:] else ""
+            faults.append(f"{name}: {list(update.shape)} in the adapter, {list(spec.shape)} in the base{hint}")
             return None
-        return Change(spec, shard, replacement=make)
-    given = (make.b.shape[0], make.a.shape[1])  # (out, in)
-    transposed = make.embedding or _is_conv1d(config, name, given, spec)
-    expected = given[::-1] if transposed else given
+        return Change(spec, shard, replacement=update)
+    shape = (update.b.shape[0], update.a.shape[1])  # (out, in)
+    transposed = update.embedding or _is_conv1d(config, name, shape, spec)
+    expected = shape[::-1] if transposed else shape
     if spec.shape != expected:
         faults.append(f"{name}: the adapter changes {list(expected)}, the base has {list(spec.shape)}")
         return None
-    if make.magnitude is not None and make.magnitude.shape not in ((given[0],), (1, given[0])):
-        faults.append(f"{name}: lora_magnitude_vector has shape {list(make.magnitude.shape)}, not [{given[0]}]")
+    if update.magnitude is not None and update.magnitude.shape not in ((shape[0],), (1, shape[0])):
+        faults.append(f"{name}: lora_magnitude_vector has shape {list(update.magnitude.shape)}, not [{shape[0]}]")
         return None
-    return Change(spec, shard, lora=make, transposed=transposed)
+    return Change(spec, shard, lora=update, transposed=transposed)
 
 
-def _is_conv1d(config: Mapping[str, Any], name: str, given: tuple[int, int], spec: TensorSpec) -> bool:
-    if given[0] != given[1]:
-        return spec.shape == given[::-1]
+def _is_conv1d(config: Mapping[str, Any], name: str, shape: tuple[int, int], spec: TensorSpec) -> bool:
+    if shape[0] != shape[1]:
+        return spec.shape == shape[::-1]
     # A square weight does not show its orientation; PEFT goes by the layer's class and so does this table.
     return config.get("model_type") in _CONV1D_MODELS and name.split(".")[-2] in _CONV1D_LAYERS
 
@@ -170,10 +170,10 @@ def _missing_layers(
 
 
 def _without_layer(name: str) -> tuple[str, int | None]:
-    found = re.search(r"\.(\d+)\.|^(\d+)\.", f".{name}")
-    if not found:
+    match = re.search(r"\.(\d+)\.|^(\d+)\.", f".{name}")
+    if not match:
         return name, None
-    return f".{name}"[: found.start()] + ".*." + f".{name}"[found.end() :], int(found[1] or found[2])
+    return f".{name}"[: match.start()] + ".*." + f".{name}"[match.end() :], int(match[1] or match[2])
 
 
 def _tied_pair(config: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str] | None:
