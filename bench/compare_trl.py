@@ -161,11 +161,11 @@ def one_step(engine: str, model: Any, tokenizer: Any, shape: Shape, options: Eng
 
     class Measured(base):  # type: ignore[misc, valid-type]
         def _tokenize_prompts(self, given: list[str]) -> Any:
-            self.order = [int(prompt) for prompt in given]
-            return [prompts[index] for index in self.order], None, {}
+            self.drawn = [int(prompt) for prompt in given]
+            return [prompts[index] for index in self.drawn], None, {}
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-            rows = [index * shape.group + i % shape.group for i, index in enumerate(self.order)]
+            rows = [index * shape.group + i % shape.group for i, index in enumerate(self.drawn)]
             forced = LogitsProcessorList([EndAt([lengths[row] for row in rows], tokenizer.eos_token_id)])
             generate = inner.generate
             inner.generate = lambda *a, **k: generate(*a, logits_processor=forced, **k)
@@ -174,24 +174,22 @@ def one_step(engine: str, model: Any, tokenizer: Any, shape: Shape, options: Eng
             finally:
                 del inner.__dict__["generate"]
             assert [len(row) for row in ids] == [lengths[row] for row in rows]
-            rollout = getattr(self, "_rollout", None)
+            rollout = self.rollouts.last if isinstance(self, PackedGRPOTrainer) else None
             padded = len(ids) * (max(map(len, prompt_ids)) + max(lengths) - 1)
             tokens["rollout"] = padded if rollout is None else rollout.prefill_tokens + rollout.decode_tokens
-            self._rollout = None  # the invented completions below are not the ones it describes
+            if rollout is not None:
+                self.rollouts.last = None  # the invented completions below are not the ones it describes
             return [made[row] for row in rows], None
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            tokens["training"] += inputs["prompt_ids"].size(0) * (
-                inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
-            )
+            batch = self.gradients.read(model, inputs) if isinstance(self, PackedGRPOTrainer) else None
+            if batch is None:
+                width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
+                tokens["training"] += inputs["prompt_ids"].size(0) * width
+            else:
+                prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
+                tokens["training"] += prompts + sum(batch.completion_lengths)
             return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def _packed_loss(self, model: Any, inputs: Any, batch: Any) -> Any:
-            tokens["training"] -= inputs["prompt_ids"].size(0) * (
-                inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
-            )
-            tokens["training"] += sum(batch.completion_lengths) + sum(batch.prompt_lengths[g[0]] for g in batch.groups)
-            return super()._packed_loss(model, inputs, batch)
 
         def _prepare_inputs(self, batch: Any) -> Any:
             return clock.run("generation and scoring", super()._prepare_inputs, batch)
@@ -229,7 +227,7 @@ def one_step(engine: str, model: Any, tokenizer: Any, shape: Shape, options: Eng
 
     trainer.remove_callback(PrinterCallback)
     if isinstance(trainer, PackedGRPOTrainer):
-        assert trainer._is_supported(trainer.model)  # its self-check is paid once per run, not per step
+        assert trainer.support.is_supported(trainer.model)  # its self-check is paid once per run, not per step
     trainer.train()
     phases = clock.phases
     step, prepared = phases["step"], phases.pop("generation and scoring")

@@ -137,24 +137,26 @@ def rehearse(planned: Job, config: dict[str, Any], device: str) -> tuple[int, in
 
     from grpo_lite.engine.options import EngineOptions
     from grpo_lite.models.load import lora_to_float32
-    from grpo_lite.trainer.recovery import FittingGRPOTrainer, longest_inputs, rehearse_rollout, rehearse_training
+    from grpo_lite.trainer.recovery import Recovery, longest_inputs, rehearse_rollout, rehearse_training
+    from grpo_lite.trainer.trainer import PackedGRPOTrainer
     from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
     class Measured(Exception):
         """The figures are there, and no step is wanted."""
 
-    class Measuring(FittingGRPOTrainer):
+    class Measuring(Recovery):
         """Measures where the real trainer rehearses: in its first step, everything set up as for training."""
 
         def rehearse(self, prompt: list[int]) -> None:
-            assert self._is_packable(self.model), "packed compute is off: see the warning above"
-            layers = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+            trainer = self.trainer
+            assert trainer.support.is_packable(trainer.model), "packed compute is off: see the warning above"
+            layers = [module for module in trainer.model.modules() if hasattr(module, "gradient_checkpointing")]
             assert any(layer.gradient_checkpointing for layer in layers), "activations are not checkpointed"
-            inputs = longest_inputs(self, prompt)
+            inputs = longest_inputs(trainer, prompt)
             peaks, seconds = [], {}
             for phase, run in (
-                ("rollout", lambda: rehearse_rollout(self, prompt)),
-                ("training", lambda: rehearse_training(self, inputs)),
+                ("rollout", lambda: rehearse_rollout(trainer, prompt)),
+                ("training", lambda: rehearse_training(trainer, inputs)),
             ):
                 run()  # kernels are compiled and workspaces made the first time
                 settle(device)
@@ -167,7 +169,7 @@ def rehearse(planned: Job, config: dict[str, Any], device: str) -> tuple[int, in
     free_memory()
     rows = max(planned.rows, 2)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Measuring(
+        trainer = PackedGRPOTrainer(
             model=random_model(config, planned.load_in, device),
             args=tiny_args(
                 folder,
@@ -183,9 +185,9 @@ def rehearse(planned: Job, config: dict[str, Any], device: str) -> tuple[int, in
             processing_class=tiny_tokenizer(),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             options=EngineOptions(tokens_per_microbatch=planned.microbatch_tokens),
-            recover=False,
-            rehearsal=[5 + i % 200 for i in range(planned.prompt)],
         )
+        prompt = [5 + i % 200 for i in range(planned.prompt)]
+        trainer.recovery = Measuring(trainer, recover=False, rehearsal=prompt)
         lora_to_float32(trainer.model)
         try:
             trainer.train()

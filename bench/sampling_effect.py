@@ -1,4 +1,4 @@
-"""Measure what refilling and the difficulty-aware sampler do for quickstart: held-out accuracy by step and by second.
+"""Measure what refilling does for quickstart: held-out accuracy by step and by second.
 
     python bench/sampling_effect.py [--recipe quickstart] [--seeds 42 43 44] [--every 2] [--json FILE] [KEY=VALUE ...]
 
@@ -23,8 +23,6 @@ from grpo_lite.train import train_run
 SETTINGS = {
     "neither": [],
     "refill 8": ["sampling.refill=8"],
-    "difficulty": ["sampling.difficulty=true"],
-    "both": ["sampling.refill=8", "sampling.difficulty=true"],
 }
 
 

@@ -77,14 +77,14 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "later epochs, 4-bit": (
         "data.train.limit=14", "grpo.max_steps=11", "grpo.save_steps=2", "model.load_in=4bit", *ALONE,
     ),
-    "refill and difficulty": (
-        "data.train.limit=16", "grpo.max_steps=9", "grpo.save_steps=2", "sampling.refill=2", "sampling.difficulty=true",
+    "refill": (
+        "data.train.limit=16", "grpo.max_steps=9", "grpo.save_steps=2", "sampling.refill=2",
         *ALONE,
     ),
     "all at once": (
         "data.train.limit=20", "grpo.num_iterations=2", "grpo.steps_per_generation=4", "sampling.refill=2",
         "grpo.gradient_accumulation_steps=2", "grpo.per_device_train_batch_size=4", "grpo.max_steps=15",
-        "grpo.save_steps=3", "grpo.logging_steps=2", "sampling.difficulty=true", *ALONE,
+        "grpo.save_steps=3", "grpo.logging_steps=2", *ALONE,
     ),
     "scored on the way": ("grpo.max_steps=5", "grpo.save_steps=2", "eval.every=2", "eval.limit=4", "merge=false"),
     "plain TRL": (

@@ -138,12 +138,12 @@ def test_our_trainer_refuses_to_be_sharded(monkeypatch: pytest.MonkeyPatch, tmp_
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
-    from grpo_lite.trainer.recovery import FittingGRPOTrainer
+    from grpo_lite.trainer.trainer import PackedGRPOTrainer
     from tests.tiny import parity_reward, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP), raising=False)
     with pytest.raises(ValueError, match=r"launch/fsdp_qlora\.py"):
-        FittingGRPOTrainer(
+        PackedGRPOTrainer(
             model=tiny_lora(tiny_model()), args=tiny_args(tmp_path), reward_funcs=parity_reward,
             train_dataset=tiny_prompts(4), processing_class=tiny_tokenizer(),
         )  # fmt: skip

@@ -39,6 +39,14 @@ class GroupCache:
         """Note that a pass over all layers is complete."""
         self.generated += 1
 
+    def fill(self, tokens: int, capacity: int) -> None:
+        """Stand as after so many generated tokens per row, all zeros, in buffers for `capacity`; for a rehearsal."""
+        rows = len(self.groups)
+        for layer, (keys, _) in self.prompts.items():
+            shape = (rows, keys.size(1), capacity, keys.size(3))
+            self.completions[layer] = keys.new_zeros(shape), keys.new_zeros(shape)
+        self.generated = tokens
+
     def keep_rows(self, keep: Tensor) -> None:
         """Forget all rows but `keep`, and the prompts that no row needs any more."""
         for layer, (keys, values) in self.completions.items():

@@ -92,6 +92,34 @@ class GroupDecoder:
             out[row, : len(ids)] = ids
         return out
 
+    @torch.no_grad()
+    def rehearse(self, model: PreTrainedModel, prompt_ids: list[list[int]], longest: int, capacity: int) -> None:
+        """Decode one token of the largest wave behind full buffers; draws nothing.
+
+        Args:
+            model: as for a rollout.
+            prompt_ids: of every row, all of one length.
+            longest: the cap on a completion's tokens.
+            capacity: tokens for which a row's buffer is laid out at that length.
+        """
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(prompt_ids):
+            prompts.setdefault(tuple(ids), []).append(row)
+        waves = plan_waves(prompts, longest, self.kv_tokens)
+        wave = max(waves, key=lambda groups: sum(len(p) + len(members) * longest for p, members in groups))
+        device, length = model.device, len(prompt_ids[0])
+        groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
+        flat = torch.tensor([token for ids, _ in wave for token in ids], device=device).unsqueeze(0)
+        positions = torch.arange(length, device=device).repeat(len(wave)).unsqueeze(0)
+        cache = GroupCache([length] * len(wave), groups)
+        with self.autocast():
+            self._forward(model, flat, positions, cache)
+            cache.fill(max(0, longest - 2), capacity)
+            last = torch.full((len(groups), 1), length + cache.generated, device=device)
+            hidden = self._forward(model, torch.zeros_like(last), last, cache)[:, 0]
+            log_p = torch.log_softmax(self._logits(model, hidden) / 0.9, dim=-1)
+            (log_p.exp() * log_p).sum(-1)
+
     def _decode(
         self,
         model: PreTrainedModel,

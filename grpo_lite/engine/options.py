@@ -20,13 +20,10 @@ class EngineOptions:
     """Whether what is kept for backward waits in main memory; with activation checkpointing, the layers' inputs."""
     refill: int = 0
     """Most extra groups generated per step to replace groups whose rewards are all equal."""
-    difficulty: bool = False
-    """Whether to favour prompts whose remembered solve rate lies in the middle."""
     max_skipped_steps: int = 5
     """Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the run stops."""
 
     @property
     def is_plain(self) -> bool:
         """Whether everything is left to TRL."""
-        engine = self.compute == "packed" or self.rollout == "shared"
-        return not (engine or self.refill or self.difficulty)
+        return self.compute == "plain" and self.rollout == "generate" and not self.refill

@@ -215,10 +215,7 @@ def verdict(probe: Probe) -> str:
             "take an easier task, a stronger model, or show examples (data.examples)"
         )
     if probe.pass_at_1 >= 0.9:
-        return (
-            f"too easy: {probe.pass_at_1:.0%} of single samples are right already; take harder rows, or paste: "
-            "sampling.difficulty=true sampling.refill=16"
-        )
+        return f"too easy: {probe.pass_at_1:.0%} of single samples are right already; take harder rows (data.train)"
     if probe.format_rate == 0:
         return "the agreed format never occurs, so its reward teaches nothing; describe it in data.system by an example"
     if probe.equal_groups >= 0.5:

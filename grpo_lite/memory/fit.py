@@ -41,7 +41,6 @@ def engine_options(recipe: Recipe) -> EngineOptions:
         rollout=recipe.rollout,
         rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
         refill=recipe.sampling.refill,
-        difficulty=recipe.sampling.difficulty,
         offload_activations=recipe.memory.offload_activations,
         max_skipped_steps=recipe.limits.skipped_steps,
     )

@@ -48,8 +48,7 @@ def imported_before() -> list[str]:
 
 def lacks(recipe: Recipe) -> str | None:
     """Return what the recipe asks for and Unsloth's trainer lacks, if anything; what only saves time does not count."""
-    asked = [key for key in ("refill", "difficulty") if getattr(recipe.sampling, key)]
-    return f"unsloth's trainer has no {' and no '.join(f'sampling.{key}' for key in asked)}" if asked else None
+    return "unsloth's trainer has no sampling.refill" if recipe.sampling.refill else None
 
 
 def prepare(recipe: Recipe, begun: bool = False) -> None:

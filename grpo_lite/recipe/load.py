@@ -82,7 +82,7 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
         RecipeError: with every fault, one a line, each starting with `where: key`.
     """
     raw = dict(raw)
-    faults: list[str] = []
+    faults = _removed_keys(raw)
     for section, defaults in (("lora", LORA_DEFAULTS), ("grpo", GRPO_DEFAULTS)):
         given = raw.get(section) or {}
         raw[section], found = upstream_section(section, {**defaults, **given} if isinstance(given, dict) else given)
@@ -98,6 +98,20 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
         lines = "\n".join(f"  {where}: {fault}" for fault in faults)
         raise RecipeError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the recipe:\n{lines}")
     return recipe
+
+
+def _removed_keys(raw: dict[str, Any]) -> list[str]:
+    """Drop keys of an older release that change nothing, in place; return a fault for each that would."""
+    sampling = raw.get("sampling")
+    if not isinstance(sampling, dict) or "difficulty" not in sampling:
+        return []
+    raw["sampling"] = {key: value for key, value in sampling.items() if key != "difficulty"}
+    if sampling["difficulty"] is False:
+        return []
+    return [
+        "sampling.difficulty: removed. Preferring prompts that are solved sometimes gave no gain outside noise "
+        "(docs/measurements/compare_trl.md). Delete the key."
+    ]
 
 
 class _Loader(yaml.SafeLoader):

@@ -146,7 +146,6 @@ class SamplingSection(_Section):
     """Better use of each rollout."""
 
     refill: int = Field(0, ge=0, description="Most extra groups generated a step to replace groups of equal rewards.")
-    difficulty: bool = Field(False, description="Favour prompts whose remembered solve rate lies in the middle.")
 
 
 class EvalSection(_Section):

@@ -77,10 +77,10 @@ def make_trainer(
         return sealed(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
     from transformers import set_seed
 
-    from grpo_lite.trainer.recovery import FittingGRPOTrainer
+    from grpo_lite.trainer.trainer import PackedGRPOTrainer
 
     set_seed(recipe.seed)  # TRL 1.14 makes the adapter before it seeds
-    trainer = FittingGRPOTrainer(
+    trainer = PackedGRPOTrainer(
         options=fit.options,
         show=show,
         advice=fit.advice,
@@ -169,7 +169,6 @@ def build_trainer(
     from grpo_lite.runs.remote import remote_of
     from grpo_lite.session.heldout import HeldOutScore
     from grpo_lite.session.records import Completions, MetricsFile, PushCheckpoints, RunDoctor
-    from grpo_lite.trainer.journal import latest_completions
 
     first = this_process().is_first
     try:
@@ -187,7 +186,7 @@ def build_trainer(
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    view.latest = lambda: latest_completions(trainer)
+    view.latest = trainer.journal.latest_completions
     if not first:
         return trainer
     if recipe.eval.every:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,6 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     from grpo_lite.report.evidence import read_metrics
     from grpo_lite.session.stop import StopCleanly
 
-    begun = time.monotonic()
     checkpoint = _common_checkpoint(_last_checkpoint(run, view.show), run)
     with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
@@ -98,8 +96,8 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
     run.update_run(
         **({} if paused else {"trained_at": now()}), steps=done,
-        training_seconds=round(getattr(trainer, "seconds_trained", time.monotonic() - begun), 1),
-        reward_first=first, reward_last=last, faults=dict(getattr(trainer, "faults", {})),
+        training_seconds=round(trainer.journal.seconds_trained, 1),
+        reward_first=first, reward_last=last, faults=dict(trainer.faults.counts),
     )  # fmt: skip
     return TrainResult(run, done, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
 
@@ -155,7 +153,8 @@ def _common_checkpoint(found: Path | None, run: RunDir) -> Path | None:
 
 def _save_adapter(run: RunDir, trainer: Any) -> None:
     """Write adapter/ whole or not at all, and never with NaN in it."""
-    if hasattr(trainer, "require_finite_weights"):  # Unsloth's trainer is not ours
-        trainer.require_finite_weights()
+    from grpo_lite.trainer.finite import require_finite_adapter
+
+    require_finite_adapter(trainer)
     with publishing(run.adapter) as folder:
         trainer.save_model(str(folder))

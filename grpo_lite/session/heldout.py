@@ -33,15 +33,15 @@ class HeldOutScore(TrainerCallback):
         if not due:
             return
         try:
-            with self.trainer.spending("heldout"):
+            with self.trainer.journal.spending("heldout"):
                 records = score_model(
                     self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained"
                 )
         except RewardError as error:
-            self.trainer.faults["unscored_heldout"] += 1
+            self.trainer.faults.counts["unscored_heldout"] += 1
             self.show(f"held-out score of step {state.global_step} left out: {error}")
             return
         usable = [record for record in records if record["lenient"] is not None]
         for kind in ("lenient", "strict") if usable else ():
             rate = sum(bool(record[kind]) for record in usable) / len(usable)
-            self.trainer.log_with_step(f"heldout/{kind}", rate)
+            self.trainer.journal.log_with_step(f"heldout/{kind}", rate)

@@ -7,7 +7,6 @@ the training behind it is the same with and without.
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 from transformers import TrainerCallback
@@ -50,10 +49,7 @@ class Preflight(TrainerCallback):
         begun = time.monotonic()
         samples = max(SAMPLES, self.recipe.num_generations)
         self.show(f"preflight: {PROMPTS} prompts × {samples} samples first (log.preflight=false leaves it out)")
-        ours = hasattr(trainer, "prepare_decoding")  # Unsloth's trainer is not
-        if ours:
-            trainer.prepare_decoding()
-        with trainer.accelerator.autocast() if ours else nullcontext():  # as training samples and computes
+        with trainer.sampling():  # as training samples and computes
             made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
         for line in probe_lines(made):
             self.show(f"preflight: {line.strip()}")
@@ -61,5 +57,4 @@ class Preflight(TrainerCallback):
             self.show("preflight: training goes on all the same; Ctrl-C twice stops it at once")
         self.run.update_run(preflight=made.to_json())
         keep_times(self.recipe, self.device.name, made.to_json())
-        if ours:
-            trainer.seconds_before -= time.monotonic() - begun  # it is no training time
+        trainer.journal.seconds_before -= time.monotonic() - begun  # it is no training time

@@ -1,5 +1,29 @@
-"""The seam to TRL: one subclass of GRPOTrainer and the parts it delegates to.
+"""The seam to TRL: one subclass of GRPOTrainer (`trainer.py`) and the parts to which it delegates.
 
-Other rooms use `trainer.PackedGRPOTrainer` and `sealed.sealed`; what is read of TRL's internals is tested in
-`tests/trainer/test_contract.py`.
+Other rooms use `trainer.PackedGRPOTrainer`, and `sealed.sealed` for the backend unsloth. Both have a `journal` and
+`faults`. `INTERNALS` lists what each part reads and writes of TRL's and transformers' trainer, as read in trl 1.14.0
+and 1.16.0; `tests/trainer/test_contract.py` compares it with the code and with the installed version.
 """
+
+# Part -> the attributes and methods of GRPOTrainer that it uses. Names that it writes end in "=".
+INTERNALS: dict[str, str] = {
+    "trainer": "_load_from_checkpoint accelerator args aux_loss_enabled model state= use_vllm",
+    "support": "accelerator args generation_config max_completion_length model temperature "
+    "use_transformers_continuous_batching use_vllm",
+    "refill": "_buffered_inputs= _generate_and_score_completions _get_train_sampler _logs= _metrics= _step= "
+    "_tokenizer _train_batch_size args model multi_objective_aggregation num_generations num_iterations "
+    "scale_rewards shuffle_dataset state train_dataset",
+    "rollouts": "accelerator args chat_template chat_template_kwargs environment_factories model num_iterations "
+    "processing_class temperature tools use_vllm",
+    "gradients": "_compute_loss _entropy_bonus_enabled _entropy_window_stats= _last_world_entropy= _metrics= "
+    "accelerator args aux_loss_enabled beta entropy_coef= model temperature top_entropy_quantile",
+    "finite": "_metrics accelerator add_callback args model num_generations reward_funcs reward_weights state",
+    "recovery": "_entropy_window_stats= _last_world_entropy= _metrics _step accelerator args beta compute_loss "
+    "compute_loss_context_manager entropy_coef= max_completion_length model num_generations optimizer "
+    "state",
+    "parallel": "accelerator= args model num_generations top_entropy_quantile",
+    "state": "_buffered_inputs= _entropy_window_stats= _logs _metrics _step= _tr_loss= accelerator args "
+    "num_iterations state",
+    "journal": "_log_completion_extra _logs _metrics _tokenizer model reward_func_names reward_weights state",
+    "sealed": "",
+}

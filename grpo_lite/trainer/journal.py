@@ -1,98 +1,110 @@
-"""latest_completions: read the last generation batch out of TRL's trainer.
+"""`Journal`: what a trainer notes beside TRL's metrics: seconds by phase, peak memory, rewards, the last completions.
 
-`TimedGRPOTrainer`: where TRL's GRPOTrainer spends its time, beside its metrics.
-
-The part of the seam to TRL (`trainer.py`) that only looks on: seconds spent generating and computing rewards so far,
-peak memory, and figures of our callbacks, all under TRL's own log. Read in trl 1.14.0 and 1.16.0.
+A plain object that our trainer and the backend unsloth's (`sealed.py`) both have as `trainer.journal`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl import GRPOTrainer
-
 from grpo_lite.models.device import detect_device, peak_memory_bytes
 
 _EXTRA = {"tokens": "completion_tokens", "truncated": "completion_truncated", "answer": "gold"}
 
 
-def latest_completions(trainer: Any) -> list[dict[str, Any]]:
-    """Return the last batch's completions with the reward of each part.
+class Journal:
+    """Logs `time/<phase>_s` (of the run so far) and `memory/peak_gib` with TRL's metrics, and counts training time."""
 
-    Reads `GRPOTrainer._logs`, which TRL 1.14-1.16 fill whether or not `log_completions` is set (contract-tested).
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.spent_s: dict[str, float] = defaultdict(float)  # by phase, over the whole run
+        self.seconds_before = 0.0  # trained by the processes before this one
+        self.rewards_since_save: list[float] = []
+        self._begun = time.monotonic()
+        self._device = detect_device()
 
-    Returns:
-        Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage, tokens, truncated, answer}`.
-        A reward that was None, and the sum where all were, is None.
-    """
-    logs = trainer._logs
-    names = list(logs["rewards"])
-    weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
-    extra = {ours: logs["extra"].get(theirs, ()) for ours, theirs in _EXTRA.items()}
-    rows = []
-    for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
-        parts = {name: _number(logs["rewards"][name][i]) for name in names}
-        paid = [weights.get(name, 1.0) * value for name, value in parts.items() if value is not None]
-        rows.append(
-            {
-                "step": trainer.state.global_step,
-                "prompt": prompt,
-                "completion": completion if isinstance(completion, str) else completion[-1]["content"],
-                "rewards": parts,
-                "reward": sum(paid) if paid else None,
-                "advantage": _number(logs["advantages"][i]),
-                **{name: column[i] for name, column in extra.items() if i < len(column)},
-            }
-        )
-    return rows
+    def start(self) -> None:
+        """Count training time from now."""
+        self._begun = time.monotonic()
+
+    @property
+    def seconds_trained(self) -> float:
+        """Seconds of training in this process and in those that it resumed."""
+        return self.seconds_before + time.monotonic() - self._begun
+
+    @contextmanager
+    def spending(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase; it is logged as `time/<phase>_s`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent_s[phase] += time.perf_counter() - begun
+
+    def log_with_step(self, name: str, value: float) -> None:
+        """Log a figure with the metrics of the current step."""
+        self.trainer._metrics["train"][name].append(value)
+
+    def write_figures(self) -> None:
+        """Add the seconds and the peak memory to TRL's metrics, just before TRL logs them."""
+        if not self.trainer.model.training:
+            return
+        metrics = self.trainer._metrics["train"]
+        for phase, seconds in self.spent_s.items():
+            metrics[f"time/{phase}_s"] = [seconds]
+        metrics["memory/peak_gib"] = [peak_memory_bytes(self._device) / 2**30]
+
+    def note_reward(self) -> None:
+        """Keep the mean reward that was just logged; a checkpoint records the mean since the one before."""
+        history = self.trainer.state.log_history
+        reward = history[-1].get("reward") if history else None
+        if reward is not None and math.isfinite(reward):
+            self.rewards_since_save.append(float(reward))
+
+    def note_completions(self, inputs: list[dict[str, Any]], completion_ids: list[list[int]]) -> None:
+        """Keep each completion's length, whether the cap cut it off, and its gold beside TRL's logged completions."""
+        log = self.trainer._log_completion_extra
+        ends = {self.trainer._tokenizer.eos_token_id, self.trainer._tokenizer.pad_token_id}
+        log("completion_tokens", [len(ids) for ids in completion_ids])
+        log("completion_truncated", [not ids or ids[-1] not in ends for ids in completion_ids])
+        log("gold", [row.get("answer") for row in inputs])
+
+    def latest_completions(self) -> list[dict[str, Any]]:
+        """Return the last generation batch's completions with the reward of each part.
+
+        Reads `GRPOTrainer._logs`, which TRL 1.14-1.16 fill whether or not `log_completions` is set (contract-tested).
+
+        Returns:
+            Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage, tokens, truncated, answer}`.
+            A reward that was None, and the sum where all were, is None.
+        """
+        logs = self.trainer._logs
+        names = list(logs["rewards"])
+        weights = dict(zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True))
+        extra = {ours: logs["extra"].get(theirs, ()) for ours, theirs in _EXTRA.items()}
+        rows = []
+        for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
+            parts = {name: _number(logs["rewards"][name][i]) for name in names}
+            paid = [weights.get(name, 1.0) * value for name, value in parts.items() if value is not None]
+            rows.append(
+                {
+                    "step": self.trainer.state.global_step,
+                    "prompt": prompt,
+                    "completion": completion if isinstance(completion, str) else completion[-1]["content"],
+                    "rewards": parts,
+                    "reward": sum(paid) if paid else None,
+                    "advantage": _number(logs["advantages"][i]),
+                    **{name: column[i] for name, column in extra.items() if i < len(column)},
+                }
+            )
+        return rows
 
 
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if number == number else None  # NaN: the reward was None
-
-
-class TimedGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer that logs `time/rollout_s`, `time/reward_s` (both of the run so far) and `memory/peak_gib`."""
-
-    # TRL's own attribute that we also write
-    _metrics: dict[str, dict[str, list[float]]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._spent_s: dict[str, float] = defaultdict(float)
-        self._device_record = detect_device()
-        super().__init__(*args, **kwargs)
-
-    def log_with_step(self, name: str, value: float) -> None:
-        """Log a figure with the metrics of the current step."""
-        self._metrics["train"][name].append(value)
-
-    @contextmanager
-    def spending(self, phase: str) -> Iterator[None]:
-        """Count the time spent inside as a phase's; it is logged as `time/<phase>_s`."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent_s[phase] += time.perf_counter() - begun
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.spending("rollout"):
-            return super()._generate(*args, **kwargs)
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        with self.spending("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's metrics and ours."""
-        if self.model.training:
-            for phase, seconds in self._spent_s.items():
-                self._metrics["train"][f"time/{phase}_s"] = [seconds]
-            self._metrics["train"]["memory/peak_gib"] = [peak_memory_bytes(self._device_record) / 2**30]
-        super().log(logs, start_time)

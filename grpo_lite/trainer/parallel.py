@@ -1,8 +1,8 @@
-"""`ParallelGRPOTrainer`: several processes, each on its own card, train one adapter.
+"""`Peers`: several processes, each on its own card, train one adapter; with one process nothing changes.
 
 DistributedDataParallel averages gradients in the backward of its own forward, once per pass. Packed compute takes the
-model's layers directly, in as many passes as its token budget asks for, so here the averaging is done by hand, once a
-step over the adapter's gradients (tens of MB), and DDP's forward is never called. Read in trl 1.14.0 and 1.16.0.
+model's layers directly, in as many passes as its token budget asks for, so here the gradients are averaged by hand,
+once a step over the adapter's gradients (tens of MB), and DDP's forward is never called.
 """
 
 from __future__ import annotations
@@ -16,119 +16,120 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
-from grpo_lite.runs.checkpoints import PREFIX
-from grpo_lite.trainer.trainer import PackedGRPOTrainer
+COLLECTIVES = ("gather", "gather_for_metrics", "reduce")
 
 
-class ParallelGRPOTrainer(PackedGRPOTrainer):
-    """PackedGRPOTrainer for one or more processes; with one it adds nothing."""
+class Peers:
+    """What the processes of a training ask of each other.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._answers: list[Any] = []  # what this micro-step's collectives have brought
-        super().__init__(*args, **kwargs)
-        self._is_parallel = self.accelerator.num_processes > 1
-        if self.accelerator.distributed_type == DistributedType.FSDP:
+    Raises:
+        ValueError: the model is sharded, or refilling is asked for with several processes.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.are_there = trainer.accelerator.num_processes > 1
+        self._answers: list[Any] = []  # of this micro-step's collectives
+        if trainer.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("FSDP shards what this trainer reads whole: take launch/fsdp_qlora.py (docs/scaling.md)")
-        if self._is_parallel and (self.options.refill or self.options.difficulty):
-            raise ValueError("sampling.refill and sampling.difficulty look at one process's rewards: set GPUS=1")
+        if self.are_there and trainer.options.refill:
+            raise ValueError("sampling.refill looks at one process's rewards: set GPUS=1")
 
-    def _averages_gradients(self) -> bool:
+    def can_average_gradients(self) -> bool:
         """Plain data parallelism with whole groups on each process; an entropy quantile spans all of them."""
-        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        data_parallel = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        return data_parallel and rows % self.num_generations == 0 and self.top_entropy_quantile == 1.0
+        trainer = self.trainer
+        rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+        data_parallel = trainer.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        return data_parallel and rows % trainer.num_generations == 0 and trainer.top_entropy_quantile == 1.0
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._is_parallel:
-            return super().compute_loss(model, *args, **kwargs)
-        with self._asked_once():
-            return super().compute_loss(self.accelerator.unwrap_model(model), *args, **kwargs)
+    # A step
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self._is_parallel and self.accelerator.sync_gradients:
-            average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+    def all_agree(self, finite: Tensor | bool) -> bool:
+        """Return whether every process found its loss finite: a step is dropped in all processes or in none."""
+        if self.are_there:
+            finite = torch.as_tensor(finite, device=self.trainer.accelerator.device).float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
+
+    def average(self, loss: Tensor) -> Tensor:
+        """Average the gradients after a step's last micro-step, and return the loss."""
+        if self.are_there and self.trainer.accelerator.sync_gradients:
+            average_gradients([p for p in self.trainer.model.parameters() if p.requires_grad])
         self._answers.clear()
         return loss
 
-    def drop_step_unless_finite(self) -> None:
-        """Drop a step in all processes or in none: one process's loss says it for all."""
-        if self._is_parallel:
-            finite = torch.as_tensor(self._loss_is_finite, device=self.accelerator.device).float()
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-            self._loss_is_finite = bool(finite)
-        super().drop_step_unless_finite()
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self._is_parallel or self.accelerator.is_main_process:
-            super()._save_checkpoint(model, trial)
-            return
-        self.require_finite_weights()
-        self._save_into(Path(), model, trial)
-
-    def _save_into(self, scratch: Path, model: Any, trial: Any) -> None:
-        """Write each process's random state and buffered round into the first one's folder, before that is sealed."""
-        if self._is_parallel:
-            told = [str(scratch.resolve())]
-            broadcast_object_list(told, from_process=0)
-            scratch = Path(told[0])
-            (scratch / f"{PREFIX}{self.state.global_step}").mkdir(exist_ok=True)
-        super()._save_into(scratch, model, trial)
-        if self._is_parallel:
-            self.accelerator.wait_for_everyone()
+    def unwrapped(self, model: nn.Module) -> nn.Module:
+        """Return the model without DistributedDataParallel around it."""
+        return self.trainer.accelerator.unwrap_model(model) if self.are_there else model
 
     @contextmanager
-    def _unrecorded(self) -> Iterator[None]:
-        """Evaluate TRL's loss without its collectives too: processes differ in how many micro-batches they have."""
-        if not self._is_parallel:
-            with super()._unrecorded():
-                yield
-            return
-        with self._collectives(lambda real: lambda tensor, *_, **__: tensor), super()._unrecorded():
-            yield
-
-    @contextmanager
-    def _asked_once(self) -> Iterator[None]:
-        """Let a micro-step that is done again (out of memory) find the other processes' answers of the first time.
+    def asked_once(self) -> Iterator[None]:
+        """Give a micro-step that is repeated (out of memory) the other processes' answers of the first time.
 
         They entered each collective once and would wait in the next one. The answers come in the same order: what is
-        divided otherwise the second time asks for nothing (`_unrecorded`).
+        divided differently the second time asks for nothing (`silent`).
         """
-        known, asking = iter(list(self._answers)), False
+        known = iter(list(self._answers))
 
-        def remembering(real: Callable[..., Any]) -> Callable[..., Any]:
-            def ask(*args: Any, **kwargs: Any) -> Any:
-                nonlocal asking
-                if asking:  # gather_for_metrics gathers
-                    return real(*args, **kwargs)
-                if (answer := next(known, None)) is not None:
-                    return answer
-                asking = True
-                try:
-                    answer = real(*args, **kwargs)
-                finally:
-                    asking = False
-                self._answers.append(answer)
-                return answer
+        def answer(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if (remembered := next(known, None)) is not None:
+                return remembered
+            self._answers.append(real(*args, **kwargs))
+            return self._answers[-1]
 
-            return ask
-
-        with self._collectives(remembering):
+        with self._answered_by(answer):
             yield
 
     @contextmanager
-    def _collectives(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-        names = ("gather", "gather_for_metrics", "reduce")
-        before = {name: self.accelerator.__dict__.get(name) for name in names}
-        self.accelerator.__dict__.update({name: change(getattr(self.accelerator, name)) for name in names})
+    def silent(self) -> Iterator[None]:
+        """Evaluate TRL's loss without its collectives: processes differ in how many micro-batches they have."""
+        with self._answered_by(lambda real, tensor, *_, **__: tensor):
+            yield
+
+    @contextmanager
+    def _answered_by(self, answer: Callable[..., Any]) -> Iterator[None]:
+        if not self.are_there:
+            yield
+            return
+        accelerator = self.trainer.accelerator
+        self.trainer.accelerator = _Accelerator(accelerator, answer)
         try:
             yield
         finally:
-            for name, real in before.items():
-                if real is None:
-                    del self.accelerator.__dict__[name]
-                else:
-                    self.accelerator.__dict__[name] = real
+            self.trainer.accelerator = accelerator
+
+    # A checkpoint
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what all share."""
+        return not self.are_there or bool(self.trainer.accelerator.is_main_process)
+
+    def first_ones(self, folder: Path) -> Path:
+        """Return the first process's folder in all processes."""
+        if not self.are_there:
+            return folder
+        paths = [str(folder.resolve())]
+        broadcast_object_list(paths, from_process=0)
+        return Path(paths[0])
+
+    def wait(self) -> None:
+        """Wait until every process has come this far."""
+        if self.are_there:
+            self.trainer.accelerator.wait_for_everyone()
+
+
+class _Accelerator:
+    """Stands in for the trainer's accelerator: `answer(real, ...)` serves its collectives, the real one all else."""
+
+    def __init__(self, real: Any, answer: Callable[..., Any]) -> None:
+        self._real, self._answer = real, answer
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._real, name)
+        if name not in COLLECTIVES:
+            return attribute
+        return lambda *args, **kwargs: self._answer(attribute, *args, **kwargs)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -1,8 +1,7 @@
-"""Which prompts a step trains on: the order over a dataset, remembered solve rates, and prompts for refilling.
+"""Which prompts a step trains on: the order over a dataset, prompts for refilling, and batches joined by rows.
 
-A group whose rewards are all equal has no advantage and teaches nothing. Two remedies, both optional: refilling
-replaces such groups within the step by groups of further prompts (`refill_batch`), and the difficulty-aware order
-prefers prompts whose remembered solve rate lies in the middle. What they remember is saved with checkpoints.
+A group whose rewards are all equal has no advantage and teaches nothing. Refilling replaces such groups within the step
+by groups of further prompts (`refill_batch`). Pure functions and two small classes; `refill.py` connects them to TRL.
 """
 
 import json
@@ -16,101 +15,16 @@ from torch.utils.data import Sampler
 
 STATE_FILE = "sampling_state.json"
 
-# A visit counts half as much at the next one: solve rates drift while the policy learns.
-FORGETTING = 0.5
-# How strongly the middle is preferred: the weight is the variance of the solve rate to this power.
-SHARPNESS = 2.0
-# The least weight relative to a prompt solved half the time, so that none is given up for good.
-LEAST_WEIGHT = 0.02
-
-
-class SolveRates:
-    """Remembers how often each prompt was solved.
-
-    Rewards of any scale are read as solve rates between the lowest and the highest reward met so far.
-    """
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        """Prepare for the prompts with these keys; equal keys share a memory."""
-        self.index = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        self.rows = torch.tensor([self.index[key] for key in keys])  # dataset row -> memory
-        self.rounds = 0  # of generation that have been recorded
-        self.lowest, self.highest = float("inf"), float("-inf")
-        self.total = torch.zeros(len(self.index))  # discounted sum of rewards
-        self.count = torch.zeros(len(self.index))  # discounted number of them
-        self._latest: list[tuple[int, list[float]]] = []  # memory, rewards
-        self._pending: list[tuple[int, list[float]]] = []
-
-    def record(self, key: str, rewards: Sequence[float]) -> None:
-        """Note the rewards of one group of the current round."""
-        known = [reward for reward in rewards if reward == reward]
-        if key not in self.index or not known:
-            return
-        self._latest.append((self.index[key], known))
-
-    def end_round(self) -> None:
-        """Let the recorded groups count from the next call of `weights` but one.
-
-        A data loader fetches one batch ahead or not, depending on the accumulation steps. With this delay the choice
-        is the same either way, and the same after resuming.
-        """
-        self._fold()
-        self._pending, self._latest = self._latest, []
-        self.rounds += 1
-
-    def _fold(self) -> None:
-        for index, rewards in self._pending:
-            self.total[index] = FORGETTING * self.total[index] + sum(rewards)
-            self.count[index] = FORGETTING * self.count[index] + len(rewards)
-            self.lowest, self.highest = min(self.lowest, *rewards), max(self.highest, *rewards)
-        self._pending = []
-
-    def weights(self, choosing_round: int) -> Tensor:
-        """Return each dataset row's weight for choosing a round's prompts, from the rounds before the last."""
-        if self.rounds < choosing_round:  # chosen ahead: what is pending is the round before the last
-            self._fold()
-        if self.highest > self.lowest:
-            solved = (self.total - self.count * self.lowest) / (self.highest - self.lowest)
-        else:  # all rewards alike so far: nothing says which end of the scale they are
-            solved = self.count / 2.0
-        rate = (solved + 1.0) / (self.count + 2.0)  # an unseen prompt counts as solved half the time
-        return ((4.0 * rate * (1.0 - rate)) ** SHARPNESS).clamp_min(LEAST_WEIGHT)[self.rows]
-
-    def state(self) -> dict[str, Any]:
-        """Return what `restore` needs."""
-        return {
-            "rounds": self.rounds,
-            "lowest": self.lowest,
-            "highest": self.highest,
-            "total": self.total.tolist(),
-            "count": self.count.tolist(),
-            "pending": self._pending,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state of the same dataset."""
-        self.rounds, self.lowest, self.highest = state["rounds"], state["lowest"], state["highest"]
-        self.total, self.count = torch.tensor(state["total"]), torch.tensor(state["count"])
-        self._pending = [(int(index), list(rewards)) for index, rewards in state["pending"]]
-
 
 class GroupSampler(Sampler[int]):
     """Yield dataset rows as TRL's RepeatSampler does, each prompt `num_generations` times, each round `repeats` times.
 
     The order is RepeatSampler's, except that it depends on the epoch alone, so that a run resumed in a later epoch
-    goes on where it stopped (trl 1.16 starts again with the first epoch's order). With `rates`, each round's prompts
-    are drawn by their weights instead.
+    continues where it stopped (trl 1.16 starts again with the first epoch's order).
     """
 
     def __init__(
-        self,
-        size: int,
-        num_generations: int,
-        prompts_per_round: int,
-        repeats: int,
-        shuffle: bool,
-        seed: int,
-        rates: SolveRates | None = None,
+        self, size: int, num_generations: int, prompts_per_round: int, repeats: int, shuffle: bool, seed: int
     ) -> None:
         self.size = size
         self.num_generations = num_generations
@@ -118,7 +32,6 @@ class GroupSampler(Sampler[int]):
         self.repeats = repeats
         self.shuffle = shuffle
         self.seed = seed
-        self.rates = rates
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -129,10 +42,7 @@ class GroupSampler(Sampler[int]):
         rounds = self.size // self.prompts_per_round
         order = self._order()
         for number in range(rounds):
-            if self.rates is None:
-                chosen = order[number * self.prompts_per_round : (number + 1) * self.prompts_per_round]
-            else:
-                chosen = self._draw(self.rates, self.epoch * rounds + number)
+            chosen = order[number * self.prompts_per_round : (number + 1) * self.prompts_per_round]
             for _ in range(self.repeats):
                 for row in chosen:
                     yield from [row] * self.num_generations
@@ -148,12 +58,6 @@ class GroupSampler(Sampler[int]):
         for _ in range(self.epoch):
             torch.randperm(self.size, generator=generator)
         return torch.randperm(self.size, generator=generator).tolist()
-
-    def _draw(self, rates: SolveRates, number: int) -> list[int]:
-        """Draw without replacement with probabilities proportional to the weights."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        waiting = torch.empty(self.size, dtype=torch.float64).exponential_(generator=generator)
-        return (waiting / rates.weights(number)).topk(self.prompts_per_round, largest=False).indices.tolist()
 
 
 class PromptQueue:
@@ -240,18 +144,12 @@ def _pad(states: Tensor, width: int, side: str, value: int) -> Tensor:
     return torch.nn.functional.pad(states, (missing, 0) if side == "left" else (0, missing), value=value)
 
 
-def save_state(folder: Path, rates: SolveRates | None, queue: PromptQueue | None) -> None:
-    """Write what sampling remembers into a checkpoint."""
-    state = {"rates": rates and rates.state(), "taken": queue and queue.taken}
-    (folder / STATE_FILE).write_text(json.dumps(state))
+def save_state(folder: Path, queue: PromptQueue) -> None:
+    """Write how far the queue has come into a checkpoint."""
+    (folder / STATE_FILE).write_text(json.dumps({"taken": queue.taken}))
 
 
-def load_state(folder: Path, rates: SolveRates | None, queue: PromptQueue | None) -> None:
-    """Restore what sampling remembered from a checkpoint, if it has such a memory."""
-    if not (folder / STATE_FILE).is_file():
-        return
-    state = json.loads((folder / STATE_FILE).read_text())
-    if rates is not None and state["rates"] is not None:
-        rates.restore(state["rates"])
-    if queue is not None and state["taken"] is not None:
-        queue.taken = state["taken"]
+def load_state(folder: Path, queue: PromptQueue) -> None:
+    """Restore how far the queue had come, if the checkpoint says so; solve rates of an older release are ignored."""
+    if (folder / STATE_FILE).is_file():
+        queue.taken = json.loads((folder / STATE_FILE).read_text())["taken"] or 0

@@ -1,15 +1,12 @@
-"""Run the largest wave and the largest micro-batch once before the first step, so that an overflow shows at once.
+"""`Recovery`: a step that runs out of memory is repeated with a smaller budget, not lost.
 
-Completions at their full length come late in training, and a run that dies at step 600 has cost a night. Here the
-longest prompt is given made-up completions at the cap: one decoding step behind full buffers, one forward and backward.
+Memory may run out in the rollout, in scoring, and in the forward and backward passes (`is_out_of_memory`). The failed
+attempt is undone (gradients, metrics, random state), the budget that bounds it is halved, and the same work is done
+again: same prompts, same groups, same effective batch. The smaller budget goes into checkpoints.
 
-`FittingGRPOTrainer`: a step that runs out of memory is done again with a smaller budget, not lost.
-
-The topmost layer over `trainer.py`. What is caught is memory running out (`is_out_of_memory`) in the rollout, in
-scoring, and in the forward and backward passes; each is undone (gradients, metrics, random state), the budget that
-bounds it is halved, and the same work is done again: same prompts, same groups, same effective batch. The smaller
-budget goes into checkpoints.
-Read in trl 1.14.0 and 1.16.0.
+Completions at their full length come late in training, and a run that dies at step 600 has cost a night. So before the
+first step a rehearsal gives the longest prompt invented completions at the cap: one decoding step of the largest wave
+behind full buffers, one forward and backward of the largest micro-batch.
 """
 
 from __future__ import annotations
@@ -18,21 +15,168 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from grpo_lite.engine.cache import GroupCache
-from grpo_lite.engine.decode import GroupDecoder, plan_waves
+from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.engine.packing import read_padded_batch
 from grpo_lite.engine.score import base_model
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.memory.phases import cache_capacity
 from grpo_lite.runs.checkpoints import read_facts
-from grpo_lite.trainer.finite import LossScale
-from grpo_lite.trainer.parallel import ParallelGRPOTrainer
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+BUDGETS = ("tokens_per_microbatch", "rollout_kv_tokens")  # of EngineOptions
+
+
+class Recovery:
+    """Repeats what ran out of memory with less at once.
+
+    Args:
+        trainer: our trainer; its `options` hold the budgets.
+        show: gets one line for every budget that is lowered.
+        advice: what to say when nothing is left to lower; the three cheapest changes.
+        recover: False: an overflow ends the run, as in plain TRL.
+        rehearsal: the longest prompt's ids, to be rehearsed at full completion length before the first step.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        show: Callable[[str], None] | None = None,
+        advice: str | None = None,
+        recover: bool = True,
+        rehearsal: list[int] | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.show = show or logger.warning
+        self.advice = advice or "Lower grpo.max_completion_length, grpo.num_generations or model.load_in."
+        self.recover = recover
+        self._rehearsal = rehearsal
+        self._prepared: tuple[int, dict[str, Any], _Undo] | None = None  # micro-step, its inputs, how to repeat it
+
+    # What may run out of memory
+
+    def rollout(
+        self, prompt_ids: list[list[int]], generate: Callable[[], Result], is_shared: Callable[[], bool]
+    ) -> Result:
+        """Generate; after an overflow again, in smaller waves and from the same random state."""
+        random_state = _random_state()
+
+        def lower(failure: str) -> None:
+            _set_random_state(random_state)
+            self._lower_wave(prompt_ids, failure, is_shared())
+
+        return _until_it_fits(generate, lower)
+
+    def scoring(self, model: nn.Module, input_ids: Tensor, score: Callable[[], Result]) -> Result:
+        """Score completions without a gradient; after an overflow again, with fewer at once."""
+        if torch.is_grad_enabled() or self.trainer.gradients.ready is not None:
+            return score()  # part of a training step, which is repeated as a whole
+
+        def lower(failure: str) -> None:
+            width, total = input_ids.size(1), input_ids.numel()
+            budget = self.trainer.options.tokens_per_microbatch or total
+            if budget <= width or not self.trainer.support.is_packable(model):
+                raise self._hopeless("scoring", failure)
+            self._set_budget("scoring", failure, "tokens_per_microbatch", max(width, min(budget, total) // 2))
+
+        return _until_it_fits(score, lower)
+
+    def inputs(self, prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a micro-step's inputs; the same ones when it is repeated."""
+        if self._prepared is None or self._prepared[0] != self.trainer._step:
+            self._prepared = None
+            inputs = prepare()
+            self._prepared = (self.trainer._step, inputs, _Undo(self.trainer))
+        return dict(self._prepared[1])
+
+    def training(self, step: Callable[[], Tensor]) -> Tensor:
+        """Take one micro-step forward and backward; after an overflow again, in smaller micro-batches."""
+        if self._rehearsal is not None:
+            prompt, self._rehearsal = self._rehearsal, None
+            self.rehearse(prompt)
+        loss = _until_it_fits(step, self._lower_microbatch)
+        self._prepared = None
+        return loss
+
+    # The rehearsal
+
+    def rehearse(self, prompt: list[int]) -> None:
+        """Let an overflow of the longest prompt at full completion length happen now, and lower the budgets for it.
+
+        Rollouts by `generate` or vLLM are not rehearsed: theirs cannot be cut short at full length.
+        """
+        trainer = self.trainer
+        undo = _Undo(trainer)
+        round_ids = longest_round(trainer, prompt)
+        if trainer.support.can_share_rollout(round_ids[:1]):
+            _until_it_fits(
+                lambda: rehearse_rollout(trainer, prompt), lambda why: self._lower_wave(round_ids, why, is_shared=True)
+            )
+        inputs = longest_inputs(trainer, prompt)
+        self._prepared = (trainer._step, inputs, undo)
+        _until_it_fits(lambda: rehearse_training(trainer, inputs), self._lower_microbatch)
+        self._prepared = None
+        undo.restore(trainer)
+        free_memory()
+
+    # Budgets
+
+    def _lower_microbatch(self, failure: str) -> None:
+        trainer = self.trainer
+        if self._prepared is None or not trainer.support.is_packable(trainer.model):
+            raise self._hopeless("training", failure)
+        _, inputs, undo = self._prepared
+        undo.restore(trainer)
+        total, longest = _tokens(inputs)
+        budget = min(trainer.options.tokens_per_microbatch or total, total)
+        if budget <= longest:
+            raise self._hopeless("training", failure)
+        self._set_budget("training", failure, "tokens_per_microbatch", max(longest, budget // 2))
+
+    def _lower_wave(self, prompt_ids: list[list[int]], failure: str, is_shared: bool) -> None:
+        cap = self.trainer.max_completion_length
+        longest = max(map(len, prompt_ids)) + cap
+        total = sum(map(len, {tuple(ids) for ids in prompt_ids})) + len(prompt_ids) * cap
+        budget = min(self.trainer.options.rollout_kv_tokens or total, total)
+        if budget <= longest or not is_shared:
+            raise self._hopeless("rollout", failure)
+        self._set_budget("rollout", failure, "rollout_kv_tokens", max(longest, budget // 2))
+
+    def _set_budget(self, phase: str, failure: str, name: str, tokens: int) -> None:
+        if not self.recover:
+            raise self._hopeless(phase, failure)
+        free_memory()
+        self.trainer.options = replace(self.trainer.options, **{name: tokens})
+        self.show(
+            f"out of memory in {phase} at step {self.trainer.state.global_step + 1}: memory.{name} is now {tokens}, "
+            f"the same step is repeated ({failure})"
+        )
+
+    def _hopeless(self, phase: str, failure: str) -> MemoryBudgetError:
+        free_memory()
+        nothing_left = ", with nothing left to divide" if self.recover else ""
+        step = self.trainer.state.global_step + 1
+        return MemoryBudgetError(f"out of memory in {phase} at step {step}{nothing_left}: {failure}\n{self.advice}")
+
+    # Checkpoints
+
+    def facts(self) -> dict[str, Any]:
+        """Return the budgets, for a checkpoint."""
+        return {"budget": {name: getattr(self.trainer.options, name) for name in BUDGETS}}
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the smaller of the budgets in a checkpoint and those of now."""
+        for name, saved in read_facts(checkpoint).get("budget", {}).items():
+            now = getattr(self.trainer.options, name, None)
+            budgets = [tokens for tokens in (now, saved) if tokens is not None]
+            if name in BUDGETS and budgets:
+                self.trainer.options = replace(self.trainer.options, **{name: min(budgets)})
 
 
 def longest_round(trainer: Any, prompt: list[int]) -> list[list[int]]:
@@ -44,29 +188,11 @@ def longest_round(trainer: Any, prompt: list[int]) -> list[list[int]]:
 
 def rehearse_rollout(trainer: Any, prompt: list[int]) -> None:
     """Decode one token of the largest wave behind prompts and completions at full length; draws nothing."""
-    model = base_model(trainer.accelerator.unwrap_model(trainer.model))
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for row, ids in enumerate(longest_round(trainer, prompt)):
-        prompts.setdefault(tuple(ids), []).append(row)
     longest = trainer.max_completion_length
-    waves = plan_waves(prompts, longest, trainer.options.rollout_kv_tokens)
-    wave = max(waves, key=lambda groups: sum(len(p) + len(members) * longest for p, members in groups))
-    decoder = GroupDecoder(trainer.accelerator.autocast)
-    device = model.device
-    groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
-    flat = torch.tensor([token for ids, _ in wave for token in ids], device=device).unsqueeze(0)
-    positions = torch.arange(len(prompt), device=device).repeat(len(wave)).unsqueeze(0)
-    cache = GroupCache([len(prompt)] * len(wave), groups)
-    with torch.no_grad(), trainer._no_checkpointing(trainer.model), trainer.accelerator.autocast():
-        decoder._forward(model, flat, positions, cache)
-        for layer, (keys, _) in cache.prompts.items():
-            shape = (len(groups), keys.size(1), cache_capacity(longest), keys.size(3))
-            cache.completions[layer] = keys.new_zeros(shape), keys.new_zeros(shape)
-        cache.generated = max(0, longest - 2)
-        last = torch.full((len(groups), 1), len(prompt) + cache.generated, device=device)
-        hidden = decoder._forward(model, flat[0, : len(groups)].new_zeros((len(groups), 1)), last, cache)[:, 0]
-        log_p = torch.log_softmax(decoder._logits(model, hidden) / 0.9, dim=-1)
-        (log_p.exp() * log_p).sum(-1)
+    decoder = GroupDecoder(trainer.accelerator.autocast, trainer.options.rollout_kv_tokens)
+    with trainer.support.no_checkpointing(trainer.model):
+        model = base_model(trainer.accelerator.unwrap_model(trainer.model))
+        decoder.rehearse(model, longest_round(trainer, prompt), longest, cache_capacity(longest))
 
 
 def longest_inputs(trainer: Any, prompt: list[int]) -> dict[str, Tensor]:
@@ -91,221 +217,62 @@ def longest_inputs(trainer: Any, prompt: list[int]) -> dict[str, Tensor]:
 
 def rehearse_training(trainer: Any, inputs: dict[str, Tensor]) -> None:
     """Take one micro-step's forward and backward, with room kept for the optimizer's state; leaves no gradient."""
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trained = _trainable(trainer)
     has_state = bool(getattr(trainer.optimizer, "state", None))
-    kept = [] if has_state else [torch.empty((2, *p.shape), dtype=torch.float32, device=p.device) for p in trained]
+    room = [] if has_state else [torch.empty((2, *p.shape), dtype=torch.float32, device=p.device) for p in trained]
     try:
-        with trainer._unrecorded(), trainer.compute_loss_context_manager():
+        with trainer.gradients.unrecorded(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=inputs["num_items_in_batch"])
         trainer.accelerator.backward(cast(Tensor, loss))
     finally:
-        del kept
+        del room
         for parameter in trained:
             parameter.grad = None
-
-
-logger = logging.getLogger(__name__)
-
-
-class FittingGRPOTrainer(ParallelGRPOTrainer):
-    """PackedGRPOTrainer that survives memory running out.
-
-    Args:
-        show: Gets one line for every budget that is lowered.
-        advice: What to say when nothing is left to lower; the three cheapest changes.
-        recover: False: an overflow ends the run, as in plain TRL.
-        rehearsal: The longest prompt's ids, to be rehearsed at full completion length before the first step.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        show: Callable[[str], None] | None = None,
-        advice: str | None = None,
-        recover: bool = True,
-        rehearsal: list[int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._rehearsal = rehearsal
-        self._recover = recover
-        self._show = show or logger.warning
-        self._advice = advice or "Lower grpo.max_completion_length, grpo.num_generations or model.load_in."
-        self._prepared: tuple[int, dict[str, Any], _Undo] | None = None  # micro-step, its inputs, how to do it again
-        super().__init__(*args, **kwargs)
-        self._loss_scale = LossScale(lambda: self.accelerator.scaler, self._show)
-        self.add_callback(self._loss_scale)
-
-    # Forward and backward
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._rehearsal is not None:
-            prompt, self._rehearsal = self._rehearsal, None
-            self.rehearse(prompt)
-        while True:
-            try:
-                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-                self._prepared = None
-                return loss
-            except RuntimeError as error:
-                failure = _overflow(error)
-            # Outside the handler: the traceback holds the frames, and they hold the activations.
-            self._lower_microbatch(failure)
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        if self._prepared is None or self._prepared[0] != self._step:
-            self._prepared = None
-            inputs = super()._prepare_inputs(generation_batch)
-            self._prepared = (self._step, inputs, _Undo(self))
-        return dict(self._prepared[1])
-
-    def _lower_microbatch(self, failure: str) -> None:
-        if self._prepared is None or not self._is_packable(self.model):
-            raise self._hopeless("training", failure)
-        _, inputs, undo = self._prepared
-        undo.restore(self)
-        total, longest = _tokens(inputs)
-        budget = min(self.options.tokens_per_microbatch or total, total)
-        if budget <= longest:
-            raise self._hopeless("training", failure)
-        self._set_budget("training", failure, tokens_per_microbatch=max(longest, budget // 2))
-
-    def rehearse(self, prompt: list[int]) -> None:
-        """Let an overflow of the longest prompt at full completion length happen now, and lower the budgets for it.
-
-        Rollouts by `generate` or vLLM are not rehearsed: theirs cannot be cut short at full length.
-        """
-        undo = _Undo(self)
-        round_ids = longest_round(self, prompt)
-        if self.options.rollout == "shared" and self._can_share_rollout(round_ids[:1], (), {}):
-            self._until_it_fits(
-                lambda: rehearse_rollout(self, prompt), lambda why: self._lower_wave(round_ids, why, True)
-            )
-        inputs = longest_inputs(self, prompt)
-        self._prepared = (self._step, inputs, undo)
-        self._until_it_fits(lambda: rehearse_training(self, inputs), self._lower_microbatch)
-        self._prepared = None
-        undo.restore(self)
-        free_memory()
-
-    def _until_it_fits(self, run: Callable[[], None], lower: Callable[[str], None]) -> None:
-        while True:
-            try:
-                return run()
-            except RuntimeError as error:
-                failure = _overflow(error)
-            lower(failure)
-
-    # Scoring without gradients
-
-    def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if torch.is_grad_enabled() or self._scores is not None:
-            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
-        while True:
-            try:
-                return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
-            except RuntimeError as error:
-                failure = _overflow(error)
-            width = input_ids.size(1)
-            budget = self.options.tokens_per_microbatch or input_ids.numel()
-            if budget <= width or not self._is_packable(model):
-                raise self._hopeless("scoring", failure)
-            self._set_budget("scoring", failure, tokens_per_microbatch=max(width, min(budget, input_ids.numel()) // 2))
-
-    # Rollout
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        random_state = _random_state()
-        while True:
-            try:
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            except RuntimeError as error:
-                failure = _overflow(error)
-            _set_random_state(random_state)
-            self._lower_wave(prompt_ids, failure, self._can_share_rollout(prompt_ids, args, kwargs))
-
-    def _lower_wave(self, prompt_ids: list[list[int]], failure: str, shared: bool) -> None:
-        longest = max(map(len, prompt_ids)) + self.max_completion_length
-        distinct = {tuple(ids) for ids in prompt_ids}
-        total = sum(map(len, distinct)) + len(prompt_ids) * self.max_completion_length
-        budget = min(self.options.rollout_kv_tokens or total, total)
-        if budget <= longest or self.options.rollout == "generate" or not shared:
-            raise self._hopeless("rollout", failure)
-        self._set_budget("rollout", failure, rollout_kv_tokens=max(longest, budget // 2))
-
-    # Budgets
-
-    def _set_budget(self, phase: str, failure: str, **budget: int) -> None:
-        if not self._recover:
-            raise self._hopeless(phase, failure)
-        free_memory()
-        (name, tokens), *_ = budget.items()
-        self.options = replace(self.options, **budget)  # type: ignore[arg-type]
-        self._show(
-            f"out of memory in {phase} at step {self.state.global_step + 1}: memory.{name} is now {tokens}, the same "
-            f"step is done again ({failure})"
-        )
-
-    def _hopeless(self, phase: str, failure: str) -> MemoryBudgetError:
-        free_memory()
-        return MemoryBudgetError(
-            f"out of memory in {phase} at step {self.state.global_step + 1}"
-            + (", with nothing left to divide" if self._recover else "")
-            + f": {failure}\n"
-            f"{self._advice}"
-        )
-
-    # Loss scaling (float16)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add with float16 how large the loss scale is, and how many optimizer steps it has cost."""
-        super().log({**logs, **(self._loss_scale.metrics() if "loss" in logs else {})}, *args, **kwargs)
-
-    # Checkpoints
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        budget = {name: getattr(self.options, name) for name in ("tokens_per_microbatch", "rollout_kv_tokens")}
-        return {**super()._facts(step), "budget": budget}
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        saved = read_facts(Path(checkpoint)).get("budget") if checkpoint else None
-        if saved:
-            self.options = replace(
-                self.options,
-                tokens_per_microbatch=_smaller(self.options.tokens_per_microbatch, saved.get("tokens_per_microbatch")),
-                rollout_kv_tokens=_smaller(self.options.rollout_kv_tokens, saved.get("rollout_kv_tokens")),
-            )
 
 
 class _Undo:
     """What an attempt at a micro-step's loss and gradient changes, as it was before; the rollout is behind it."""
 
-    def __init__(self, trainer: FittingGRPOTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.random_state = _random_state()
-        # In main memory: an attempt that fails is not to fail for its own undoing. None at a step's first micro-step.
+        # In main memory: a failed attempt must not fail again while it is undone. None at a step's first micro-step.
         self.gradients = [
             None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True)
             for parameter in _trainable(trainer)
         ]
-        self.metrics = {mode: {k: list(v) for k, v in kept.items()} for mode, kept in trainer._metrics.items()}
+        self.metrics = {mode: {k: list(v) for k, v in by_name.items()} for mode, by_name in trainer._metrics.items()}
         self.entropy = trainer.entropy_coef, trainer._last_world_entropy, trainer._entropy_window_stats
 
-    def restore(self, trainer: FittingGRPOTrainer) -> None:
-        """Take a failed attempt back."""
+    def restore(self, trainer: Any) -> None:
+        """Undo a failed attempt."""
         for parameter, gradient in zip(_trainable(trainer), self.gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
-        for mode, kept in self.metrics.items():
+        for mode, by_name in self.metrics.items():
             trainer._metrics[mode].clear()
-            trainer._metrics[mode].update({name: list(values) for name, values in kept.items()})
+            trainer._metrics[mode].update({name: list(values) for name, values in by_name.items()})
         trainer.entropy_coef, trainer._last_world_entropy, trainer._entropy_window_stats = self.entropy
         _set_random_state(self.random_state)
 
 
-def _trainable(trainer: FittingGRPOTrainer) -> list[nn.Parameter]:
+def _until_it_fits(run: Callable[[], Result], lower: Callable[[str], None]) -> Result:
+    while True:
+        try:
+            return run()
+        except RuntimeError as error:
+            failure = _overflow(error)
+        # Outside the handler: the traceback holds the frames, and they hold the activations.
+        lower(failure)
+
+
+def _overflow(error: RuntimeError) -> str:
+    """Return the first line of an error that says memory ran out; raise any other."""
+    if not is_out_of_memory(error):
+        raise error
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _trainable(trainer: Any) -> list[nn.Parameter]:
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
@@ -329,15 +296,3 @@ def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
-
-
-def _smaller(a: int | None, b: int | None) -> int | None:
-    return a if b is None else b if a is None else min(a, b)
-
-
-def _overflow(error: RuntimeError) -> str:
-    """Return the first line of an error that says memory ran out; any other error goes on its way."""
-    if not is_out_of_memory(error):
-        raise error
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -1,185 +1,162 @@
-"""`ResumableGRPOTrainer`: checkpoints that are whole or absent, and from which training goes on bit for bit.
+"""Checkpoints that are whole or absent (`Checkpoints`), and from which training resumes bit for bit (`ExactState`).
 
-TRL 1.14-1.16 and transformers save adapter, optimizer, scheduler, grad scaler and random states. What they lose, and is
-kept here: TRL's count of micro-steps, the generation batch that is still in use, the metrics and the loss gathered
-since the last log, the adaptive entropy controller's window. The part of the seam to TRL (`trainer.py`) that concerns
-checkpoints; read in trl 1.14.0 and 1.16.0, transformers 5.17 and 5.23.
+TRL 1.14-1.16 and transformers save adapter, optimizer, scheduler, grad scaler and random states. `ExactState` keeps
+what they lose: TRL's count of micro-steps, the generation batch that is still in use, the metrics and the loss gathered
+since the last log, the adaptive entropy controller's window. Also read in transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
 
-from grpo_lite.engine.options import EngineOptions
 from grpo_lite.runs import checkpoints
-from grpo_lite.trainer.finite import FaultTolerantGRPOTrainer, require_finite_adapter
+from grpo_lite.trainer.finite import require_finite_adapter
+from grpo_lite.trainer.parallel import Peers
 
 STATE_FILE = "grpo_lite_state.pt"
 _COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "_globalstep_last_logged", "_total_loss_scalar")
 
 
-class ResumableGRPOTrainer(FaultTolerantGRPOTrainer):
-    """GRPOTrainer with atomic, checksummed checkpoints and an exact resume."""
+class Checkpoints:
+    """Saves what a trainer saves, whole or not at all, with the facts of the run so far.
 
-    # TRL's and transformers' own attributes that we also write
-    _buffered_inputs: list[dict[str, Any]] | None
-    _tr_loss: torch.Tensor
-    _entropy_window_stats: torch.Tensor | None
+    Args:
+        trainer: a GRPOTrainer with `journal` and `faults`.
+        peers: its processes.
+        writers: write further files into a checkpoint's folder, each process its own.
+        facts: returns further facts.
+    """
 
-    def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
-        self._saving_to: Path | None = None
-        self._begun = time.monotonic()
-        self.seconds_before = 0.0  # trained by the processes before this one
-        self._rewards_since_save: list[float] = []
-        super().__init__(*args, options=options, **kwargs)
+    def __init__(
+        self,
+        trainer: Any,
+        peers: Peers,
+        writers: Sequence[Callable[[Path], None]] = (),
+        facts: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.trainer, self.peers, self.writers, self.facts = trainer, peers, writers, facts
+        self.folder: Path | None = None  # where the trainer's files go while a checkpoint is being written
 
-    @property
-    def seconds_trained(self) -> float:
-        """Seconds of training in this process and those it resumed."""
-        return self.seconds_before + time.monotonic() - self._begun
+    def save(self, write: Callable[[], None]) -> None:
+        """Save a checkpoint; `write` is the trainer's own way to.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._begun = time.monotonic()
-        if isinstance(resume_from_checkpoint, str) and self._was_the_last(Path(resume_from_checkpoint)):
-            return None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _was_the_last(self, checkpoint: Path) -> bool:
-        """Take up a checkpoint of the last step; transformers 5.23 would train a step beyond the end from it."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps  # a longer run goes on from there
-        if state.global_step < last:
-            return False
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = state
-        self._take_up(checkpoints.read_facts(checkpoint))
-        return True
-
-    def _take_up(self, facts: dict[str, Any]) -> None:
-        self.seconds_before = float(facts.get("seconds_trained", 0.0))
-        self.faults.update(facts.get("faults", {}))
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs, *args, **kwargs)
-        reward = self.state.log_history[-1].get("reward") if self.state.log_history else None
-        if reward is not None and math.isfinite(reward):
-            self._rewards_since_save.append(float(reward))
-
-    # Saving
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite_weights()
-        run, step = Path(self.args.output_dir), self.state.global_step
+        Raises:
+            TrainingError: the adapter holds NaN or infinity.
+        """
+        require_finite_adapter(self.trainer)
+        if not self.peers.is_first:
+            self._write_part(Path(), write)
+            return
+        run, step, journal = Path(self.trainer.args.output_dir), self.trainer.state.global_step, self.trainer.journal
         with checkpoints.saving(run, step) as scratch:
-            self._save_into(scratch, model, trial)
-            facts = scratch / f"{checkpoints.PREFIX}{step}" / checkpoints.FACTS_FILE
-            facts.write_text(json.dumps(self._facts(step)) + "\n", encoding="utf-8")
-        self._rewards_since_save = []
-        checkpoints.rotate(run, self.args.save_total_limit, step)
+            folder = self._write_part(scratch, write)
+            rewards = journal.rewards_since_save
+            facts = {
+                "step": step,
+                "processes": self.trainer.accelerator.num_processes,
+                "reward": sum(rewards) / len(rewards) if rewards else None,
+                "seconds_trained": round(journal.seconds_trained, 1),
+                "faults": dict(self.trainer.faults.counts),
+                **self.facts(),
+            }
+            (folder / checkpoints.FACTS_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        journal.rewards_since_save = []
+        checkpoints.rotate(run, self.trainer.args.save_total_limit, step)
 
-    def _save_into(self, scratch: Path, model: Any, trial: Any) -> None:
-        """Write this process's part of a checkpoint below `scratch`."""
-        self._saving_to = scratch
+    def _write_part(self, scratch: Path, write: Callable[[], None]) -> Path:
+        """Write this process's files into the first one's folder, before that is sealed; return that folder."""
+        self.folder = self.peers.first_ones(scratch)
+        folder = self.folder / f"{checkpoints.PREFIX}{self.trainer.state.global_step}"
+        if self.peers.are_there:
+            folder.mkdir(exist_ok=True)
         try:
-            super()._save_checkpoint(model, trial)
+            write()
         finally:
-            self._saving_to = None
-        torch.save(self._captured(), scratch / f"{checkpoints.PREFIX}{self.state.global_step}" / self._state_file)
+            self.folder = None
+        for write_own in self.writers:
+            write_own(folder)
+        self.peers.wait()
+        return folder
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue the counts of a checkpoint: seconds trained and faults."""
+        facts = checkpoints.read_facts(checkpoint)
+        self.trainer.journal.seconds_before = float(facts.get("seconds_trained", 0.0))
+        self.trainer.faults.counts.update(facts.get("faults", {}))
+
+
+class ExactState:
+    """What TRL keeps in memory only, in a file of each process."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     @property
-    def _state_file(self) -> str:
-        rank = self.accelerator.process_index
+    def _file_name(self) -> str:
+        rank = self.trainer.accelerator.process_index
         return f"grpo_lite_state_{rank}.pt" if rank else STATE_FILE
 
-    def _facts(self, step: int) -> dict[str, Any]:
-        rewards = self._rewards_since_save
-        return {
-            "step": step,
-            "processes": self.accelerator.num_processes,
-            "reward": sum(rewards) / len(rewards) if rewards else None,
-            "seconds_trained": round(self.seconds_trained, 1),
-            "faults": dict(self.faults),
-        }
-
-    def _captured(self) -> dict[str, Any]:
-        """Return what TRL keeps in memory only: plain values and tensors, loadable with `weights_only`."""
-        rounds = self.args.steps_per_generation * self.num_iterations
-        in_use = self._buffered_inputs is not None and self._step % rounds != 0
-        return {
-            "counters": {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)},
-            "loss": self._tr_loss.detach().cpu(),
-            "entropy_window": None if self._entropy_window_stats is None else self._entropy_window_stats.detach().cpu(),
-            "metrics": {key: [float(v) for v in values] for key, values in self._metrics["train"].items()},
+    def save(self, folder: Path) -> None:
+        """Write plain values and tensors, loadable with `weights_only`."""
+        trainer = self.trainer
+        rounds = trainer.args.steps_per_generation * trainer.num_iterations
+        in_use = trainer._buffered_inputs is not None and trainer._step % rounds != 0
+        window = trainer._entropy_window_stats
+        state = {
+            "counters": {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)},
+            "loss": trainer._tr_loss.detach().cpu(),
+            "entropy_window": None if window is None else window.detach().cpu(),
+            "metrics": {key: [float(v) for v in values] for key, values in trainer._metrics["train"].items()},
             "rewards_since_save": [],
-            "buffered": self._buffered_inputs if in_use else None,
-            "logs": _plain_logs(self._logs) if in_use else None,
-            "faults_in_a_row": dict(self.faults_in_a_row),
-            "spent_s": dict(self._spent_s),
+            "buffered": trainer._buffered_inputs if in_use else None,
+            "logs": _plain_logs(trainer._logs) if in_use else None,
+            "faults_in_a_row": dict(trainer.faults.in_a_row),
+            "spent_s": dict(trainer.journal.spent_s),
         }
+        torch.save(state, folder / self._file_name)
 
-    # Resuming
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._take_up(checkpoints.read_facts(Path(checkpoint)))
-        state = self._own_state(Path(checkpoint))
+    def load(self, checkpoint: Path) -> None:
+        """Restore the round in use, with optimizer and scheduler."""
+        state, trainer = self._read(checkpoint), self.trainer
         if state is None:
             return
-        self._step = state["counters"]["_step"]
-        self._buffered_inputs = state["buffered"]
+        trainer._step = state["counters"]["_step"]
+        trainer._buffered_inputs = state["buffered"]
         if state["logs"] is not None:
-            _restore_logs(self._logs, state["logs"])
-        self.faults_in_a_row.update(state["faults_in_a_row"])
-        self._spent_s.update(state["spent_s"])
+            _restore_logs(trainer._logs, state["logs"])
+        trainer.faults.in_a_row.update(state["faults_in_a_row"])
+        trainer.journal.spent_s.update(state["spent_s"])
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Also restore what `train` resets on its way here: transformers calls this just before the first step."""
-        self._is_supported(self.model)  # its self-check must not come between the random states and the first step
-        super()._load_rng_state(checkpoint)
-        state = self._own_state(Path(checkpoint)) if checkpoint else None
+    def load_last(self, checkpoint: Path) -> None:
+        """Restore what `train` resets on its way to the first step."""
+        state, trainer = self._read(checkpoint), self.trainer
         if state is None:
             return
         for name, value in state["counters"].items():
-            setattr(self, name, value)
-        self._tr_loss = state["loss"]
-        self._entropy_window_stats = state["entropy_window"]
-        self._metrics["train"] = defaultdict(list, state["metrics"])
+            setattr(trainer, name, value)
+        trainer._tr_loss = state["loss"]
+        trainer._entropy_window_stats = state["entropy_window"]
+        trainer._metrics["train"] = defaultdict(list, state["metrics"])
 
-    def _own_state(self, checkpoint: Path) -> dict[str, Any] | None:
+    def _read(self, checkpoint: Path) -> dict[str, Any] | None:
         """Return what this process kept in a checkpoint; None where another number of processes wrote it.
 
-        Their rounds are divided otherwise: the rest of a round in use is then sampled anew.
+        Those divided their rounds differently: the rest of a round in use is then sampled anew.
         """
-        path = checkpoint / self._state_file
-        if not path.is_file() or checkpoints.processes_of(checkpoint) != self.accelerator.num_processes:
+        path = checkpoint / self._file_name
+        if not path.is_file() or checkpoints.processes_of(checkpoint) != self.trainer.accelerator.num_processes:
             return None
-        device = self.args.device
+        device = self.trainer.args.device
         where = device.type if device.type == "cpu" else device  # torch does not know the "cpu:0" of a launcher
         state: dict[str, Any] = torch.load(path, map_location=where, weights_only=True)
         return state
-
-    # Weights
-
-    def require_finite_weights(self) -> None:
-        """Refuse to save an adapter that holds NaN or infinity (`finite.require_finite_adapter`)."""
-        require_finite_adapter(self, self._last_good)
-
-    def _last_good(self) -> str:
-        found = checkpoints.last_usable(Path(self.args.output_dir)).folder
-        return f"The last good checkpoint is {found}." if found else "No checkpoint had been saved before."
 
 
 def _plain_logs(logs: dict[str, Any]) -> dict[str, Any]:

@@ -1,250 +1,198 @@
-"""`PackedGRPOTrainer`: TRL's GRPOTrainer with our compute under it; the seam to TRL's internals.
+"""`PackedGRPOTrainer`: TRL's GRPOTrainer with our compute under it.
 
-Layers, each a subclass: which prompts (`trainer_sampling.py`), how completions are generated (`trainer_rollout.py`),
-what is skipped as not finite (`trainer_faults.py`), what checkpoints hold (`trainer_checkpoint.py`), and here how
-log-probabilities and gradients are computed.
-
-TRL keeps the algorithm: sampling, rewards, advantages, every loss type, metrics. Replaced are how log-probabilities
-are computed (`_get_per_token_logps_and_entropies`), how a batch is cut into forward and backward passes
-(`compute_loss`) and how completions are shuffled (`_prepare_inputs`). Read in trl 1.14.0 and 1.16.0;
-`tests/trainer/test_contract.py` fails when these methods change.
+TRL keeps the algorithm: sampling, rewards, advantages, every loss type, metrics. Each method below replaces one of
+TRL's or transformers' and delegates to a part; they stand in the order of a step. Read in trl 1.14.0 and 1.16.0;
+`tests/trainer/test_contract.py` fails when these methods change, or what the parts use of the trainer (`INTERNALS`).
 """
 
+from __future__ import annotations
+
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from trl.trainer.utils import split_tensor_dict
+from transformers import TrainerState
+from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
-from grpo_lite.engine.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
-from grpo_lite.engine.score import Scoring, base_model, score
-from grpo_lite.trainer.prompts import shuffle_groups
-from grpo_lite.trainer.state import ResumableGRPOTrainer
+from grpo_lite.trainer.finite import Faults, LossScale
+from grpo_lite.trainer.gradients import Gradients, Scores
+from grpo_lite.trainer.journal import Journal
+from grpo_lite.trainer.parallel import Peers
+from grpo_lite.trainer.recovery import Recovery
+from grpo_lite.trainer.refill import PromptOrder
+from grpo_lite.trainer.rollouts import Rollouts
+from grpo_lite.trainer.state import Checkpoints, ExactState
+from grpo_lite.trainer.support import Support
 
 logger = logging.getLogger(__name__)
 
 
-class PackedGRPOTrainer(ResumableGRPOTrainer):
-    """GRPOTrainer whose compute is group-packed; see `EngineOptions` for the switches."""
+class PackedGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose compute is group-packed.
 
-    # TRL's own attributes that we also write
-    _metrics: dict[str, dict[str, list[float]]]
-    _buffered_inputs: list[dict[str, Any]] | None
-    entropy_coef: float
-    _last_world_entropy: float
-    _entropy_window_stats: Tensor | None
+    Args:
+        options: the switches of the engine.
+        show: gets lines for people.
+        advice: see `Recovery`, as for the next two.
+        recover: whether a step that runs out of memory is repeated with a smaller budget.
+        rehearsal: the longest prompt's ids.
+    """
 
-    def __init__(self, *args: Any, options: EngineOptions | None = None, **kwargs: Any) -> None:
-        self._scores: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
-        super().__init__(*args, options=options, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        options: EngineOptions | None = None,
+        show: Callable[[str], None] | None = None,
+        advice: str | None = None,
+        recover: bool = True,
+        rehearsal: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.options = options or EngineOptions()
+        self.journal = Journal(self)
+        self.peers = Peers(self)
+        self.faults = Faults(self, self.options.max_skipped_steps, self.peers.all_agree)
+        self.support = Support(self)
+        self.order = PromptOrder(self)
+        self.rollouts = Rollouts(self)
+        self.gradients = Gradients(self)
+        self.recovery = Recovery(self, show, advice, recover, rehearsal)
+        self.loss_scale = LossScale(self, self.recovery.show)
+        self.exact = ExactState(self)
+        self.checkpoints = Checkpoints(self, self.peers, (self.exact.save, self.order.save), self.recovery.facts)
         if self.options.compute == "packed" and self.aux_loss_enabled:
             logger.warning(
                 "Packed training is off, TRL's own is used: the experts' router has an auxiliary loss over the batch "
                 "(grpo.router_aux_loss_coef: 0 leaves it out). Rollouts stay shared."
             )
 
-    # Scoring
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self.journal.start()
+        if isinstance(resume_from_checkpoint, str) and self._was_the_last(Path(resume_from_checkpoint)):
+            return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **multimodal: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self._scores is not None:
-            return *self._scores, None
-        if not torch.is_grad_enabled() and not compute_entropy:
-            sampled = self._sampled_logps(logits_to_keep, input_ids.device)
-            if sampled is not None:
-                return sampled, None, None
-        given = {name: value for name, value in multimodal.items() if value is not None}
-        batch = None
-        if not given and not compute_aux_loss and self._is_packable(model):
-            batch = self._read(model, input_ids, attention_mask, logits_to_keep)
-        if batch is None:
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **multimodal,
-            )
-        budget = None
-        if not torch.is_grad_enabled():
-            # Scoring a whole generation batch: no more at once than TRL would take.
-            rows = min(batch_size or input_ids.size(0), input_ids.size(0))
-            budget = self.options.tokens_per_microbatch or rows * input_ids.size(1)
-        rows_all = range(input_ids.size(0))
-        logps, entropies = self._blank(batch)
-        with nullcontext() if torch.is_grad_enabled() else self._no_checkpointing(model):
-            for pieces in plan_microbatches(batch, rows_all, budget):
-                logps, entropies = self._score_into(model, batch, pieces, logps, entropies, compute_entropy)
-        return logps, entropies if compute_entropy else None, None
-
-    def _score_into(
-        self,
-        model: nn.Module,
-        batch: PaddedBatch,
-        pieces: Sequence[Sequence[int]],
-        logps: Tensor,
-        entropies: Tensor,
-        compute_entropy: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `logps` and `entropies` `(B, C)` with the rows in `pieces` replaced by computed values."""
-        packed = pack(batch, pieces)
-        scoring = Scoring(
-            self.temperature, self.args.cast_lm_head_to_fp32, compute_entropy, self._entropy_bonus_enabled
-        )
-        values, entropy = score(self.accelerator.unwrap_model(model), packed, scoring, self._forward_context)
-        logps = unpack(values.to(logps.dtype), packed, logps)
-        return logps, entropies if entropy is None else unpack(entropy.to(entropies.dtype), packed, entropies)
+    def _was_the_last(self, checkpoint: Path) -> bool:
+        """Load a checkpoint of the last step; transformers 5.23 would train a step beyond the end from it."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps  # a longer run continues from there
+        if state.global_step < last:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self.checkpoints.load(checkpoint)
+        return True
 
     @contextmanager
-    def _forward_context(self) -> Iterator[None]:
-        offloaded = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-        with self.accelerator.autocast(), offloaded if self.options.offload_activations else nullcontext():
+    def sampling(self) -> Iterator[None]:
+        """Set up to sample outside of a step as training samples: by our decoder, if it serves the model."""
+        if self.options.rollout == "shared" and not self.use_vllm:
+            self.support.is_supported(self.model)
+        with self.accelerator.autocast():
             yield
 
-    def _blank(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if base_model(self.model).dtype == torch.float64 else torch.float32
-        shape = (batch.input_ids.size(0), batch.completion_width)
-        zeros = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)
-        return zeros, zeros
+    # The order over the dataset
 
-    def _read(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int) -> PaddedBatch | None:
-        batch = read_padded_batch(input_ids, attention_mask, width)
-        if batch is None:
-            return None
-        longest = max(map(sum, zip(batch.prompt_lengths, batch.completion_lengths, strict=True)))
-        return batch if self._is_inside_window(model, longest) else None
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return super()._get_train_sampler(dataset) if self.options.is_plain else self.order.sampler(dataset)
 
-    def _is_packable(self, model: nn.Module) -> bool:
-        return self.options.compute == "packed" and self._is_supported(model)
+    # A round of generation
 
-    # One step of forward and backward
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        score = partial(self.rollouts.score, super()._generate_and_score_completions)
+        return self.order.refill(score, inputs, score(inputs))
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.journal.spending("rollout"):
+            return super()._generate(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, images, multimodal = super()._tokenize_prompts(prompts)
+        if images is None and not multimodal:
+            self.rollouts.reread_special_tokens(prompts, ids)
+        return ids, images, multimodal
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        generate = partial(self.rollouts.generate, super()._generate_single_turn, prompt_ids, *args, **kwargs)
+        return self.recovery.rollout(
+            prompt_ids, generate, partial(self.support.can_share_rollout, prompt_ids, *args, **kwargs)
+        )
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+        with self.journal.spending("reward"):
+            rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        self.faults.exclude(rewards)  # before anyone reads them
+        self.journal.note_completions(inputs, completion_ids)
+        return rewards
+
+    # A micro-step: inputs, loss, gradient
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
+        return self.recovery.training(lambda: self.peers.average(self.faults.note_loss(step())))
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        plain = super()._prepare_inputs
+        if not self.model.training:
+            return plain(generation_batch)
+        prepare = self.order.inputs if self.support.is_packable(self.model) else plain
+        return self.recovery.inputs(lambda: prepare(generation_batch))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        if return_outputs or not torch.is_grad_enabled() or self.aux_loss_enabled or not self._is_packable(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        batch = None if "pixel_values" in inputs else self._read(model, ids, mask, inputs["completion_ids"].size(1))
-        if batch is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._packed_loss(model, inputs, batch)
+        with self.peers.asked_once():
+            model = self.peers.unwrapped(model)
+            batch = None if return_outputs else self.gradients.read(model, inputs)
+            if batch is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.gradients.loss(model, inputs, batch)
 
-    def _packed_loss(self, model: nn.Module, inputs: dict[str, Any], batch: PaddedBatch) -> Tensor:
-        """Compute TRL's loss; all but the last of several micro-batches are taken through backward here."""
-        budget = self.options.tokens_per_microbatch
-        rows = range(batch.input_ids.size(0))
-        live = [row for row, counts in enumerate(self._has_gradient(inputs)) if counts]
-        microbatches = plan_microbatches(batch, live, budget)
-        rest = plan_microbatches(batch, sorted(set(rows) - set(live)), budget)
-        logps, entropies = self._blank(batch)
-        if self._sampled_by_this_policy(inputs):
-            entropies = inputs["rollout_entropies"]  # all that TRL still asks of rows without a gradient
-        else:
-            with torch.no_grad(), self._no_checkpointing(model):
-                for pieces in rest:
-                    logps, entropies = self._score_into(model, batch, pieces, logps, entropies)
-        if len(microbatches) == 1:
-            return self._trl_loss(model, inputs, *self._score_into(model, batch, microbatches[0], logps, entropies))
-        if not microbatches:
-            return self._trl_loss(model, inputs, logps, entropies) + self._connected_zero(model)
-        return self._accumulated_loss(model, inputs, batch, microbatches, logps, entropies)
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> Scores:
+        plain = super()._get_per_token_logps_and_entropies
+        score = partial(self.gradients.logps, plain, model, input_ids, *args, **kwargs)
+        return self.recovery.scoring(model, input_ids, score)
 
-    def _accumulated_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        batch: PaddedBatch,
-        microbatches: list[list[list[int]]],
-        logps: Tensor,
-        entropies: Tensor,
-    ) -> Tensor:
-        """Take one backward per micro-batch; together they are the gradient of the loss over the whole batch.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.journal.write_figures()
+        super().log({**logs, **(self.loss_scale.metrics() if "loss" in logs else {})}, start_time)
+        self.journal.note_reward()
 
-        TRL's loss is evaluated on the whole batch each time, with only one micro-batch's rows differentiable, so its
-        divisors are right whatever the loss type. The other rows are constants, whose values do not reach these rows'
-        gradients, except through the entropy threshold over the batch; then they are computed beforehand.
-        """
-        if self.top_entropy_quantile < 1.0:
-            with torch.no_grad(), self._no_checkpointing(model):
-                for pieces in microbatches:
-                    logps, entropies = self._score_into(model, batch, pieces, logps, entropies)
-        constants = inputs.get("old_per_token_logps", logps) if self.top_entropy_quantile == 1.0 else logps
-        loss = logps.new_zeros(())
-        for index, pieces in enumerate(microbatches):
-            scored = self._score_into(model, batch, pieces, constants, entropies)
-            with self._unrecorded():
-                loss = self._trl_loss(model, inputs, *scored)
-            rows = [row for piece in pieces for row in piece]
-            logps, entropies = logps.clone(), entropies.clone()
-            logps[rows], entropies[rows] = scored[0][rows].detach(), scored[1][rows].detach()
-            if index < len(microbatches) - 1:
-                with torch.autocast(loss.device.type, enabled=False):
-                    self.accelerator.backward(loss)
-        with torch.no_grad():
-            total = self._trl_loss(model, inputs, logps, entropies)
-        return loss + (total - loss).detach()
+    # A checkpoint
 
-    def _trl_loss(self, model: nn.Module, inputs: dict[str, Any], logps: Tensor, entropies: Tensor) -> Tensor:
-        self._scores = (logps, entropies)
-        try:
-            return self._compute_loss(model, inputs)
-        finally:
-            self._scores = None
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.checkpoints.save(partial(super()._save_checkpoint, model, trial))
 
-    def _has_gradient(self, inputs: dict[str, Any]) -> list[bool]:
-        """Say for each row whether it can contribute to the gradient."""
-        advantages = inputs["advantages"]
-        if self.beta != 0.0 or self._entropy_bonus_enabled:
-            return [True] * advantages.size(0)
-        return (advantages.view(advantages.size(0), -1) != 0).any(1).tolist()
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.folder or super()._get_output_dir(trial))
 
-    def _sampled_by_this_policy(self, inputs: dict[str, Any]) -> bool:
-        """Say whether the entropies noted during the rollout are the policy's, so that they need no forward."""
-        return (
-            "rollout_entropies" in inputs and "old_per_token_logps" not in inputs and self.top_entropy_quantile == 1.0
-        )
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        was_there = card.exists()
+        super()._save(output_dir, state_dict)
+        if not was_there:
+            card.unlink(missing_ok=True)  # PEFT's, an empty form with a path of this machine
 
-    def _connected_zero(self, model: nn.Module) -> Tensor:
-        """A zero that gives every trained parameter a zero gradient, as TRL's loss would, so that optimizers step."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.stack([parameter.reshape(-1)[0].float() * 0.0 for parameter in trained]).sum()
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card: TRL's has placeholders for licence and base; `push` writes one from what was measured."""
 
-    @contextmanager
-    def _unrecorded(self) -> Iterator[None]:
-        """Let TRL's loss be evaluated without leaving metrics or moving the adaptive entropy controller."""
-        kept = self._metrics, self.entropy_coef, self._last_world_entropy, self._entropy_window_stats
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        try:
-            yield
-        finally:
-            self._metrics, self.entropy_coef, self._last_world_entropy, self._entropy_window_stats = kept
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for part in (self.order, self.checkpoints, self.exact, self.recovery):
+                part.load(Path(checkpoint))
 
-    # Micro-steps keep groups together
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self.model.training or not self._is_packable(self.model):
-            return super()._prepare_inputs(generation_batch)
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            scored = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(shuffle_groups(scored, self.num_generations), steps)
-        return self._buffered_inputs[self._step % steps]
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the rest too: transformers calls this just before the first step."""
+        self.support.is_supported(self.model)  # its self-check must not come between the random states and that step
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.exact.load_last(Path(checkpoint))

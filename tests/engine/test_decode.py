@@ -15,6 +15,7 @@ from grpo_lite.engine import attention
 from grpo_lite.engine.cache import attend_with_weight
 from grpo_lite.engine.decode import GroupDecoder, decoding_obstacle, draw, plan_waves
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.trainer.gradients import Gradients
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import (
     OUR_METRICS,
@@ -293,17 +294,17 @@ def test_what_is_noted_in_the_rollout_is_what_training_computes(settings: dict[s
     seen: list[list[torch.Tensor]] = []
 
     class Watched(PackedGRPOTrainer):
-        def _score_generation(self, inputs: Any) -> dict[str, Any]:
-            output = super()._score_generation(inputs)
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output = super()._generate_and_score_completions(inputs)
             ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
             mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-            with torch.no_grad(), self._no_checkpointing(self.model):
+            with torch.no_grad(), self.support.no_checkpointing(self.model):
                 logps, entropies, _ = self._get_per_token_logps_and_entropies(
                     self.model, ids, mask, output["completion_ids"].size(1), compute_entropy=True
                 )
             noted = torch.zeros_like(logps)
-            assert self._rollout is not None
-            for row, values in enumerate(self._rollout.logps):
+            assert self.rollouts.last is not None
+            for row, values in enumerate(self.rollouts.last.logps):
                 noted[row, : len(values)] = torch.tensor(values)
             seen.append([output["rollout_entropies"], entropies, noted, logps])
             return output
@@ -331,14 +332,14 @@ def test_the_old_policy_needs_no_forward_after_a_shared_rollout(
 ):
     settings = {"max_steps": 4, **settings}
     frozen: list[int] = []
-    score_into = PackedGRPOTrainer._score_into
+    score_into = Gradients.score_into
 
     def counted(self: Any, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             frozen.append(1)
         return score_into(self, *args)
 
-    monkeypatch.setattr(PackedGRPOTrainer, "_score_into", counted)
+    monkeypatch.setattr(Gradients, "score_into", counted)
     ours = train(PackedGRPOTrainer, tmp_path, settings=settings)
     # Two rounds of generation: without KL nothing is computed without a gradient, with it the reference alone.
     assert len(frozen) == (2 if settings.get("beta") else 0)
@@ -348,7 +349,7 @@ def test_the_old_policy_needs_no_forward_after_a_shared_rollout(
 
 
 def test_rows_without_advantage_are_not_computed_again_after_a_shared_rollout(tmp_path: Path, monkeypatch):
-    from grpo_lite.trainer import trainer as module
+    from grpo_lite.trainer import gradients as module
 
     tokens: list[int] = []
     score = module.score

@@ -16,7 +16,7 @@ from grpo_lite.evaluation import step_time as timing
 from grpo_lite.export import stages as merge_run
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.trainer.recovery import FittingGRPOTrainer
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.overflows import OTHERS, OVERFLOWS
 from tests.tiny import tiny_args, tiny_lora, tiny_model, tiny_tokenizer, train_fixed
 
@@ -82,10 +82,10 @@ def test_a_self_check_without_memory_does_not_switch_packing_off(
     with monkeypatch.context() as patched:
         patched.setattr(scoring, "score", raising("cublas"))
         with pytest.raises(MemoryBudgetError, match="CUBLAS_STATUS_ALLOC_FAILED"):
-            train_fixed(FittingGRPOTrainer, *arguments)
+            train_fixed(PackedGRPOTrainer, *arguments)
     assert "Packed compute and shared rollouts are off" not in caplog.text
     monkeypatch.setattr(scoring, "score", raising("shapes"))
-    train_fixed(FittingGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
     assert "Packed compute and shared rollouts are off" in caplog.text
 
 

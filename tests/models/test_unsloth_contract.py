@@ -240,7 +240,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "said"),
     [
         ([], r"cannot be imported: .*unsloth.* Install it anew"),
-        (["sampling.refill=2", "sampling.difficulty=true"], r"no sampling\.refill and no sampling\.difficulty"),
+        (["sampling.refill=2"], r"no sampling\.refill"),
     ],
 )
 @pytest.mark.usefixtures("card")

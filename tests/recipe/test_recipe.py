@@ -236,6 +236,17 @@ def test_no_override_ends_in_anything_but_a_recipe_error(text: str) -> None:
         build_recipe({"name": "x", **raw}, "x")
 
 
+def test_a_removed_key_is_ignored_where_it_changed_nothing_and_else_explained(root: Path, tmp_path: Path) -> None:
+    """A released run's recipe.yaml holds every key with its value."""
+    text = (root / "recipes" / "smoke.yaml").read_text()
+    path = tmp_path / "old.yaml"
+    path.write_text(text + "\nsampling: {refill: 1, difficulty: false}\n")
+    assert load_recipe(str(path)).sampling.model_dump() == {"refill": 1}
+    path.write_text(text + "\nsampling: {difficulty: true}\n")
+    with pytest.raises(RecipeError, match=r"sampling\.difficulty: removed\..* no gain .*Delete the key"):
+        load_recipe(str(path))
+
+
 def test_the_schema_file_is_current(root: Path) -> None:
     made = json.loads(schema_text())
     kept = json.loads(Path("recipes/schema.json").read_text())

@@ -30,7 +30,7 @@ from grpo_lite.report.doctor import (
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
-from grpo_lite.trainer.rollouts import RolloutGRPOTrainer
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,9 +191,9 @@ def train(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Ru
     for override in [*OVERRIDES, *case.overrides]:
         apply_override(raw, override)
     if case.script:
-        monkeypatch.setattr(RolloutGRPOTrainer, "_generate_single_turn", scripted(case.script))
+        monkeypatch.setattr(PackedGRPOTrainer, "_generate_single_turn", scripted(case.script))
     if case.sharpen:
-        monkeypatch.setattr(RolloutGRPOTrainer, "_generate_single_turn", sharpened())
+        monkeypatch.setattr(PackedGRPOTrainer, "_generate_single_turn", sharpened())
     monkeypatch.setattr("grpo_lite.report.page.write_report", lambda run: run.path)  # tested elsewhere
     said: list[str] = []
     run = RunDir(folder / "run")
@@ -205,7 +205,7 @@ def scripted(script: Callable[[int, random.Random], str]) -> Callable[..., Any]:
     rng = random.Random(0)
 
     def generate(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        self._rollout = None
+        self.rollouts.last = None
         cap = self.max_completion_length
         texts = [script(self.state.global_step, rng) for _ in prompt_ids]
         ids = [[*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id][:cap] for text in texts]
@@ -215,7 +215,7 @@ def scripted(script: Callable[[int, random.Random], str]) -> Callable[..., Any]:
 
 
 def sharpened() -> Callable[..., Any]:
-    original = RolloutGRPOTrainer._generate_single_turn
+    original = PackedGRPOTrainer._generate_single_turn
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 5:

@@ -14,14 +14,14 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.rewards import _wrap
-from grpo_lite.trainer.recovery import FittingGRPOTrainer
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import fixed_completions, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
 SECOND = os.environ["RANK"] == "1"
 GRADIENT, LOSS, RAISES, NAN, HANGS = range(1, 6)  # steps; 0 and 6 are undisturbed
 
 
-class Faulty(FittingGRPOTrainer):
+class Faulty(PackedGRPOTrainer):
     """Gives each prompt completions of its own; loss or gradient of the second process turn NaN or infinite."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
@@ -66,7 +66,7 @@ def main(out: str) -> None:
 
     trainer.callback_handler.on_step_end = watched  # type: ignore[method-assign]
     trainer.train()
-    torch.save({"trail": trail, "faults": dict(trainer.faults)}, f"{out}.{os.environ['RANK']}")
+    torch.save({"trail": trail, "faults": dict(trainer.faults.counts)}, f"{out}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from grpo_lite.engine.options import EngineOptions
-from grpo_lite.trainer.recovery import FittingGRPOTrainer
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import fixed_completions, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
 ROWS = 16  # of all processes together: four prompts, four completions each
 
 
-class Fixed(FittingGRPOTrainer):
+class Fixed(PackedGRPOTrainer):
     """Gives each prompt completions that depend on it alone."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
@@ -58,7 +58,7 @@ def main(out: str, loss_type: str, *overflows: str) -> None:
         options=EngineOptions(tokens_per_microbatch=70),
     )  # fmt: skip
     lines: list[str] = []
-    trainer._show = lines.append
+    trainer.recovery.show = lines.append
     for rank, _, backwards in (text.partition(":") for text in overflows):
         if int(rank) == trainer.accelerator.process_index:
             overflow_at(trainer, [int(number) for number in backwards.split(",")])
@@ -70,7 +70,7 @@ def main(out: str, loss_type: str, *overflows: str) -> None:
     ), lines
     if trainer.accelerator.is_main_process:
         trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        packed = set(trainer._supported.values()) == {True}
+        packed = set(trainer.support.decided.values()) == {True}
         logged = [record for record in trainer.state.log_history if "reward" in record]
         rewards = [record["reward"] for record in logged]
         kept = [{k: v for k, v in record.items() if "time" not in k and "memory" not in k} for record in logged]

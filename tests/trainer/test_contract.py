@@ -1,5 +1,6 @@
 """What `trainer.py` relies on in TRL, transformers and PEFT: fails loudly, by name, when one of them moves."""
 
+import ast
 import hashlib
 import inspect
 from pathlib import Path
@@ -11,7 +12,9 @@ import trl
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+import grpo_lite.trainer
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.trainer import INTERNALS
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
 
@@ -125,6 +128,44 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_weights(reentrant: boo
     assert resumed.state.global_step == 4
     weights = [dict(trainer.model.named_parameters()) for trainer in (resumed, whole)]
     assert relative_difference(*weights) < 1e-5
+
+
+def used_of_the_trainer(module: str) -> set[str]:
+    """Return what a part's code uses of `trainer` or `self.trainer`, and of `self` in trainer.py; "=": it writes it."""
+    path = Path(grpo_lite.trainer.__file__).with_name(f"{module}.py")
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        is_trainer = isinstance(owner, ast.Name) and owner.id == ("self" if module == "trainer" else "trainer")
+        is_trainer |= isinstance(owner, ast.Attribute) and owner.attr == "trainer"
+        if is_trainer:
+            names.add(node.attr + ("=" if isinstance(node.ctx, ast.Store) else ""))
+    return {name for name in names if name.endswith("=") or f"{name}=" not in names}
+
+
+OURS = {"options", "journal", "peers", "faults", "support", "order", "rollouts", "gradients", "recovery", "loss_scale"}
+OURS |= {"exact", "checkpoints", "_was_the_last"}
+
+
+@pytest.mark.parametrize("part", INTERNALS)
+def test_what_a_part_uses_of_trl_is_declared(part: str):
+    used = {name for name in used_of_the_trainer(part) if name.removesuffix("=") not in OURS}
+    assert sorted(used) == sorted(INTERNALS[part].split())
+
+
+def test_every_part_is_in_the_table():
+    modules = {path.stem for path in Path(grpo_lite.trainer.__file__).parent.glob("*.py")} - {"__init__", "prompts"}
+    assert modules == set(INTERNALS)
+
+
+def test_what_is_declared_is_there_and_our_names_are_free(tmp_path: Path):
+    args = tiny_args(tmp_path, max_steps=1)
+    plain, _ = train_fixed(GRPOTrainer, tiny_lora(tiny_model()), args)
+    names = {name.removesuffix("=") for line in INTERNALS.values() for name in line.split()}
+    assert {name for name in names if not hasattr(plain, name)} == set()
+    assert {name for name in OURS if hasattr(plain, name)} == set()
 
 
 def test_a_subclass_may_still_override_the_loss(tmp_path: Path):

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.score import base_model
+from grpo_lite.trainer.gradients import Gradients
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import fixed_completions, relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
 
@@ -74,7 +75,7 @@ def test_prompt_tuning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     trainer, gradients = train_fixed(PackedGRPOTrainer, model, tiny_args(tmp_path))
-    assert set(trainer._supported.values()) == {False}
+    assert set(trainer.support.decided.values()) == {False}
     assert "prompt-learning" in caplog.text
     assert len(gradients.steps) == 1
 
@@ -83,8 +84,8 @@ def test_prompt_tuning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by one with every packed loss."""
     calls: list[int] = []
-    loss = PackedGRPOTrainer._packed_loss
-    monkeypatch.setattr(PackedGRPOTrainer, "_packed_loss", lambda *a: calls.append(1) or loss(*a))
+    loss = Gradients.loss
+    monkeypatch.setattr(Gradients, "loss", lambda *a: calls.append(1) or loss(*a))
     return calls
 
 
@@ -166,9 +167,9 @@ def test_self_check_leaves_the_random_stream_alone(tmp_path: Path):
     # Shuffling and sampling follow torch's global generator: "the same seed" must mean the same batches.
     state = torch.random.get_rng_state()
     trainer, _ = train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
-    trainer._supported.clear()
+    trainer.support.decided.clear()
     torch.random.set_rng_state(state)
-    assert trainer._is_supported(trainer.model)
+    assert trainer.support.is_supported(trainer.model)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -39,7 +39,7 @@ def gradients(trainer_class: type[GRPOTrainer], tmp_path: Path, model: Any, **se
     extra = {"options": EngineOptions(tokens_per_microbatch=60)} if trainer_class is PackedGRPOTrainer else {}
     trainer, kept = train_fixed(trainer_class, model, tiny_args(tmp_path, loss_type="grpo", **settings), **extra)
     if isinstance(trainer, PackedGRPOTrainer):
-        assert set(trainer._supported.values()) == {True}
+        assert set(trainer.support.decided.values()) == {True}
     return kept.steps[0]
 
 

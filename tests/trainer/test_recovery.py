@@ -15,7 +15,6 @@ from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.runs.checkpoints import read_facts
-from grpo_lite.trainer.recovery import FittingGRPOTrainer
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.overflows import OTHERS, OVERFLOWS
 from tests.tiny import (
@@ -50,7 +49,7 @@ def card_of(tokens: int, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator
             raise overflow(kind)
         return real(model, packed, *args)
 
-    monkeypatch.setattr("grpo_lite.trainer.trainer.score", score)
+    monkeypatch.setattr("grpo_lite.trainer.gradients.score", score)
     return tried
 
 
@@ -58,7 +57,7 @@ def largest_microbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **extra:
     """Return the most tokens that an undisturbed run puts through the model at once."""
     with monkeypatch.context() as patched:
         tried = card_of(10**9, patched)
-        train(FittingGRPOTrainer, tmp_path, **extra)
+        train(PackedGRPOTrainer, tmp_path, **extra)
     return max(tried)
 
 
@@ -76,7 +75,7 @@ def test_a_forward_that_overflows_is_redone_in_halves_with_the_same_gradient(
     whole = largest_microbatch(tmp_path, monkeypatch)
     tried = card_of(whole - 1, monkeypatch)
     said: list[str] = []
-    trainer, found = train(FittingGRPOTrainer, tmp_path, show=said.append)
+    trainer, found = train(PackedGRPOTrainer, tmp_path, show=said.append)
     assert tried[0] == whole
     assert len(tried) >= 3
     assert max(tried[1:]) <= trainer.options.tokens_per_microbatch < whole
@@ -93,7 +92,7 @@ def test_a_backward_that_overflows_halfway_leaves_nothing_behind(at: int, tmp_pa
     _, expected = train(PackedGRPOTrainer, tmp_path, settings={"gradient_accumulation_steps": 2})
     calls = [0]
 
-    class Overflowing(FittingGRPOTrainer):
+    class Overflowing(PackedGRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             real = self.accelerator.backward
@@ -123,14 +122,14 @@ def test_the_smaller_budget_goes_into_the_checkpoint_and_is_taken_from_there(
     whole = largest_microbatch(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         card_of(whole - 1, patched)
-        first, _ = train(FittingGRPOTrainer, tmp_path, settings=settings)
+        first, _ = train(PackedGRPOTrainer, tmp_path, settings=settings)
     budget = first.options.tokens_per_microbatch
     saved = read_facts(tmp_path / "checkpoint-1")["budget"]
     assert budget < whole
     assert saved == {"tokens_per_microbatch": budget, "rollout_kv_tokens": None}
     tried = card_of(10**9, monkeypatch)
     resume = str(tmp_path / "checkpoint-1")
-    again, _ = train(FittingGRPOTrainer, tmp_path, steps=2, settings=settings, resume=resume)
+    again, _ = train(PackedGRPOTrainer, tmp_path, steps=2, settings=settings, resume=resume)
     assert again.options.tokens_per_microbatch == budget
     assert len(tried) >= 3
 
@@ -138,13 +137,13 @@ def test_the_smaller_budget_goes_into_the_checkpoint_and_is_taken_from_there(
 def test_one_completion_too_many_tells_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card_of(3, monkeypatch)
     with pytest.raises(MemoryBudgetError, match=r"(?s)training at step 1, with nothing left to divide.*take a smaller"):
-        train(FittingGRPOTrainer, tmp_path, advice="take a smaller model")
+        train(PackedGRPOTrainer, tmp_path, advice="take a smaller model")
 
 
 def test_recovery_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = card_of(20, monkeypatch)
     with pytest.raises(MemoryBudgetError, match="out of memory in training at step 1:"):
-        train(FittingGRPOTrainer, tmp_path, recover=False)
+        train(PackedGRPOTrainer, tmp_path, recover=False)
     assert len(tried) == 1
 
 
@@ -155,7 +154,7 @@ def sampled(
     rounds: list[list[list[int]]] = []
     said: list[str] = settings.pop("said", [])
 
-    class Noting(FittingGRPOTrainer):
+    class Noting(PackedGRPOTrainer):
         def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
             out = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             rounds.append(out[0])
@@ -222,7 +221,7 @@ def test_scoring_against_the_reference_is_divided_too(tmp_path: Path, monkeypatc
     whole = largest_microbatch(tmp_path, monkeypatch, settings={"beta": 0.1})
     card_of(whole - 1, monkeypatch)
     said: list[str] = []
-    _, found = train(FittingGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
+    _, found = train(PackedGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
     assert "out of memory in scoring" in said[0]
     assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
 
@@ -234,7 +233,7 @@ def test_memory_that_a_library_below_lacks_is_recovered_from_in_every_phase(
     said: list[str] = []
     with monkeypatch.context() as patched:
         card_of(20, patched, kind)
-        train(FittingGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
+        train(PackedGRPOTrainer, tmp_path, settings={"beta": 0.1}, show=said.append)
     small_cache(4, monkeypatch, kind)
     card_of(55, monkeypatch, kind)
     sampled(tmp_path, steps=1, said=said)
@@ -258,7 +257,7 @@ def test_an_error_that_is_not_about_memory_goes_on_its_way_at_once(
         tried = card_of(0, monkeypatch, kind)
     settings = {"beta": 0.1} if phase == "scoring" else {}
     rehearsal = list(range(3, 43)) if phase.startswith("rehears") else None
-    fixed = partial(train, FittingGRPOTrainer, settings=settings, rehearsal=rehearsal, show=said.append)
+    fixed = partial(train, PackedGRPOTrainer, settings=settings, rehearsal=rehearsal, show=said.append)
     run = partial(sampled, steps=1, said=said) if phase == "rollout" else fixed
     with pytest.raises(RuntimeError, match=re.escape(str(OTHERS[kind]).splitlines()[0])):
         run(tmp_path)
@@ -277,7 +276,7 @@ def test_a_rollout_by_generate_cannot_be_divided_and_says_so(tmp_path: Path) -> 
         raise overflow()
 
     model.get_base_model().generate = generate
-    trainer = FittingGRPOTrainer(
+    trainer = PackedGRPOTrainer(
         model=model,
         args=tiny_args(tmp_path),
         reward_funcs=parity_reward,
@@ -298,7 +297,7 @@ def test_the_rehearsal_finds_an_overflow_before_the_first_step_and_changes_nothi
     said: list[str] = []
     prompt = list(range(3, 43))
     # 2 prompts of 40 tokens and 8 completions of 12 are 176 tokens; what is trained on is far below 130.
-    trainer, found = train(FittingGRPOTrainer, tmp_path, steps=2, rehearsal=prompt, show=said.append)
+    trainer, found = train(PackedGRPOTrainer, tmp_path, steps=2, rehearsal=prompt, show=said.append)
     assert tried[0] == 176
     assert len(said) == 1
     assert trainer.options.tokens_per_microbatch == 88
@@ -318,7 +317,7 @@ def test_the_rehearsal_fills_the_largest_wave(tmp_path: Path, monkeypatch: pytes
         return real(self, model, hidden)
 
     monkeypatch.setattr(GroupDecoder, "_logits", logits)
-    trainer, _ = train(FittingGRPOTrainer, tmp_path, rehearsal=list(range(3, 43)))
+    trainer, _ = train(PackedGRPOTrainer, tmp_path, rehearsal=list(range(3, 43)))
     assert rows[0] == 8
     assert rows[-1] <= 4
     assert trainer.options.rollout_kv_tokens is not None
@@ -341,18 +340,18 @@ def test_plain_compute_is_rehearsed_too_and_ends_before_the_first_step(
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", logps)
     plain = EngineOptions(compute="plain", rollout="generate")
-    train(FittingGRPOTrainer, tmp_path, options=plain)
+    train(PackedGRPOTrainer, tmp_path, options=plain)
     assert max(sizes) <= 8 * 51
     sizes.clear()
     with pytest.raises(MemoryBudgetError, match="out of memory in training at step 1, with nothing left to divide"):
-        train(FittingGRPOTrainer, tmp_path, options=plain, rehearsal=list(range(3, 43)))
+        train(PackedGRPOTrainer, tmp_path, options=plain, rehearsal=list(range(3, 43)))
     assert sizes == [8 * 52]
 
 
 def test_a_rehearsal_of_plain_compute_changes_no_gradient(tmp_path: Path) -> None:
     plain = EngineOptions(compute="plain", rollout="generate")
-    _, expected = train(FittingGRPOTrainer, tmp_path, steps=2, options=plain)
-    trainer, found = train(FittingGRPOTrainer, tmp_path, steps=2, options=plain, rehearsal=list(range(3, 43)))
+    _, expected = train(PackedGRPOTrainer, tmp_path, steps=2, options=plain)
+    trainer, found = train(PackedGRPOTrainer, tmp_path, steps=2, options=plain, rehearsal=list(range(3, 43)))
     assert len(trainer.state.log_history[0]) > 5
     for ours, without in zip(found.steps, expected.steps, strict=True):
         assert relative_difference(ours, without) < 1e-6
@@ -368,7 +367,7 @@ def test_offloaded_activations_give_the_same_gradient(tmp_path: Path) -> None:
 def test_updates_that_the_loss_scale_costs_are_told_as_such(tmp_path: Path) -> None:
     """accelerate has no fp16 on a CPU, so the scaler is put in by hand, and an overflow into the first gradient."""
 
-    class Scaled(FittingGRPOTrainer):
+    class Scaled(PackedGRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -1,7 +1,5 @@
-"""Refilling, the difficulty-aware order, and that both survive a resume."""
+"""The order over the dataset and refilling, and that both survive a resume."""
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.trainer.prompts import (
     GroupSampler,
     PromptQueue,
-    SolveRates,
     groups_without_signal,
     refill_batch,
     shuffle_groups,
@@ -46,103 +43,6 @@ def test_a_later_epoch_can_be_entered_directly():
     direct = GroupSampler(10, 2, 3, 1, True, seed=1)
     direct.set_epoch(1)
     assert list(direct) == list(through)
-
-
-# Solve rates
-
-
-def rates_after(*rounds: dict[str, list[float]], keys: str = "abcd") -> SolveRates:
-    rates = SolveRates(list(keys))
-    for groups in rounds:
-        for key, rewards in groups.items():
-            rates.record(key, rewards)
-        rates.end_round()
-    return rates
-
-
-def test_a_prompt_solved_half_the_time_weighs_more_than_one_always_or_never_solved():
-    rates = rates_after({"a": [1, 1, 1, 1], "b": [0, 1, 0, 1], "c": [0, 0, 0, 0]}, {})
-    always, half, never, unseen = rates.weights(2).tolist()
-    # (4 + 1) / (4 + 2) = 5/6 and 1/6 against 1/2; the weight is (4 p (1 - p))^2.
-    assert always == pytest.approx((4 * 5 / 36) ** 2)
-    assert never == pytest.approx((4 * 5 / 36) ** 2)
-    assert half == unseen == 1.0
-
-
-def test_solve_rates_do_not_depend_on_the_scale_of_rewards():
-    small = rates_after({"a": [0, 1], "b": [1, 1], "c": [0, 0]}, {}).weights(2)
-    large = rates_after({"a": [-5, 15], "b": [15, 15], "c": [-5, -5]}, {}).weights(2)
-    torch.testing.assert_close(small, large)
-
-
-def test_old_visits_are_forgotten():
-    learned = rates_after(*[{"a": [0, 0], "b": [1, 0]}] * 3, *[{"a": [1, 1], "b": [1, 0]}] * 6, {}).weights(10)
-    always = rates_after(*[{"a": [1, 1], "b": [1, 0]}] * 9, {}).weights(10)
-    assert learned[0].item() == pytest.approx(always[0].item(), rel=0.1)
-
-
-def test_no_prompt_is_given_up():
-    assert rates_after(*[{"a": [1, 1], "b": [1, 0]}] * 30, {}).weights(31).min() > 0
-
-
-def test_unusable_rewards_and_unknown_prompts_are_not_remembered():
-    rates = rates_after({"a": [float("nan")] * 2, "zzz": [1.0]}, {})
-    assert rates.weights(2).tolist() == [1.0] * 4
-
-
-def test_equal_prompts_share_their_memory():
-    weights = rates_after({"a": [1, 1], "b": [0, 0]}, {}, keys="aba").weights(2)
-    assert weights[0] == weights[2] < 1.0
-
-
-@pytest.mark.parametrize("ahead", [False, True], ids=["fetched when needed", "fetched one batch ahead"])
-def test_choice_does_not_depend_on_how_far_the_loader_fetches_ahead(ahead: bool):
-    rounds = [{"a": [1.0, 1.0]}, {"b": [0.0, 0.0]}, {"c": [1.0, 0.0]}, {"d": [1.0, 1.0]}]
-    rates = SolveRates(list("abcd"))
-    seen = {0: rates.weights(0)}
-    for number, groups in enumerate(rounds):
-        if ahead:
-            seen[number + 1] = rates.weights(number + 1)
-        for key, rewards in groups.items():
-            rates.record(key, rewards)
-        rates.end_round()
-        if not ahead:
-            seen[number + 1] = rates.weights(number + 1)
-    # Round 4 knows rounds 0 to 2, not 3.
-    expected = rates_after(*rounds[:3], {}).weights(4)
-    torch.testing.assert_close(seen[4], expected)
-
-
-def test_prompts_in_the_middle_are_drawn_more_often():
-    rates = SolveRates([str(i) for i in range(40)])
-    for number in range(6):
-        for i in range(40):
-            rates.record(str(i), [1.0, 0.0] * 4 if i < 20 else [float(i < 30)] * 8)
-        rates.end_round()
-        assert rates.rounds == number + 1
-    sampler = GroupSampler(40, 1, 4, 1, True, seed=0, rates=rates)
-    drawn: Counter[int] = Counter()
-    for epoch in range(20):
-        sampler.set_epoch(epoch)
-        drawn.update(list(sampler))
-    assert sum(drawn[i] for i in range(20)) > 0.8 * sum(drawn.values())
-    assert all(drawn[i] for i in range(20))
-
-
-def test_a_round_never_draws_a_prompt_twice():
-    rates = rates_after({"a": [1.0, 0.0]}, {}, keys="abcdef")
-    rounds = list(GroupSampler(6, 1, 3, 1, True, seed=0, rates=rates))
-    assert len(set(rounds[:3])) == len(set(rounds[3:])) == 3
-
-
-def test_memory_survives_json():
-    rates = rates_after({"a": [1, 0], "b": [1, 1]}, {"c": [0, 0]})
-    restored = SolveRates(list("abcd"))
-    restored.restore(json.loads(json.dumps(rates.state())))
-    for memory in (rates, restored):
-        memory.record("d", [1.0, 1.0])
-        memory.end_round()
-    torch.testing.assert_close(restored.weights(3), rates.weights(3))
 
 
 # Refilling
@@ -297,8 +197,8 @@ def test_refill_is_refused_where_advantages_depend_on_the_whole_batch(setting: d
 
 @pytest.mark.parametrize("accumulation", [1, 2], ids=["loader ahead", "loader not ahead"])
 def test_a_resumed_run_generates_for_the_prompts_the_whole_run_would_have(accumulation: int, tmp_path: Path):
-    """Over an epoch's end, with remembered solve rates and a refill queue."""
-    options = EngineOptions(difficulty=True, refill=2)
+    """Over an epoch's end, with a refill queue."""
+    options = EngineOptions(refill=2)
     kwargs = {
         "max_steps": 8,
         "save_strategy": "steps",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from grpo_lite.runs.checkpoints import last_usable
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import build as engine
 from grpo_lite.train import train_run
+from grpo_lite.trainer.finite import require_finite_adapter
 from grpo_lite.trainer.sealed import sealed
 
 REWARD = """
@@ -60,23 +63,43 @@ def test_a_run_by_the_backend_s_trainer_resumes_from_its_checkpoint(
     assert not list(run.path.glob(".*-*"))
 
 
+def test_held_out_scores_on_the_way_are_logged_with_their_time(root: Path, tmp_path: Path, as_unsloth: None) -> None:
+    short = ["model.load_in=32bit", "eval.enabled=true", "check.enabled=false", "merge=false", "grpo.max_steps=2"]
+    recipe = load_recipe("smoke", [*short, "eval.every=1", "eval.limit=2", "eval.every_limit=2", "eval.samples=0"])
+    run = RunDir(tmp_path / "run")
+    train_run(recipe, run, lambda line: None)
+    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    assert [record["step"] for record in records if "heldout/lenient" in record] == [1, 2]
+    assert all(record["time/heldout_s"] > 0 for record in records)
+
+
+class Accelerator:
+    scaler = None
+    num_processes = 1
+    distributed_type = "NO"
+
+
 class Fake:
     """As much of a trainer as saving and skipping look at."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.model = torch.nn.Linear(2, 2)
-        self.accelerator = type("Accelerator", (), {"scaler": None})()
-        self.args = type("Args", (), {"output_dir": "run"})()
+        self.accelerator = Accelerator()
+        self.args = type("Args", (), {"output_dir": "run", "max_grad_norm": 1.0})()
+        self._metrics: dict[str, Any] = {"train": defaultdict(list)}
         self.state = type("State", (), {"global_step": 3})()
         self.callback: Any = None
 
     def add_callback(self, callback: Any) -> None:
         self.callback = callback
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        raise AssertionError("saved")
+
 
 def test_weights_that_are_not_finite_are_not_saved() -> None:
     trainer = sealed(Fake, 2)()
-    trainer.require_finite_weights()
+    require_finite_adapter(trainer)
     trainer.model.weight.data[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"step 3: the adapter holds NaN or infinity \(weight\)"):
         trainer._save_checkpoint(trainer.model, None)
@@ -91,7 +114,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_two_in_a_row_stop() -> 
         return trainer.model.weight.grad is not None
 
     assert [step(torch.nan), step(1.0), step(torch.inf)] == [False, True, False]
-    assert trainer.faults == {"skipped_steps": 2}
+    assert trainer.faults.counts == {"skipped_steps": 2}
     with pytest.raises(TrainingError, match="in 2 steps in a row"):
         step(-torch.inf)
 
