@@ -179,49 +179,46 @@ def _second_opinions(
 ) -> list[bool] | None:
     """Return whether the first reward's second opinion finds each completion right; None where it states none."""
     section, where = recipe.rewards[0], "rewards[0]"
-    columns, opened = _columns(rows), lead_in(rows, recipe, tokenizer)
+    columns, opened = columns_of(rows), lead_in(rows, recipe, tokenizer)
     reward = load_function(section, where, columns, opened)
     opinion = load_second_opinion(reward, section, where, columns, opened)
     if opinion is None:
         return None
     top = getattr(opinion, "top", None) or 1.0
-    scores = _call(opinion, where, tokenizer, recipe, rows, completions)
+    opinion = limited(opinion, recipe.limits.reward_timeout_s, where)
+    scores = call_reward(opinion, tokenizer, recipe, rows, completions)
     return [score is not None and score >= top for score in scores]
 
 
 def _scores(
     section: Any, where: str, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[float | None]:
-    function = load_function(section, where, _columns(rows), lead_in(rows, recipe, tokenizer))
-    return _call(function, where, tokenizer, recipe, rows, completions)
+    function = load_function(section, where, columns_of(rows), lead_in(rows, recipe, tokenizer))
+    function = limited(function, recipe.limits.reward_timeout_s, where)
+    return call_reward(function, tokenizer, recipe, rows, completions)
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the rows' columns that a reward gets, `prompt` aside."""
     return sorted({key for row in rows for key in row if key != "prompt"})
 
 
-def _call(
-    function: Reward,
-    where: str,
-    tokenizer: Any,
-    recipe: Recipe,
-    rows: Sequence[Row],
-    completions: Sequence[list[int]],
+def call_reward(
+    function: Reward, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[float | None]:
-    """Score completions as many at a time as in training, each call within the recipe's time limit."""
-    columns = _columns(rows)
-    function = limited(function, recipe.limits.reward_timeout_s, where)
+    """Score completions (token ids, one per row) by one reward, as many in a call as in training."""
+    columns = columns_of(rows)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
     size = recipe.schedule.batch
     scores: list[float | None] = []
     for start in range(0, len(rows), size):
-        part, said = rows[start : start + size], texts[start : start + size]
+        batch, answers = rows[start : start + size], texts[start : start + size]
         scores += function(
-            completions=[[{"role": "assistant", "content": text}] for text in said] if chat else said,
-            prompts=[row["prompt"] for row in part],
+            completions=[[{"role": "assistant", "content": text}] for text in answers] if chat else answers,
+            prompts=[row["prompt"] for row in batch],
             completion_ids=[list(ids) for ids in completions[start : start + size]],
-            **{key: [row.get(key) for row in part] for key in columns},
+            **{key: [row.get(key) for row in batch] for key in columns},
         )
     return scores
 

@@ -1,9 +1,7 @@
-"""probe_recipe: will this recipe learn anything? Samples the untrained model on the recipe's own prompts, in minutes.
+"""Probe: will this recipe learn anything? Samples the untrained model on the recipe's own prompts, in minutes.
 
-Place in the line: before a training that takes hours. GRPO learns from differences inside a group: where all samples
-of a prompt are right, or none is, or all are cut at the cap, there is nothing to learn, and a night would show it.
-
-What a probe measured of time, kept in the cache for `plan`, which loads nothing. Torch-free.
+Place in the line: before a training that takes hours. GRPO learns from differences inside a group. If all samples of a
+prompt are right, or none is, or all are cut off at the cap, there is nothing to learn.
 """
 
 from __future__ import annotations
@@ -13,16 +11,18 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
-from grpo_lite.evaluation.evaluate import score_completions
+from grpo_lite.evaluation.evaluate import call_reward, columns_of, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 from grpo_lite.task.check import weighted_sum
+from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import load_rewards
@@ -32,6 +32,7 @@ from rewards import format_reward
 from rewards.facts import named
 
 PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
+CAN_LEARN = "it can learn: rewards differ inside the groups, and completions end before the cap"
 OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
 
 
@@ -45,8 +46,8 @@ class Probe:
     pass_at_k: float
     equal_groups: float  # share of groups whose rewards are all equal: no gradient
     cap: int
-    truncated: dict[int, float]  # share of completions cut at each cap
-    format_rate: float | None  # None: the recipe rewards no format
+    truncated: dict[int, float]  # share of completions that reach each length, up to the cap
+    format_rate: float | None  # None: the recipe has no format reward
     rewarded: float  # mean reward
     opened: str | None  # the tag that the chat template opens itself
     tokens_per_s: float
@@ -55,6 +56,7 @@ class Probe:
     cuts_cost: bool = True  # completions that reach the cap are right less than half as often as those that end
     evaluation_s: float = 0.0  # of base and trained model, before the merge
     notes: tuple[str, ...] = field(default=())
+    verdict: str = ""
 
     @property
     def eta_s(self) -> float:
@@ -62,8 +64,32 @@ class Probe:
         return self.step_s * self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for run.json, with the verdict."""
-        return {**asdict(self), "eta_s": self.eta_s, "verdict": verdict(self)}
+        """Return plain data for run.json and the cache."""
+        return {**asdict(self), "eta_s": self.eta_s}
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Prompts and what the model wrote: `samples` completions each, and the seconds of it."""
+
+    rows: list[Row]  # one per completion
+    ids: list[list[int]]  # of each prompt
+    groups: list[list[list[int]]]  # token ids of each prompt's completions
+    seconds: float
+    round_s: float  # of one round of training's generation
+
+    @property
+    def completions(self) -> list[list[int]]:
+        return [completion for group in self.groups for completion in group]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What the recipe's rewards say of the completions, in their order, and the seconds of it."""
+
+    totals: list[float | None]
+    formats: list[bool] | None  # whether each has the agreed format; None: the recipe has no format reward
+    seconds: float
 
 
 def probe_recipe(
@@ -84,17 +110,51 @@ def probe_recipe(
         tokenizer: its tokenizer.
         prompts: its prompts.
         count: how many of them, drawn by the recipe's seed: files are often sorted.
-        samples: per prompt; None: 8, or the group size where that is larger.
+        samples: per prompt; None: 8, or the group size if that is larger.
         show: gets progress lines.
     """
-    group = recipe.num_generations
-    samples = samples or max(SAMPLES, group)
+    samples = samples or max(SAMPLES, recipe.num_generations)
     rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
-    template = recipe.grpo.get("chat_template_kwargs")
-    ids = [prompt_ids(row["prompt"], tokenizer, template) for row in rows]
-    cap = recipe.max_completion_length
+    sampled = _sample(recipe, model, tokenizer, rows, samples, show)
+    completions = sampled.completions
+    right, _ = score_completions(tokenizer, recipe, sampled.rows, completions)
+    judged = [right[i : i + samples] for i in range(0, len(right), samples)]
+    counts = [sum(bool(r) for r in group) for group in judged if None not in group]
+    scores = _score(recipe, tokenizer, sampled, prompts.lead_in)
+    equal = statistics.fmean(_equal(scores.totals, samples, min(recipe.num_generations, samples)))
+    forward_s = forward_seconds(recipe, model, tokenizer, sampled.ids, sampled.groups)
+    lengths, cap = [len(completion) for completion in completions], recipe.max_completion_length
+    caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
+    paid = [total for total in scores.totals if total is not None]
+    probe = Probe(
+        prompts=len(rows),
+        samples=samples,
+        pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
+        pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
+        equal_groups=equal,
+        cap=cap,
+        cuts_cost=_cuts_cost(right, [n >= cap for n in lengths]),
+        truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
+        format_rate=None if scores.formats is None else statistics.fmean(scores.formats),
+        rewarded=statistics.fmean(paid) if paid else 0.0,
+        opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
+        tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
+        step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
+        steps=recipe.schedule.steps(len(prompts.train)),
+        evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled.seconds / len(completions),
+        notes=() if counts else ("no probed prompt has a usable gold answer",),
+    )
+    return replace(probe, verdict=verdict(probe, recipe))
+
+
+def _sample(
+    recipe: Recipe, model: Any, tokenizer: Any, rows: list[Row], samples: int, show: Callable[[str], None]
+) -> _Samples:
+    """Generate `samples` completions of each row's prompt, and time one round as training generates it."""
+    group, batch = recipe.schedule.group, recipe.schedule.batch
+    ids = [prompt_ids(row["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs")) for row in rows]
     sampling: dict[str, Any] = {
-        "max_new_tokens": cap,
+        "max_new_tokens": recipe.max_completion_length,
         "temperature": float(recipe.grpo.get("temperature", 1.0)),
         "seed": recipe.seed,
         "rows_that_fit": rows_that_fit if recipe.memory.fit else None,
@@ -110,66 +170,27 @@ def probe_recipe(
         **sampling,
     )
     sampled_s = time.monotonic() - begun
-    # A round of training again, by itself: how long one takes hardly depends on how many are decoded at once.
+    # Timed by itself: a round takes nearly the same time, however many completions are decoded at once.
     begun = time.monotonic()
-    chosen = ids[: max(1, recipe.schedule.batch // group)]
-    generate_completions(model, tokenizer, chosen, samples=group, batch_size=recipe.schedule.batch, **sampling)
-    round_s = (time.monotonic() - begun) * recipe.schedule.batch / (group * len(chosen))
-    completions = [completion for group in groups for completion in group]
-    repeated = [row for row in rows for _ in range(samples)]
-    right, _ = score_completions(tokenizer, recipe, repeated, completions)
-    judged = [right[i : i + samples] for i in range(0, len(right), samples)]
-    counts = [sum(bool(r) for r in group) for group in judged if None not in group]
-    begun = time.monotonic()
-    totals, formats = _rewards(recipe, tokenizer, repeated, completions, prompts.lead_in)
-    reward_s = time.monotonic() - begun
-    lengths = [len(completion) for completion in completions]
-    caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
-    forward_s = forward_seconds(recipe, model, tokenizer, ids, groups)
-    equal = statistics.fmean(_equal(totals, samples, min(group, samples)))
-    live = 1.0 - equal if recipe.compute == "packed" and not recipe.grpo.get("beta") else 1.0  # the rest is left out
-    step_s = recipe.schedule.sampled_per_step * (round_s / recipe.schedule.batch + reward_s / len(completions))
-    step_s += recipe.schedule.trained_per_step * live * forward_s * training_forwards(recipe)
-    return Probe(
-        prompts=len(rows),
-        samples=samples,
-        pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
-        pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
-        equal_groups=equal,
-        cap=cap,
-        cuts_cost=_cuts_cost(right, [n >= cap for n in lengths]),
-        truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
-        format_rate=None if formats is None else statistics.fmean(formats),
-        rewarded=statistics.fmean(total for total in totals if total is not None) if any(totals) else 0.0,
-        opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
-        tokens_per_s=max(1, sum(lengths)) / max(sampled_s, 1e-9),
-        step_s=step_s,
-        steps=recipe.schedule.steps(len(prompts.train)),
-        evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled_s / len(completions),
-        notes=() if counts else ("no probed prompt has a usable gold answer",),
-    )
+    chosen = ids[: max(1, batch // group)]
+    generate_completions(model, tokenizer, chosen, samples=group, batch_size=batch, **sampling)
+    round_s = (time.monotonic() - begun) * batch / (group * len(chosen))
+    return _Samples([row for row in rows for _ in range(samples)], ids, groups, sampled_s, round_s)
 
 
-def _rewards(
-    recipe: Recipe, tokenizer: Any, rows: Sequence[dict[str, Any]], completions: Sequence[list[int]], lead_in: str
-) -> tuple[list[float | None], list[bool] | None]:
-    """Return the total reward of each completion, and whether it earned the format reward (None without one)."""
-    columns = sorted({key for row in rows for key in row if key != "prompt"})
-    functions, weights = load_rewards(recipe, columns, lead_in)
+def _score(recipe: Recipe, tokenizer: Any, sampled: _Samples, lead_in: str) -> _Scores:
+    """Return each completion's total reward, and whether it has the agreed format."""
+    functions, weights = load_rewards(recipe, columns_of(sampled.rows), lead_in)
     functions = [limited(function, recipe.limits.reward_timeout_s, "probe") for function in functions]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    chat = not isinstance(rows[0]["prompt"], str)
-    given: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-        "prompts": [row["prompt"] for row in rows],
-        "completion_ids": [list(ids) for ids in completions],
-        **{key: [row.get(key) for row in rows] for key in columns},
-    }
+    completions = sampled.completions
     formats = None
     for section, function in zip(recipe.rewards, functions, strict=True):
         if named(section.function) is format_reward:
-            formats = [value is not None and value >= 1.0 for value in function(**given)]
-    return weighted_sum(functions, weights)(**given), formats
+            values = call_reward(function, tokenizer, recipe, sampled.rows, completions)
+            formats = [value is not None and value >= 1.0 for value in values]
+    begun = time.monotonic()
+    totals = call_reward(weighted_sum(functions, weights), tokenizer, recipe, sampled.rows, completions)
+    return _Scores(totals, formats, time.monotonic() - begun)
 
 
 def _equal(totals: Sequence[float | None], samples: int, group: int) -> list[bool]:
@@ -179,7 +200,7 @@ def _equal(totals: Sequence[float | None], samples: int, group: int) -> list[boo
 
 
 def _cuts_cost(right: Sequence[bool | None], cut: Sequence[bool]) -> bool:
-    """Return whether reaching the cap costs rewards: answers that come first and run on lose nothing by it."""
+    """Return whether reaching the cap costs rewards: an answer that comes before the cut loses nothing."""
     rates = []
     for kind in (True, False):
         judged = [bool(r) for r, reached in zip(right, cut, strict=True) if reached is kind and r is not None]
@@ -188,26 +209,36 @@ def _cuts_cost(right: Sequence[bool | None], cut: Sequence[bool]) -> bool:
     return not among_cut or (among_ended is not None and among_cut < among_ended / 2)
 
 
+def _step_seconds(recipe: Recipe, sampled: _Samples, scores: _Scores, equal: float, forward_s: float) -> float:
+    """Return the seconds of a training step: its share of generation and rewards, and forward and backward passes."""
+    plan = recipe.schedule
+    # Packed compute leaves out groups without an advantage, unless the KL term needs them.
+    trained_share = 1.0 - equal if recipe.compute == "packed" and not recipe.grpo.get("beta") else 1.0
+    sampling_s = sampled.round_s / plan.batch + scores.seconds / len(sampled.rows)
+    training_s = trained_share * forward_s * training_forwards(recipe)
+    return plan.sampled_per_step * sampling_s + plan.trained_per_step * training_s
+
+
 def _evaluated(recipe: Recipe, held_out: int) -> int:
     """Return how many completions the evaluation of base and trained model generates."""
     section = recipe.eval
     return 2 * (1 + section.samples) * min(held_out, section.limit or held_out) if section.enabled else 0
 
 
-def verdict(probe: Probe) -> str:
-    """Return one sentence, with the override to paste where something is wrong; the gravest finding wins."""
+def verdict(probe: Probe, recipe: Recipe) -> str:
+    """Return one sentence on the gravest problem, with the override to paste if there is one."""
     if probe.opened and (probe.format_rate == 0 or (probe.format_rate is None and probe.rewarded == 0)):
         return (
-            f"the chat template opens <{probe.opened}> itself and nothing is paid: a reward that wants to see that tag "
-            "can never fire; it is handed prefilled=True, so let it take that argument"
+            f"the chat template opens <{probe.opened}> itself and no completion gets a reward: a reward that looks for "
+            "that tag never finds it; give the reward an argument `prefilled`, which is then True"
         )
     if probe.notes:
-        return f"{probe.notes[0]}, so nothing can be paid; correct data.answer or data.gold_completion"
+        return f"{probe.notes[0]}, so no completion gets a reward; correct data.answer or data.gold_completion"
     cut = probe.truncated[probe.cap]
     if cut >= 0.3 and probe.cuts_cost:
         return (
-            f"the cap is too short: {cut:.0%} of the completions are cut at {probe.cap} tokens; "
-            f"paste: grpo.max_completion_length={2 * probe.cap}"
+            f"the cap is too short: {cut:.0%} of the completions are cut off at {probe.cap} tokens; "
+            f"paste: {twice_the_cap(recipe)}"
         )
     if probe.pass_at_k == 0 and probe.equal_groups >= 0.9:
         return (
@@ -215,15 +246,18 @@ def verdict(probe: Probe) -> str:
             "take an easier task, a stronger model, or show examples (data.examples)"
         )
     if probe.pass_at_1 >= 0.9:
-        return f"too easy: {probe.pass_at_1:.0%} of single samples are right already; take harder rows (data.train)"
+        return (
+            f"too easy: {probe.pass_at_1:.0%} of single samples are right already; train on harder rows (data.train), "
+            "or take a smaller model"
+        )
     if probe.format_rate == 0:
-        return "the agreed format never occurs, so its reward teaches nothing; describe it in data.system by an example"
+        return "the agreed format never occurs, so its reward teaches nothing; show an example of it in data.system"
     if probe.equal_groups >= 0.5:
         return (
             f"slow: {probe.equal_groups:.0%} of the groups have equal rewards and give no gradient; paste: "
-            "sampling.refill=16"
+            f"{twice_the_group(recipe)}"
         )
-    return "it can learn: rewards differ inside the groups, and completions end before the cap"
+    return CAN_LEARN
 
 
 def probe_lines(probe: Probe) -> Iterator[str]:
@@ -240,4 +274,4 @@ def probe_lines(probe: Probe) -> Iterator[str]:
         f"{probe.steps} steps about {format_seconds(probe.eta_s)}, "
         f"evaluation about {format_seconds(probe.evaluation_s)}"
     )
-    yield f"verdict: {verdict(probe)}"
+    yield f"verdict: {probe.verdict}"

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import rewards
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
+from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 
 LOW_LORA_LR = 5e-6
 
@@ -39,7 +40,7 @@ def truncation(e: Evidence) -> Finding | None:
     return Finding(
         "truncation",
         f"{clipped:.0%} of the completions are cut off at {cap} tokens, and those earn {earned:.2f}{against}.",
-        twice_the_cap(e),
+        twice_the_cap(e.recipe),
     )
 
 
@@ -58,7 +59,7 @@ def equal_groups(e: Evidence) -> Finding | None:
     return Finding(
         "equal_groups",
         f"In {share:.0%} of the groups all completions have the same reward, so they give no gradient.",
-        twice_the_group(e),
+        twice_the_group(e.recipe),
     )
 
 
@@ -237,7 +238,7 @@ def zero_reward(e: Evidence) -> Finding | None:
             "zero_reward",
             f"{start}: {e.late('completions/clipped_ratio'):.0%} of the completions are cut off at {cap} tokens, "
             "before an answer.",
-            twice_the_cap(e),
+            twice_the_cap(e.recipe),
         )
     if half_open_thinking(e) >= 0.5:
         return _prefilled(e, "zero_reward", start, 0)
@@ -257,7 +258,7 @@ def zero_reward(e: Evidence) -> Finding | None:
     return Finding(
         "zero_reward",
         f"{start}, though answers are found and read: they are wrong, so the task is too hard for this model as it is.",
-        twice_the_group(e),
+        twice_the_group(e.recipe),
     )
 
 
@@ -340,28 +341,3 @@ def is_penalty(e: Evidence, index: int) -> bool:
         return True
     top = getattr(e.function(index), "top", None)
     return any(word in e.parts[index] for word in _PENALTIES) if top is None else top <= 0
-
-
-def twice_the_cap(e: Evidence) -> str:
-    """Return the override for completions twice as long, rewards that know the cap included."""
-    cap = e.recipe.max_completion_length
-    told = [
-        f" rewards[{index}].kwargs.max_completion_length={2 * cap}"
-        for index, section in enumerate(e.recipe.rewards)
-        if section.kwargs.get("max_completion_length") == cap
-    ]
-    return f"grpo.max_completion_length={2 * cap}" + "".join(told)
-
-
-def twice_the_group(e: Evidence) -> str:
-    """Return the override for twice as many completions a prompt, and for a round that such groups fill."""
-    group, batch = 2 * e.recipe.num_generations, e.recipe.schedule.batch
-    new = f"grpo.num_generations={group}"
-    if batch % group == 0:
-        return new
-    if e.recipe.grpo.get("generation_batch_size"):
-        return f"{new} grpo.generation_batch_size={-(-batch // group) * group}"
-    rows = e.recipe.schedule.rows
-    key = "steps_per_generation" if e.recipe.grpo.get("steps_per_generation") else "gradient_accumulation_steps"
-    least = math.lcm(rows, group) // rows  # steps of which groups fill a round
-    return f"{new} grpo.{key}={-(-batch // (rows * least)) * least}"

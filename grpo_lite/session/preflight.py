@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_lite.evaluation.probe import PROMPTS, SAMPLES, probe_lines, probe_recipe, verdict
+from grpo_lite.evaluation.probe import CAN_LEARN, PROMPTS, SAMPLES, probe_lines, probe_recipe
 from grpo_lite.memory.report import keep_times
 from grpo_lite.models.device import Device
 from grpo_lite.processes import this_process
@@ -53,7 +53,7 @@ class Preflight(TrainerCallback):
             made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
         for line in probe_lines(made):
             self.show(f"preflight: {line.strip()}")
-        if not verdict(made).startswith("it can learn"):
+        if made.verdict != CAN_LEARN:
             self.show("preflight: training goes on all the same; Ctrl-C twice stops it at once")
         self.run.update_run(preflight=made.to_json())
         keep_times(self.recipe, self.device.name, made.to_json())

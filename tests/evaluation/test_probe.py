@@ -22,12 +22,18 @@ HEALTHY = Probe(
     "changes, expected",
     [
         ({}, "it can learn"),
-        ({"truncated": {512: 0.6}}, "60% of the completions are cut at 512 tokens; paste: grpo.max_completion"),
+        (
+            {"truncated": {512: 0.6}},
+            "60% of the completions are cut off at 512 tokens; paste: grpo.max_completion",
+        ),
         ({"truncated": {512: 1.0}, "cuts_cost": False}, "it can learn"),  # the answer comes first, the text runs on
         ({"pass_at_1": 0.0, "pass_at_k": 0.0, "equal_groups": 1.0}, "too hard: none of 32 prompts is solved"),
         ({"pass_at_1": 0.95, "equal_groups": 0.9}, "too easy: 95% of single samples are right already"),
         ({"format_rate": 0.0}, "the agreed format never occurs"),
-        ({"equal_groups": 0.7}, "70% of the groups have equal rewards and give no gradient; paste: sampling.refill=16"),
+        (
+            {"equal_groups": 0.7},
+            "70% of the groups have equal rewards and give no gradient; paste: grpo.num_generations=16",
+        ),
         ({"opened": "think", "format_rate": 0.0}, "the chat template opens <think> itself"),
         ({"opened": "think"}, "it can learn"),
         ({"notes": ("no probed prompt has a usable gold answer",)}, "no probed prompt has a usable gold answer"),
@@ -37,7 +43,16 @@ HEALTHY = Probe(
     ],
 )
 def test_the_gravest_finding_wins(changes: dict[str, object], expected: str) -> None:
-    assert expected in verdict(replace(HEALTHY, **changes))  # type: ignore[arg-type]
+    recipe = load_recipe("gsm8k", ["grpo.max_completion_length=512"])
+    assert expected in verdict(replace(HEALTHY, **changes), recipe)  # type: ignore[arg-type]
+
+
+def test_a_longer_cap_is_advised_for_the_rewards_that_know_it_too() -> None:
+    recipe = load_recipe("smoke")  # its second reward takes the cap of 8 tokens as an argument
+    cut = replace(HEALTHY, cap=8, truncated={8: 0.6})
+    assert verdict(cut, recipe).endswith(
+        "paste: grpo.max_completion_length=16 rewards[1].kwargs.max_completion_length=16"
+    )
 
 
 def test_a_random_model_is_found_too_weak_or_cut_short_and_measured() -> None:

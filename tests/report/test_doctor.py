@@ -28,6 +28,7 @@ from grpo_lite.report.doctor import (
     troubleshooting,
 )
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
+from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
@@ -511,7 +512,7 @@ def test_a_gated_reward_is_not_blamed_for_a_gate_that_never_opens() -> None:
 
 def test_a_larger_cap_is_told_to_the_rewards_that_know_it() -> None:
     recipe = sums().recipe  # its soft_overlong_punishment is told of the cap of 8 tokens
-    override = unpaid.twice_the_cap(sums())
+    override = twice_the_cap(recipe)
     assert override == "grpo.max_completion_length=16 rewards[1].kwargs.max_completion_length=16"
     assert recipe.rewards[1].kwargs["max_completion_length"] == recipe.max_completion_length
 
@@ -524,7 +525,7 @@ def test_a_larger_cap_is_told_to_the_rewards_that_know_it() -> None:
 def test_twice_the_group_is_advised_in_a_way_that_every_recipe_takes(name: str, more: list[str]) -> None:
     path = str(ROOT / "recipes" / f"{name}.yaml")
     recipe = load_recipe(path, more)
-    advised = load_recipe(path, [*more, *unpaid.twice_the_group(Evidence(recipe, [])).split()])
+    advised = load_recipe(path, [*more, *twice_the_group(recipe).split()])
     assert advised.num_generations == 2 * recipe.num_generations
     assert advised.schedule.batch >= recipe.schedule.batch
 
