@@ -20,6 +20,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and r
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
+# Programs that tests start import `tests`, and this tree's packages.
+PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(PATHS))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server that all workers of pytest-xdist share, while they import."""
