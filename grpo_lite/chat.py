@@ -148,11 +148,11 @@ def fill_template(data: DataSection, question: str) -> str:
     return filled[: -len(ending)] if ending and question.endswith(ending) else filled
 
 
-def answer_lines(answers: dict[str, str], width: int | None = None) -> list[str]:
+def answer_lines(answers: dict[str, str]) -> list[str]:
     """Return answers as lines for people: one as it is, two side by side, or below each other where it is narrow."""
     if len(answers) == 1:
         return [next(iter(answers.values()))]
-    width = width or shutil.get_terminal_size((_NARROW - 1, 24)).columns
+    width = shutil.get_terminal_size((_NARROW - 1, 24)).columns
     if width < _NARROW:
         return [line for side, text in answers.items() for line in (f"{side}:", text, "")][:-1]
     column = (width - 3) // 2

@@ -155,15 +155,17 @@ def test_terminal_knows_new_help_and_exit() -> None:
     assert "/exit ends it" in shown[1]
 
 
-def test_two_answers_stand_side_by_side_where_there_is_room() -> None:
-    lines = answer_lines({"base": "one two", "trained": "three\nfour"}, width=100)
+def test_two_answers_stand_side_by_side_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = answer_lines({"base": "one two", "trained": "three\nfour"})
     assert lines[0].split() == ["base", "|", "trained"]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["three", "four"]
-    assert all(len(line) <= 100 for line in answer_lines({"base": "x " * 200, "trained": "y " * 90}, width=100))
+    assert all(len(line) <= 100 for line in answer_lines({"base": "x " * 200, "trained": "y " * 90}))
 
 
-def test_two_answers_stand_one_under_the_other_where_it_is_narrow() -> None:
-    assert answer_lines({"base": "one", "trained": "two"}, width=60) == ["base:", "one", "", "trained:", "two"]
+def test_two_answers_stand_one_under_the_other_where_it_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert answer_lines({"base": "one", "trained": "two"}) == ["base:", "one", "", "trained:", "two"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from grpo_lite.errors import ExportError
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+BLOCK_ELEMENTS = 1 << 19  # of a tensor in memory at once
 
 _ITEM_BYTES = {
     **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"], 1),
@@ -132,12 +133,12 @@ def build_head(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str
     return len(text).to_bytes(8, "little") + text
 
 
-def row_blocks(shape: tuple[int, ...], max_elements: int = 1 << 19) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows of at most `max_elements` elements (at least one row) that cover a tensor."""
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that cover a tensor, each of at most BLOCK_ELEMENTS elements but at least one row."""
     if not shape:
         yield 0, 1
         return
-    step = max(1, max_elements // max(1, math.prod(shape[1:])))
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
