@@ -203,18 +203,18 @@ def _import_everything() -> None:
     import gc
     import importlib
     import logging
+    import pkgutil
 
     logging.disable(logging.WARNING)  # what upstream says on import
-    stages = ("train", "cli", "trainer.recovery", "evaluation.evaluate", "export.stages", "report.page")
-    upstream = (
-        "bitsandbytes",
-        "datasets",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.font_manager",
-    )
-    for name in (*(f"grpo_lite.{stage}" for stage in stages), *upstream, "tests.killing"):
-        with contextlib.suppress(ModuleNotFoundError):
+    upstream = ["bitsandbytes", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    rooms = ("session", "trainer", "engine", "evaluation", "export", "report")
+    ours = [
+        f"grpo_lite.{room}.{module.name}"
+        for room in rooms
+        for module in pkgutil.iter_modules([str(ROOT / "grpo_lite" / room)])
+    ]
+    for name in (*upstream, *ours, "grpo_lite.train", "tests.killing"):
+        with contextlib.suppress(ImportError):  # the command says what is missing
             importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")
     logging.disable(logging.NOTSET)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,14 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
         assert "the run is finished; its report is made up for" in text
     else:
         assert "resuming from step" in text
+
+
+@pytest.mark.parametrize("moments", [MOMENTS, EXPORT_MOMENTS], ids=["training", "export"])
+def test_every_moment_is_a_function_that_is_there(moments: dict[str, tuple[str, str]]) -> None:
+    """The matrices below run for hours and seldom: a function that was renamed is seen here."""
+    for name, (target, _) in moments.items():
+        module, _, path = target.partition(":")
+        assert callable(attrgetter(path)(importlib.import_module(module))), name
 
 
 @pytest.mark.slow
