@@ -181,10 +181,10 @@ def install(model: PreTrainedModel) -> None:
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Say why `model` cannot run packed, or return None.
+    """Return why `model` cannot run packed, or None.
 
     Everything that makes a token depend on more than "its prompt, its own earlier tokens, and relative positions" is
-    refused here by its configuration; `trainer.py` also compares the two computations once, on the real weights.
+    refused here by its configuration; `score.self_check` also compares both computations once, on the real weights.
     """
     config = model.config
     implementation = config._attn_implementation

@@ -2,7 +2,7 @@
 
 `transformers.generate` prepares everything as always (generation config, logits processors, stopping criteria) and
 hands over to `GroupDecoder` through its public `custom_generate` argument. The decoder prefills each distinct prompt
-once and keeps one copy of its keys and values (`group_cache.py`), drops finished rows from the batch, works in waves
+once and keeps one copy of its keys and values (`cache.py`), drops finished rows from the batch, works in waves
 under a budget of cached tokens, and notes the entropy of every sampled distribution and the log-probability of the
 token drawn from it on the way.
 """
@@ -170,7 +170,7 @@ class GroupDecoder:
         return finished
 
     def _forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
-        no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device)  # see scoring.score
+        no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device)  # see score.score
         out = model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, packed_layout=cache
         )
@@ -215,7 +215,7 @@ def process(ids: Tensor, logits: Tensor, processors: LogitsProcessorList, rows: 
 
 
 def decoding_obstacle(config: GenerationConfig) -> str | None:
-    """Say which setting the decoder does not know, or return None."""
+    """Return which setting the decoder does not support, or None."""
     if config.get_generation_mode() not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         return f"the generation mode is {config.get_generation_mode().value}"
     for name in ("cache_implementation", "guidance_scale", "watermarking_config", "stop_strings"):

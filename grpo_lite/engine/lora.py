@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def shorten_lora(model: nn.Module) -> int:
-    """Let the model's LoRA layers on linear layers take the short way; returns how many do."""
+    """Let the model's LoRA layers on linear layers take the short way; return how many do."""
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError:

@@ -1,6 +1,6 @@
-"""is_out_of_memory: one decision, whoever ran out: PyTorch's allocator, the CUDA driver, cuBLAS, cuDNN, Triton or NCCL.
+"""`is_out_of_memory`: one decision for PyTorch's allocator, the CUDA driver, cuBLAS, cuDNN, Triton and NCCL.
 
-Torch-free. Used wherever a phase is done again with less at once; every other error goes on its way.
+Torch-free. Used wherever a phase is repeated with less at once; every other error is raised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SAID = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that a device, or the main memory of a CPU run, is full.
+    """Return whether an error means that a device, or the main memory of a CPU run, is full.
 
     As in `accelerate.utils.memory.should_reduce_batch_size`, but by type first, and without what only may mean it:
     `CUDNN_STATUS_NOT_SUPPORTED` (a kernel that does not exist) and `CUBLAS_STATUS_NOT_INITIALIZED` (as often a broken

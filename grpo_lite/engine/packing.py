@@ -2,7 +2,7 @@
 
 A padded batch holds a prompt G times and every completion at the length of the longest. Here it becomes one flat row
 without padding, `[prompt | c1 | … | cG | next prompt | …]`; positions restart after the prompt, and the attention
-(`attention.py`) lets a completion see its prompt and itself. `trainer.py` scatters the results back to padded shape.
+(`attention.py`) lets a completion see its prompt and itself. `unpack` scatters the results back to padded shape.
 """
 
 from collections.abc import Sequence

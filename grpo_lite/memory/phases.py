@@ -201,7 +201,7 @@ def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -
 
 
 def cache_capacity(completion: int) -> int:
-    """Return for how many tokens a row's buffer is laid out: it doubles from 16 (group_cache.GroupCache)."""
+    """Return for how many tokens a row's buffer is laid out: it doubles from 16 (cache.GroupCache)."""
     return max(16, 1 << max(0, completion - 2).bit_length())
 
 

@@ -14,6 +14,7 @@ from grpo_lite.trainer.prompts import (
     GroupSampler,
     PromptQueue,
     groups_without_signal,
+    load_state,
     refill_batch,
     shuffle_groups,
 )
@@ -193,6 +194,17 @@ def test_a_refill_stops_when_the_dataset_has_no_further_prompt(tmp_path: Path):
 def test_refill_is_refused_where_advantages_depend_on_the_whole_batch(setting: dict[str, str], tmp_path: Path):
     with pytest.raises(ValueError, match="one group only"):
         run(tmp_path, Rewards(set()), EngineOptions(refill=1), **setting)
+
+
+def test_the_queue_of_an_older_release_s_checkpoint_continues(tmp_path: Path):
+    """It also held solve rates, which are ignored; without refilling it held no count."""
+    (tmp_path / "sampling_state.json").write_text('{"rates": {"rounds": 3, "total": [0.5]}, "taken": 7}')
+    queue = PromptQueue(12, seed=1)
+    load_state(tmp_path, queue)
+    assert queue.taken == 7
+    (tmp_path / "sampling_state.json").write_text('{"rates": {"rounds": 3}, "taken": null}')
+    load_state(tmp_path, queue)
+    assert queue.taken == 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2], ids=["loader ahead", "loader not ahead"])
