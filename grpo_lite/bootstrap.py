@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
         return 1
     have = installed_torch()
     if not (target / "bin" / "python").exists():
-        print(f"making {target} (Python {platform.python_version()}" + (f", with torch {have})" if have else ")"))
+        print(f"creating {target} (Python {platform.python_version()}" + (f", with torch {have})" if have else ")"))
         try:
             make_environment(target, share_packages=have is not None)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"error: {target} cannot be made: {error}. Is the folder writable? Another one: VENV=/path.")
+            print(f"error: {target} cannot be created: {error}. Is the folder writable? Another one: VENV=/path.")
             return 1
     constraints = target / "torch-constraint.txt"
     constraints.write_text(f"torch=={have}\n" if have else "", encoding="utf-8")
@@ -54,21 +54,23 @@ def main(argv: list[str]) -> int:
     if ok and "dev" in extras and not pip(target, *source):
         print("Unsloth's source cannot be fetched: the tests that compare our arguments with it will skip")
     if not ok:
-        print("error: the installation failed; pip's last lines above say why. Mend it and run `make setup` again.")
+        print("error: the installation failed; pip's last lines above say why. Fix that and run `make setup` again.")
     return 0 if ok else 1
 
 
 def install_project(target: Path, constraints: Path, extras: list[str]) -> bool:
     """Install this project with its extras; those with a question mark only where they can be."""
     root = Path(__file__).resolve().parent.parent
-    wanted = [extra for extra in extras if not extra.endswith("?")]
-    hoped = [extra.rstrip("?") for extra in extras if extra.endswith("?") and has_nvidia_driver()]
-    plain = f"{root}[{','.join(wanted)}]" if wanted else str(root)
-    if not hoped:
+    required = [extra for extra in extras if not extra.endswith("?")]
+    optional = [extra.rstrip("?") for extra in extras if extra.endswith("?") and has_nvidia_driver()]
+    plain = f"{root}[{','.join(required)}]" if required else str(root)
+    if not optional:
         return pip(target, "-c", str(constraints), "-e", plain)
-    if pip(target, "-c", str(constraints), "-e", f"{root}[{','.join([*wanted, *hoped])}]"):
+    if pip(target, "-c", str(constraints), "-e", f"{root}[{','.join([*required, *optional])}]"):
         return True
-    print(f"{', '.join(hoped)} cannot be installed here (pip's lines above say why); going on without (BACKEND=hf)")
+    print(
+        f"{', '.join(optional)} cannot be installed here (pip's lines above say why); continuing without (BACKEND=hf)"
+    )
     return pip(target, "-c", str(constraints), "-e", plain)
 
 

@@ -1,7 +1,7 @@
-"""screen: lines for people without the values of secrets; a terminal or pipe that is gone ends nothing.
+"""The screen: lines for people, without secrets, that keep a run alive when the terminal or pipe closes.
 
-An SSH session that drops, or a `tee` that dies, makes every write to the screen an OSError. Training goes on without a
-screen until it has saved what it has.
+When an SSH session drops or a `tee` dies, every write to the screen raises OSError. Training then continues without a
+screen, until its last checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _JOINERS = "\u200c\u200d"  # part of many scripts and emoji
 
 
 def steadfast(show: Show) -> Show:
-    """Return `show` such that secrets are hidden, nothing steers the terminal, and it never raises OSError."""
+    """Return `show` with secrets hidden and control characters escaped; it never raises OSError."""
 
     def careful(line: str) -> None:
-        with surviving():
+        with ignore_closed_screen():
             show(printable(redact(line), keep="\n\t"))
 
     return careful
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return a text that cannot steer a terminal: control and direction characters are written out, `keep` is kept.
+    r"""Return a text that cannot control a terminal: control and direction characters are escaped, except `keep`.
 
     >>> printable("a\x1b[2J \u202eb\n", keep="\n")
     'a\\u001b[2J \\u202eb\n'
     """
-    kept = _JOINERS + keep
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in _STEERING and c not in kept else c for c in text)
+    allowed = _JOINERS + keep
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in _STEERING and c not in allowed else c for c in text)
 
 
 def ready_streams() -> None:
-    """Give a process without screen or keyboard (`>&-`, some daemons) ones that lead nowhere; fail in no locale.
+    """Open /dev/null for each standard stream that is closed (`>&-`, some daemons), and accept every locale.
 
-    Without, the next file that is opened takes their numbers, and C libraries print into it. What a locale's
-    characters (LC_ALL=C, Latin-1) cannot say is shown as `?`.
+    Otherwise the next file that is opened gets the number of a closed stream, and C libraries print into it. A
+    character that the locale (LC_ALL=C, Latin-1) cannot encode is shown as `?`.
     """
     for number in range(3):
         try:
@@ -59,18 +59,18 @@ def ready_streams() -> None:
 
 
 @contextlib.contextmanager
-def surviving() -> Iterator[None]:
-    """Let what is written inside fail; from then on this process writes to nowhere."""
+def ignore_closed_screen() -> Iterator[None]:
+    """Ignore an OSError of a write to the screen, and silence this process from then on."""
     try:
         yield
     except OSError:
-        abandon()
+        silence()
 
 
-def abandon() -> None:
-    """Send what this process still writes to its screen to nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def silence() -> None:
+    """Send everything that this process prints from now on to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no real file: a notebook's, a test's
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+            os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,4 +1,4 @@
-"""What a run came to, as lines for people: reward, held-out scores, where everything lies, what to type next."""
+"""The result of a run as lines for people: reward, held-out scores, paths, and the next commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.units import duration
+from grpo_lite.units import duration, gib
 
 
 def run_summary(run: RunDir) -> str:
@@ -16,7 +16,7 @@ def run_summary(run: RunDir) -> str:
     lines = [
         "",
         f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
-        f"{record.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
+        f"{gib(record.get('peak_memory_bytes')) or 'unknown'}",
         f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
     ]
     if scores := run.read_scores():
@@ -26,7 +26,7 @@ def run_summary(run: RunDir) -> str:
     if record.get("faults"):
         lines.append("left out: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in record["faults"].items()))
     if not record.get("trained_at"):
-        lines.append("paused by limits.max_minutes; to go on from here, give the same command again")
+        lines.append("paused by limits.max_minutes; to resume, give the same command again")
     lines += ["", f"adapter   {run.adapter}"]
     if run.merged.is_dir():
         lines.append(f"merged    {run.merged}")
@@ -83,5 +83,5 @@ def interrupted_summary(run: RunDir, steps: int, signal_name: str) -> str:
     saved = f"saved {checkpoint}" if checkpoint else "no checkpoint was saved"
     return (
         f"interrupted by {signal_name} after step {steps}; {saved}.\n"
-        f"To resume, give the same command again: RUN={shlex.quote(str(run.path))} is continued from there."
+        f"To resume from there, give the same command again: RUN={shlex.quote(str(run.path))}"
     )

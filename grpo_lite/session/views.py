@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import Board, now_s, rendered
 from grpo_lite.report.evidence import Finding
-from grpo_lite.screen import Show, surviving
+from grpo_lite.screen import Show, ignore_closed_screen
 
 ViewKind = Literal["plain", "live", "notebook"]
 Latest = Callable[[], list[dict[str, Any]]]
@@ -78,20 +78,20 @@ class LiveView(View):
 
         # Redrawn at each log only: no thread of rich's that a forked judge or sandbox could inherit in mid-write.
         self._live = Live(get_renderable=self._render, auto_refresh=False, vertical_overflow="crop")
-        with surviving():
+        with ignore_closed_screen():
             self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
-        with surviving():
+        with ignore_closed_screen():
             self._live.__exit__(None, None, None)
 
     def _render(self) -> Any:
         return rendered(self.board, self.board.recipe.name)
 
     def draw(self) -> None:
-        with surviving():
+        with ignore_closed_screen():
             self._live.refresh()
 
 

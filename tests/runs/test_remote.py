@@ -250,7 +250,7 @@ def test_training_goes_on_from_a_mounted_folder_on_a_new_machine(server: Server,
                "limits.max_minutes=0.0001", f"push_checkpoints={tmp_path / 'drive'}"]  # fmt: skip
     assert server.run(command, log) == 0, log.read_text()
     assert "training pauses after step 1 of 3" in log.read_text()
-    assert "paused by limits.max_minutes; to go on from here, give the same command again" in log.read_text()
+    assert "paused by limits.max_minutes; to resume, give the same command again" in log.read_text()
     shutil.rmtree(tmp_path / "run")
     assert server.run(command, log) == 0, log.read_text()
     assert "fetched checkpoint-1" in log.read_text()
