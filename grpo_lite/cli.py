@@ -592,13 +592,15 @@ def doctor(run_path: str | None) -> None:
     """Say what is wrong with RUN and what to type; without RUN, what this machine has."""
     if run_path is None:
         return _describe_machine()
-    from grpo_lite.report.doctor import clean_bill, examine
+    from grpo_lite.report.doctor import examine, nothing_found
     from grpo_lite.report.evidence import read_evidence
     from grpo_lite.runs.run_dir import RunDir
 
     run = RunDir(run_path)
     findings = examine(run)
-    for line in [finding.line() for finding in findings] or [f"doctor: {run_path}: {clean_bill(read_evidence(run))}"]:
+    for line in [finding.line() for finding in findings] or [
+        f"doctor: {run_path}: {nothing_found(read_evidence(run))}"
+    ]:
         say(line)
 
 

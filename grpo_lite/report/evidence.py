@@ -1,8 +1,7 @@
-"""Evidence: what the run doctor looks at, and Finding, what it says. Arithmetic on a run's own files, no torch."""
+"""Evidence, which the run doctor looks at, and Finding, which it reports: arithmetic on a run's files, no torch."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +12,23 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 from rewards.facts import Reward, named
 
-FEWEST = 4  # logged steps before anything about a trend is said
+FEWEST = 4  # logged steps before the doctor judges a trend
 FLAT = 0.03  # a mean reward that moved by less has not moved
-LATEST_FILES = 8  # files of completions that are looked into
+LATEST_FILES = 8  # files of completions that are read
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the doctor says: a sentence with its figures, and the override that may mend it."""
+    """One thing that the doctor reports: a sentence with its figures, and the override that may fix it."""
 
     key: str
     sentence: str
-    override: str | None = None  # for ARGS="…" of the next run; None: nothing on the line can mend it
+    override: str | None = None  # for ARGS="…" of the next run; None: no override can fix it
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Finding:
+        """Return the finding of a line of findings.jsonl."""
+        return cls(record["key"], record["sentence"], record.get("override"))
 
     def line(self) -> str:
         """Return the finding as one line for a screen."""
@@ -33,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run as far as it has come.
+    """A run so far.
 
     Args:
         recipe: of the run.
@@ -57,23 +61,23 @@ class Evidence:
 
     @property
     def window(self) -> int:
-        """Steps that count as "at first" and as "of late": a quarter of the run, 2 to 10."""
+        """How many steps count as early and as late: a quarter of the run, 2 to 10."""
         return min(10, max(2, len(self.steps) // 4))
 
     @property
     def last_step(self) -> int:
-        """The step that was logged last; 0 before there is one."""
+        """The last logged step; 0 before there is one."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     def early(self, key: str) -> float:
-        """Return a metric's mean over the first window; NaN where there are too few steps to speak of a trend."""
+        """Return a metric's mean over the first window; NaN if there are too few steps for a trend."""
         values = self.series(key)
-        return _mean(values[: self.window]) if len(values) >= FEWEST else math.nan
+        return mean(values[: self.window]) if len(values) >= FEWEST else math.nan
 
     def late(self, key: str) -> float:
-        """Return a metric's mean over the last window; NaN where there are too few steps to speak of a trend."""
+        """Return a metric's mean over the last window; NaN if there are too few steps for a trend."""
         values = self.series(key)
-        return _mean(values[-self.window :]) if len(values) >= FEWEST else math.nan
+        return mean(values[-self.window :]) if len(values) >= FEWEST else math.nan
 
     @property
     def parts(self) -> list[str]:
@@ -81,7 +85,7 @@ class Evidence:
         return self.recipe.reward_names
 
     def function(self, index: int) -> Reward | None:
-        """Return the function of a reward of ours, by its place in the recipe; None for other code, never imported."""
+        """Return the function of one of our rewards, by its index in the recipe; None for other code."""
         return named(self.recipe.rewards[index].function)
 
     @property
@@ -90,11 +94,11 @@ class Evidence:
         return f"rewards/{self.parts[0]}/mean"
 
     def rise(self, key: str) -> float:
-        """Return how much a metric rose from the first to the last window; NaN where that is not known."""
+        """Return how much a metric rose from the first to the last window; NaN if unknown."""
         return self.late(key) - self.early(key)
 
     def rises(self, key: str) -> bool | None:
-        """Tell whether a mean reward rose by more than FLAT and twice its standard error; None where unknown.
+        """Tell whether a mean reward rose by more than FLAT and twice its standard error; None if unknown.
 
         TRL logs the standard deviation over the batch beside each reward's mean.
         """
@@ -107,7 +111,7 @@ class Evidence:
         return rise > max(FLAT, 2 * error)
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """Return the completions of the last window of steps that were kept."""
+        """Return the saved completions of the last window of steps."""
         kept = sorted({row["step"] for row in self.completions})[-self.window :]
         return [row for row in self.completions if row["step"] in kept]
 
@@ -118,7 +122,7 @@ class Evidence:
 
 
 def read_evidence(run: RunDir) -> Evidence:
-    """Return what a run's folder holds for the doctor.
+    """Read a run's evidence from its folder.
 
     Raises:
         RunDirError: the folder is not a run, or its metrics.json is damaged.
@@ -130,30 +134,21 @@ def read_evidence(run: RunDir) -> Evidence:
 
 
 def read_steps(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl that tell of a step, oldest first."""
-    return [record for record in read_json_lines(run.metrics_file) if "reward" in record and "step" in record]
+    """Return the records of metrics.jsonl that describe a training step, oldest first."""
+    return [record for record in read_metrics(run) if "reward" in record]
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """Return all records of metrics.jsonl, oldest first, without a last line that a kill cut off."""
+    return [record for record in read_json_lines(run.metrics_file) if "step" in record]
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], part: str | None = None) -> float:
     """Return the rows' mean reward, or that of one part; NaN without any."""
     values = [row["reward"] if part is None else row["rewards"].get(part) for row in rows]
-    return _mean([float(value) for value in values if value is not None])
+    return mean([float(value) for value in values if value is not None])
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the values' mean; NaN without any."""
     return sum(values) / len(values) if values else math.nan
-
-
-def _step(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None  # a line cut by a kill
-
-
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, a cut last line left out."""
-    if not run.metrics_file.is_file():
-        return []
-    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if _step(line) is not None]

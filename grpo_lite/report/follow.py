@@ -30,7 +30,7 @@ def read_board(run: RunDir) -> Board:
     steps = read_steps(run)
     files = sorted((run.path / "completions").glob("step_*.jsonl"))
     rows = read_json_lines(files[-1]) if files else []
-    findings = {r["key"]: Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run)}
+    findings = {record["key"]: Finding.from_record(record) for record in stated_findings(run)}
     begun = int(record.get("first_step") or 0)
     total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
     seconds = sum(r.get("step_time") or 0.0 for r in steps if r["step"] > begun)
@@ -72,9 +72,9 @@ def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any]
             seconds = sum(r.get("step_time") or 0.0 for r in whole[:count] if r["step"] > board.begun_at)
             yield Board(board.recipe, board.total, whole[:count], (), (), seconds, board.begun_at).line()
         shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resume takes steps back
-        found = stated_findings(run)
-        yield from (Finding(r["key"], r["sentence"], r.get("override")).line() for r in found[stated:])
-        stated = len(found)
+        records = stated_findings(run)
+        yield from (Finding.from_record(record).line() for record in records[stated:])
+        stated = len(records)
         if state in ENDED:
             yield f"{run.path}: {state}{_NOTES.get(state, '')}"
             return

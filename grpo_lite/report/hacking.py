@@ -1,4 +1,7 @@
-"""What the completions give away: signs that the reward is earned without the task being done. Pure functions."""
+"""Signs of reward hacking: completions that get a reward without doing the task. Pure functions on Evidence.
+
+The diagnoses from metrics alone: diagnoses.py.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import rewards
-from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean_of
+from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean, mean_of
 from grpo_lite.screen import printable
 
-SUSPICIOUS = 0.25  # share of the paid completions that must show a sign
-FEWEST_PAID = 8
+SUSPICIOUS = 0.25  # share of the best completions that must show a sign
+FEWEST_SCORED = 8
 Row = Mapping[str, Any]
 _COMMITMENTS = re.compile(r"\\boxed\{([^{}]*)\}|####\s*(\S+)|<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _PHRASES = re.compile(r"\banswer(?:\s+is|:|\s*=)\s*\**\s*(-?[\w./\\{}^]+)", re.IGNORECASE)
@@ -26,9 +29,9 @@ _TAGS = ("think", "answer", "reasoning", "solution")
 
 @functools.lru_cache(maxsize=4096)
 def repeats_itself(text: str) -> bool:
-    """Tell whether most of a text is one passage again and again.
+    """Tell whether most of a text is one passage repeated.
 
-    At least 40 characters that compress to less than a fifth of what ordinary prose does, or whose commonest three
+    It has at least 40 characters, and zlib compresses it to less than a fifth of its size, or its most common three
     words in a row make up half of it.
 
     >>> repeats_itself("the answer is 4 " * 12), repeats_itself("First add 3 and 4, which is 7; then double it to 14.")
@@ -52,11 +55,11 @@ def commits_often(text: str) -> bool:
     >>> commits_often("1, 2, 3, 4, 5 or 6"), commits_often("The answer is 1. The answer is 2. The answer is 3.")
     (True, True)
     """
-    said = text.rpartition("</think>")[2]
-    marked = {next(filter(None, found), "").strip() for found in _COMMITMENTS.findall(said)}
-    stated = {found.rstrip(".") for found in _PHRASES.findall(said)}
-    numbers = set(_NUMBER.findall(said))
-    rest = _SEPARATORS.sub("", _NUMBER.sub("", said))  # nothing in a bare list; operators mean a calculation
+    visible = text.rpartition("</think>")[2]
+    marked = {next(filter(None, groups), "").strip() for groups in _COMMITMENTS.findall(visible)}
+    stated = {phrase.rstrip(".") for phrase in _PHRASES.findall(visible)}
+    numbers = set(_NUMBER.findall(visible))
+    rest = _SEPARATORS.sub("", _NUMBER.sub("", visible))  # nothing in a bare list; operators mean a calculation
     return len(marked) >= 3 or len(stated) >= 3 or (len(numbers) >= 5 and not rest)
 
 
@@ -70,14 +73,14 @@ def stuffs_tags(text: str, tags: Sequence[str] = _TAGS) -> bool:
 
 
 def repeated_text(e: Evidence) -> Finding | None:
-    """Completions that repeat themselves are paid."""
-    found = _paid_share(e, lambda row: repeats_itself(row["completion"]))
-    if not found:
+    """Completions that repeat themselves get a high reward."""
+    best = _best_share(e, lambda row: repeats_itself(row["completion"]))
+    if not best:
         return None
-    share, sample = found
+    share, sample = best
     return Finding(
         "repeated_text",
-        f"{share:.0%} of the best-paid completions repeat themselves, such as {sample}: the reward may be hacked.",
+        f"{share:.0%} of the best completions repeat themselves, such as {sample}: the reward may be hacked.",
         _penalise_repetition(e),
     )
 
@@ -91,18 +94,18 @@ def _penalise_repetition(e: Evidence) -> str:
 
 
 def many_answers(e: Evidence) -> Finding | None:
-    """Completions that commit to several different answers are paid."""
-    found = _paid_share(e, _lists_answers)
-    if not found:
+    """Completions that commit to several different answers get a high reward."""
+    best = _best_share(e, _lists_answers)
+    if not best:
         return None
-    share, sample = found
-    index = _paying_part(e, _lists_answers)
-    if e.function(index) is rewards.accuracy_reward:  # pays the last one only: naming more does not help
+    share, sample = best
+    index = _favouring_part(e, _lists_answers)
+    if e.function(index) is rewards.accuracy_reward:  # takes the last one only: more answers do not help
         return None
     return Finding(
         "many_answers",
-        f"{share:.0%} of the best-paid completions commit to three or more answers, such as {sample}: the reward "
-        "takes any of them.",
+        f"{share:.0%} of the best completions commit to three or more answers, such as {sample}: the reward "
+        "accepts any of them.",
         _replace(e, index, "rewards.accuracy_reward"),
     )
 
@@ -115,34 +118,34 @@ def _lists_answers(row: Row) -> bool:
 
 
 def stuffed_tags(e: Evidence) -> Finding | None:
-    """Completions that hold the format's tags again and again are paid."""
+    """Completions that repeat the format's tags get a high reward."""
     tags = [*_TAGS, *(str(tag) for section in e.recipe.rewards for tag in section.kwargs.get("tags") or ())]
 
     def stuffed(row: Row) -> bool:
         return stuffs_tags(row["completion"], tags)
 
-    found = _paid_share(e, stuffed)
-    if not found:
+    best = _best_share(e, stuffed)
+    if not best:
         return None
-    share, sample = found
-    index = _paying_part(e, stuffed)
+    share, sample = best
+    index = _favouring_part(e, stuffed)
     name = e.parts[index]
     own = e.function(index) is not rewards.format_reward
     return Finding(
         "stuffed_tags",
-        f"{share:.0%} of the best-paid completions stuff in tags, such as {sample}, and {name} pays for it.",
+        f"{share:.0%} of the best completions repeat tags, such as {sample}, and {name} rewards it.",
         _replace(e, index, "rewards.format_reward") if own else f"rewards[{index}].weight=0",
     )
 
 
-def _paying_part(e: Evidence, sign: Callable[[Row], bool]) -> int:
-    """Return the position of the reward that pays completions with a sign most above those without."""
+def _favouring_part(e: Evidence, sign: Callable[[Row], bool]) -> int:
+    """Return the index of the reward that favours completions with a sign the most over those without."""
 
     def advantage(part: str) -> float:
         with_sign = [row for row in e.rows() if sign(row)]
         without = [row for row in e.rows() if not sign(row)]
         gain = mean_of(with_sign, part) - (mean_of(without, part) if without else 0.0)
-        return gain if gain == gain else 0.0  # NaN: the part paid none of them
+        return gain if gain == gain else 0.0  # NaN: the part scored none of them
 
     return max(range(len(e.parts)), key=lambda i: advantage(e.parts[i]))
 
@@ -152,21 +155,21 @@ def _replace(e: Evidence, index: int, function: str) -> str:
     return f"rewards[{index}].function={function}{no_arguments}"
 
 
-def _paid_share(e: Evidence, sign: Callable[[Row], bool]) -> tuple[float, str] | None:
-    """Return the share of the best-paid late completions that show a sign, and one of them; None below the limit.
+def _best_share(e: Evidence, sign: Callable[[Row], bool]) -> tuple[float, str] | None:
+    """Return the share of the best late completions that show a sign, and one of them; None below the limit.
 
-    Best paid: the upper half of the rewards that were given, above the least. Where all earn the same, all count,
-    unless they earn nothing.
+    The best have a positive reward in the upper half of the range. If all rewards are equal, all completions count,
+    unless the reward is 0.
     """
     rows = [row for row in e.rows() if row["reward"] is not None]
-    if len(rows) < FEWEST_PAID:
+    if len(rows) < FEWEST_SCORED:
         return None
     low, high = min(row["reward"] for row in rows), max(row["reward"] for row in rows)
-    paid = [row for row in rows if row["reward"] >= (low + high) / 2 and row["reward"] > 0]
-    shown = [row for row in paid if sign(row)]
-    if not paid or len(shown) < max(3, SUSPICIOUS * len(paid)):
+    best = [row for row in rows if row["reward"] >= (low + high) / 2 and row["reward"] > 0]
+    suspicious = [row for row in best if sign(row)]
+    if not best or len(suspicious) < max(3, SUSPICIOUS * len(best)):
         return None
-    return len(shown) / len(paid), _quoted(shown[-1]["completion"])
+    return len(suspicious) / len(best), _quoted(suspicious[-1]["completion"])
 
 
 def _quoted(text: str, width: int = 60) -> str:
@@ -181,13 +184,13 @@ def reward_without_progress(e: Evidence) -> Finding | None:
     checks: list[tuple[str, float, float]] = []
     held = e.series("heldout/lenient")
     since = next((i for i, record in enumerate(e.steps) if "heldout/lenient" in record), 0)
-    same_span = replace(e, steps=e.steps[max(0, since - e.window) :])  # what was learnt before the first score is past
+    same_span = replace(e, steps=e.steps[max(0, since - e.window) :])  # steps before the first score do not count
     if len(held) >= 2 and same_span.rise("reward") >= 0.15:
         half = max(1, len(held) // 2)
-        checks.append(("the held-out score", _mean(held[:half]), _mean(held[half:])))
+        checks.append(("the held-out score", mean(held[:half]), mean(held[half:])))
     if e.series("honest_accuracy"):
-        checks.append(("a second, independent judgement", e.early("honest_accuracy"), e.late("honest_accuracy")))
-    for kind, name in (("honest", "the second judgement of held-out answers"), ("lenient", "the held-out score")):
+        checks.append(("a second, independent judge", e.early("honest_accuracy"), e.late("honest_accuracy")))
+    for kind, name in (("honest", "the second judge of held-out answers"), ("lenient", "the held-out score")):
         difference: Mapping[str, Any] = e.scores.get(kind, {}).get("difference", {})
         if difference:
             checks.append((name, difference["before"], difference["after"]))
@@ -196,19 +199,15 @@ def reward_without_progress(e: Evidence) -> Finding | None:
             return Finding(
                 "reward_without_progress",
                 f"The reward rose from {e.early('reward'):.2f} to {e.late('reward'):.2f}, but {name} did not "
-                f"({before:.2f} → {after:.2f}): the reward pays something else than the task.",
+                f"({before:.2f} → {after:.2f}): the reward measures something other than the task.",
                 _lower_others(e),
             )
     return None
 
 
 def _lower_others(e: Evidence) -> str:
-    """Gate the rewards that rose beside the first one; where there are none, hold the policy near the base."""
+    """Gate a reward that rose beside the first one; if there is none, keep the policy near the base."""
     for index, part in enumerate(e.parts[1:], start=1):
         if e.rise(f"rewards/{part}/mean") > 0 and not e.recipe.rewards[index].gate:
             return f"rewards[{index}].gate=true"
     return f"grpo.beta={max(0.04, 2 * e.grpo('beta', 0.0)):g}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

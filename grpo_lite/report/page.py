@@ -15,7 +15,7 @@ from grpo_lite.errors import RunDirError
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.recipe.recipe import without_paths
 from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png
-from grpo_lite.report.doctor import OnceUntilItChanges, clean_bill, examine, state_finding, stated_findings
+from grpo_lite.report.doctor import OnceUntilItChanges, examine, nothing_found, state_finding, stated_findings
 from grpo_lite.report.evidence import Finding
 from grpo_lite.report.facts import (
     RunPage,
@@ -55,7 +55,7 @@ def write_report(run: RunDir) -> Path:
         page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
         charts=_drawn(found), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
         held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
-        versions=versions(page), clean=clean_bill(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
+        versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
         data=_safe(for_script(data)),
     )  # fmt: skip
     path = run.path / "report.html"
@@ -67,7 +67,7 @@ def finish_with_report(run: RunDir, show: Show) -> None:
     """State what only the held-out scores show, and write the report; a fault here is told and costs nothing else."""
     try:
         once = OnceUntilItChanges()
-        once.news(Finding(r["key"], r["sentence"], r.get("override")) for r in stated_findings(run))
+        once.news(map(Finding.from_record, stated_findings(run)))
         for finding in once.news(examine(run)):
             state_finding(run, finding, int(run.read_run().get("steps") or 0), show)
         write_report(run)
@@ -101,7 +101,7 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
     html = _template("compare.html").render(
         names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
         differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(found),
-        findings=[page.findings for page in pages], clean=[clean_bill(page.evidence) for page in pages],
+        findings=[page.findings for page in pages], clean=[nothing_found(page.evidence) for page in pages],
         data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in found}})),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The run doctor: each disease on a real run of a tiny model that has it, silence on a healthy one."""
+"""The run doctor: each disease on a real run of a tiny model that has it, and no finding on a healthy run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import torch
 
 from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, read_yaml, recipe_names
 from grpo_lite.report import diagnoses, hacking
-from grpo_lite.report import diagnoses as unpaid
 from grpo_lite.report.doctor import (
     TABLE,
     OnceUntilItChanges,
-    clean_bill,
     diagnose,
     examine,
     forget_findings_after,
+    nothing_found,
     state_finding,
     stated_findings,
     troubleshooting,
@@ -111,7 +110,7 @@ CASES = [
     Case(None, ["rewards.accuracy_reward"], ("grpo.max_completion_length=30",), golds=["2\\sqrt{3}"],
          script=lambda s, r: "\\boxed{\\sqrt{12}}" if r.random() < 0.1 + 0.1 * s else "\\boxed{\\sqrt{8}}"),
     Case("truncation", ["ended"], script=lambda s, r: words(r.choice([3, 20, 20, 20]), r),
-         says="are cut off at 8 tokens, and those earn 0.00 where finished ones earn 1.00",
+         says="are cut off at 8 tokens; those get a reward of 0.00, finished ones 1.00",
          override="grpo.max_completion_length=16"),
     Case("zero_reward", ["nothing"], says="cut off at 8 tokens, before an answer",
          override="grpo.max_completion_length=16"),
@@ -139,18 +138,18 @@ CASES = [
     Case("entropy_collapse", ["noise"], ("grpo.learning_rate=0.003",), sharpen=True, says="Entropy fell from 1.",
          override="grpo.learning_rate=0.001"),
     Case("kl_blow_up", overrides=("grpo.learning_rate=0.05", "grpo.beta=0.0001", "grpo.max_steps=14"),
-         says="nats a token: the model is leaving its language", override="grpo.learning_rate=0.02 grpo.beta=0.04"),
+         says="nats a token: the policy is far from its base", override="grpo.learning_rate=0.02 grpo.beta=0.04"),
     Case("grad_norm_spikes", ["earthquake"], ("grpo.scale_rewards=none", "grpo.max_steps=10", "grpo.learning_rate=1e-4",
          "grpo.max_grad_norm=1000000"), says="steps had a gradient norm up to"),
     Case("learning_rate_too_low", overrides=("grpo.learning_rate=1e-6",), says="The learning rate 1e-06 is for full",
          override="grpo.learning_rate=2e-5"),
     Case("unusable_golds", ["rewards.accuracy_reward"], ("grpo.max_completion_length=20",), golds=["2", ""],
          script=lambda s, r: f"\\boxed{{{r.choice([2, 3])}}}",
-         says="of the completions answer a prompt whose gold cannot be used"),
+         says="of the completions answer a prompt whose gold answer cannot be used"),
     Case("judge_timeouts", ["rewards.accuracy_reward"], ("grpo.max_completion_length=60",
          "rewards[0].kwargs.timeout_s=0.05", "grpo.max_steps=5"), golds=["\\prod_{n=1}^{10^{8}} n"],
          script=lambda s, r: f"\\boxed{{\\prod_{{n={r.choice([1, 2])}}}^{{10^{{8}}}} n}}",
-         says="The judge ran out of time (0.05 s) on", override="rewards[0].kwargs.timeout_s=0.125"),
+         says="of the answers took longer than 0.05 s, so they", override="rewards[0].kwargs.timeout_s=0.125"),
     Case("repeated_text", ["long"], ("grpo.max_completion_length=130",),
          script=lambda s, r: "and so on and " * r.randint(4, 8), says="repeat themselves, such as “and so on",
          override="rewards[1].function=rewards.repetition_penalty_reward rewards[1].weight=0.5"),
@@ -158,7 +157,7 @@ CASES = [
          script=lambda s, r: " ".join(f"\\boxed{{{i}}}" for i in range(r.choice([1, 2, 4, 5]))),
          says="commit to three or more answers", override="rewards[0].function=rewards.accuracy_reward"),
     Case("stuffed_tags", ["noise", "tag_count"], ("grpo.max_completion_length=80",),
-         script=lambda s, r: "<think>" * r.choice([1, 4, 5]) + words(3, r), says="stuff in tags",
+         script=lambda s, r: "<think>" * r.choice([1, 4, 5]) + words(3, r), says="repeat tags",
          override="rewards[1].function=rewards.format_reward"),
 ]  # fmt: skip
 
@@ -319,8 +318,8 @@ def test_solved_prompts_are_called_solved() -> None:
     assert finding.override is None
 
 
-@pytest.mark.parametrize("key, function", [("unusable_gold", unpaid.unusable_golds),
-                                           ("timeout", unpaid.judge_timeouts)])  # fmt: skip
+@pytest.mark.parametrize("key, function", [("unusable_gold", diagnoses.unusable_golds),
+                                           ("timeout", diagnoses.judge_timeouts)])  # fmt: skip
 def test_a_few_golds_that_cannot_be_used_and_a_rare_time_out_are_left_alone(key: str, function: Any) -> None:
     part = "rewards__accuracy_reward__mean"
     some = {f"accuracy_reward__{key}": lambda i: 0.2, part: lambda i: 0.5, "reward": lambda i: 0.5}
@@ -450,7 +449,7 @@ def test_the_command_line_reads_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in healthy))
     assert "nothing found wrong" in in_process("doctor", str(run.path))
     run.metrics_file.write_text(json.dumps(healthy[0]) + "\n")
-    assert "1 step logged so far; nothing is said before there are 4" in in_process("doctor", str(run.path))
+    assert "1 step logged so far; the doctor needs at least 4" in in_process("doctor", str(run.path))
     assert "is not a run" in in_process("doctor", str(tmp_path / "nowhere"), expect=1)
 
 
@@ -472,8 +471,8 @@ PART = "rewards__accuracy_reward__mean"
 
 
 def test_nothing_is_called_healthy_that_has_not_been_looked_at() -> None:
-    assert clean_bill(sums()).startswith("no steps logged so far")
-    assert clean_bill(replace(sums(), steps=steps(4, reward=lambda i: 0.5))).startswith("nothing found wrong")
+    assert nothing_found(sums()).startswith("no steps logged so far")
+    assert nothing_found(replace(sums(), steps=steps(4, reward=lambda i: 0.5))).startswith("nothing found wrong")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +488,7 @@ def test_only_a_first_reward_that_never_moves_is_called_stuck(
     means: list[float], spread: float, expected: str | None
 ) -> None:
     series = {PART: lambda i: means[i], "rewards__accuracy_reward__std": lambda i: spread}
-    found = unpaid.zero_reward(replace(sums(), steps=steps(6, reward=lambda i: means[i], **series)))
+    found = diagnoses.zero_reward(replace(sums(), steps=steps(6, reward=lambda i: means[i], **series)))
     assert (found and found.sentence.startswith(expected or "?")) == (None if expected is None else True)
 
 
@@ -497,10 +496,10 @@ def test_a_penalty_that_is_never_due_is_no_disease() -> None:
     zero = steps(6, reward=lambda i: 0.5, rewards__accuracy_reward__mean=lambda i: 0.5, rewards__f__mean=lambda i: 0.0)
     for weight, expected in ((1, True), (0, False), (-1, False)):
         with_part = sums(**{"rewards[1].function": "mine.py:f", "rewards[1].kwargs": "{}", "rewards[1].weight": weight})
-        assert bool(unpaid.zero_part(replace(with_part, steps=zero))) is expected
+        assert bool(diagnoses.zero_part(replace(with_part, steps=zero))) is expected
     alone = sums(rewards="[{function: rewards.repetition_penalty_reward}]")
     never = steps(6, reward=lambda i: 0.0, rewards__repetition_penalty_reward__mean=lambda i: 0.0)
-    assert unpaid.zero_reward(replace(alone, steps=never)) is None
+    assert diagnoses.zero_reward(replace(alone, steps=never)) is None
 
 
 def test_a_gated_reward_is_not_blamed_for_a_gate_that_never_opens() -> None:
@@ -578,7 +577,7 @@ def test_a_run_without_a_gradient_norm_is_not_taken_for_one_that_overflows() -> 
 def test_golds_of_which_none_can_be_used_are_named_though_no_step_has_a_reward() -> None:
     unusable = steps(6, reward=lambda i: None, accuracy_reward__unusable_gold=lambda i: 1.0)
     (finding,) = diagnose(replace(sums(), steps=unusable))
-    assert finding.sentence.startswith("100% of the completions answer a prompt whose gold cannot be used")
+    assert finding.sentence.startswith("100% of the completions answer a prompt whose gold answer cannot be used")
 
 
 def test_lengthening_runs_that_leave_out_cut_completions_already_get_other_advice() -> None:

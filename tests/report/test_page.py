@@ -349,7 +349,7 @@ def test_completions_without_a_reward_are_in_the_page(tmp_path: Path) -> None:
 
 def test_a_run_of_one_step_is_not_called_healthy(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run", steps=1)).read_text(encoding="utf-8")
-    assert "1 step logged so far; nothing is said before there are 4." in html
+    assert "1 step logged so far; the doctor needs at least 4." in html
     assert "othing found wrong" not in html
 
 
