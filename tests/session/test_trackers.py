@@ -101,4 +101,4 @@ def test_wandb_without_a_key_is_one_error_that_says_what_to_do(tmp_path: Path) -
     text = run_with("wandb", tmp_path)
     assert "error: wandb:" in text
     assert "WANDB_MODE=offline" in text
-    assert "fault of grpo_lite" not in text
+    assert "bug in grpo_lite" not in text

@@ -195,7 +195,7 @@ def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_o
     said = str(caught.value)
     assert "process 2: reward failed: rewards[0]" in said
     assert "in the second process only. It has now failed in 2 batches in a row" in said
-    assert "fault of grpo_lite" not in said  # the first one says why it stops, too
+    assert "bug in grpo_lite" not in said  # the first one says why it stops, too
     mended.touch()
     assert "resuming from step 2" in launch(2, *command)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
