@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from grpo_lite.evaluation.evaluate import score_completions  # noqa: E402
 from grpo_lite.export.gguf.file import KINDS, export_gguf  # noqa: E402
 from grpo_lite.export.gguf.proof import llama_cpp_greedy, prove_gguf  # noqa: E402
-from grpo_lite.models.base import resolve_base  # noqa: E402
+from grpo_lite.models.base import Base  # noqa: E402
 from grpo_lite.models.load import load_tokenizer  # noqa: E402
 from grpo_lite.recipe.recipe import Recipe  # noqa: E402
 from grpo_lite.runs.run_dir import RunDir  # noqa: E402
@@ -44,10 +44,10 @@ def main() -> None:
     args = parser.parse_args()
     run = RunDir(args.run)
     recipe = run.load_recipe()
-    base = resolve_base(recipe.model.id, recipe.model.revision)
-    tokenizer = load_tokenizer(recipe)
+    resolved = Base.resolve(recipe.model)
+    base, tokenizer = resolved.weights, load_tokenizer(resolved)
     rows = load_prompts(recipe, tokenizer).eval[: args.rows]
-    kwargs = recipe.grpo.get("chat_template_kwargs")
+    kwargs = recipe.template_kwargs
     sets = {"held-out": ([prompt_text(row["prompt"], tokenizer, kwargs) for row in rows[:20]], 16)}
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -75,7 +75,7 @@ def held_out_score(file: Path, recipe: Recipe, tokenizer: Any, rows: list[dict[s
     import llama_cpp
 
     cap = recipe.eval.max_new_tokens or recipe.max_completion_length
-    prompts = [prompt_ids(row["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs")) for row in rows]
+    prompts = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     model = llama_cpp.Llama(model_path=str(file), n_ctx=max(map(len, prompts)) + cap + 8, n_gpu_layers=0, verbose=False)
     completions = [llama_cpp_greedy(model, prompt, cap) for prompt in prompts]
     model.close()

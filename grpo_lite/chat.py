@@ -55,12 +55,13 @@ class Chat:
     """A loaded run that answers questions."""
 
     def __init__(self, run: RunDir, sampling: Sampling, compare: bool = False) -> None:
-        from grpo_lite.models.device import detect_device
+        from grpo_lite.models.base import Base
         from grpo_lite.models.load import load_tokenizer, load_trained
 
         self.recipe = run.load_recipe()
-        self.tokenizer = load_tokenizer(self.recipe)
-        self.model = load_trained(self.recipe, detect_device(), run.adapter)
+        base = Base.resolve(self.recipe.model)
+        self.tokenizer = load_tokenizer(base)
+        self.model = load_trained(base, self.recipe.rollout, run.adapter)
         self.sampling = sampling
         self.sides = ("base", "trained") if compare else ("trained",)
         self.histories: dict[str, list[Turn]] = {side: [] for side in self.sides}
@@ -93,8 +94,7 @@ class Chat:
         import torch
 
         prompt = build_prompt(self.recipe, question, history)
-        kwargs = self.recipe.grpo.get("chat_template_kwargs")
-        ids = torch.tensor([prompt_ids(prompt, self.tokenizer, kwargs)], device=self.model.device)
+        ids = torch.tensor([prompt_ids(prompt, self.tokenizer, self.recipe.template_kwargs)], device=self.model.device)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids,

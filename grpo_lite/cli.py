@@ -286,16 +286,15 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     loaded = load_recipe(recipe, overrides)
     from grpo_lite.evaluation.probe import probe_lines, probe_recipe
     from grpo_lite.memory.report import keep_times
-    from grpo_lite.models.device import detect_device
+    from grpo_lite.models.base import Base
     from grpo_lite.models.load import load_for_sampling, load_tokenizer
     from grpo_lite.task.prompts import load_prompts
 
-    tokenizer = load_tokenizer(loaded)
-    rows = load_prompts(loaded, tokenizer)
-    device = detect_device()
-    model = load_for_sampling(loaded, device)
-    result = probe_recipe(loaded, model, tokenizer, rows, count=prompts, samples=samples)
-    keep_times(loaded, device.name, result.to_json())
+    base = Base.resolve(loaded.model)
+    rows = load_prompts(loaded, load_tokenizer(base))
+    model = load_for_sampling(base, loaded.rollout)
+    result = probe_recipe(loaded, model, rows.tokenizer, rows, count=prompts, samples=samples)
+    keep_times(loaded, base.device.name, result.to_json())
     click.echo("\n".join(probe_lines(result)))
 
 

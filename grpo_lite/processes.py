@@ -7,6 +7,7 @@ one owns the run directory, the screen, the evaluation and the merge.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,15 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process owns the run directory."""
         return self.rank == 0
+
+    def shown(self, show: Callable[[str], None]) -> Callable[[str], None]:
+        """Return what this process shows: all of it in the first one, else only what that one cannot know."""
+
+        def only_faults(line: str) -> None:
+            if line.startswith("reward "):  # a reward failed here
+                show(f"process {self.rank + 1}: {line}")
+
+        return show if self.is_first else only_faults
 
 
 def this_process() -> Ranks:

@@ -23,7 +23,7 @@ def main(recipe_name: str, out: str, *overrides: str) -> None:
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from grpo_lite.models.device import detect_device
+    from grpo_lite.models.base import Base
     from grpo_lite.models.load import load_tokenizer, lora_config
     from grpo_lite.processes import agree, this_process
     from grpo_lite.recipe.load import load_recipe
@@ -36,19 +36,19 @@ def main(recipe_name: str, out: str, *overrides: str) -> None:
 
     recipe, run, first = load_recipe(recipe_name, overrides), RunDir(out), this_process().is_first
     agree(run.prepare(recipe) if first else None, this_process())
-    tokenizer = load_tokenizer(recipe)
-    prompts = load_prompts(recipe, tokenizer)
-    columns = sorted({key for row in prompts.train for key in row if key != "prompt"})
+    base = Base.resolve(recipe.model)
+    prompts = load_prompts(recipe, load_tokenizer(base))
+    columns = prompts.columns
     rewards, weights = load_rewards(recipe, columns, prompts.lead_in)
     rows = [{"prompt": row["prompt"], **{key: row.get(key) for key in columns}} for row in prompts.train]
-    args = grpo_config(recipe, run, detect_device(), weights)
+    args = grpo_config(recipe, run, base, weights)
     args.save_strategy = "no"
     trainer = GRPOTrainer(
         model=load_sharded(recipe, args),
         args=args,
         reward_funcs=rewards,
         train_dataset=Dataset.from_list(fill_a_round(rows, recipe, print)),
-        processing_class=tokenizer,
+        processing_class=prompts.tokenizer,
         peft_config=lora_config(recipe),
     )
     if first:

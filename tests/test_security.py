@@ -22,7 +22,7 @@ from grpo_lite.errors import GRPOLiteError, ModelError, RecipeError
 from grpo_lite.files.manifest import write_manifest
 from grpo_lite.files.redact import HIDDEN, RedactingFormatter, planted_secret, redact, redact_logs, secret_in, secrets
 from grpo_lite.models import base as trust
-from grpo_lite.models.device import detect_device
+from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_model, load_tokenizer
 from grpo_lite.recipe.load import load_recipe, read_yaml
 from grpo_lite.runs.run_dir import RunDir
@@ -96,11 +96,11 @@ def test_code_of_a_model_runs_only_with_recipe_and_flag(tmp_path: Path, monkeypa
     (base / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\nclass EvilConfig: pass\n")
     recipe = make_recipe(base)
     with pytest.raises(ModelError):
-        load_model(recipe, detect_device())
+        load_model(Base.resolve(recipe.model))
     asking = replaced(recipe, "model", trust_remote_code=True)
-    for load in (load_tokenizer, lambda recipe: load_model(recipe, detect_device())):
+    for load in (load_tokenizer, load_model):
         with pytest.raises(ModelError, match="confirm with --trust-remote-code"):
-            load(asking)
+            load(Base.resolve(asking.model))
     assert not (tmp_path / "owned").exists()
     monkeypatch.setenv(trust.VARIABLE, "1")
     assert trust.trusts_remote_code(asking.model)

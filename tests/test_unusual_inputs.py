@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lite.models.base import resolve_base
+from grpo_lite.models.base import Base, resolve_base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import TINY_MODEL
@@ -94,7 +94,7 @@ def test_a_hundred_thousand_prompts_load_in_seconds(root: Path, tmp_path: Path) 
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"question": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(100_000)))
     recipe = load_recipe("smoke", [f"data.train.path={path}", "data.holdout=100", "data.max_prompt_tokens=64"])
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(Base.resolve(recipe.model))
     begun = time.process_time()
     prompts = load_prompts(recipe, tokenizer)
     assert (len(prompts.train), len(prompts.eval)) == (99_900, 100)

@@ -15,6 +15,7 @@ from grpo_lite.errors import EvaluationError, MemoryBudgetError
 from grpo_lite.evaluation.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe.recipe import Recipe, RewardSection, ScoreSection
@@ -49,10 +50,11 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
         raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to measure.")
     if prompts is None:
         tell_changes(run, recipe, show)
-    tokenizer = load_tokenizer(recipe)
-    rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
-    if model is None:
-        model = load_trained(recipe, detect_device(), run.adapter)
+    if model is None or prompts is None:
+        base = Base.resolve(recipe.model)
+        prompts = prompts or load_prompts(recipe, load_tokenizer(base))
+        model = load_trained(base, recipe.rollout, run.adapter) if model is None else model
+    tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
     records: dict[str, list[Row]] = {}
     for name in ("base", "trained"):
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
@@ -89,8 +91,8 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
         MemoryBudgetError: the model does not fit the device.
     """
     recipe = run.load_recipe()
-    tokenizer = load_tokenizer(recipe)
-    rows = (prompts or load_prompts(recipe, tokenizer)).eval[: recipe.eval.limit]
+    prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
+    tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
     model = _load_saved(folder)
     greedy_only = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
     records = score_model(model, tokenizer, greedy_only, rows, show, name)
@@ -127,8 +129,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
         completions are leniently right.
     """
     section = recipe.eval
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    ids = [prompt_ids(row["prompt"], tokenizer, kwargs) for row in rows]
+    ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     cap = section.max_new_tokens or recipe.max_completion_length
     fit = rows_that_fit if recipe.memory.fit else None
     shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size, "rows_that_fit": fit}

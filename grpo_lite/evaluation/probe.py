@@ -152,7 +152,7 @@ def _sample(
 ) -> _Samples:
     """Generate `samples` completions of each row's prompt, and time one round as training generates it."""
     group, batch = recipe.schedule.group, recipe.schedule.batch
-    ids = [prompt_ids(row["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs")) for row in rows]
+    ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     sampling: dict[str, Any] = {
         "max_new_tokens": recipe.max_completion_length,
         "temperature": float(recipe.grpo.get("temperature", 1.0)),

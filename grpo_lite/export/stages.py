@@ -21,7 +21,7 @@ from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.atomic import read_record, write_atomic
 from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify_manifest
-from grpo_lite.models.base import resolve_base
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
@@ -55,12 +55,12 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
             f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
             f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
         )
-    base = resolve_base(recipe.model.id, recipe.model.revision)
+    base = Base.resolve(recipe.model).weights
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     with _progress_bar() as progress:
         record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
-    prompts = prompts or load_prompts(recipe, load_tokenizer(recipe))
+    prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
     show(f"verifying the merge on {len(texts)} prompts")
     proof = verify_merge(base, run.adapter, run.merged, texts)
@@ -159,7 +159,7 @@ def prompting_of(recipe: Recipe) -> Prompting:
         system=data.system,
         examples=tuple((example.prompt, example.answer) for example in data.examples),
         question=data.prompt,
-        template_kwargs=recipe.grpo.get("chat_template_kwargs"),
+        template_kwargs=recipe.template_kwargs,
         max_completion_tokens=recipe.eval.max_new_tokens or recipe.max_completion_length,
     )
 
@@ -185,7 +185,7 @@ def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str
     else:
         show(f"writing {out}")
         _forget_score(run)
-        prompts = load_prompts(recipe, load_tokenizer(recipe))
+        prompts = load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
         texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
         export = export_nf4(run.merged, out, texts, device=detect_device().kind, overwrite=True)
         run.update_run(nf4=export.to_json())
@@ -205,8 +205,8 @@ def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str
 
 def _held_out_texts(recipe: Recipe, count: int, prompts: Prompts | None = None) -> list[str]:
     """Return held-out prompts as rendered text."""
-    tokenizer = load_tokenizer(recipe)
-    return (prompts or load_prompts(recipe, tokenizer)).proof_texts(count, recipe, tokenizer)
+    prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
+    return prompts.proof_texts(count)
 
 
 def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[str, Any]:

@@ -111,3 +111,13 @@ def _server_words(cause: BaseException) -> str:
         if secret:
             words = words.replace(secret, "…")
     return words
+
+
+def hub_unreachable(key: str, what: str, error: BaseException) -> str:
+    """Return the message for something that is neither cached nor reachable; the caller ends the sentence."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({type(error).__name__})"
+    return (
+        f"{key}: {what} is not in the local cache and {why}. Connect once (and unset HF_HUB_OFFLINE) to download it, "
+        "or copy it here and give its path"
+    )

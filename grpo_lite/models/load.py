@@ -14,48 +14,15 @@ from typing import Any
 from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.errors import ModelError
-from grpo_lite.models.base import resolve_base, trusts_remote_code
-from grpo_lite.models.config import model_shape
-from grpo_lite.models.device import Device, DtypeName
+from grpo_lite.models.base import Base, trusts_remote_code
+from grpo_lite.models.device import Device
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
-    """Return the dtype to compute in; it is also `bnb_4bit_compute_dtype` and the autocast dtype.
-
-    Raises:
-        ModelError: the recipe forces one that this device cannot compute in.
-    """
-    overflowing = device.kind == "cuda" and overflows_in_float16(section)
-    if section.dtype == "auto":
-        return "float32" if overflowing and device.best_dtype == "float16" else device.best_dtype
-    if section.dtype == "float16" and overflowing:
-        raise ModelError(
-            f"model.dtype: float16 is given, but the activations of {section.id} leave its range and become inf. "
-            "Set model.dtype=auto: float32 on this card, bfloat16 on one of compute capability 8.0 and up."
-        )
-    if section.dtype == "bfloat16" and device.kind == "cuda" and not device.bfloat16:
-        raise ModelError(
-            f"model.dtype: bfloat16 is given, but {device.describe()} only emulates it. Allowed: auto (float16 with "
-            "LoRA in float32), float16, float32. Set model.dtype=auto."
-        )
-    if section.dtype == "float16" and device.kind == "cpu":
-        raise ModelError("model.dtype: float16 is given, but a CPU cannot train in it. Set model.dtype=auto.")
-    return section.dtype
-
-
-def overflows_in_float16(section: ModelSection) -> bool:
-    """Return whether a model is known to overflow in float16; judged by its config.json where that is at hand."""
-    try:
-        return model_shape(section.id, section.revision, offline=True)[0].overflows_in_float16
-    except ModelError:
-        return False
-
-
-def load_tokenizer(recipe: Recipe) -> Any:
+def load_tokenizer(base: Base) -> Any:
     """Return the base model's tokenizer, padding on the left.
 
     Raises:
@@ -63,19 +30,18 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """
     from transformers import AutoTokenizer
 
-    base = resolve_base(recipe.model.id, recipe.model.revision, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base, padding_side="left", trust_remote_code=trusts_remote_code(recipe.model)
+            base.folder, padding_side="left", trust_remote_code=trusts_remote_code(base.section)
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.id: {recipe.model.id} has no usable tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"model.id: {base.section.id} has no usable tokenizer: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(recipe: Recipe, device: Device) -> Any:
+def load_model(base: Base) -> Any:
     """Return the base model, quantised as the recipe says, without an adapter.
 
     Raises:
@@ -84,9 +50,8 @@ def load_model(recipe: Recipe, device: Device) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    section = recipe.model
-    base = resolve_base(section.id, section.revision)
-    dtype = getattr(torch, "float32" if section.load_in == "32bit" else compute_dtype(section, device))
+    section, device = base.section, base.device
+    weights, dtype = base.weights, getattr(torch, base.dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusts_remote_code(section)}
     if section.attn_implementation:
         kwargs["attn_implementation"] = section.attn_implementation
@@ -95,7 +60,7 @@ def load_model(recipe: Recipe, device: Device) -> Any:
     if device.kind == "cuda":
         kwargs["device_map"] = {"": this_process().local}  # one card, also where two are visible (Kaggle T4 x 2)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"model: {section.id} cannot be loaded ({section.load_in}, {dtype}) on {device.name}: {_first_line(error)}"
@@ -156,16 +121,16 @@ def lora_to_float32(model: Any) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def load_for_sampling(recipe: Recipe, device: Device) -> Any:
-    """Return the base without an adapter, ready for the decoding that training uses."""
-    model = load_model(recipe, device)
+def load_for_sampling(base: Base, rollout: str) -> Any:
+    """Return the base without an adapter, ready for the decoding that training uses (the recipe's `rollout`)."""
+    model = load_model(base)
     keep_weights_unpacked(model)
-    if recipe.rollout == "shared" and attention.obstacle(model) is None:
+    if rollout == "shared" and attention.obstacle(model) is None:
         attention.install(model)
     return model
 
 
-def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
+def load_trained(base: Base, rollout: str, adapter: Path) -> Any:
     """Return the base with a trained adapter on it, for evaluation; `model.disable_adapter()` gives the base.
 
     Raises:
@@ -175,11 +140,11 @@ def load_trained(recipe: Recipe, device: Device, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: there is no trained adapter. Train first: make train RUN={adapter.parent}")
-    model = load_for_sampling(recipe, device)
+    model = load_for_sampling(base, rollout)
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{adapter}: does not load onto {recipe.model.id}: {_first_line(error)}") from error
+        raise ModelError(f"{adapter}: does not load onto {base.section.id}: {_first_line(error)}") from error
 
 
 def load_merged(folder: Path, device: Device) -> Any:

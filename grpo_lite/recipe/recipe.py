@@ -280,6 +280,11 @@ class Recipe(_Section):
         return self.schedule.group
 
     @property
+    def template_kwargs(self) -> dict[str, Any] | None:
+        """What the chat template gets besides the messages."""
+        return self.grpo.get("chat_template_kwargs")
+
+    @property
     def max_completion_length(self) -> int:
         """Longest completion, in tokens."""
         return int(self.grpo.get("max_completion_length", GRPO_DEFAULTS["max_completion_length"]))

@@ -11,9 +11,9 @@ from typing import Any
 
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.memory.fit import Fit
-from grpo_lite.models.base import commit_of, resolve_base
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
-from grpo_lite.models.load import compute_dtype, load_model, lora_config, lora_to_float32
+from grpo_lite.models.load import load_model, lora_config, lora_to_float32
 from grpo_lite.models.unsloth import uses_unsloth, with_trl_defaults
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -21,39 +21,40 @@ from grpo_lite.recipe.schedule import share_of_batch
 from grpo_lite.runs.provenance import environment_record
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
-from grpo_lite.session.views import View
+from grpo_lite.session.fit import require_room_for
+from grpo_lite.session.preflight import add_preflight
+from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward
 from rewards.facts import named
 
 
-def device_line(recipe: Recipe, device: Device) -> str:
+def device_line(base: Base) -> str:
     """Return one line on the device, and what about it is not used or not possible."""
+    device = base.device
     line = f"device: {device.describe()}"
     if device.count > this_process().world:
         line += f"; 1 of {device.count} is used (all: make train GPUS={device.count})"
-    if recipe.model.dtype == "auto" and compute_dtype(recipe.model, device) != device.best_dtype:
-        line += f"; {recipe.model.id} overflows in float16 and runs in float32"
+    if base.widened:
+        line += f"; {base.section.id} overflows in float16 and runs in float32"
     return line
 
 
-def load_base(recipe: Recipe, device: Device, prompt_tokens: int) -> Any:
+def load_base(base: Base, recipe: Recipe, prompt_tokens: int) -> Any:
     """Return the base to train; the backend unsloth has put the adapter on it already.
 
     Raises:
         ModelError: it cannot be loaded here.
     """
     if not uses_unsloth(recipe.model):
-        return load_model(recipe, device)
+        return load_model(base)
     import torch
 
-    from grpo_lite.models.base import resolve_base
     from grpo_lite.models.unsloth import load_with_unsloth
 
-    base = resolve_base(recipe.model.id, recipe.model.revision)
-    dtype = getattr(torch, compute_dtype(recipe.model, device))
-    return load_with_unsloth(recipe, base, prompt_tokens + recipe.max_completion_length, dtype)
+    longest = prompt_tokens + recipe.max_completion_length
+    return load_with_unsloth(recipe, base.weights, longest, getattr(torch, base.dtype))
 
 
 def make_trainer(
@@ -118,7 +119,7 @@ def require_trackers(report_to: Any, where: str) -> None:
             )
 
 
-def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float], fitted: Fit | None = None) -> Any:
+def grpo_config(recipe: Recipe, run: RunDir, base: Base, weights: list[float], fitted: Fit | None = None) -> Any:
     """Return TRL's GRPOConfig for a recipe on a device.
 
     Raises:
@@ -127,15 +128,14 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
     from trl import GRPOConfig
 
     require_trackers(recipe.grpo.get("report_to"), str(run.recipe_file))
-    dtype = "float32" if recipe.model.load_in == "32bit" else compute_dtype(recipe.model, device)
     owned: dict[str, Any] = {
         "output_dir": str(run.path),
         "seed": recipe.seed,
         "reward_weights": weights,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "use_cpu": device.kind == "cpu",
-        "dataloader_pin_memory": device.kind == "cuda",
+        "bf16": base.dtype == "bfloat16",
+        "fp16": base.dtype == "float16",
+        "use_cpu": base.device.kind == "cpu",
+        "dataloader_pin_memory": base.device.kind == "cuda",
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
@@ -154,62 +154,83 @@ def grpo_config(recipe: Recipe, run: RunDir, device: Device, weights: list[float
 def build_trainer(
     recipe: Recipe,
     run: RunDir,
-    view: View,
-    make: Callable[..., Any],
-    model: Any,
-    tokenizer: Any,
+    base: Base,
     prompts: Prompts,
-    rewards: list[Reward],
-    args: Any,
-) -> Any:
-    """Return the trainer with its callbacks, the adapter in float32."""
+    rewards: tuple[list[Reward], list[float]],
+    plan: Fit,
+    kind: ViewKind,
+    state: str,
+    show: Show,
+) -> tuple[Any, View]:
+    """Load the base and return the trainer with its callbacks, the adapter in float32, and the view that follows it.
+
+    The first process also checks the disk, records the start and adds the preflight.
+
+    Args:
+        recipe, run, base, prompts: of this training.
+        rewards: functions and their weights.
+        plan: the memory budgets.
+        kind: how it is watched.
+        state: "new" or "resume".
+        show: called with lines for people.
+
+    Raises:
+        GRPOLiteError: upstream refuses the values, or the disk is too small.
+    """
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from grpo_lite.runs.remote import remote_of
-    from grpo_lite.session.heldout import HeldOutScore
-    from grpo_lite.session.records import Completions, MetricsFile, PushCheckpoints, RunDoctor
+    from grpo_lite.session.records import MetricsFile
 
     first = this_process().is_first
+    functions, weights = rewards
+    view = make_view(kind if first else "plain", recipe, show)
+    arguments = grpo_config(recipe, run, base, weights, plan)
+    guarded = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
+    rows = Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show)))
+    model = load_base(base, recipe, len(prompts.longest))
     try:
-        trainer = make(
-            view.show,
-            model=model,
-            args=args,
-            reward_funcs=[
-                GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in rewards
-            ],
-            train_dataset=Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show))),
-            processing_class=tokenizer,
-            callbacks=[MetricsFile(run)] if first else [],
-        )
+        trainer = make_trainer(
+            recipe, plan, base.device, prompts.longest, view.show,
+            model=model, args=arguments, reward_funcs=guarded, train_dataset=rows,
+            processing_class=prompts.tokenizer, callbacks=[MetricsFile(run)] if first else [],
+        )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     trainer.remove_callback(PrinterCallback)
     view.latest = trainer.journal.latest_completions
-    if not first:
-        return trainer
+    if first:
+        _add_callbacks(recipe, run, trainer, prompts, view)
+        require_room_for(recipe, run, base, trainer)
+        record_start(recipe, run, base, state)
+        add_preflight(recipe, run, base.device, trainer, prompts, view.show)
+    return trainer, view
+
+
+def _add_callbacks(recipe: Recipe, run: RunDir, trainer: Any, prompts: Prompts, view: View) -> None:
+    from grpo_lite.runs.remote import remote_of
+    from grpo_lite.session.heldout import HeldOutScore
+    from grpo_lite.session.records import Completions, PushCheckpoints, RunDoctor
+
     if recipe.eval.every:
-        trainer.add_callback(HeldOutScore(recipe, tokenizer, prompts.eval, trainer, view.show))
-    for callback in (
-        view,
-        Completions(run, view.show, recipe.log.sample_every if view.shows_lines else 0, view.latest),
-        RunDoctor(run, recipe, view, view.latest),
-    ):
-        trainer.add_callback(callback)
+        trainer.add_callback(HeldOutScore(recipe, prompts, trainer, view.show))
+    trainer.add_callback(view)
+    shown_every = recipe.log.sample_every if view.shows_lines else 0
+    trainer.add_callback(Completions(run, view.show, shown_every, view.latest))
+    trainer.add_callback(RunDoctor(run, recipe, view, view.latest))
     if recipe.push_checkpoints:
         trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run), view.show))
-    return trainer
 
 
-def record_start(recipe: Recipe, run: RunDir, device: Device, state: str) -> None:
+def record_start(recipe: Recipe, run: RunDir, base: Base, state: str) -> None:
+    """Write into run.json what a new training starts with, or when it resumed."""
     record = environment_record()
     resumed = [*run.read_run().get("resumed_at", []), record["started_at"]] if state == "resume" else []
     if state == "resume":
         run.update_run(resumed_at=resumed)
     else:
-        commit = commit_of(resolve_base(recipe.model.id, recipe.model.revision, weights=False))
-        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device.to_json(), base_revision=commit)
+        device = base.device.to_json()
+        run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device, base_revision=base.commit)
     if any(getattr(named(reward.function), "runs_code", False) for reward in recipe.rewards):
         from rewards.sandbox import layers
 

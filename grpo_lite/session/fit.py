@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import RunDirError, TrainingError
-from grpo_lite.models.base import resolve_base
+from grpo_lite.models.base import Base
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import (
@@ -39,26 +39,24 @@ class TrainResult:
     paused: bool = False  # limits.max_minutes came first: evaluated and merged as it is, and `train` goes on
 
 
-def require_room_for(recipe: Recipe, run: RunDir, trainer: Any) -> None:
+def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> None:
     """Refuse to begin where checkpoints, adapter and merged model would not fit on the disk.
 
     Raises:
         TrainingError: they would not.
     """
-    base = resolve_base(recipe.model.id, recipe.model.revision)
-    merged = sum(path.stat().st_size for path in base.glob("*.safetensors")) if recipe.merge else 0
+    merged = sum(path.stat().st_size for path in base.weights.glob("*.safetensors")) if recipe.merge else 0
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged)
 
 
-def deadline_of(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts, begun: float) -> Any:
+def deadline_of(recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float) -> Any:
     """Return the callback that keeps `limits.max_minutes`, or None without such a limit."""
     from grpo_lite.session.stop import Deadline
 
     if recipe.limits.max_minutes is None:
         return None
-    base = resolve_base(recipe.model.id, recipe.model.revision)
-    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base, show)
+    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base.weights, show)
 
 
 def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainResult:

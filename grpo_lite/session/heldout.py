@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from grpo_lite.errors import RewardError
 from grpo_lite.evaluation.evaluate import score_model
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.prompts import Prompts
 
 
 class HeldOutScore(TrainerCallback):
@@ -17,16 +18,14 @@ class HeldOutScore(TrainerCallback):
 
     Args:
         trainer: whose model is scored; set it before training.
-        rows: held-out rows; the first `eval.every_limit` are used, the same ones each time.
+        prompts: the first `eval.every_limit` held-out rows are used, the same ones each time.
         show: told when a reward fails or hangs on them: that score is missing then, and training goes on.
     """
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: Any, rows: list[dict[str, Any]], trainer: Any, show: Callable[[str], None]
-    ) -> None:
+    def __init__(self, recipe: Recipe, prompts: Prompts, trainer: Any, show: Callable[[str], None]) -> None:
         self.recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
-        self.tokenizer, self.trainer, self.show = tokenizer, trainer, show
-        self.rows = rows[: recipe.eval.every_limit]
+        self.tokenizer, self.trainer, self.show = prompts.tokenizer, trainer, show
+        self.rows = prompts.eval[: recipe.eval.every_limit]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due = state.global_step % self.recipe.eval.every == 0 or state.global_step == state.max_steps

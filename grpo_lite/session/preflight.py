@@ -21,26 +21,22 @@ from grpo_lite.screen import Show
 from grpo_lite.task.prompts import Prompts
 
 
-def add_preflight(
-    recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
-) -> None:
+def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
     wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
     if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
         show("preflight: left out with several processes; before: grpo-lite probe")
     elif wanted:  # before all other callbacks, whose clocks start with the training
-        callback = Preflight(recipe, run, device, trainer, tokenizer, prompts, show)
+        callback = Preflight(recipe, run, device, trainer, prompts, show)
         trainer.callback_handler.callbacks.insert(0, callback)
 
 
 class Preflight(TrainerCallback):
     """Probes the untrained policy when a training begins, not when one goes on; figures go into run.json."""
 
-    def __init__(
-        self, recipe: Recipe, run: RunDir, device: Device, trainer: Any, tokenizer: Any, prompts: Prompts, show: Show
-    ) -> None:
+    def __init__(self, recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
         self.recipe, self.run, self.device, self.trainer = recipe, run, device, trainer
-        self.tokenizer, self.prompts, self.show = tokenizer, prompts, show
+        self.prompts, self.show = prompts, show
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, self.trainer = self.trainer, None  # or the optimizer would outlive the training
@@ -50,7 +46,7 @@ class Preflight(TrainerCallback):
         samples = max(SAMPLES, self.recipe.num_generations)
         self.show(f"preflight: {PROMPTS} prompts × {samples} samples first (log.preflight=false leaves it out)")
         with trainer.sampling():  # as training samples and computes
-            made = probe_recipe(self.recipe, trainer.model, self.tokenizer, self.prompts, count=PROMPTS)
+            made = probe_recipe(self.recipe, trainer.model, self.prompts.tokenizer, self.prompts, count=PROMPTS)
         for line in probe_lines(made):
             self.show(f"preflight: {line.strip()}")
         if made.verdict != CAN_LEARN:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_lite.errors import DataError, GRPOLiteError, RewardError
+from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.rewards import Reward, load_rewards
-from grpo_lite.task.tokens import prompt_ids, prompt_text
 from rewards.testing import Report, check_rewards, score_rows
 
 GOLD_ROWS = 64
@@ -30,26 +30,23 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
     Raises:
         GRPOLiteError: the data, the tokenizer or a reward is at fault.
     """
-    tokenizer = load_tokenizer(recipe)
-    prompts = load_prompts(recipe, tokenizer)
+    prompts = load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     yield f"{recipe.name}: valid. {len(prompts.train)} training prompts, {len(prompts.eval)} held out."
     yield from prompts.notes
-    kwargs = recipe.grpo.get("chat_template_kwargs")
     for row in prompts.train[:previews]:
         yield ""
-        yield f"prompt: {prompt_text(row['prompt'], tokenizer, kwargs)}"
+        yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
     if opened := _OPENED.search(prompts.lead_in):
         yield f"the chat template opens <{opened[1]}>, so completions begin inside it and the rewards are told"
     yield ""
-    yield prompt_lengths(recipe, tokenizer, prompts)
+    yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
 
 
-def prompt_lengths(recipe: Recipe, tokenizer: Any, prompts: Prompts, most: int = 2000) -> str:
+def prompt_lengths(recipe: Recipe, prompts: Prompts, most: int = 2000) -> str:
     """Return one line of prompt-length percentiles, in tokens, over at most `most` training prompts."""
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    lengths = sorted(len(prompt_ids(row["prompt"], tokenizer, kwargs)) for row in prompts.train[:most])
+    lengths = sorted(len(prompts.ids(row)) for row in prompts.train[:most])
     shown = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
     of = f" (first {most})" if len(prompts.train) > most else ""
     return f"prompt tokens{of}: {shown}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
@@ -163,10 +160,8 @@ def check_rewards_alone(recipe: Recipe) -> tuple[Report, list[str]]:
     """
     tokenizer, notes = None, []
     if recipe.data.format == "chat":
-        from grpo_lite.models.load import load_tokenizer
-
         try:
-            tokenizer = load_tokenizer(recipe)
+            tokenizer = load_tokenizer(Base.resolve(recipe.model))
         except GRPOLiteError as error:
             notes.append(f"checked without the chat template (whether it opens <think> is not known): {error}")
     prompts = load_prompts(recipe, tokenizer)

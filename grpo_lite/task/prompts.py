@@ -10,12 +10,12 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import DataError
-from grpo_lite.files.hub import only_cache_if_unreachable
-from grpo_lite.models.base import hub_unreachable
+from grpo_lite.files.hub import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.recipe.recipe import DataSection, Recipe, SourceSection
 from grpo_lite.task.generators import Row, generate_rows
 from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
@@ -25,17 +25,37 @@ __all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows ready for the trainer: `prompt` (chat messages or text), the gold answer and every other column."""
+    """Rows ready for the trainer, and the tokenizer that reads them."""
 
-    train: list[Row]
+    train: list[Row]  # `prompt` (chat messages or text), the gold under `answer`, and every other column
     eval: list[Row]
     notes: tuple[str, ...] = ()  # what was dropped and why, for people
     lead_in: str = ""  # what a completion continues: the end of a prompt, chat template applied
+    tokenizer: Any = None
+    template_kwargs: dict[str, Any] | None = None  # what the chat template gets besides the messages
 
-    def proof_texts(self, count: int, recipe: Recipe, tokenizer: Any) -> list[str]:
+    def text(self, row: Row) -> str:
+        """Return a row's prompt as the model sees it."""
+        return prompt_text(row["prompt"], self.tokenizer, self.template_kwargs)
+
+    def ids(self, row: Row) -> list[int]:
+        """Return a row's prompt as token ids."""
+        return prompt_ids(row["prompt"], self.tokenizer, self.template_kwargs)
+
+    @cached_property
+    def longest(self) -> list[int]:
+        """Token ids of the longest training prompt among the first 5,000, the ones with most characters measured."""
+        by_length = sorted(self.train[:5000], key=lambda row: -len(str(row["prompt"])))[:64]
+        return max((self.ids(row) for row in by_length), key=len)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that rewards get beside the prompt."""
+        return sorted({key for row in self.train for key in row if key != "prompt"})
+
+    def proof_texts(self, count: int) -> list[str]:
         """Return prompts as the model sees them, to try an exported model on: held-out ones where there are any."""
-        kwargs = recipe.grpo.get("chat_template_kwargs")
-        return [prompt_text(row["prompt"], tokenizer, kwargs) for row in (self.eval or self.train)[:count]]
+        return [self.text(row) for row in (self.eval or self.train)[:count]]
 
 
 def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
@@ -73,7 +93,8 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
     if recipe.eval.enabled and not held:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
-    return Prompts(train, held, tuple(notes), lead_in(train, recipe, tokenizer))
+    opened = lead_in(train, recipe, tokenizer)
+    return Prompts(train, held, tuple(notes), opened, tokenizer, recipe.template_kwargs)
 
 
 def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
@@ -166,7 +187,7 @@ def _read_hub(source: SourceSection, where: str) -> list[Row]:
             "spelling, accept its terms on its page, or log in with `hf auth login`."
         ) from None
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, FileNotFoundError) as error:
-        message = hub_unreachable(f"{where}.hub", f"the dataset {name}", error).split(", or train the model")[0]
+        message = hub_unreachable(f"{where}.hub", f"the dataset {name}", error)
         raise DataError(f"{message} as {where}.path=my.jsonl.") from None
     except ValueError as error:  # unknown config or split; the message lists those that exist
         raise DataError(f"{where}: {name}, split {source.split!r}: {error}") from None
@@ -260,23 +281,13 @@ def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
     """
     if tokenizer is None or not rows or isinstance(rows[0]["prompt"], str):
         return ""
-    return prompt_text(rows[0]["prompt"], tokenizer, recipe.grpo.get("chat_template_kwargs"))[-200:]
+    return prompt_text(rows[0]["prompt"], tokenizer, recipe.template_kwargs)[-200:]
 
 
 def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:
     cap = recipe.data.max_prompt_tokens or 0
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, kwargs)) <= cap]
+    kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs)) <= cap]
     dropped = len(rows) - len(kept)
     return kept, [
         f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."
     ] if dropped else []
-
-
-def longest_prompt(prompts: Sequence[dict[str, Any]], tokenizer: Any, recipe: Recipe, most: int = 5000) -> list[int]:
-    """Return the ids of the longest prompt, in tokens, among the first `most` (those of most characters first)."""
-    from grpo_lite.task.tokens import prompt_ids
-
-    kwargs = recipe.grpo.get("chat_template_kwargs")
-    by_length = sorted(prompts[:most], key=lambda row: -len(str(row["prompt"])))[:64]
-    return max((prompt_ids(row["prompt"], tokenizer, kwargs) for row in by_length), key=len)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from grpo_lite.evaluation.probe import Probe, _cuts_cost, probe_lines, probe_recipe, verdict
-from grpo_lite.models.device import detect_device
+from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_for_sampling, load_tokenizer
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.task.prompts import load_prompts
@@ -57,8 +57,9 @@ def test_a_longer_cap_is_advised_for_the_rewards_that_know_it_too() -> None:
 
 def test_a_random_model_is_found_too_weak_or_cut_short_and_measured() -> None:
     recipe = load_recipe("smoke")
-    tokenizer = load_tokenizer(recipe)
-    model = load_for_sampling(recipe, detect_device())
+    base = Base.resolve(recipe.model)
+    tokenizer = load_tokenizer(base)
+    model = load_for_sampling(base, recipe.rollout)
     said: list[str] = []
     prompts = load_prompts(recipe, tokenizer)
     probe = probe_recipe(recipe, model, tokenizer, prompts, count=5, samples=3, show=said.append)

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
-from grpo_lite.models.base import resolve_base
+from grpo_lite.models.base import Base, resolve_base
 from grpo_lite.models.load import load_model, load_tokenizer
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL
@@ -124,7 +124,7 @@ def test_an_id_that_names_nothing_is_refused(model_id: str, expected: str) -> No
 def test_a_folder_without_a_model_is_named(root: Path, tmp_path: Path) -> None:
     recipe = load_recipe("smoke", [f"model.id={tmp_path}"])
     with pytest.raises(ModelError, match="has no usable tokenizer"):
-        load_tokenizer(recipe)
+        load_tokenizer(Base.resolve(recipe.model))
 
 
 def test_four_bits_without_bitsandbytes_names_the_way_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_four_bits_without_bitsandbytes_names_the_way_out(root: Path, monkeypatc
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"4bit is given, but bitsandbytes is not installed.*model.load_in=16bit"):
-        load_model(load_recipe("smoke"), Device("cpu", "x", 1 << 30, bfloat16=True))
+        load_model(Base.resolve(load_recipe("smoke").model, Device("cpu", "x", 1 << 30, bfloat16=True)))
 
 
 def test_four_bits_on_a_device_that_bitsandbytes_does_not_know_are_refused(
@@ -145,7 +145,7 @@ def test_four_bits_on_a_device_that_bitsandbytes_does_not_know_are_refused(
 
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"}, raising=False)
     with pytest.raises(ModelError, match=r"4bit is given, but bitsandbytes .* not on cpu. Set model.load_in=16bit"):
-        load_model(load_recipe("smoke"), Device("cpu", "x", 1 << 30, bfloat16=True))
+        load_model(Base.resolve(load_recipe("smoke").model, Device("cpu", "x", 1 << 30, bfloat16=True)))
 
 
 def test_the_cache_is_where_the_environment_says_and_else_somewhere_writable(

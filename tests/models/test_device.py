@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from grpo_lite.errors import ModelError
+from grpo_lite.models.base import compute_dtype
 from grpo_lite.models.device import Device, detect_device, peak_memory_bytes
-from grpo_lite.models.load import compute_dtype
 from grpo_lite.recipe.recipe import ModelSection
 
 T4 = Device("cuda", "Tesla T4", 15 << 30, bfloat16=False, compute_capability=(7, 5), count=2)

@@ -13,9 +13,11 @@ from grpo_lite.errors import ModelError
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.plan import largest_completion
 from grpo_lite.memory.report import plan_recipe, report_lines
-from grpo_lite.models.config import KNOWN, known_config, positions_note, read_positions, read_shape, too_long
+from grpo_lite.models.base import Base
+from grpo_lite.models.config import KNOWN, known_config, read_positions, read_shape, too_long
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768}
@@ -152,13 +154,17 @@ def test_a_recipe_beyond_the_positions_is_told_with_what_to_change() -> None:
     assert "paste: data.max_prompt_tokens=4096" in (too_long("m", 8192, 8192, 16) or "")
 
 
+def note(recipe: Recipe, prompt_tokens: int) -> str | None:
+    return Base.resolve(recipe.model).positions_note(recipe, prompt_tokens)
+
+
 @pytest.mark.parametrize("key", ["grpo.max_completion_length", "eval.max_new_tokens"])
 def test_training_and_evaluation_count(key: str) -> None:
     """The tiny model has 512 positions."""
-    assert positions_note(load_recipe("smoke", [f"{key}=500"]), 12) is None
-    assert f"paste: {key}=499" in (positions_note(load_recipe("smoke", [f"{key}=500"]), 13) or "")
+    assert note(load_recipe("smoke", [f"{key}=500"]), 12) is None
+    assert f"paste: {key}=499" in (note(load_recipe("smoke", [f"{key}=500"]), 13) or "")
     if key.startswith("eval"):
-        assert positions_note(load_recipe("smoke", [f"{key}=500", "eval.enabled=false"]), 13) is None
+        assert note(load_recipe("smoke", [f"{key}=500", "eval.enabled=false"]), 13) is None
 
 
 class Loading(Exception):
@@ -169,7 +175,7 @@ def test_a_training_says_it_before_it_loads_the_model(tmp_path: Path, monkeypatc
     def load(*_: Any) -> None:
         raise Loading
 
-    monkeypatch.setattr(train, "load_base", load)
+    monkeypatch.setattr("grpo_lite.session.build.load_base", load)
     said: list[str] = []
     recipe = load_recipe("smoke", ["grpo.max_completion_length=510"])
     with pytest.raises(Loading):
@@ -180,13 +186,13 @@ def test_a_training_says_it_before_it_loads_the_model(tmp_path: Path, monkeypatc
 def test_a_table_of_learned_positions_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 256}), encoding="utf-8")
     recipe = load_recipe("smoke", [f"model.id={tmp_path}", "grpo.max_completion_length=250"])
-    assert positions_note(recipe, 6) is None
+    assert note(recipe, 6) is None
     with pytest.raises(ModelError, match=r"made for 256 positions.*paste: grpo\.max_completion_length=249"):
-        positions_note(recipe, 7)
+        note(recipe, 7)
 
 
 def test_a_config_that_cannot_be_read_is_left_to_whoever_loads_it(tmp_path: Path) -> None:
     recipe = load_recipe("smoke", [f"model.id={tmp_path}"])
-    assert positions_note(recipe, 10**6) is None
+    assert note(recipe, 10**6) is None
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
-    assert positions_note(recipe, 10**6) is None
+    assert note(recipe, 10**6) is None

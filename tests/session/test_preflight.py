@@ -11,6 +11,7 @@ import pytest
 from grpo_lite.evaluation import probe
 from grpo_lite.evaluation.step_time import training_forwards
 from grpo_lite.memory.report import keep_times, plan_recipe, report_lines, time_line
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device, find_card
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.processes import Ranks
@@ -83,7 +84,7 @@ def test_by_default_it_is_for_gpus_and_one_process(
     monkeypatch.setattr(NoTrainer.callback_handler, "callbacks", callbacks)
     monkeypatch.setattr(preflight, "this_process", lambda: Ranks(world=world))
     lines: list[str] = []
-    preflight.add_preflight(recipe, RunDir("x"), device, NoTrainer, None, None, lines.append)  # type: ignore[arg-type]
+    preflight.add_preflight(recipe, RunDir("x"), device, NoTrainer, None, lines.append)  # type: ignore[arg-type]
     assert (len(callbacks) == 2) is expected
     assert callbacks[-1] == "first"  # it comes before the others, whose clocks start with the training
     assert bool(lines) is (world > 1)
@@ -93,7 +94,7 @@ def test_a_training_that_goes_on_is_not_probed_again() -> None:
     class State:
         global_step = 7
 
-    callback = preflight.Preflight(load_recipe("smoke"), None, None, object(), None, None, print)  # type: ignore[arg-type]
+    callback = preflight.Preflight(load_recipe("smoke"), None, None, object(), None, print)  # type: ignore[arg-type]
     callback.on_train_begin(None, State, None)
     assert callback.trainer is None
 
@@ -103,7 +104,7 @@ def test_a_step_s_time_is_that_of_its_completions(monkeypatch: pytest.MonkeyPatc
     recipe = load_recipe("smoke", ["grpo.gradient_checkpointing=false", "check.enabled=false"])
     assert training_forwards(recipe) == 3
     assert training_forwards(load_recipe("smoke", ["grpo.gradient_checkpointing=true"])) == 4
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(Base.resolve(recipe.model))
     monkeypatch.setattr(probe, "forward_seconds", lambda *_: 0.5)
     monkeypatch.setattr(probe, "generate_completions", lambda *_, samples, **__: [[[7]] * samples] * 5)
     made = probe.probe_recipe(recipe, None, tokenizer, load_prompts(recipe, tokenizer), count=5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_lite.errors import RewardError
+from grpo_lite.models.base import Base
 from grpo_lite.recipe.recipe import LimitsSection, RewardSection
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.task.guard import GuardedReward
@@ -166,7 +167,7 @@ def test_a_reward_that_hangs_in_evaluation_ends_it_and_nothing_that_was_trained(
     assert f"error: {told}. Mend it, or raise the limit." in text
     assert RunDir(run).read_run()["faults"] == {"unscored_heldout": 1}
     reward.write_text(HANGS_IN_EVALUATION.replace("while", "if"))
-    assert "training had ended" in in_process(*arguments)
+    assert "training has ended" in in_process(*arguments)
     assert steps_of(run) == [1]
 
 
@@ -190,6 +191,7 @@ def test_evaluation_scores_as_many_at_a_time_as_training_does(root: Path) -> Non
     sys.modules["counting_rewards"].f = counting  # type: ignore[attr-defined]
     recipe = load_recipe("smoke", ["rewards=[{function: counting_rewards.f}]"])  # a round of 8
     rows = [{"prompt": [{"role": "user", "content": "x"}], "answer": str(n % 3)} for n in range(19)]
-    lenient, _ = score_completions(load_tokenizer(recipe), recipe, rows, [[5] * (n % 2) for n in range(19)])
+    tokenizer = load_tokenizer(Base.resolve(recipe.model))
+    lenient, _ = score_completions(tokenizer, recipe, rows, [[5] * (n % 2) for n in range(19)])
     assert calls == [8, 8, 3]
     assert lenient == [n % 2 == n % 3 for n in range(19)]

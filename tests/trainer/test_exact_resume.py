@@ -58,7 +58,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
 ) -> None:
     text = survives(server, tmp_path / "run", configuration, references(configuration), *kills)
     if ("report", 1) in kills:  # by then the run is recorded as finished
-        assert "the run is finished; its report is made up for" in text
+        assert "the run is finished; its report is written now" in text
     else:
         assert "resuming from step" in text
 

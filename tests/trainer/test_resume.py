@@ -46,7 +46,7 @@ def test_a_run_killed_after_training_is_evaluated_and_merged_by_the_next_train(t
     kill(process)
     assert not (run / "merged").exists()
     text = grpo_lite("train", "smoke", "--run", str(run))
-    assert "training had ended" in text
+    assert "training has ended" in text
     assert "verified on 8 held-out prompts" in text
     assert RunDir(run).read_run()["finished_at"]
 

@@ -12,6 +12,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_lite.errors import TrainingError
+from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_model, lora_config
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
@@ -37,13 +38,13 @@ def mine(completion_ids, trainer_state=None, **_):
 def as_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of the backend unsloth without its package: its base is transformers' with the adapter on it."""
 
-    def with_adapter(recipe: Recipe, device: Any, prompt_tokens: int) -> Any:
+    def with_adapter(base: Base, recipe: Recipe, prompt_tokens: int) -> Any:
         from peft import get_peft_model
 
-        return get_peft_model(load_model(recipe, device), lora_config(recipe))
+        return get_peft_model(load_model(base), lora_config(recipe))
 
     monkeypatch.setattr(engine, "uses_unsloth", lambda section: True)
-    monkeypatch.setattr("grpo_lite.train.load_base", with_adapter)
+    monkeypatch.setattr("grpo_lite.session.build.load_base", with_adapter)
 
 
 def test_a_run_by_the_backend_s_trainer_resumes_from_its_checkpoint(
