@@ -27,7 +27,7 @@ from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, lead_in, load_prompts
 from grpo_lite.task.rewards import Reward, load_function, load_second_opinion
 from grpo_lite.task.tokens import prompt_ids
-from grpo_lite.units import now
+from grpo_lite.units import now, size
 
 
 def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | None = None) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def _load_saved(folder: Path) -> Any:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+    weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     raise MemoryBudgetError(
-        f"{folder}: {size:.1f} GiB of weights do not fit {device.name}, as far as it is free. The files are whole; "
-        "score them on a larger card: grpo-lite eval."
+        f"{folder}: {size(weights_bytes)} of weights do not fit into the free memory of {device.name}. The files are "
+        "complete; score them on a larger GPU: grpo-lite eval."
     )
 
 

@@ -27,7 +27,7 @@ from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.task.tokens import prompt_ids
-from grpo_lite.units import format_seconds
+from grpo_lite.units import duration
 from rewards import format_reward
 from rewards.facts import named
 
@@ -271,7 +271,7 @@ def probe_lines(probe: Probe) -> Iterator[str]:
         yield f"  in the agreed format {probe.format_rate:.0%}"
     yield (
         f"  a step about {probe.step_s:.3g} s (training counted as multiples of a measured forward pass), "
-        f"{probe.steps} steps about {format_seconds(probe.eta_s)}, "
-        f"evaluation about {format_seconds(probe.evaluation_s)}"
+        f"{probe.steps} steps about {duration(probe.eta_s)}, "
+        f"evaluation about {duration(probe.evaluation_s)}"
     )
     yield f"verdict: {probe.verdict}"

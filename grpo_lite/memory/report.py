@@ -14,7 +14,7 @@ from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_c
 from grpo_lite.models.config import too_long
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.units import format_seconds, now
+from grpo_lite.units import duration, now
 
 UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
 
@@ -135,8 +135,8 @@ def time_line(recipe: Recipe) -> str:
     try:
         kept = kept_record("probes", _settings(recipe))
         return (
-            f"time: a step about {kept['step_s']:.3g} s, {kept['steps']} steps about {format_seconds(kept['eta_s'])}, "
-            f"evaluation about {format_seconds(kept['evaluation_s'])}; probed on {kept['device']} {kept['measured_at']}"
+            f"time: a step about {kept['step_s']:.3g} s, {kept['steps']} steps about {duration(kept['eta_s'])}, "
+            f"evaluation about {duration(kept['evaluation_s'])}; probed on {kept['device']} {kept['measured_at']}"
         )
     except (ValueError, KeyError, TypeError):
         return f"time: not probed yet; on the machine that will train: grpo-lite probe {recipe.name} (minutes)"

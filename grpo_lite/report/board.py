@@ -12,7 +12,7 @@ from typing import Any
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import printable
-from grpo_lite.units import format_seconds
+from grpo_lite.units import duration, size
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -84,8 +84,8 @@ class Board:
             f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",
             f"truncated {truncated:.0%}" if truncated else "",
             f"{speed:.0f} tokens/s" if speed else "",
-            f"ETA {format_seconds(left)}" if left is not None else "",
-            f"peak {memory:.1f} GiB" if memory else "",
+            f"ETA {duration(left)}" if left is not None else "",
+            f"peak {size(memory * 2**30)}" if memory else "",
         ]
         return " · ".join(piece for piece in pieces if piece)
 
@@ -110,7 +110,7 @@ class Board:
     def foot(self) -> str:
         """Return speed and memory."""
         memory, speed = self.series("memory/peak_gib"), self.tokens_per_second
-        pieces = [f"{speed:.0f} tokens/s" if speed else "", f"peak {memory[-1]:.1f} GiB" if memory else ""]
+        pieces = [f"{speed:.0f} tokens/s" if speed else "", f"peak {size(memory[-1] * 2**30)}" if memory else ""]
         return " · ".join(piece for piece in pieces if piece)
 
     def sample(self, width: int = 100) -> list[str]:
@@ -186,10 +186,10 @@ def rendered(board: Board, title: str) -> Any:
 
     left = board.seconds_left
     head = Text(f"step {board.step}/{board.total or '?'}", style="bold")
-    head.append(f"   {format_seconds(board.seconds)} gone", style="dim")
-    head.append(f" · {format_seconds(left)} left" if left is not None else "", style="dim")
+    head.append(f"   {duration(board.seconds)} gone", style="dim")
+    head.append(f" · {duration(left)} left" if left is not None else "", style="dim")
     if budget := board.recipe.limits.max_minutes:
-        head.append(f" · budget {format_seconds(60 * budget)}", style="dim")
+        head.append(f" · budget {duration(60 * budget)}", style="dim")
     table = Table.grid(padding=(0, 2))
     for name, value, spark in board.table():
         table.add_row(Text(name, style="dim"), Text(value, style="bold", justify="right"), Text(spark, style="cyan"))

@@ -13,7 +13,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.doctor import examine, stated_findings
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.units import duration, gib
+from grpo_lite.units import duration, size
 
 MOST_ROWS = 2000  # completions kept in the page; of longer runs a selection, and the page says so
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
@@ -112,7 +112,7 @@ def tiles(page: RunPage) -> list[tuple[str, str]]:
         ("steps", str(record["steps"]) if record.get("steps") else str(len(rewards)) if rewards else None),
         ("reward, first → last", f"{rewards[0]:.2f} → {rewards[-1]:.2f}" if rewards else None),
         ("training time", duration(record.get("training_seconds"))),
-        ("peak memory", gib(record.get("peak_memory_bytes"))),
+        ("peak memory", size(record.get("peak_memory_bytes"))),
         ("tokens per second", _speed(e)),
         ("device", (record.get("device") or {}).get("name")),
     ]
@@ -259,7 +259,7 @@ def versions(page: RunPage) -> Iterable[tuple[str, str]]:
     record = page.record
     device, faults = record.get("device") or {}, record.get("faults") or {}
     found = {
-        "device": device.get("name"), "memory of the device": gib(device.get("memory_bytes")),
+        "device": device.get("name"), "memory of the device": size(device.get("memory_bytes")),
         "seed": record.get("seed"), "started": record.get("started_at"), "finished": record.get("finished_at"),
         "resumed": ", ".join(record.get("resumed_at") or []) or None,
         "left out": ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in faults.items()) or None,

@@ -32,7 +32,7 @@ from grpo_lite.report.facts import (
 )
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.screen import Show
-from grpo_lite.units import duration, gib
+from grpo_lite.units import duration, size
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _figures(page: RunPage) -> dict[str, str]:
     extra = {
         "evaluation time": duration(record.get("evaluation_seconds")),
         "adapter and merge": "verified" if (record.get("merge") or {}).get("passed") else None,
-        "memory of the device": gib((record.get("device") or {}).get("memory_bytes")),
+        "memory of the device": size((record.get("device") or {}).get("memory_bytes")),
         "seed": record.get("seed"),
         **{f"version of {name}": value for name, value in (record.get("versions") or {}).items()},
     }

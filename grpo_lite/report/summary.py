@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.units import duration, gib
+from grpo_lite.units import duration, size
 
 
 def run_summary(run: RunDir) -> str:
@@ -16,7 +16,7 @@ def run_summary(run: RunDir) -> str:
     lines = [
         "",
         f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
-        f"{gib(record.get('peak_memory_bytes')) or 'unknown'}",
+        f"{size(record.get('peak_memory_bytes')) or 'unknown'}",
         f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
     ]
     if scores := run.read_scores():

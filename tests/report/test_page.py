@@ -185,6 +185,7 @@ def test_a_counter_that_a_resume_began_again_is_added_up() -> None:
         (9.97, "10 s"),
         (59.7, "1 min 00 s"),
         (208, "3 min 28 s"),
+        (3600, "1 h 00 min"),
         (7500, "2 h 05 min"),
     ],
 )

@@ -137,7 +137,9 @@ def test_the_plan_tells_the_time_that_the_last_probe_measured(
     figures = {"step_s": 41.25, "steps": 250, "eta_s": 10312.5, "evaluation_s": 120.0, "tokens_per_s": 900.0}
     keep_times(recipe, "Tesla T4", figures)
     line = time_line(recipe)
-    assert line.startswith("time: a step about 41.2 s, 250 steps about 2:51:52, evaluation about 2:00; probed on Tesla")
+    assert line.startswith(
+        "time: a step about 41.2 s, 250 steps about 2 h 51 min, evaluation about 2 min 00 s; probed on Tesla"
+    )
     assert line in list(report_lines(recipe, card, plan))
     assert "not probed yet" in time_line(load_recipe("gsm8k", ["grpo.num_generations=16"]))
     assert time_line(load_recipe("gsm8k", ["log.sample_every=3"])) == line

@@ -14,7 +14,7 @@ from typing import Any
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
-from grpo_lite.units import duration, gib
+from grpo_lite.units import duration, size
 
 # How the pushed model relates to its base, in the Hub's words. A GGUF of a trained model is a fine-tune too:
 # "quantized" would list it as a copy of the base itself.
@@ -249,7 +249,7 @@ def _training(facts: RunFacts) -> str:
         "device": device.get("name"),
         "steps": record.get("steps"),
         "training time": duration(record.get("training_seconds")),
-        "peak memory": gib(record.get("peak_memory_bytes")),
+        "peak memory": size(record.get("peak_memory_bytes")),
         "seed": record.get("seed"),
         "versions": versions or None,
         "python": record.get("python"),
