@@ -1,4 +1,4 @@
-"""reproduce: what differs between the machine of a run and this one, and between a run and its repetition."""
+"""reproduce: the differences between a run's machine and this one, and between a run and its repetition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def differences(run: RunDir) -> list[str]:
 
     record = run.read_run()
     if not record.get("versions"):
-        raise RunDirError(f"{run.path}: has no record of its versions (run.json). It was never started.")
+        raise RunDirError(f"{run.path}: has no record of its versions (run.json), so it never started.")
     here = environment_record()
     lines = changed_files(record.get("files"), file_sums(run.load_recipe()))
     lines += [f"while the run was resumed, {line}" for line in record.get("changed_files", [])]
@@ -36,7 +36,7 @@ def differences(run: RunDir) -> list[str]:
         if key in then and _plain(then[key]) != _plain(now.get(key)):
             lines.append(f"device {key}: {then[key]} then, {now.get(key)} now")
     if str(record.get("git_commit") or "").endswith("-dirty"):
-        lines.append("the run's code had changes that were not committed, so its exact code is not known")
+        lines.append("the run's code had uncommitted changes, so its exact code is unknown")
     return lines
 
 
@@ -51,7 +51,7 @@ def _plain(value: Any) -> Any:
 
 
 def result_lines(run: RunDir, again: RunDir) -> list[str]:
-    """Return how far a repetition agrees: reward step by step, and the held-out scores."""
+    """Return how far a repetition agrees: the reward of each step, and the held-out scores."""
     first, second = (_rewards(r) for r in (run, again))
     steps = sorted(first.keys() & second.keys())
     apart = [s for s in steps if abs(first[s] - second[s]) > SAME * max(1.0, abs(first[s]))]

@@ -28,7 +28,7 @@ def test_what_differs_is_said_line_by_line(tmp_path: Path) -> None:
     assert "unsloth: 2026.10.9 then, not installed now" in lines
     assert any(line.startswith("device kind: cuda then, ") for line in lines)
     assert any("Tesla T4" in line for line in lines)
-    assert any("not committed" in line for line in lines)
+    assert any("uncommitted" in line for line in lines)
     assert not any(line.startswith("torch:") for line in lines)
 
 

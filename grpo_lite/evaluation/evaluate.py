@@ -1,4 +1,4 @@
-"""evaluate: base (adapter disabled) against trained on the same held-out prompts, strict and lenient."""
+"""Evaluate base (adapter disabled) and trained model on the same held-out prompts, leniently and strictly."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from grpo_lite.units import now, size
 
 
 def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | None = None) -> dict[str, Any]:
-    """Measure base and trained model of a run, and write metrics.json and evaluation/records.jsonl.
+    """Score base and trained model of a run, and write metrics.json and evaluation/records.jsonl.
 
     Args:
         run: a trained run.
-        show: called with lines for people.
+        show: gets progress lines.
         model: the trained PeftModel, if it is still in memory; otherwise base and adapter are loaded.
         prompts: the run's prompts, if already loaded.
 
@@ -47,7 +47,7 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     """
     recipe = run.load_recipe()
     if not recipe.eval.enabled:
-        raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to measure.")
+        raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to evaluate.")
     if prompts is None:
         tell_changes(run, recipe, show)
     if model is None or prompts is None:
@@ -69,7 +69,7 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
 def evaluate_merged(run: RunDir, show: Show, prompts: Prompts | None = None) -> dict[str, Any]:
     """Score the merged 16-bit model greedily on the held-out prompts, and add it to metrics.json (`merged`).
 
-    It was trained on a 4-bit base and lies on the 16-bit one now, so its score is its own.
+    The adapter was trained on a 4-bit base and is merged into the 16-bit one, so the score may differ.
     """
     return evaluate_saved(run, show, prompts, run.merged, "merged")
 
@@ -79,9 +79,9 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
 
     Args:
         run: a run whose base and trained model are scored already.
-        show: called with lines for people.
+        show: gets progress lines.
         prompts: the run's prompts, if already loaded.
-        folder: what transformers loads, 16-bit or quantised.
+        folder: of the model that transformers loads, 16-bit or quantised.
         name: the key in metrics.json that gets the lenient and strict rates.
 
     Returns:
@@ -134,10 +134,10 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     fit = rows_that_fit if recipe.memory.fit else None
     shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size, "rows_that_fit": fit}
 
-    def tell(kind: str) -> Callable[[int, int], None]:
+    def progress(kind: str) -> Callable[[int, int], None]:
         return lambda done, total: show(f"evaluating {name}, {kind}: {done}/{total} prompts") if done == total else None
 
-    greedy = generate_completions(model, tokenizer, ids, progress=tell("greedy"), **shared)
+    greedy = generate_completions(model, tokenizer, ids, progress=progress("greedy"), **shared)
     lenient, strict = score_completions(tokenizer, recipe, rows, [c[0] for c in greedy])
     records: list[Row] = [
         {"completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight}
@@ -149,7 +149,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     if section.samples:
         sampled = generate_completions(
             model, tokenizer, ids, samples=section.samples, temperature=section.temperature, seed=recipe.seed,
-            progress=tell(f"{section.samples} samples"), **shared,
+            progress=progress(f"{section.samples} samples"), **shared,
         )  # fmt: skip
         repeated = [row for row in rows for _ in range(section.samples)]
         right, _ = score_completions(tokenizer, recipe, repeated, [c for group in sampled for c in group])
@@ -178,7 +178,7 @@ def score_completions(
 def _second_opinions(
     tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
 ) -> list[bool] | None:
-    """Return whether the first reward's second opinion finds each completion right; None where it states none."""
+    """Return whether the first reward's second opinion accepts each completion; None if the reward has none."""
     section, where = recipe.rewards[0], "rewards[0]"
     columns, opened = columns_of(rows), lead_in(rows, recipe, tokenizer)
     reward = load_function(section, where, columns, opened)

@@ -125,7 +125,7 @@ def probe_recipe(
     forward_s = forward_seconds(recipe, model, tokenizer, sampled.ids, sampled.groups)
     lengths, cap = [len(completion) for completion in completions], recipe.max_completion_length
     caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
-    paid = [total for total in scores.totals if total is not None]
+    known = [total for total in scores.totals if total is not None]
     probe = Probe(
         prompts=len(rows),
         samples=samples,
@@ -136,7 +136,7 @@ def probe_recipe(
         cuts_cost=_cuts_cost(right, [n >= cap for n in lengths]),
         truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
         format_rate=None if scores.formats is None else statistics.fmean(scores.formats),
-        rewarded=statistics.fmean(paid) if paid else 0.0,
+        rewarded=statistics.fmean(known) if known else 0.0,
         opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
         step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),

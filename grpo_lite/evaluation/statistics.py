@@ -1,4 +1,4 @@
-"""Did training help, and how sure is that: pass@k, a paired bootstrap, McNemar's test, Wilson's interval, one verdict.
+"""Did training help, and how certain is that: pass@k, paired bootstrap, McNemar's test, Wilson's interval, verdict.
 
 Called by `evaluate` on the scores of base and adapter over the same held-out prompts. Needs no torch; scipy is
 imported inside the functions that use it. All results are frozen dataclasses of plain numbers and strings, so that
@@ -178,7 +178,7 @@ def mcnemar_exact(before: Scores, after: Scores) -> McNemar:
         raise ValueError("mcnemar_exact: results must be right or wrong (True/False, 1/0)")
     b = int(np.count_nonzero(old > new))
     c = int(np.count_nonzero(old < new))
-    # Nothing changed: nothing speaks against "no effect", and binomtest needs at least one trial.
+    # Nothing changed, so there is no evidence of an effect, and binomtest needs at least one trial.
     p_value = float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
     return McNemar(b, c, p_value)
 
@@ -187,13 +187,13 @@ def verdict(difference: PairedDifference, test: McNemar | None = None, *, score:
     """Say whether the change is a significant gain, a significant loss, or neither.
 
     Significant means all of: the interval excludes 0; McNemar's p-value, where given, is at most 1 − confidence; and
-    enough examples changed. The bootstrap alone is sure of itself on a handful, while with m changed examples no exact
-    sign test can get below 2^(1−m): at 95 % six are the fewest that count.
+    enough examples changed. The bootstrap alone is overconfident on a handful. With m changed examples no exact
+    sign test can get below 2^(1−m), so at 95 % at least six have to change.
 
     Args:
         difference: from `paired_bootstrap`.
         test: from `mcnemar_exact` on the same examples, where the scores are right or wrong.
-        score: what was measured, as it shall stand in the sentence.
+        score: what was measured, as the sentence names it.
     """
     alpha = 1.0 - difference.confidence
     doubt = ""

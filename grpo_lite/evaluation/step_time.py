@@ -1,4 +1,4 @@
-"""How long a step takes, from a forward pass that is measured: for the probe, before there is a trainer.
+"""Estimates how long a step takes from a measured forward pass: for the probe, before there is a trainer.
 
 Place in the line: beneath `probe.py`. A step is its share of rollouts, rewards, and forward and backward passes; the
 last are counted in multiples of one forward pass over real completions, computed as training would.
@@ -84,7 +84,7 @@ def _packed(model: Any, rows: list[tuple[list[int], list[int]]]) -> None:
 
     ids, mask, width = _batch(model, rows)
     batch = read_padded_batch(ids, mask, width)
-    assert batch is not None  # made just now, without holes
+    assert batch is not None  # built above, without gaps
     score(model, pack(batch, plan_microbatches(batch, range(len(rows)), None)[0]), Scoring(1.0), nullcontext)
 
 

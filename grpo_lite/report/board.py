@@ -1,4 +1,4 @@
-"""Board: how a run stands, as a few lines with sparklines; for the live view, notebooks and `watch`."""
+"""Board: the state of a run in a few lines with sparklines, for the live view, notebooks and `watch`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass
 class Board:
-    """How a run stands.
+    """The state of a run.
 
     Args:
         recipe: of the run.
-        total: steps in all; 0: not known yet.
+        total: number of steps; 0: not known yet.
         steps: the records of metrics.jsonl with a reward.
         rows: the latest completions.
-        findings: what the doctor says.
-        seconds: since training (this time) began.
-        begun_at: the step that it began at (of a resumed run).
+        findings: the doctor's.
+        seconds: since this process started to train.
+        begun_at: the step that it started from; above 0 in a resumed run.
     """
 
     recipe: Recipe
@@ -41,12 +41,12 @@ class Board:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return int(self.steps[-1]["step"]) if self.steps else self.begun_at
 
     @property
     def seconds_left(self) -> float | None:
-        """Time to go at the pace so far; None before there is one."""
+        """Estimated seconds to the last step; None before the first step."""
         done = self.step - self.begun_at
         return self.seconds / done * (self.total - self.step) if done > 0 and self.total else None
 
@@ -133,8 +133,8 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
 
 
 def describe_sample(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
-    """Return the prompt whose rewards differ most with its best and worst completion, as lines for people."""
-    best, worst = _telling_pair(rows)
+    """Return the prompt whose rewards differ most, with its best and worst completion, as lines."""
+    best, worst = _extremes(rows)
     pairs = [("best  ", best), ("worst ", worst)] if best["reward"] != worst["reward"] else [("all   ", best)]
     lines = [f"  prompt {_short(_text(best['prompt']), width, tail=True)}"]
     for name, row in pairs:
@@ -145,10 +145,10 @@ def describe_sample(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
     return "\n".join(lines)
 
 
-def _telling_pair(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return best and worst completion of the prompt whose rewards lie furthest apart: it is what a step learns from.
+def _extremes(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the best and worst completion of the prompt whose rewards differ most: a step learns most from it.
 
-    Where they lie equally far apart, the later prompt's; where nothing has a reward, the last completion twice.
+    The later prompt wins a tie. If nothing has a reward, it is the last completion twice.
     """
     extremes: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
     for row in rows:
@@ -186,7 +186,7 @@ def rendered(board: Board, title: str) -> Any:
 
     left = board.seconds_left
     head = Text(f"step {board.step}/{board.total or '?'}", style="bold")
-    head.append(f"   {duration(board.seconds)} gone", style="dim")
+    head.append(f"   {duration(board.seconds)} elapsed", style="dim")
     head.append(f" · {duration(left)} left" if left is not None else "", style="dim")
     if budget := board.recipe.limits.max_minutes:
         head.append(f" · budget {duration(60 * budget)}", style="dim")

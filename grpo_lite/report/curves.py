@@ -1,4 +1,4 @@
-"""Curves of a run: which charts a run has, drawn by matplotlib as SVG for the report and as one PNG for the card."""
+"""The charts of a run, drawn by matplotlib: as SVG for the report and as one PNG for the model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SMOOTH_FROM = 24  # steps from which a bold moving average is drawn over the ra
 
 @dataclass(frozen=True)
 class Line:
-    """One named line of a chart; `low` and `high` make a band, `slot` is the place of its colour (None: in order)."""
+    """One named line of a chart; `low` and `high` make a band, `slot` is the index of its colour (None: in order)."""
 
     name: str
     x: Sequence[float]
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: its lines and what a reader has to know to read it."""
+    """One chart: its lines, and a note on how to read it."""
 
     key: str
     title: str
@@ -49,18 +49,18 @@ class Chart:
 
 
 def charts(e: Evidence) -> list[Chart]:
-    """Return the charts for which a run has at least two values, the most telling first."""
+    """Return the charts for which a run has at least two values, the most important first."""
     parts = [_line(e, f"rewards/{part}/mean", part) for part in e.parts] if len(e.parts) > 1 else []
     held = [_line(e, "heldout/lenient", "lenient"), _line(e, "heldout/strict", "strict")]
     lengths = _line(e, "completions/mean_length", "mean")
-    found = [
+    candidates = [
         Chart("reward", "Reward", "mean of the batch; the band is one standard deviation", [_reward(e)]),
         Chart("heldout", "Held-out score", "greedy, on prompts never trained on", held, 1.0),
         Chart("parts", "Reward parts", "mean of each reward, before weights", parts),
         Chart(
             "groups",
             "Groups without a signal",
-            "share of groups whose rewards are all equal; of completions cut off",
+            "share of groups with equal rewards; share of completions cut off",
             [_line(e, "frac_reward_zero_std", "equal rewards"), _line(e, "completions/clipped_ratio", "cut off")],
             1.0,
         ),
@@ -71,12 +71,12 @@ def charts(e: Evidence) -> list[Chart]:
         Chart("speed", "Tokens per second", "prompt and completion tokens over the whole step", [_speed(e)]),
         Chart("memory", "Peak memory", "GiB so far", [_line(e, "memory/peak_gib", "")]),
     ]
-    kept = []
-    for chart in found:
+    result = []
+    for chart in candidates:
         lines = [line for line in chart.lines if len(line.y) >= 2]
         if lines:
-            kept.append(Chart(chart.key, chart.title, chart.note, lines, chart.top))
-    return kept
+            result.append(Chart(chart.key, chart.title, chart.note, lines, chart.top))
+    return result
 
 
 def _points(e: Evidence, *keys: str) -> list[tuple[float, ...]]:
@@ -108,7 +108,7 @@ def _speed(e: Evidence) -> Line:
 
 
 def svg(chart: Chart) -> str:
-    """Return a chart as an inline SVG whose colours are CSS variables; the axes' place is given by `placement`."""
+    """Return a chart as an inline SVG whose colours are CSS variables; `placement` says where its axes are."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -133,7 +133,7 @@ _AXES = (0.135, 0.14, 0.84, 0.81)  # left, bottom, width, height, as fractions o
 
 
 def placement(chart: Chart) -> dict[str, Any]:
-    """Return what a page needs to say the values under the pointer: axes' place, limits and the values."""
+    """Return what the page needs to show the values under the pointer: the axes' place, their limits, the values."""
     low, high = _span(chart)
     return {
         "left": _AXES[0], "width": _AXES[2], "low": low, "high": high,
@@ -145,7 +145,7 @@ def placement(chart: Chart) -> dict[str, Any]:
 
 
 def _span(chart: Chart) -> tuple[float, float]:
-    """Return the steps at both ends of the axis, a little apart from the first and the last mark."""
+    """Return the steps at both ends of the axis, with a small margin around the first and the last mark."""
     xs = [x for line in chart.lines for x in line.x]
     margin = 0.02 * (max(xs) - min(xs)) or 0.5
     return min(xs) - margin, max(xs) + margin
@@ -159,15 +159,15 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
-    """Draw the charts as one PNG, three in a row, for the model card; nothing is written for a run without any."""
-    if not found:
+def write_png(run_charts: Sequence[Chart], path: Path, title: str = "") -> None:
+    """Draw the charts as one PNG, three in a row, for the model card; a run without charts gets no file."""
+    if not run_charts:
         return
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = min(3, len(found))
-    rows = math.ceil(len(found) / columns)
+    columns = min(3, len(run_charts))
+    rows = math.ceil(len(run_charts) / columns)
     with rc_context(_style()), _any_script():
         width, height = 4.4 * columns, 2.75 * rows + 0.45  # inches; placed by hand, as automatic layout takes a second
         figure = Figure(figsize=(width, height), facecolor=_PAPER)
@@ -183,7 +183,7 @@ def write_png(found: Sequence[Chart], path: Path, title: str = "") -> None:
             place = {"x": 0.2 / width, "y": 1 - 0.15 / height, "ha": "left", "va": "top"}
             title = textwrap.shorten(_drawable(title), int(13 * width), placeholder=" …")
             figure.suptitle(title, fontsize=11, fontweight="bold", color="#20242c", **place)
-        for index, chart in enumerate(found):
+        for index, chart in enumerate(run_charts):
             axes = figure.add_subplot(rows, columns, index + 1)
             axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold", color="#20242c")
             draw(axes, chart)
@@ -218,7 +218,7 @@ def draw(axes: Any, chart: Chart) -> None:
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean of the last `width` values at each place (of fewer at the start)."""
+    """Return at each place the mean of the last `width` values (fewer at the start)."""
     out, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

@@ -1,4 +1,4 @@
-"""What a run's report shows, read from the run's own files: verdict, figures, phases, completions, what is missing."""
+"""The content of a run's report, read from its files: verdict, figures, phases, completions, what was not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_lite.report.evidence import Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
 
-MOST_ROWS = 2000  # completions kept in the page; of longer runs a selection, and the page says so
+MOST_ROWS = 2000  # most completions on the page; it says so if a run has more
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
 PHASES = {
     "rollout": "generating completions",
@@ -23,13 +23,13 @@ PHASES = {
     "update": "forward, backward, optimizer",
     "other": "saving, logging, starting up",
     "evaluation": "held-out evaluation",
-    "merge": "merge and its proof",
+    "merge": "merge and verification",
 }
 
 
 @dataclass(frozen=True)
 class RunPage:
-    """Everything a report is written from."""
+    """Everything that a report is written from."""
 
     name: str
     recipe: Recipe
@@ -75,7 +75,7 @@ def score_rows(page: RunPage) -> list[dict[str, str]]:
     rows = []
     names = {
         "lenient": "right answer",
-        "strict": "right answer in the asked form",
+        "strict": "right answer in the required form",
         "honest": "second, independent judge",
     }
     for kind, name in names.items():
@@ -108,7 +108,7 @@ def tiles(page: RunPage) -> list[tuple[str, str]]:
     """Return the run's figures as (name, value with unit), known ones only."""
     e, record = page.evidence, page.record
     rewards = e.series("reward")
-    found: list[tuple[str, str | None]] = [
+    figures: list[tuple[str, str | None]] = [
         ("steps", str(record["steps"]) if record.get("steps") else str(len(rewards)) if rewards else None),
         ("reward, first → last", f"{rewards[0]:.2f} → {rewards[-1]:.2f}" if rewards else None),
         ("training time", duration(record.get("training_seconds"))),
@@ -116,7 +116,7 @@ def tiles(page: RunPage) -> list[tuple[str, str]]:
         ("tokens per second", _speed(e)),
         ("device", (record.get("device") or {}).get("name")),
     ]
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in figures if value]
 
 
 def _speed(e: Evidence) -> str | None:
@@ -148,7 +148,7 @@ def phases(page: RunPage) -> list[dict[str, Any]]:
 
 
 def total_of(counter: Sequence[float]) -> float:
-    """Return what a counter has counted in all, also when a resumed run began it at 0 again."""
+    """Return a counter's total, also if a resumed run restarted it at 0."""
     total, before = 0.0, 0.0
     for value in counter:
         total += value - before if value >= before else value
@@ -157,12 +157,12 @@ def total_of(counter: Sequence[float]) -> float:
 
 
 def not_measured(page: RunPage) -> list[str]:
-    """Return what this run does not show, as sentences."""
+    """Return what this run did not measure, as sentences."""
     recipe, scores = page.recipe, page.scores
     lines = [] if scores else ["The task itself: there is no score before or after."]
     if page.record.get("paused_at") and not page.record.get("finished_at"):
         done, total = page.evidence.last_step, page.record.get("max_steps")
-        lines.append(f"The rest of the run: it paused after step {done} of {total}, and the same command goes on.")
+        lines.append(f"The rest of the run: it paused after step {done} of {total}; the same command resumes it.")
     if scores and not recipe.eval.strict:
         lines.append("The form of the answers: this recipe has no strict score of its own.")
     if scores and "honest" not in scores:
@@ -171,18 +171,18 @@ def not_measured(page: RunPage) -> list[str]:
         lines.append("Spread over seeds: this is one run, and the intervals are over prompts only.")
     if scores and "merged" not in scores:
         lines.append("The score of the merged 16-bit model.")
-    lines.append("Anything but this task: other tasks, languages, safety, and what the training unlearnt.")
+    lines.append("Anything but this task: other tasks, languages, safety, and what training may have unlearnt.")
     lines.append("Whether held-out prompts were in the base model's own training data.")
     if (page.record.get("device") or {}).get("kind") == "cpu":
-        lines.append("Speed and memory on a GPU: this ran on a CPU.")
+        lines.append("Speed and memory on a GPU: this run used a CPU.")
     return lines
 
 
 def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     """Return rows for the browser of completions, at most MOST_ROWS, and how many there are in all.
 
-    Of a longer run, steps are taken evenly, the first and the last among them; of a large step its best, its worst and
-    the first others.
+    A longer run is sampled at evenly spaced steps, first and last included. A large step keeps its best, its worst and
+    its first completions.
     """
     files = sorted((run.path / "completions").glob("step_*.jsonl"))
     per_step = max(4, MOST_ROWS // max(1, min(len(files), 60)))
@@ -190,13 +190,13 @@ def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     count = 0
     for path in files:
-        found = [row for row in read_json_lines(path) if "reward" in row] if path in chosen else []
-        count += len(found) if path in chosen else path.read_bytes().count(b"\n")
-        if len(found) > per_step:
-            ranked = sorted(range(len(found)), key=lambda i: found[i]["reward"] or 0.0)
-            kept = {ranked[0], ranked[1], ranked[-1], ranked[-2], *range(per_step - 4)}
-            found = [row for i, row in enumerate(found) if i in kept]
-        rows += [_browsable(row) for row in found]
+        of_step = [row for row in read_json_lines(path) if "reward" in row] if path in chosen else []
+        count += len(of_step) if path in chosen else path.read_bytes().count(b"\n")
+        if len(of_step) > per_step:
+            ranked = sorted(range(len(of_step)), key=lambda i: of_step[i]["reward"] or 0.0)
+            chosen_rows = {ranked[0], ranked[1], ranked[-1], ranked[-2], *range(per_step - 4)}
+            of_step = [row for i, row in enumerate(of_step) if i in chosen_rows]
+        rows += [_browsable(row) for row in of_step]
     return rows, count
 
 
@@ -232,7 +232,7 @@ def held_out_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """Return a prompt as text; of chat messages all but the roles of a lone user."""
+    """Return a prompt as text; chat messages get their roles unless there is only one."""
     if isinstance(prompt, str):
         return shortened(prompt)
     if len(prompt) == 1:
@@ -249,16 +249,16 @@ def shortened(text: str) -> str:
 
 
 def for_script(value: Any) -> str:
-    """Return JSON that can stand in a <script> element: no `<`, `>`, `&` or line separator is left bare."""
+    """Return JSON that is safe inside a <script> element: `<`, `>`, `&` and line separators are escaped."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def versions(page: RunPage) -> Iterable[tuple[str, str]]:
-    """Return versions and the like as (name, value), known ones only."""
+    """Return hardware, versions and dates as (name, value), known ones only."""
     record = page.record
     device, faults = record.get("device") or {}, record.get("faults") or {}
-    found = {
+    facts = {
         "device": device.get("name"), "memory of the device": size(device.get("memory_bytes")),
         "seed": record.get("seed"), "started": record.get("started_at"), "finished": record.get("finished_at"),
         "resumed": ", ".join(record.get("resumed_at") or []) or None,
@@ -266,4 +266,4 @@ def versions(page: RunPage) -> Iterable[tuple[str, str]]:
         "grpo_lite": " ".join(str(v) for v in (record.get("grpo_lite"), record.get("git_commit")) if v),
         "python": record.get("python"), "platform": record.get("platform"), **(record.get("versions") or {}),
     }  # fmt: skip
-    return [(name, str(value)) for name, value in found.items() if value is not None and value != ""]
+    return [(name, str(value)) for name, value in facts.items() if value is not None and value != ""]

@@ -1,4 +1,4 @@
-"""watch: follow a run from another terminal by its files alone; nothing of the run is touched."""
+"""watch: follow a run from another terminal. It only reads the run's files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from grpo_lite.runs.run_dir import RunDir
 ENDED = ("finished", "paused", "stopped", "quiet")
 STOPPED_AFTER_S = 30.0
 _NOTES = {
-    "stopped": ", no process of this machine works in it; the same `train` command goes on",
+    "stopped": ", no process on this machine is training it; the same `train` command resumes it",
     "quiet": ", no step for ten minutes",
 }
 
 
 def read_board(run: RunDir) -> Board:
-    """Return how a run stands now.
+    """Return the board of a run as its files are now.
 
     Raises:
         RunDirError: the folder is not a run.
@@ -38,14 +38,14 @@ def read_board(run: RunDir) -> Board:
 
 
 def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
-    """Return how a run stands, in a word.
+    """Return the state of a run in one word.
 
     Returns:
-        "running"; "evaluating" (trained, not finished); "finished"; "paused" (limits.max_minutes); "stopped" (nobody
-        holds its lock, as after Ctrl-C, a kill or a refusal, and nothing has happened for half a minute: another
-        machine's locks may not be seen here); or "quiet" (no step for long).
+        "running"; "evaluating" (trained, not finished); "finished"; "paused" (limits.max_minutes); "stopped" (its lock
+        is free, as after Ctrl-C, a kill or an error, and no file has changed for half a minute: the locks of another
+        machine may be invisible here); or "quiet" (no step for ten minutes).
     """
-    idle = run.in_use() is False  # asked first: a run that ends meanwhile is then seen as finished
+    idle = run.in_use() is False  # read first: a run that ends meanwhile then counts as finished
     record = run.read_run()
     if record.get("finished_at"):
         return "finished"
@@ -62,7 +62,7 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
 
 
 def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:
-    """Yield a line for every new step and finding, until the run is finished or nothing has happened for long."""
+    """Yield a line for every new step and finding, until the run has ended or is quiet."""
     shown, stated = 0, 0
     while True:
         state = state_of(run)
@@ -71,7 +71,7 @@ def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any]
         for count in range(shown + 1, len(whole) + 1):
             seconds = sum(r.get("step_time") or 0.0 for r in whole[:count] if r["step"] > board.begun_at)
             yield Board(board.recipe, board.total, whole[:count], (), (), seconds, board.begun_at).line()
-        shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resume takes steps back
+        shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resumed run repeats steps
         records = stated_findings(run)
         yield from (Finding.from_record(record).line() for record in records[stated:])
         stated = len(records)

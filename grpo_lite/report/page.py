@@ -1,4 +1,4 @@
-"""report.html: a run on one self-contained page, and runs side by side; no network, no script but its own.
+"""report.html and compare.html: one self-contained page each, with no network access and only its own script.
 
 run's files -> facts.py + curves.py (charts) -> html/*.html (Jinja2, all escaped) -> one file
 """
@@ -46,14 +46,14 @@ def write_report(run: RunDir) -> Path:
         RunDirError: the folder is not a run.
     """
     page = read_page(run)
-    found = charts(page.evidence)
-    write_png(found, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
+    run_charts = charts(page.evidence)
+    write_png(run_charts, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
     (rows, count), (held_out, held_out_count) = completion_rows(run), held_out_rows(run)
-    data = {"charts": {chart.key: placement(chart) for chart in found}, "completions": rows, "heldout": held_out}
+    data = {"charts": {chart.key: placement(chart) for chart in run_charts}, "completions": rows, "heldout": held_out}
     recipe = without_paths(page.recipe)
     html = _template("report.html").render(
         page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
-        charts=_drawn(found), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
+        charts=_drawn(run_charts), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
         held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
         versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
         data=_safe(for_script(data)),
@@ -64,7 +64,7 @@ def write_report(run: RunDir) -> Path:
 
 
 def finish_with_report(run: RunDir, show: Show) -> None:
-    """State what only the held-out scores show, and write the report; a fault here is told and costs nothing else."""
+    """Report the findings that need held-out scores, and write the report; an error here does not fail the run."""
     try:
         once = OnceUntilItChanges()
         once.news(map(Finding.from_record, stated_findings(run)))
@@ -73,12 +73,12 @@ def finish_with_report(run: RunDir, show: Show) -> None:
         write_report(run)
     except Exception as error:  # the run itself is finished and saved
         logger.exception("The report was not written.")
-        again = f"the run is complete. Again: make report RUN={run.path}"
+        again = f"the run is complete. Try again: make report RUN={run.path}"
         show(f"report: not written ({type(error).__name__}: {error}); {again}")
 
 
 def inline_report(run: RunDir, height_px: int = 900) -> Any:
-    """Return a run's report for a notebook's cell, in a frame of its own: IPython's HTML."""
+    """Return a run's report as IPython's HTML, in a frame for a notebook's cell."""
     from html import escape
 
     from IPython.display import HTML
@@ -88,33 +88,33 @@ def inline_report(run: RunDir, height_px: int = 900) -> Any:
 
 
 def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
-    """Write a page with runs side by side: scores, figures, curves laid over each other, recipes' differences.
+    """Write a page that compares runs: scores, figures, curves in one chart, differences between the recipes.
 
     Raises:
         RunDirError: a folder is not a run, or fewer than two are given.
     """
     if len(runs) < 2:
-        raise RunDirError('compare: two or more runs are needed, as in make compare RUNS="runs/a runs/b".')
+        raise RunDirError('compare: give two or more runs, as in make compare RUNS="runs/a runs/b".')
     pages = [read_page(run) for run in runs]
     names = _distinct([run.path for run in runs])
-    found = _overlaid(pages, names)
+    run_charts = _overlaid(pages, names)
     html = _template("compare.html").render(
         names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
-        differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(found),
+        differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(run_charts),
         findings=[page.findings for page in pages], clean=[nothing_found(page.evidence) for page in pages],
-        data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in found}})),
+        data=_safe(for_script({"charts": {chart.key: placement(chart) for chart in run_charts}})),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html)
     return path
 
 
-def _drawn(found: Sequence[Chart]) -> list[dict[str, Any]]:
-    return [{"key": c.key, "title": c.title, "note": c.note, "svg": _safe(svg(c))} for c in found]
+def _drawn(run_charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    return [{"key": c.key, "title": c.title, "note": c.note, "svg": _safe(svg(c))} for c in run_charts]
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as much of the path as tells them apart."""
+    """Return the folders' names, with as much of the path as makes them distinct."""
     for depth in range(1, 1 + max(len(path.resolve().parts) for path in paths)):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -123,13 +123,13 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
-    """Return charts in which every run has one line, of its first line there."""
+    """Return charts in which every run has one line: the first line of its own chart."""
     per_run = [{chart.key: chart for chart in charts(page.evidence)} for page in pages]
-    keys = [key for found in per_run for key in found if key != "parts"]
+    keys = [key for of_run in per_run for key in of_run if key != "parts"]
     result = []
     for key in dict.fromkeys(keys):
-        having = [(slot, found[key]) for slot, found in enumerate(per_run) if key in found]
-        # a run keeps its colour also where another run has no line
+        having = [(slot, of_run[key]) for slot, of_run in enumerate(per_run) if key in of_run]
+        # a run keeps its colour even if another run has no line
         lines = [Line(names[slot], chart.lines[0].x, chart.lines[0].y, slot=slot) for slot, chart in having]
         result.append(Chart(key, having[0][1].title, having[0][1].note.partition(";")[0], lines, having[0][1].top))
     return result
@@ -162,7 +162,7 @@ def _figures(page: RunPage) -> dict[str, str]:
 
 
 def recipe_differences(recipes: Sequence[Any]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which recipes differ, with each one's value."""
+    """Return the keys in which recipes differ, with the value in each recipe."""
     flat = [dict(_flatten(recipe.model_dump(mode="json"))) for recipe in recipes]
     keys = dict.fromkeys(key for values in flat for key in values)
     rows = [(key, ["–" if values.get(key) in (None, [], {}) else str(values[key]) for values in flat]) for key in keys]
@@ -190,7 +190,7 @@ def _template(name: str) -> Any:
 
 
 def _safe(text: str) -> Any:
-    """Mark text that is ours, or escaped already, as HTML."""
+    """Mark text as HTML: it is ours, or escaped already."""
     from markupsafe import Markup
 
     return Markup(text)

@@ -34,7 +34,7 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"records   {run.evaluation / 'records.jsonl'}")
     lines.append(f"report    {run.path / 'report.html'}")
     lines += [f"all       {run.path}", "", "next:"]
-    lines.append(f"  make eval RUN={shlex.quote(str(run.path))}    measure again")
+    lines.append(f"  make eval RUN={shlex.quote(str(run.path))}    evaluate again")
     if run.merged.is_dir():
         lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
     return "\n".join(lines)
@@ -51,7 +51,7 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         lines.append(scores["strict"]["verdict"]["sentence"])
     if "honest" in scores:
         honest = scores["honest"]["difference"]
-        lines.append(f"by an independent second judgement: {honest['before']:.3f} → {honest['after']:.3f}")
+        lines.append(f"by a second, independent judge: {honest['before']:.3f} → {honest['after']:.3f}")
     if "merged" in scores:
         rate = scores["merged"]["lenient"]
         lines.append(
@@ -71,7 +71,7 @@ def merge_line(record: Mapping[str, Any]) -> str:
     if "skipped" in record:
         return f"not merged: {record['skipped']}."
     return (
-        f"merged onto the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
+        f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
         f"{record['max_logit_difference']:.3f}"
     )

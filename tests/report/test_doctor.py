@@ -1,4 +1,4 @@
-"""The run doctor: each disease on a real run of a tiny model that has it, and no finding on a healthy run."""
+"""The run doctor: each problem on a real run of a tiny model that has it, and no finding on a healthy run."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ OVERRIDES = [
 
 @dataclass
 class Case:
-    """A disease: the recipe's changes, and where the model is too random to have it, what it is made to write."""
+    """A problem: the recipe's changes, and a script of completions if the model is too random to have it."""
 
     key: str | None
     rewards: list[str] = field(default_factory=lambda: ["learnable"])
@@ -227,7 +227,7 @@ def sharpened() -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.key}-{c.says[:24]}" for c in CASES])
-def test_a_real_run_with_the_disease_is_diagnosed_and_a_healthy_one_is_not(
+def test_a_real_run_with_the_problem_is_diagnosed_and_a_healthy_one_is_not(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, said = train(case, tmp_path, monkeypatch)
@@ -241,7 +241,7 @@ def test_a_real_run_with_the_disease_is_diagnosed_and_a_healthy_one_is_not(
     assert case.says in finding.sentence
     assert finding.override == case.override or case.override is None
     live = [line for line in said if line.startswith("doctor") and case.says in line]
-    assert len(live) == 1, said  # said while it ran, once
+    assert len(live) == 1, said  # reported during the run, once
     assert case.key in {record["key"] for record in stated_findings(run)}
 
 
@@ -492,7 +492,7 @@ def test_only_a_first_reward_that_never_moves_is_called_stuck(
     assert (found and found.sentence.startswith(expected or "?")) == (None if expected is None else True)
 
 
-def test_a_penalty_that_is_never_due_is_no_disease() -> None:
+def test_a_penalty_that_never_applies_is_no_problem() -> None:
     zero = steps(6, reward=lambda i: 0.5, rewards__accuracy_reward__mean=lambda i: 0.5, rewards__f__mean=lambda i: 0.0)
     for weight, expected in ((1, True), (0, False), (-1, False)):
         with_part = sums(**{"rewards[1].function": "mine.py:f", "rewards[1].kwargs": "{}", "rewards[1].weight": weight})

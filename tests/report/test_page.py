@@ -152,7 +152,7 @@ def test_a_long_run_is_cut_down_evenly_and_the_page_says_so(tmp_path: Path) -> N
         lines = (run.path / "completions" / f"step_{step:06d}.jsonl").read_text().splitlines()
         everything = [json.loads(line)["reward"] for line in lines]
         assert (min(kept), max(kept)) == (min(everything), max(everything))
-    assert f"{len(rows):,} of 9,600 are in this page" in write_report(run).read_text(encoding="utf-8")
+    assert f"{len(rows):,} of 9,600 are on this page" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_long_texts_lose_their_middle() -> None:
@@ -232,7 +232,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     html = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
     assert "x/run" in html
     assert "y/run" in html
-    assert "Nowhere: all runs are of the same recipe." in html
+    assert "All runs have the same recipe." in html
 
 
 def test_one_run_cannot_be_compared(tmp_path: Path) -> None:
@@ -359,4 +359,4 @@ def test_held_out_answers_beyond_what_a_page_can_hold_are_counted(tmp_path: Path
     records = run.evaluation / "records.jsonl"
     records.write_text(records.read_text() * 120)  # 2,400
     html = write_report(run).read_text(encoding="utf-8")
-    assert "2,000 of 2,400 are in this page" in html
+    assert "2,000 of 2,400 are on this page" in html

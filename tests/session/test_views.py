@@ -233,7 +233,7 @@ def test_a_run_that_nobody_works_in_any_more_is_stopped(tmp_path: Path) -> None:
         assert state_of(run) == "running"  # a slow step
     assert state_of(run) == "stopped"  # Ctrl-C, a kill
     (last,) = [line for line in watch_lines(run) if "stopped" in line]
-    assert "the same `train` command goes on" in last
+    assert "the same `train` command resumes it" in last
     run.update_run(finished_at="x")
     assert state_of(run) == "finished"
 

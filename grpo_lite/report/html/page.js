@@ -126,8 +126,8 @@
         if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
         for (const [side, name] of [["base", "base"], ["trained", "trained"]]) {
           const right = row[side].right, box = make("div", right ? "right" : "wrong");
-          const form = right && !row[side].strict ? ", not in the asked form" : "";
-          box.append(make("small", "", name + " · " + (right === null ? "no usable gold" : right ? "right" + form : "wrong")));
+          const form = right && !row[side].strict ? ", not in the required form" : "";
+          box.append(make("small", "", name + " · " + (right === null ? "no usable gold answer" : right ? "right" + form : "wrong")));
           box.append(make("pre", "", shown(row[side].text)));
           pair.append(box);
         }
