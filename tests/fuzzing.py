@@ -107,6 +107,7 @@ def override(text: str) -> None:
 
 def upstream_arguments(given: list[tuple[str, Any]]) -> None:
     """Give keys of GRPOConfig and LoraConfig arbitrary values, and build both as a run does."""
+    from grpo_lite.models.base import Base
     from grpo_lite.models.device import Device
     from grpo_lite.models.load import lora_config
     from grpo_lite.recipe.load import build_recipe
@@ -120,7 +121,8 @@ def upstream_arguments(given: list[tuple[str, Any]]) -> None:
     with _scratch() as folder, warnings.catch_warnings(), contextlib.suppress(GRPOLiteError):
         warnings.simplefilter("ignore")  # upstream's, of deprecated keys
         recipe = build_recipe(raw, "fuzz")
-        grpo_config(recipe, RunDir(folder), Device("cpu", "a CPU", 1 << 34, False), [1.0])
+        base = Base.resolve(recipe.model, Device("cpu", "a CPU", 1 << 34, False))
+        grpo_config(recipe, RunDir(folder), base, [1.0])
         lora_config(recipe)
 
 

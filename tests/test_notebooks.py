@@ -94,6 +94,7 @@ def run(name: str, tmp_path: Path, **parameters: Any) -> Any:
     return build.execute(notebook, tmp_path, timeout_s=300)
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_cpu_notebook_runs(tmp_path: Path) -> None:
     notebook = run("quickstart_cpu", tmp_path, RECIPE="smoke", OVERRIDES=["eval.samples=0", "limits.max_minutes=30"])
     shown = outputs(notebook)

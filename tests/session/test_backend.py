@@ -127,6 +127,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_keeps_its_backend_on_a_new_machin
     assert (recipe.model.backend, lines) == ("hf", [])
 
 
+@pytest.mark.slow
 def test_a_backend_is_measured_by_a_real_training(tmp_path: Path, root: Path) -> None:
     recipe = load_recipe("smoke")
     assert 0 < backend._measure(recipe, "hf", 3, 300.0)["step_s"] < 60

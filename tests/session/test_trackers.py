@@ -36,6 +36,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("tensorboard" not in TRACKERS, reason="tensorboard is not installed")
 def test_tensorboard_gets_the_metrics(tracked: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
