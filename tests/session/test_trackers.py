@@ -49,12 +49,14 @@ def test_tensorboard_gets_the_metrics(tracked: Path) -> None:
     assert [event.step for event in found.Scalars("train/reward")] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("wandb" not in TRACKERS, reason="wandb is not installed")
 def test_wandb_offline_writes_the_metrics(tracked: Path) -> None:
     (record,) = tracked.rglob("*.wandb")
     assert b"train/rewards/accuracy_reward/mean" in record.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("trackio" not in TRACKERS, reason="trackio is not installed")
 def test_trackio_keeps_the_metrics_in_its_local_database(tracked: Path) -> None:
     kept = b"".join(path.read_bytes() for path in (tracked / "trackio").rglob("*.db*"))  # and its write-ahead log
