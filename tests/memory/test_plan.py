@@ -209,12 +209,14 @@ GRID = [
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name, prompt, completion, rows, load_in", GRID)
 def test_the_grid_of_real_shapes(name: str, prompt: int, completion: int, rows: int, load_in: str) -> None:
     assert 0.97 <= compare_training(KNOWN[name], prompt, completion, rows, load_in=load_in) <= 1.10
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
 @pytest.mark.parametrize("prompt, completion, rows", [(200, 256, 8), (200, 512, 32), (200, 4096, 8)])
 def test_the_grid_of_rollouts(name: str, prompt: int, completion: int, rows: int) -> None:
@@ -222,6 +224,7 @@ def test_the_grid_of_rollouts(name: str, prompt: int, completion: int, rows: int
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
 @pytest.mark.parametrize("row", range(len(PLAIN)))
@@ -231,6 +234,7 @@ def test_the_grid_of_plain_compute(name: str, row: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
 @pytest.mark.parametrize("prompt, completion, rows", [(200, 256, 64), (600, 64, 16), (200, 4096, 8)])
 def test_the_grid_of_evaluations(name: str, prompt: int, completion: int, rows: int) -> None:
@@ -238,6 +242,7 @@ def test_the_grid_of_evaluations(name: str, prompt: int, completion: int, rows: 
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_no_planned_constant_hides_a_larger_model() -> None:
     """The comparison could not fail if the counting followed the plan: a third of the layers must be seen."""
     right = compare_training(shallow("qwen2.5-1.5b", 9), 200, 512, 8)
