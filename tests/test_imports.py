@@ -32,7 +32,7 @@ ALLOWED = {
     "task": "models recipe files screen rewards",
     "report": "runs recipe files screen rewards",
     "trainer": "engine memory task.tokens runs.checkpoints models.device",
-    "evaluation": "task engine memory models runs report.overrides recipe files screen rewards",
+    "evaluation": "task engine memory models runs recipe files screen rewards",
     "chat": "task engine models runs recipe screen",
     "reproduce": "report runs models recipe screen",
     "session": "trainer evaluation report memory task models runs recipe files screen rewards",

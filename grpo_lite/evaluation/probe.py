@@ -19,8 +19,8 @@ from grpo_lite.evaluation.evaluate import call_reward, columns_of, score_complet
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
+from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 from grpo_lite.task.check import weighted_sum
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited

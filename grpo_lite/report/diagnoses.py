@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Mapping
 
 import rewards
+from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
-from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 
 _LOW_LORA_LR = 5e-6
 _PENALTIES = ("penalty", "punishment")  # in the names of rewards that do not state their top, which is 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, read_yaml, recipe_names
+from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.report import diagnoses, hacking
 from grpo_lite.report.doctor import (
     TABLE,
@@ -27,7 +28,6 @@ from grpo_lite.report.doctor import (
     troubleshooting,
 )
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
-from grpo_lite.report.overrides import twice_the_cap, twice_the_group
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.train import train_run
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
