@@ -82,7 +82,7 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
         RecipeError: with every fault, one a line, each starting with `where: key`.
     """
     raw = dict(raw)
-    faults = _removed_keys(raw)
+    faults = drop_removed_keys(raw)
     for section, defaults in (("lora", LORA_DEFAULTS), ("grpo", GRPO_DEFAULTS)):
         given = raw.get(section) or {}
         raw[section], found = upstream_section(section, {**defaults, **given} if isinstance(given, dict) else given)
@@ -100,7 +100,7 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def _removed_keys(raw: dict[str, Any]) -> list[str]:
+def drop_removed_keys(raw: dict[str, Any]) -> list[str]:
     """Drop keys of an older release that change nothing, in place; return a fault for each that would."""
     sampling = raw.get("sampling")
     if not isinstance(sampling, dict) or "difficulty" not in sampling:

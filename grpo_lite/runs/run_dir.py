@@ -100,9 +100,10 @@ class RunDir:
             )
 
     def _refuse_changed(self, recipe: Recipe) -> None:
-        from grpo_lite.recipe.load import read_yaml
+        from grpo_lite.recipe.load import drop_removed_keys, read_yaml
 
         first, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # the file may come from another machine
+        drop_removed_keys(first)
         old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return

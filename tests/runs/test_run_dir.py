@@ -49,6 +49,17 @@ def test_an_interrupted_run_is_resumed_from_its_newest_checkpoint(root: Path, tm
     assert run.last_checkpoint() == last
 
 
+def test_a_run_of_an_earlier_release_resumes_without_the_keys_that_were_removed(root: Path, tmp_path: Path) -> None:
+    run, recipe = RunDir(tmp_path / "r"), load_recipe("smoke")
+    run.prepare(recipe)
+    checkpoint(run, 2)
+    old = run.recipe_file.read_text().replace("  refill: 0\n", "  refill: 0\n  difficulty: false\n")
+    assert "difficulty" in old
+    run.recipe_file.write_text(old)
+    assert run.prepare(recipe) == "resume"
+    assert run.load_recipe() == recipe
+
+
 def test_a_finished_run_is_never_overwritten(root: Path, tmp_path: Path) -> None:
     run, recipe = RunDir(tmp_path / "r"), load_recipe("smoke")
     run.prepare(recipe)
