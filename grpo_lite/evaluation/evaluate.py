@@ -24,8 +24,8 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts, lead_in, load_prompts
-from grpo_lite.task.rewards import Reward, load_function, load_second_opinion
+from grpo_lite.task.prompts import Prompts, columns_of, lead_in, load_prompts
+from grpo_lite.task.rewards import Reward, import_function, load_function, load_second_opinion
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now, size
 
@@ -181,7 +181,7 @@ def _second_opinions(
     """Return whether the first reward's second opinion accepts each completion; None if the reward has none."""
     section, where = recipe.rewards[0], "rewards[0]"
     columns, opened = columns_of(rows), lead_in(rows, recipe, tokenizer)
-    reward = load_function(section, where, columns, opened)
+    reward = import_function(section.function, where)  # only the opinion is called: eval.lenient may replace the reward
     opinion = load_second_opinion(reward, section, where, columns, opened)
     if opinion is None:
         return None
@@ -197,11 +197,6 @@ def _scores(
     function = load_function(section, where, columns_of(rows), lead_in(rows, recipe, tokenizer))
     function = limited(function, recipe.limits.reward_timeout_s, where)
     return call_reward(function, tokenizer, recipe, rows, completions)
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the rows' columns that a reward gets, `prompt` aside."""
-    return sorted({key for row in rows for key in row if key != "prompt"})
 
 
 def call_reward(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
-from grpo_lite.evaluation.evaluate import call_reward, columns_of, score_completions
+from grpo_lite.evaluation.evaluate import call_reward, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
@@ -24,7 +24,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.check import weighted_sum
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.prompts import Prompts, columns_of
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import duration

@@ -58,8 +58,12 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
     base = Base.resolve(recipe.model).weights
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
-    with _progress_bar() as progress:
-        record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+    try:
+        with _progress_bar() as progress:
+            record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+    except NothingToMerge as error:
+        run.update_run(merge={"skipped": str(error)})
+        raise
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
     show(f"verifying the merge on {len(texts)} prompts")

@@ -70,6 +70,8 @@ def merge_line(record: Mapping[str, Any]) -> str:
     """Return one line on the merge's verification."""
     if "skipped" in record:
         return f"not merged: {record['skipped']}."
+    if "prompts" not in record:
+        return "merged, but not verified: run `grpo-lite merge --overwrite`."
     return (
         f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "

@@ -103,7 +103,8 @@ class RunDir:
         from grpo_lite.recipe.load import drop_removed_keys, read_yaml
 
         first, new = read_yaml(self.recipe_file), dump_recipe(recipe)  # the file may come from another machine
-        drop_removed_keys(first)
+        if faults := drop_removed_keys(first):  # it trained with what is gone
+            raise RunDirError(f"{self.recipe_file}: this run cannot be continued. {faults[0]}")
         old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return
@@ -165,11 +166,13 @@ class RunDir:
         Raises:
             RunDirError: the folder is not a run.
         """
-        from grpo_lite.recipe.load import build_recipe, read_yaml
+        from grpo_lite.recipe.load import build_recipe, drop_removed_keys, read_yaml
 
         if not self.recipe_file.is_file():
             raise RunDirError(f"{self.path}: is not a run (no recipe.yaml). Give the folder that `train` wrote.")
-        return self.with_base_commit(build_recipe(read_yaml(self.recipe_file), str(self.recipe_file)))
+        raw = read_yaml(self.recipe_file)
+        drop_removed_keys(raw)  # what it trained with is no matter to what reads it
+        return self.with_base_commit(build_recipe(raw, str(self.recipe_file)))
 
     def with_base_commit(self, recipe: Recipe) -> Recipe:
         """Return the recipe with its base at the commit that this run started from, if one is recorded."""

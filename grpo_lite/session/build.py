@@ -27,7 +27,6 @@ from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward
-from rewards.facts import named
 
 
 def device_line(base: Base) -> str:
@@ -202,7 +201,7 @@ def build_trainer(
     if first:
         _add_callbacks(recipe, run, trainer, prompts, view)
         require_room_for(recipe, run, base, trainer)
-        record_start(recipe, run, base, state)
+        record_start(recipe, run, base, functions, state)
         add_preflight(recipe, run, base.device, trainer, prompts, view.show)
     return trainer, view
 
@@ -222,7 +221,7 @@ def _add_callbacks(recipe: Recipe, run: RunDir, trainer: Any, prompts: Prompts, 
         trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run), view.show))
 
 
-def record_start(recipe: Recipe, run: RunDir, base: Base, state: str) -> None:
+def record_start(recipe: Recipe, run: RunDir, base: Base, rewards: list[Reward], state: str) -> None:
     """Write into run.json what a new training starts with, or when it resumed."""
     record = environment_record()
     resumed = [*run.read_run().get("resumed_at", []), record["started_at"]] if state == "resume" else []
@@ -231,7 +230,7 @@ def record_start(recipe: Recipe, run: RunDir, base: Base, state: str) -> None:
     else:
         device = base.device.to_json()
         run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device, base_revision=base.commit)
-    if any(getattr(named(reward.function), "runs_code", False) for reward in recipe.rewards):
+    if any(getattr(reward, "runs_code", False) for reward in rewards):
         from rewards.sandbox import layers
 
         weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)

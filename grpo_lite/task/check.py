@@ -16,7 +16,7 @@ from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts, load_prompts
+from grpo_lite.task.prompts import Prompts, columns_of, load_prompts
 from grpo_lite.task.rewards import Reward, load_rewards
 from rewards.testing import Report, check_rewards, score_rows
 
@@ -59,7 +59,7 @@ def _percentile(ordered: Sequence[int], percent: int) -> int:
 def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
     """Yield, per reward, the mean over gold completions of the first training rows."""
     rows = prompts.train[:GOLD_ROWS]
-    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    columns = columns_of(rows)
     functions, _ = load_rewards(recipe, columns, prompts.lead_in)
     texts = [gold_completion(recipe, row, prompts.lead_in) for row in rows]
     chat = not isinstance(rows[0]["prompt"], str)
@@ -113,7 +113,7 @@ def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
         RewardError: a reward does not load or breaks its contract, or `check.skip` names an unknown check.
     """
     rows = prompts.train[: recipe.check.rows]
-    columns = sorted({key for row in rows for key in row if key != "prompt"})
+    columns = columns_of(rows)
     functions, weights = load_rewards(recipe, columns, prompts.lead_in)
     functions = [limited(function, recipe.limits.reward_timeout_s, "check") for function in functions]
 

@@ -51,7 +51,7 @@ class Prompts:
     @property
     def columns(self) -> list[str]:
         """Names of the columns that rewards get beside the prompt."""
-        return sorted({key for row in self.train for key in row if key != "prompt"})
+        return columns_of(self.train)
 
     def proof_texts(self, count: int) -> list[str]:
         """Return prompts as the model sees them, to try an exported model on: held-out ones where there are any."""
@@ -95,6 +95,11 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
     opened = lead_in(train, recipe, tokenizer)
     return Prompts(train, held, tuple(notes), opened, tokenizer, recipe.template_kwargs)
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the rows' columns that a reward gets, `prompt` aside."""
+    return sorted({key for row in rows for key in row if key != "prompt"})
 
 
 def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.checks import nearest
 from grpo_lite.recipe.recipe import Recipe, ScoreSection
+
+logger = logging.getLogger(__name__)
 
 # What TRL 1.14-1.16 passes to every reward besides the dataset's columns.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -75,7 +78,11 @@ def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
         scores = function(completions=completions, **kwargs)
         if log_metric := kwargs.get("log_metric"):
             quiet = {key: value for key, value in kwargs.items() if key not in ("log_metric", "log_extra")}
-            paid = [score for score in opinion(completions=completions, **quiet) if score is not None]
+            try:
+                paid = [score for score in opinion(completions=completions, **quiet) if score is not None]
+            except RewardError as error:  # it only watches: what is trained on has its scores
+                logger.warning("second opinion left out: %s", error)
+                paid = []
             if paid:
                 log_metric("honest_accuracy", sum(paid) / len(paid))
         return scores
@@ -91,7 +98,7 @@ def load_function(section: _Scored, where: str, columns: Sequence[str], lead_in:
     Raises:
         RewardError: as load_rewards.
     """
-    return _bind(_import(section.function, where), section, where, columns, lead_in)
+    return _bind(import_function(section.function, where), section, where, columns, lead_in)
 
 
 def load_second_opinion(
@@ -137,7 +144,7 @@ def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> 
     return {"prefilled": True} if opened and (open_ended or "prefilled" in parameters) else {}
 
 
-def _import(reference: str, where: str) -> Callable[..., Any]:
+def import_function(reference: str, where: str) -> Callable[..., Any]:
     if ":" in reference:
         file, _, name = reference.rpartition(":")
         module = _import_file(Path(file).expanduser(), f"{where}.function")

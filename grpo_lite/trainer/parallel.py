@@ -55,8 +55,12 @@ class Peers:
         """Average the gradients after a step's last micro-step, and return the loss."""
         if self.are_there and self.trainer.accelerator.sync_gradients:
             average_gradients([p for p in self.trainer.model.parameters() if p.requires_grad])
-        self._answers.clear()
+        self.forget()
         return loss
+
+    def forget(self) -> None:
+        """Drop the answers of a micro-step that is done: the next one asks for itself."""
+        self._answers.clear()
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
         """Return the model without DistributedDataParallel around it."""

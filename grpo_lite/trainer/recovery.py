@@ -122,6 +122,7 @@ class Recovery:
         self._prepared = (trainer._step, inputs, undo)
         _until_it_fits(lambda: rehearse_training(trainer, inputs), self._lower_microbatch)
         self._prepared = None
+        trainer.peers.forget()
         undo.restore(trainer)
         free_memory()
 

@@ -117,6 +117,29 @@ def test_a_reward_without_a_second_opinion_gets_none(root: Path, tiny: tuple[Any
     assert "honest" not in score_model(*tiny, recipe, rows, lambda line: None, "base")[0]
 
 
+def test_a_first_reward_that_evaluation_replaces_is_not_asked_for_its_columns(
+    root: Path, tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def mine(completions, tests, **kwargs): return [1.0] * len(completions)\n")
+    mine = f"rewards=[{{function: '{tmp_path / 'mine.py'}:mine'}}]"
+    recipe = load_recipe("smoke", [mine, "eval.samples=0", "eval.lenient={function: rewards.accuracy_reward}"])
+    rows = [{"prompt": "2+2=", "answer": "4"}]  # without the column that training's rows have
+    assert score_model(*tiny, recipe, rows, lambda line: None, "base")[0]["lenient"] is False
+
+
+def test_a_second_opinion_that_fails_costs_its_metric_and_no_reward(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def other(completions, **kwargs): raise ValueError('broken')\n"
+        "def mine(completions, **kwargs): return [1.0] * len(completions)\n"
+        "mine.second_opinion = other\n"
+    )
+    recipe = load_recipe("smoke", [f"rewards=[{{function: '{tmp_path / 'mine.py'}:mine'}}]"])
+    rewards, _ = load_rewards(recipe, ["answer"])
+    logged: dict[str, float] = {}
+    assert rewards[0](completions=["4"], answer=["4"], log_metric=logged.__setitem__) == [1.0]
+    assert logged == {}
+
+
 def test_greedy_answers_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     prompts = [tokenizer("x" * n)["input_ids"] for n in (3, 9, 5, 1, 7)]

@@ -56,6 +56,11 @@ def test_a_run_of_an_earlier_release_resumes_without_the_keys_that_were_removed(
     old = run.recipe_file.read_text().replace("  refill: 0\n", "  refill: 0\n  difficulty: false\n")
     assert "difficulty" in old
     run.recipe_file.write_text(old)
+    run.recipe_file.write_text(old.replace("difficulty: false", "difficulty: true"))
+    assert run.load_recipe() == recipe  # to score, merge and export it
+    with pytest.raises(RunDirError, match=r"cannot be continued\. sampling\.difficulty: removed"):
+        run.prepare(recipe)
+    run.recipe_file.write_text(old)
     assert run.prepare(recipe) == "resume"
     assert run.load_recipe() == recipe
 
