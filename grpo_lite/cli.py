@@ -23,7 +23,7 @@ from grpo_lite import __version__
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
-from grpo_lite.screen import printable, ready_streams, steadfast
+from grpo_lite.screen import printable, quiet_on_broken_pipe, ready_streams
 
 if TYPE_CHECKING:
     from grpo_lite.models.device import Card
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the shell's exit status for SIGINT
 
-say = steadfast(click.echo)  # for lines that may quote data, completions or a library's message
+say = quiet_on_broken_pipe(click.echo)  # for lines that may quote data, completions or a library's message
 
 
 class _Commands(click.Group):

@@ -7,7 +7,7 @@ GRPOLiteError                 the CLI prints it and exits 1; never a traceback
 ├── ModelError                a model cannot be found, loaded or quantised here
 ├── MemoryBudgetError         the plan does not fit the device
 ├── RunDirError               the run directory is locked, finished, changed or not writable
-├── TrainingError             training cannot go on: disk full, NaN after NaN, rewards that keep failing
+├── TrainingError             training cannot continue: disk full, NaN after NaN, rewards that keep failing
 ├── EvaluationError           base and trained cannot be compared
 └── ExportError               the merge or an export is wrong or unproven
     └── NothingToMerge        the adapter changes nothing that the merged weights could hold
@@ -45,7 +45,7 @@ class RunDirError(GRPOLiteError):
 
 
 class TrainingError(GRPOLiteError):
-    """Training cannot go on; what was saved before is whole."""
+    """Training cannot continue; what was saved before is whole."""
 
 
 class EvaluationError(GRPOLiteError):

@@ -19,7 +19,7 @@ _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: control, forma
 _JOINERS = "\u200c\u200d"  # part of many scripts and emoji
 
 
-def steadfast(show: Show) -> Show:
+def quiet_on_broken_pipe(show: Show) -> Show:
     """Return `show` with secrets hidden and control characters escaped; it never raises OSError."""
 
     def careful(line: str) -> None:

@@ -15,7 +15,7 @@ from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.runs.start import held_by_first, open_run
-from grpo_lite.screen import Show, steadfast
+from grpo_lite.screen import Show, quiet_on_broken_pipe
 from grpo_lite.session.build import build_trainer, device_line
 from grpo_lite.session.fit import TrainResult, deadline_of, fit
 from grpo_lite.session.views import ViewKind
@@ -40,7 +40,7 @@ def train_run(
     """
     begun = time.monotonic() if begun is None else begun
     process = this_process()
-    show = steadfast(process.shown(show))
+    show = quiet_on_broken_pipe(process.shown(show))
     with held_by_first(run):
         state, recipe = open_run(run, recipe, show)
         if state in ("finish", "report") and not process.is_first:

@@ -92,5 +92,5 @@ def test_a_run_of_unsloth_s_is_refused_before_anything_is_written(tmp_path: Path
     run.recipe_file.write_text(begun.replace("backend: auto", "backend: unsloth"))
     assert run.recipe_file.read_text() != begun
     text = in_process("reproduce", str(run.path), expect=1)
-    assert "this run was begun with unsloth" in text
+    assert "this run was started with unsloth" in text
     assert not (tmp_path / "run-again").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lite.screen import steadfast
+from grpo_lite.screen import quiet_on_broken_pipe
 from grpo_lite.session.stop import StopCleanly
 from tests.command_line import GRPO_LITE, ROOT
 
@@ -18,9 +18,9 @@ from tests.command_line import GRPO_LITE, ROOT
 def test_what_cannot_be_written_ends_nothing() -> None:
     """A pipe whose reader died: the first line fails, all further ones go to nowhere."""
     code = (
-        "from grpo_lite.screen import steadfast\n"
+        "from grpo_lite.screen import quiet_on_broken_pipe\n"
         "import sys\n"
-        "say = steadfast(lambda line: print(line, flush=True))\n"
+        "say = quiet_on_broken_pipe(lambda line: print(line, flush=True))\n"
         "say('one')\n"
         "sys.stdin.read()\n"
         "[say(f'line {n}') for n in range(3)]\n"
@@ -89,9 +89,9 @@ def test_a_signal_in_the_middle_of_a_line_s_writing_is_kept() -> None:
 def test_a_process_started_without_a_screen_works_and_no_file_takes_its_number(tmp_path: Path, closed: str) -> None:
     """`nothing` of fd 1 must not become the first file opened: what C code prints would land in it."""
     code = (
-        "from grpo_lite.screen import ready_streams, steadfast; ready_streams()\n"
+        "from grpo_lite.screen import ready_streams, quiet_on_broken_pipe; ready_streams()\n"
         "import sys, os, subprocess; opened = open(sys.argv[1], 'w'); assert opened.fileno() > 2\n"
-        "steadfast(print)('x'); print('y', file=sys.stderr); assert not sys.stdout.isatty()\n"
+        "quiet_on_broken_pipe(print)('x'); print('y', file=sys.stderr); assert not sys.stdout.isatty()\n"
         "subprocess.run(['sh', '-c', 'echo z; echo z >&2'], check=True); opened.write('done')"
     )
     command = f'exec "$0" -c "$1" "$2" {closed}'
@@ -109,7 +109,7 @@ def test_what_a_narrow_locale_cannot_say_is_a_question_mark(coding: str) -> None
     )  # fmt: skip
     assert text.returncode == 2
     assert b"Traceback" not in text.stderr + text.stdout
-    code = "from grpo_lite.screen import *; ready_streams(); steadfast(print)('→ λ é 5')"
+    code = "from grpo_lite.screen import *; ready_streams(); quiet_on_broken_pipe(print)('→ λ é 5')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
                           env={**os.environ, "PYTHONIOENCODING": coding, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -119,5 +119,5 @@ def test_what_a_narrow_locale_cannot_say_is_a_question_mark(coding: str) -> None
 def test_no_line_steers_the_terminal() -> None:
     """Titles, colours, clipboards, links, hidden text: sequences that a completion or a row may hold."""
     lines: list[str] = []
-    steadfast(lines.append)("a\x1b]0;title\x07b\x1b[2Jc\x9b31m\u202ed\r\n\te\x1b]52;c;aGk=\x1b\\")
+    quiet_on_broken_pipe(lines.append)("a\x1b]0;title\x07b\x1b[2Jc\x9b31m\u202ed\r\n\te\x1b]52;c;aGk=\x1b\\")
     assert lines == ["a\\u001b]0;title\\u0007b\\u001b[2Jc\\u009b31m\\u202ed\\u000d\n\te\\u001b]52;c;aGk=\\u001b\\"]

@@ -26,7 +26,7 @@ from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_model, load_tokenizer
 from grpo_lite.recipe.load import load_recipe, read_yaml
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.screen import steadfast
+from grpo_lite.screen import quiet_on_broken_pipe
 from tests.command_line import in_process
 from tests.command_server import Server
 from tests.finished_run import make_base, make_recipe, replaced
@@ -83,7 +83,7 @@ def test_a_resume_from_a_forged_checkpoint_runs_no_code_and_says_why(server: Ser
     torch.save({"x": Bomb(tmp_path / "owned")}, checkpoint / name)
     write_manifest(checkpoint)
     assert server.run(command, log) == 1
-    assert "checkpoint-1 holds a file that is more than numbers" in log.read_text()
+    assert "checkpoint-1 holds a file with more than numbers in it" in log.read_text()
     assert not (tmp_path / "owned").exists()
 
 
@@ -195,7 +195,7 @@ def test_a_traceback_that_was_asked_for_shows_no_secret(tmp_path: Path) -> None:
 def test_a_reward_s_own_message_shows_no_secret(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
     lines: list[str] = []
-    steadfast(lines.append)(f"reward failed: mine raised HTTPError: 401 for key {SECRET}")
+    quiet_on_broken_pipe(lines.append)(f"reward failed: mine raised HTTPError: 401 for key {SECRET}")
     assert lines == [f"reward failed: mine raised HTTPError: 401 for key {HIDDEN}"]
 
 

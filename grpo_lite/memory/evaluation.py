@@ -1,6 +1,6 @@
 """What generating for the evaluation takes, and how many completions at once the memory that is free holds. Torch-free.
 
-Place in the line: beside `memory.py`, whose other two phases it does not overlap. An evaluation's prompts are all
+Place in the line: beside `phases`, whose other two phases it does not overlap. An evaluation's prompts are all
 different, so many of them are read at once; and it computes outside autocast, where the adapter's float32 widens them.
 How many are generated at once changes no greedy completion, but which samples are drawn.
 """

@@ -2,7 +2,7 @@
 
 Two phases that do not overlap: the rollout (keys and values of a wave, decoding buffers) and training (gradients,
 checkpointed activations, one block's working set or the output head's). Weights, adapter and optimizer lie under both.
-The counts follow the code line by line (`packing`, `attention`, `logprobs`, `group_cache`, bitsandbytes, peft), and
+The counts follow the code line by line (`engine.packing`, `.attention`, `.score`, `.cache`, bitsandbytes, peft), and
 `tests/memory/test_plan.py` compares them with counted tensor bytes of that very code; docs/measurements/planner.md.
 """
 

@@ -1,6 +1,6 @@
 """plan_memory: does a recipe fit a card, with which budgets, and if not, which changes would make it. Torch-free.
 
-Place in the line: between the device and the model. `memory.py` counts a `Job` (`recipe_job.py`); here budgets are
+Place in the line: between the device and the model. `phases` counts a `Job` (`job`); here budgets are
 chosen that change no gradient: how many tokens go through the model at once, how many are cached in a rollout, and how
 many completions an evaluation generates at once.
 """

@@ -1,12 +1,8 @@
-"""ModelShape: the numbers of a config.json that decide memory; torch-free, offline for the models people train here.
+"""A model's config.json: the numbers that decide its memory, and how many positions it was made for. Torch-free.
 
-Place in the line: `memory.py` plans from a shape. A local folder's or a cached config.json is read; else the facts of
-well-known models stand below (copied from their config.json on the Hub); else config.json alone is fetched.
-
-How many positions a model was made for, by its config.json; what lies beyond them. Torch-free.
-
-Place in the line: `memory_plan.py` never offers more, and a training whose prompts and completions go beyond says so
-before it loads anything.
+`memory` plans from a shape and offers no length beyond the positions. A local folder's or a cached config.json is read;
+otherwise the facts of well-known models in the table below (copied from their config.json on the Hub); otherwise
+config.json alone is fetched.
 """
 
 from __future__ import annotations

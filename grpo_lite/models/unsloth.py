@@ -35,7 +35,7 @@ LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_t
 
 
 def uses_unsloth(section: ModelSection) -> bool:
-    """Return whether a recipe's model is loaded by Unsloth; an `auto` that nobody settled is `hf` (backend_choice)."""
+    """Return whether a recipe's model is loaded by Unsloth; an `auto` that is not settled yet is `hf`."""
     return section.backend == "unsloth"
 
 
@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
 
     Args:
         recipe: its `auto` settled.
-        begun: whether it is the recipe of a run that goes on, and so cannot have another backend.
+        begun: whether it is the recipe of a run that resumes, and so cannot change its backend.
 
     Raises:
         ModelError: it is not installed or cannot be imported, there is no CUDA device (without one it imports a backend
@@ -66,8 +66,8 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
     if not uses_unsloth(recipe.model):
         return
     if begun:
-        given = "this run was begun with unsloth"
-        instead = "go on where it is, or begin a new run: another RUN=…, and model.backend=hf"
+        given = "this run was started with unsloth"
+        instead = "resume it where unsloth is installed, or start a new run: another RUN=…, and model.backend=hf"
     else:
         given, instead = "unsloth is given", "set model.backend=hf"
     if importlib.util.find_spec("unsloth") is None:

@@ -47,7 +47,7 @@ OWNED_KEYS = {
     "hub_model_id": "checkpoints: push_checkpoints=user/repo; the result: `grpo-lite push`",
     "logging_dir": "everything of a run lies in its run directory",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
-    "ignore_data_skip": "a resumed run goes on in the data where it stopped",
+    "ignore_data_skip": "a resumed run continues in the data where it stopped",
     "restore_callback_states_from_checkpoint": "a resumed run restores what it needs",
     "auto_find_batch_size": "TRL refuses it for GRPO: halving the batch would break up groups",
     "remove_unused_columns": "columns always reach the rewards here",

@@ -187,7 +187,7 @@ class LimitsSection(_Section):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Stop training in time to evaluate and merge within so many minutes; `train` again goes on.",
+        description="Stop training in time to evaluate and merge within so many minutes; `train` again resumes.",
     )
     reward_timeout_s: float | None = Field(
         300.0, gt=0, allow_inf_nan=False, description="Longest call of a reward, in seconds; null: no limit."

@@ -36,7 +36,7 @@ class TrainResult:
     run: RunDir
     steps: int
     stopped_by: str | None = None  # the signal's name when it was interrupted
-    paused: bool = False  # limits.max_minutes came first: evaluated and merged as it is, and `train` goes on
+    paused: bool = False  # limits.max_minutes came first: evaluated and merged as it is; `train` resumes it
 
 
 def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> None:
@@ -80,8 +80,8 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Exception as error:
-            if told := _told(error, checkpoint, run):
-                raise TrainingError(f"{run.path}: {told}") from error
+            if advice := _advice(error, checkpoint, run):
+                raise TrainingError(f"{run.path}: {advice}") from error
             raise
     done = trainer.state.global_step
     paused = bool(deadline and deadline.reached)
@@ -100,20 +100,20 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
     return TrainResult(run, done, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
 
 
-def _told(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
+def _advice(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
     """Return what to do about an error of a library below, where that is known."""
     if is_disk_full(error, run.path) and not isinstance(error, TrainingError):  # metrics, completions, run.json
         return disk_full(run.path, "training stopped").partition(": ")[2]
     if this_process().world > 1 and _LOST_PEER.search(str(error)):
         return (
-            f"another of the {this_process().world} processes has ended, so this one stops; its message stands above. "
-            "What was saved is kept: the same command goes on from there."
+            f"another of the {this_process().world} processes has ended, so this one stops; see its message above. "
+            "What was saved is kept: the same command resumes from there."
         )
     if type(error).__name__ == "UnpicklingError" and checkpoint:
         first = str(error).strip().partition("\n")[0]
         return (
-            f"{checkpoint.name} holds a file that is more than numbers, and such are never loaded: they can run code. "
-            f"({first}) Remove {checkpoint} to go on from the one before, and find out who wrote it."
+            f"{checkpoint.name} holds a file with more than numbers in it. Such files can run code, so none is loaded. "
+            f"({first}) Remove {checkpoint} to resume from the one before, and find out who wrote it."
         )
     return None
 
@@ -126,9 +126,9 @@ def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
     if found.folder:
         show(f"resuming from step {step_of(found.folder)} ({found.folder})")
         if (before := processes_of(found.folder)) != this_process().world:
-            show(f"it was saved with GPUS={before}: random states are other ones now, so this is no exact resume")
+            show(f"it was saved with GPUS={before}: the random states differ now, so this is not an exact resume")
     elif found.skipped:
-        show("no checkpoint is usable: training begins again")
+        show("no checkpoint is usable: training starts again")
     return found.folder
 
 
@@ -143,8 +143,8 @@ def _common_checkpoint(found: Path | None, run: RunDir) -> Path | None:
         return None
     if not (run.path / name).is_dir():
         raise RunDirError(
-            f"{run.path}: the first process goes on from {name}, which is not here. With several machines put the run "
-            "directory on a disk that all of them see, or begin a new run."
+            f"{run.path}: the first process resumes from {name}, which is not here. With several machines put the run "
+            "directory on a disk that all of them see, or start a new run."
         )
     return run.path / name
 

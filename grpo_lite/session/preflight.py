@@ -32,7 +32,7 @@ def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, pro
 
 
 class Preflight(TrainerCallback):
-    """Probes the untrained policy when a training begins, not when one goes on; figures go into run.json."""
+    """Probes the untrained policy when a training starts, not when it resumes; figures go into run.json."""
 
     def __init__(self, recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
         self.recipe, self.run, self.device, self.trainer = recipe, run, device, trainer
@@ -50,7 +50,7 @@ class Preflight(TrainerCallback):
         for line in probe_lines(made):
             self.show(f"preflight: {line.strip()}")
         if made.verdict != CAN_LEARN:
-            self.show("preflight: training goes on all the same; Ctrl-C twice stops it at once")
+            self.show("preflight: training starts anyway; Ctrl-C twice stops it at once")
         self.run.update_run(preflight=made.to_json())
         keep_times(self.recipe, self.device.name, made.to_json())
         trainer.journal.seconds_before -= time.monotonic() - begun  # it is no training time

@@ -1,8 +1,6 @@
-"""PushCheckpoints: the callback that copies every checkpoint to where `remote_checkpoints` finds it again.
+"""What a training writes while it runs: metrics.jsonl, completions, the doctor's findings, copies of checkpoints.
 
-Apart from it, since a run's recipe is fetched before transformers may be imported (Unsloth comes first).
-
-What is kept and said while training: metrics.jsonl, completions, the doctor's findings, clean stops.
+Each is a callback of the trainer. Copies are pushed here and fetched by `runs.remote`, which imports no transformers.
 """
 
 from __future__ import annotations
@@ -28,6 +26,8 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.session.views import View
 
+logger = logging.getLogger(__name__)
+
 
 class PushCheckpoints(TrainerCallback):
     """Copy each checkpoint elsewhere once it is whole."""
@@ -41,12 +41,9 @@ class PushCheckpoints(TrainerCallback):
             return
         try:
             self.remote.push(self.run, kept[-1], [step_of(path) for path in kept])
-        except Exception as error:  # whatever a drive or a network does, training goes on
+        except Exception as error:  # whatever a drive or a network does, training continues
             reason = hub_message(error, self.remote.name) or f"{type(error).__name__}: {error}"
             self.show(f"push_checkpoints: {kept[-1].name} was not copied to {self.remote.name}: {reason}")
-
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsFile(TrainerCallback, ExportableState):
@@ -87,7 +84,7 @@ class Completions(TrainerCallback):
     """Keep every completion with its rewards under completions/, and show one prompt's best and worst now and then.
 
     Args:
-        latest: returns the last generation batch as rows (see trainer.latest_completions).
+        latest: returns the last generation batch as rows (see trainer.journal.latest_completions).
     """
 
     def __init__(self, run: RunDir, show: Show, every: int, latest: Callable[[], list[dict[str, Any]]]) -> None:
@@ -138,5 +135,5 @@ class RunDoctor(TrainerCallback):
         try:
             return diagnose(self._evidence)
         except Exception:  # an onlooker's fault must not end hours of training
-            logger.exception("The run doctor failed and is silent for this step; training goes on.")
+            logger.exception("The run doctor failed and is silent for this step; training continues.")
             return []

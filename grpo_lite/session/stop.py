@@ -85,7 +85,7 @@ class StopCleanly(TrainerCallback):
     def __enter__(self) -> StopCleanly:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # nohup: the run is to go on when its terminal closes
+                continue  # nohup: the run continues when its terminal closes
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
@@ -117,8 +117,8 @@ class StopTogether(TrainerCallback):
     Comes after the callbacks that stop: one that asks for it stops all, for its reason.
 
     Args:
-        stop: `progress.StopCleanly`.
-        deadline: `limits.Deadline`, or None.
+        stop: a `StopCleanly`.
+        deadline: a `Deadline`, or None.
     """
 
     def __init__(self, stop: Any, deadline: Any) -> None:

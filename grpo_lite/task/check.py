@@ -1,6 +1,6 @@
-"""check_recipe: what a recipe would train on, shown before any training; needs the tokenizer, not the model.
+"""Check a recipe before it trains: its prompts and their lengths, and whether its rewards pay the gold and no cheat.
 
-check_recipe_rewards: on rows of the recipe's own data the gold must earn the top score, and no cheat may.
+Needs the tokenizer, not the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
     if opened := _OPENED.search(prompts.lead_in):
-        yield f"the chat template opens <{opened[1]}>, so completions begin inside it and the rewards are told"
+        yield f"the chat template opens <{opened[1]}>, so completions start inside it; rewards get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
@@ -153,7 +153,7 @@ def _highest_sum(
 def check_rewards_alone(recipe: Recipe) -> tuple[Report, list[str]]:
     """Check a recipe's rewards without its model; return the report and notes for people.
 
-    Only the tokenizer's chat template matters here, and where it is not at hand the check goes on without it.
+    Only the tokenizer's chat template matters here, and without it the check continues.
 
     Raises:
         GRPOLiteError: as check_recipe_rewards, or the data are at fault.
@@ -179,12 +179,12 @@ def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], No
         raise RewardError(
             f"{recipe.name}: the rewards do not pay the right answer, so there is nothing to learn:\n{report.table()}\n"
             "Correct data.answer, data.gold_completion (what a perfect completion looks like) or the rewards; "
-            "or train all the same with check.enabled=false."
+            "or train anyway with check.enabled=false."
         )
     cheats = sorted({finding.check for finding in report.findings})
     tail = f"; {len(cheats)} kinds of cheat are paid too ({', '.join(cheats)}), see `grpo-lite rewards check`"
     show(
-        f"rewards: gold completions earn {report.top:g}, cheats succeed in {report.gameability_rate:.1%} of tries"
+        f"rewards: gold completions earn {report.top:g}, {report.gameability_rate:.1%} of the cheats are paid"
         + (tail if cheats else "")
     )
     return report

@@ -1,14 +1,12 @@
-"""guard: a reward that raises, hangs or breaks its contract costs its groups, not the run; until it keeps failing.
+"""guard: a reward that raises, hangs or breaks its contract costs its groups, not the run, unless it keeps failing.
 
-The batch is scored once more, group by group, so that one bad completion costs one group. What fails again is left out
-of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A failure
-is never turned into a number, which would be a training signal.
+The batch is scored again, group by group, so that one bad completion costs one group. A group that fails again is left
+out of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A
+failure is never turned into a number, because that would be a training signal.
 
-call_within: call a function for at most so many seconds, on the main thread and off it.
-
-On the main thread an alarm interrupts it: pure Python, a sleep, a read, and the regular expressions of `re`, which hold
-the interpreter's lock. Elsewhere (a notebook's worker, a web server) it runs in a thread of its own, which is abandoned
-and told to stop. What holds the lock in C code off the main thread cannot be interrupted by any thread.
+Time limits (`call_within`): on the main thread an alarm interrupts pure Python, a sleep, a read, and the regular
+expressions of `re`, which hold the interpreter's lock. On other threads (a notebook's worker, a web server) the call
+runs in its own thread, which is abandoned and asked to stop. C code that holds the lock there cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -118,7 +116,7 @@ class GuardedReward:
         if self.in_a_row >= self.limits.reward_failures:
             raise RewardError(
                 f"{reason}. It has now failed in {self.in_a_row} batches in a row (limits.reward_failures), so the run "
-                "stops; what was saved is kept. Mend the reward, then give the same command again."
+                "stops; what was saved is kept. Fix the reward, then give the same command again."
             )
         self.show(f"reward failed: {reason}; {lost} of {groups} groups are left out of this step")
 
@@ -137,7 +135,7 @@ def limited(function: Reward, seconds: float | None, where: str) -> Reward:
         except TimeLimitExceeded:
             raise RewardError(
                 f"{where}: {function.__name__} took longer than limits.reward_timeout_s = {seconds:g} s on "
-                f"{len(completions)} completions. Mend it, or raise the limit."
+                f"{len(completions)} completions. Fix it, or raise the limit."
             ) from None
         return scores
 
@@ -160,7 +158,7 @@ def call_within(seconds: float | None, function: Callable[[], Any]) -> Any:
     """Return what `function` returns, or raise when it takes longer than `seconds` (None: no limit).
 
     Raises:
-        TimeLimitExceeded: it took longer. Off the main thread it may go on in the background until it next runs Python.
+        TimeLimitExceeded: it took longer. Off the main thread it may run on until it next runs Python.
     """
     if seconds is None:
         return function()

@@ -40,7 +40,7 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     Args:
         recipe: whose `rewards` section names them.
         columns: the dataset's columns, without `prompt`.
-        lead_in: what completions continue (`data.lead_in`): where it ends with an opening tag, the rewards are told.
+        lead_in: what completions continue (`Prompts.lead_in`); after an opening tag rewards get `prefilled=True`.
 
     Returns:
         Functions with distinct `__name__`s (TRL logs `rewards/<name>/mean`), and their weights.

@@ -218,7 +218,7 @@ def test_without_the_package_or_a_gpu_the_backend_is_refused() -> None:
 
 def test_a_run_begun_with_it_is_not_told_to_change_its_recipe() -> None:
     """The run directory would refuse `model.backend=hf` as another recipe."""
-    with pytest.raises(ModelError, match=r"this run was begun with unsloth, .* another RUN=…, and model\.backend=hf"):
+    with pytest.raises(ModelError, match=r"this run was started with unsloth, .* another RUN=…, and model\.backend=hf"):
         prepare(load_recipe("smoke", UNSLOTH), begun=True)
 
 

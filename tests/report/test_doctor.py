@@ -464,7 +464,7 @@ def test_a_fault_of_the_doctor_does_not_end_the_training(
     monkeypatch.setattr("grpo_lite.session.records.diagnose", broken)
     run, _ = train(Case(None, overrides=("grpo.max_steps=2",)), tmp_path, monkeypatch)
     assert run.read_run()["steps"] == 2
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
 
 
 PART = "rewards__accuracy_reward__mean"

@@ -146,7 +146,7 @@ def test_a_run_started_with_unsloth_resumes_only_where_it_is_but_needs_it_no_mor
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     run.recipe_file.write_text(dump_recipe(load_recipe("smoke", ["model.backend=unsloth"])))
-    assert "this run was begun with unsloth" in in_process("train", "smoke", "--run", str(run.path), expect=1)
+    assert "this run was started with unsloth" in in_process("train", "smoke", "--run", str(run.path), expect=1)
     run.update_run(trained_at="then", finished_at="then")
     run.report_file.touch()
     assert "holds a finished run" in in_process("train", "smoke", "--run", str(run.path), expect=1)

@@ -164,7 +164,7 @@ def test_a_reward_that_hangs_in_evaluation_ends_it_and_nothing_that_was_trained(
     text = in_process(*arguments, expect=1)
     told = "eval.lenient: mine took longer than limits.reward_timeout_s = 0.4 s on 2 completions"
     assert f"held-out score of step 1 left out: {told}" in text
-    assert f"error: {told}. Mend it, or raise the limit." in text
+    assert f"error: {told}. Fix it, or raise the limit." in text
     assert RunDir(run).read_run()["faults"] == {"unscored_heldout": 1}
     reward.write_text(HANGS_IN_EVALUATION.replace("while", "if"))
     assert "training has ended" in in_process(*arguments)

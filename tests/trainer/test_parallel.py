@@ -131,7 +131,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
                  "grpo.num_iterations=2", "grpo.gradient_accumulation_steps=2", "eval.enabled=false"]  # fmt: skip
     launch(2, *arguments, "limits.max_minutes=0.0001")
     text = launch(1, *arguments)
-    assert "it was saved with GPUS=2: random states are other ones now, so this is no exact resume" in text
+    assert "it was saved with GPUS=2: the random states differ now, so this is not an exact resume" in text
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
