@@ -7,6 +7,7 @@ many completions an evaluation generates at once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,18 +140,16 @@ def require_fit(plan: MemoryPlan, where: str) -> None:
         raise MemoryBudgetError(
             f"{where}: needs {needed_bytes(smallest, plan.memory_bytes) / GIB:.1f} GiB with the smallest budgets, and "
             f"the card has {plan.memory_bytes / GIB:.1f} GiB.\n{advice(plan)}\nThe arithmetic: grpo-lite plan. To try "
-            "all the same: memory.fit=false."
+            "anyway: memory.fit=false."
         )
 
 
-def advice(plan: MemoryPlan, count: int = 3) -> str:
-    """Return the cheapest changes, each of which would make the job fit, as lines."""
-    found = []
-    for text, _ in zip(cheapest_changes(plan.job, plan.memory_bytes), range(count), strict=False):
-        found.append(f"  {text}")
-    if not found:
+def advice(plan: MemoryPlan) -> str:
+    """Return the three cheapest changes, each of which would make the job fit, as lines."""
+    changes = [f"  {text}" for text in itertools.islice(cheapest_changes(plan.job, plan.memory_bytes), 3)]
+    if not changes:
         return "No single change makes it fit: take a smaller model (grpo-lite plan --all-gpus), or a larger card."
-    return "Each of these alone would make it fit, the cheapest first:\n" + "\n".join(found)
+    return "Each of these alone would make it fit, the cheapest first:\n" + "\n".join(changes)
 
 
 def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:

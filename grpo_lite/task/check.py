@@ -21,6 +21,7 @@ from grpo_lite.task.rewards import Reward, load_rewards
 from rewards.testing import Report, check_rewards, score_rows
 
 GOLD_ROWS = 64
+MEASURED_PROMPTS = 2000
 _OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
@@ -38,17 +39,17 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
     if opened := _OPENED.search(prompts.lead_in):
-        yield f"the chat template opens <{opened[1]}>, so completions start inside it; rewards get prefilled=True"
+        yield f"the chat template opens <{opened[1]}>, so completions start inside it; rewards that accept it get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
 
 
-def prompt_lengths(recipe: Recipe, prompts: Prompts, most: int = 2000) -> str:
-    """Return one line of prompt-length percentiles, in tokens, over at most `most` training prompts."""
-    lengths = sorted(len(prompts.ids(row)) for row in prompts.train[:most])
+def prompt_lengths(recipe: Recipe, prompts: Prompts) -> str:
+    """Return one line of prompt-length percentiles, in tokens, over at most `MEASURED_PROMPTS` training prompts."""
+    lengths = sorted(len(prompts.ids(row)) for row in prompts.train[:MEASURED_PROMPTS])
     shown = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
-    of = f" (first {most})" if len(prompts.train) > most else ""
+    of = f" (first {MEASURED_PROMPTS})" if len(prompts.train) > MEASURED_PROMPTS else ""
     return f"prompt tokens{of}: {shown}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
 
 
