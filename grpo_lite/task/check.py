@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
     if opened := _OPENED.search(prompts.lead_in):
-        yield f"the chat template opens <{opened[1]}>, so completions start inside it; rewards that accept it get prefilled=True"
+        yield f"the chat template opens <{opened[1]}>, and rewards that accept it get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
