@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -14,6 +15,9 @@ from tests.command_server import SOCKET, Server, shared
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+
+for inherited in ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS"):  # what the make that runs the tests was given
+    os.environ.pop(inherited, None)
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and runs begun by tests would inherit that
 
@@ -29,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start the server that all workers of pytest-xdist share, while they import."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[SOCKET] = shared().path
+
+
+def pytest_collection_finish() -> None:
+    """Keep imported modules out of later collections: recovery from a full memory collects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

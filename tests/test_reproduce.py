@@ -49,6 +49,7 @@ def test_results_are_compared_step_by_step(tmp_path: Path) -> None:
     assert lines[1] == "held-out lenient: 0.250 → 0.750 then, 0.250 → 0.700 now: differs"
 
 
+@pytest.mark.slow
 def test_the_same_machine_comes_to_the_same_result(tmp_path: Path, root: Path) -> None:
     from grpo_lite.recipe.load import load_recipe
 

@@ -139,6 +139,7 @@ def test_figures_that_are_not_finite_leave_a_gap_and_no_error(tmp_path: Path) ->
     assert "NaN" not in json.dumps(data)
 
 
+@pytest.mark.slow
 def test_a_long_run_is_cut_down_evenly_and_the_page_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=150, group=64)
     rows, count = completion_rows(run)

@@ -243,6 +243,7 @@ def test_an_address_is_a_path_or_a_repository(root: Path, address: str) -> None:
     assert "push_checkpoints" in in_process("show", "smoke", f"push_checkpoints='{address}'", expect=1)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_mounted_folder_on_a_new_machine(server: Server, tmp_path: Path) -> None:
     """Two sessions, as on a free GPU: the first is over after its minutes, and its disk is gone."""
     log = tmp_path / "log"

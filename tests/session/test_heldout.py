@@ -33,6 +33,7 @@ def test_scores_come_every_few_steps_and_at_the_last_one(scored: list[dict[str, 
     assert all(record["heldout/lenient"] in (0, 0.25, 0.5, 0.75, 1) for record in scored if "heldout/lenient" in record)
 
 
+@pytest.mark.slow
 def test_they_do_not_change_the_training(scored: list[dict[str, Any]], tmp_path: Path) -> None:
     without = metrics(tmp_path / "run")
     for key in ("reward", "grad_norm", "entropy", "num_tokens", "completions/mean_length", "kl"):

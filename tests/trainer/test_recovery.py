@@ -226,7 +226,7 @@ def test_scoring_against_the_reference_is_divided_too(tmp_path: Path, monkeypatc
     assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["driver", "cublas"])
+@pytest.mark.parametrize("kind", ["driver", pytest.param("cublas", marks=pytest.mark.slow)])
 def test_memory_that_a_library_below_lacks_is_recovered_from_in_every_phase(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from grpo_lite.runs.run_dir import RunDir
 from tests.command_line import grpo_lite, in_process, kill, read_until, start, steps_of
 
@@ -39,6 +41,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert RunDir(run).read_run()["steps"] == 7
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_training_is_evaluated_and_merged_by_the_next_train(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run)

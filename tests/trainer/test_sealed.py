@@ -47,6 +47,7 @@ def as_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_lite.session.build.load_base", with_adapter)
 
 
+@pytest.mark.slow
 def test_a_run_by_the_backend_s_trainer_resumes_from_its_checkpoint(
     root: Path, tmp_path: Path, as_unsloth: None
 ) -> None:
