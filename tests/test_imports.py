@@ -28,7 +28,7 @@ ALLOWED = {
     "screen": "files",
     "models": "engine recipe files",
     "runs": "recipe files screen",
-    "memory": "models engine.options recipe files screen",
+    "memory": "models engine.options engine.out_of_memory recipe files screen",
     "task": "models recipe files screen rewards",
     "report": "runs recipe files screen rewards",
     "trainer": "engine memory task.tokens runs.checkpoints models.device",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.errors import ModelError
 from grpo_lite.memory.evaluation import evaluation_items, most_rows
 from grpo_lite.memory.job import recipe_job
@@ -82,10 +83,15 @@ def fit_to_device(recipe: Recipe, device: Device, prompt_tokens: int, show: Call
 
 
 def free_bytes() -> int:
-    """Return the memory of the CUDA device that no process has taken."""
+    """Return the memory of the CUDA device that a training can get, after giving back what nothing needs any more.
+
+    In a notebook the same process may have sampled a model before (a probe), and PyTorch's allocator still holds its
+    memory.
+    """
     import torch
 
-    return int(torch.cuda.mem_get_info()[0])
+    free_memory()
+    return available_bytes(torch.device("cuda")) or 0
 
 
 def rows_that_fit(model: Any, prompt: int, completion: int, rows: int, shared: bool) -> int:
@@ -119,7 +125,10 @@ def rows_that_fit(model: Any, prompt: int, completion: int, rows: int, shared: b
 
 
 def available_bytes(device: Any) -> int | None:
-    """Return what a CUDA device can still give to tensors; None on other devices, where nothing is planned."""
+    """Return what a CUDA device can still give to tensors; None on other devices, where nothing is planned.
+
+    What PyTorch's allocator has reserved and no tensor uses counts as free.
+    """
     if device.type != "cuda":
         return None
     import torch

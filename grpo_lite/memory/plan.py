@@ -168,7 +168,8 @@ def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:
         yield "grpo.optim=paged_adamw_8bit"
     if not job.offload and job.checkpointing and fits(offload=True):
         yield "memory.offload_activations=true   (slower: activations wait in main memory)"
-    if job.load_in != "4bit" and fits(load_in="4bit"):  # computing in float32 may be the card's or the recipe's will
+    # Computing in float32 may be the card's or the recipe's will; vLLM takes no quantized base.
+    if job.load_in != "4bit" and job.rollout != "vllm" and fits(load_in="4bit"):
         yield "model.load_in=4bit"
     shorter = _largest(STEP, job.completion - 1, lambda n: fits(completion=n))
     if shorter is not None:

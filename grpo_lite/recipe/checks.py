@@ -135,6 +135,31 @@ def cross_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
+def damage_faults(recipe: Recipe) -> list[str]:
+    """Return the rollout engines of TRL that would silently damage what is trained.
+
+    Source: trl 1.16, `GRPOTrainer._generate_single_turn` and `VLLMGeneration.sync_weights`. Measured in NF4: after one
+    sync the base is 2.2 % away from what it was, after ten 20 %.
+    """
+    faults = []
+    load_in = recipe.model.load_in
+    if recipe.grpo.get("use_vllm") and load_in in ("4bit", "8bit"):
+        faults.append(
+            f"grpo.use_vllm: true is given with model.load_in={load_in}; allowed with 16bit or 32bit. At each sync TRL "
+            "merges the adapter into the quantized weights and takes it out again, and each time the base drifts "
+            "(by 2.2 % in NF4, by 20 % after ten syncs). Set model.load_in=16bit, or leave grpo.use_vllm out: "
+            "rollout=shared needs no vLLM."
+        )
+    for key in ("use_transformers_continuous_batching", "use_transformers_paged"):
+        if recipe.grpo.get(key):
+            faults.append(
+                f"grpo.{key}: true is given; only false is allowed. TRL then casts the adapter to 16 bit at each "
+                "rollout: float16 training stops in GradScaler, bfloat16 training loses small updates without a word. "
+                "Remove the key: rollout=shared is the engine for this."
+            )
+    return faults
+
+
 def _batch_faults(recipe: Recipe) -> list[str]:
     schedule = recipe.schedule
     group, batch, per_device = schedule.group, schedule.batch, schedule.rows

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_lite.errors import RecipeError
-from grpo_lite.recipe.checks import cross_faults, nearest, upstream_section
+from grpo_lite.recipe.checks import cross_faults, damage_faults, nearest, upstream_section
 from grpo_lite.recipe.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, SourceSection
 
 _SOURCE_KINDS = {
@@ -75,8 +75,13 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
+def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) -> Recipe:
     """Check a recipe's values, ours by pydantic and upstream's by upstream's annotations.
+
+    Args:
+        raw: the recipe as read.
+        where: its path, for messages.
+        for_training: also refuse what would damage a training; False: it only says how a finished run was trained.
 
     Raises:
         RecipeError: with every fault, one a line, each starting with `where: key`.
@@ -94,6 +99,7 @@ def build_recipe(raw: dict[str, Any], where: str) -> Recipe:
         faults += _own_faults(error)
     if recipe is not None and not faults:
         faults += cross_faults(recipe)
+        faults += damage_faults(recipe) if for_training else []
     if faults or recipe is None:
         lines = "\n".join(f"  {where}: {fault}" for fault in faults)
         raise RecipeError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the recipe:\n{lines}")

@@ -172,7 +172,7 @@ class RunDir:
             raise RunDirError(f"{self.path}: is not a run (no recipe.yaml). Give the folder that `train` wrote.")
         raw = read_yaml(self.recipe_file)
         drop_removed_keys(raw)  # what it trained with is no matter to what reads it
-        return self.with_base_commit(build_recipe(raw, str(self.recipe_file)))
+        return self.with_base_commit(build_recipe(raw, str(self.recipe_file), for_training=False))
 
     def with_base_commit(self, recipe: Recipe) -> Recipe:
         """Return the recipe with its base at the commit that this run started from, if one is recorded."""

@@ -16,7 +16,7 @@ from grpo_lite.memory import fit as budgets
 from grpo_lite.memory.evaluation import evaluation_phase, most_rows
 from grpo_lite.memory.fit import available_bytes, rows_that_fit
 from grpo_lite.memory.job import recipe_job
-from grpo_lite.memory.phases import FRAGMENTATION, GIB
+from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB
 from grpo_lite.memory.plan import cheapest_changes, needed_bytes, plan_memory
 from grpo_lite.memory.report import plan_recipe, report_lines
 from grpo_lite.models.device import Device, find_card
@@ -197,3 +197,35 @@ def test_a_cuda_device_counts_what_is_reserved_but_unused(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
     assert available_bytes(torch.device("cuda", 0)) == 1500
+
+
+def test_a_plan_counts_the_memory_that_an_earlier_model_of_this_process_has_left_in_pytorchs_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Probe, then train, in one notebook: a 15 GiB card with 9 GiB of the probe's memory still reserved, 1 GiB used."""
+    card = {"free": 5 * GIB, "reserved": 9 * GIB, "allocated": 1 * GIB}
+    calls: list[str] = []
+
+    def empty_cache() -> None:  # half of it is in blocks that the allocator cannot give back
+        calls.append("empty_cache")
+        card.update(free=card["free"] + 4 * GIB, reserved=card["reserved"] - 4 * GIB)
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        calls.append("mem_get_info")
+        return card["free"], 15 * GIB
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: card["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: card["allocated"])
+    device = Device("cuda", "Tesla T4", 15 * GIB, bfloat16=False, compute_capability=(7, 5), count=1)
+    planned: list[int] = []
+    real = budgets.plan_memory
+    monkeypatch.setattr(budgets, "plan_memory", lambda job, size: planned.append(size) or real(job, size))
+    lines: list[str] = []
+    budgets.fit_to_device(load_recipe("gsm8k"), device, 300, lines.append)
+    # 9 GiB free after the cache is emptied, 5 GiB still reserved of which 1 is used, and the context that exists.
+    assert planned[0] == 13 * GIB + CONTEXT_BYTES
+    assert calls[:2] == ["empty_cache", "mem_get_info"]
+    assert f"of {planned[0] / GIB:.1f} GiB planned" in lines[0]

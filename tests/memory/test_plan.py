@@ -478,9 +478,16 @@ def test_a_float32_card_is_offered_4_bit_only_where_float32_fits_too() -> None:
 
 
 def test_a_vllm_server_takes_no_share_of_this_card() -> None:
-    keys = ["grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.4"]
+    keys = ["model.load_in=16bit", "grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.4"]
     shared, own = (recipe_job(load_recipe("gsm8k", [*keys, f"grpo.vllm_mode={m}"]))[0] for m in ("colocate", "server"))
     assert needed_bytes(shared, 16 * GIB) - needed_bytes(own, 16 * GIB) == int(0.4 * 16 * GIB)
+
+
+def test_a_rollout_by_vllm_is_never_advised_a_quantized_base() -> None:
+    job = recipe_job(load_recipe("gsm8k", ["model.load_in=16bit", "grpo.use_vllm=true"]))[0]
+    sizes = [quarter * GIB // 4 for quarter in range(8, 48)]
+    assert any("model.load_in=4bit" in cheapest_changes(replace(job, rollout="shared"), size) for size in sizes)
+    assert not any("model.load_in=4bit" in cheapest_changes(job, size) for size in sizes)
 
 
 def test_several_processes_plan_their_own_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from grpo_lite.recipe.checks import schema_text
 from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, recipe_names
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.recipe.upstream import config_fields
-from grpo_lite.runs.run_dir import dump_recipe
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
 
 MINIMAL = """
 description: sums
@@ -245,6 +245,42 @@ def test_a_removed_key_is_ignored_where_it_changed_nothing_and_else_explained(ro
     path.write_text(text + "\nsampling: {difficulty: true}\n")
     with pytest.raises(RecipeError, match=r"sampling\.difficulty: removed\..* no gain .*Delete the key"):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_vllm_on_a_quantized_base_is_refused_with_what_to_do(root: Path, load_in: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("gsm8k", ["grpo.use_vllm=true", f"model.load_in={load_in}"])
+    (line,) = str(caught.value).splitlines()[1:]
+    assert f"grpo.use_vllm: true is given with model.load_in={load_in}; allowed with 16bit or 32bit" in line
+    for part in ("merges the adapter", "drifts", "2.2 %", "20 % after ten", "load_in=16bit", "leave grpo.use_vllm"):
+        assert part in line
+
+
+@pytest.mark.parametrize("load_in", ["16bit", "32bit"])
+def test_vllm_on_a_base_that_is_not_quantized_stays_allowed(root: Path, load_in: str) -> None:
+    keys = ["grpo.use_vllm=true", "grpo.vllm_mode=server", f"model.load_in={load_in}"]
+    assert load_recipe("gsm8k", keys).grpo["use_vllm"] is True
+    assert load_recipe("gsm8k", ["grpo.use_vllm=false"]).model.load_in == "4bit"
+
+
+@pytest.mark.parametrize("key", ["use_transformers_continuous_batching", "use_transformers_paged"])
+@pytest.mark.parametrize("load_in", ["4bit", "16bit"])
+def test_continuous_batching_is_refused_because_it_casts_the_adapter(root: Path, key: str, load_in: str) -> None:
+    if key not in config_fields("grpo"):
+        pytest.skip(f"this TRL has no {key}")
+    with pytest.raises(RecipeError, match=rf"grpo\.{key}: true is given; only false .*casts the adapter .*GradScaler"):
+        load_recipe("gsm8k", [f"grpo.{key}=true", f"model.load_in={load_in}"])
+    load_recipe("gsm8k", [f"grpo.{key}=false"])
+
+
+def test_a_run_that_was_trained_so_can_still_be_read(root: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    text = dump_recipe(load_recipe("gsm8k", ["grpo.use_vllm=true", "model.load_in=16bit"]))
+    run.recipe_file.write_text(text.replace("load_in: 16bit", "load_in: 4bit"))
+    assert run.load_recipe().grpo["use_vllm"] is True
+    with pytest.raises(RecipeError, match=r"grpo\.use_vllm"):
+        load_recipe(str(run.recipe_file))
 
 
 def test_the_schema_file_is_current(root: Path) -> None:
