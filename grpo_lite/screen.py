@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
 from grpo_lite.files.redact import redact
+from grpo_lite.units import duration
 
 Show = Callable[[str], None]
+PROGRESS_EVERY_S = 10.0
 _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: control, format, surrogate, line and paragraph ends
 _JOINERS = "\u200c\u200d"  # part of many scripts and emoji
 
@@ -27,6 +30,23 @@ def quiet_on_broken_pipe(show: Show) -> Show:
             show(printable(redact(line), keep="\n\t"))
 
     return careful
+
+
+def progress_lines(show: Show, what: str, unit: str = "prompts") -> Callable[[int, int], None]:
+    """Return a callback for (done, total) that shows how far a long step is: every 10 s with an ETA, and at its end."""
+    begun = shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if done == total:
+            show(f"{what}: {done}/{total} {unit}")
+        elif now - shown >= PROGRESS_EVERY_S:
+            shown = now
+            left = (now - begun) / max(1, done) * (total - done)
+            show(f"{what}: {done}/{total} {unit}, about {duration(left)} left")
+
+    return progress
 
 
 def printable(text: str, keep: str = "") -> str:

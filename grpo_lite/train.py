@@ -71,11 +71,12 @@ def train_run(
             model = trainer.model
             del trainer, watched  # the optimizer's memory
         _evaluate(recipe, run, show, model, prompts)
+        peak = peak_memory_bytes(base.device)  # before the merge: its proof takes whatever the GPU has free
         del model
         gc.collect()
         _merge(recipe, run, show, prompts)
         ended = {"paused_at" if result.paused else "finished_at": now()}
-        run.update_run(**ended, peak_memory_bytes=peak_memory_bytes(base.device))
+        run.update_run(**ended, peak_memory_bytes=peak)
         return _report(run, result, show)
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "chat": "task engine models runs recipe screen",
     "reproduce": "report runs models recipe screen",
     "session": "trainer evaluation report memory task models runs recipe files screen rewards",
-    "export": "evaluation task engine models runs recipe files screen",
+    "export": "evaluation task engine memory.fit models runs recipe files screen",
     "train": "session export evaluation report memory task models runs recipe screen",
     "cli": "train session export evaluation report memory task models runs recipe files screen engine chat reproduce "
     "rewards",

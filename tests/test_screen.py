@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lite.screen import quiet_on_broken_pipe
+from grpo_lite import screen
+from grpo_lite.screen import progress_lines, quiet_on_broken_pipe
 from grpo_lite.session.stop import StopCleanly
 from tests.command_line import GRPO_LITE, ROOT
 
@@ -121,3 +122,25 @@ def test_no_line_steers_the_terminal() -> None:
     lines: list[str] = []
     quiet_on_broken_pipe(lines.append)("a\x1b]0;title\x07b\x1b[2Jc\x9b31m\u202ed\r\n\te\x1b]52;c;aGk=\x1b\\")
     assert lines == ["a\\u001b]0;title\\u0007b\\u001b[2Jc\\u009b31m\\u202ed\\u000d\n\te\\u001b]52;c;aGk=\\u001b\\"]
+
+
+def test_a_long_step_shows_how_far_it_is_every_ten_seconds_and_a_short_one_only_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, lines = [100.0], list[str]()
+    monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
+    progress = progress_lines(lines.append, "evaluating merged, greedy")
+    for done in range(1, 11):  # 4 s each: lines after 12 s and 24 s and 36 s
+        clock[0] += 4
+        progress(done, 10)
+    assert lines == [
+        "evaluating merged, greedy: 3/10 prompts, about 28 s left",
+        "evaluating merged, greedy: 6/10 prompts, about 16 s left",
+        "evaluating merged, greedy: 9/10 prompts, about 4.0 s left",
+        "evaluating merged, greedy: 10/10 prompts",
+    ]
+    lines.clear()
+    progress = progress_lines(lines.append, "merging", "MiB")
+    progress(5, 10)
+    progress(10, 10)
+    assert lines == ["merging: 10/10 MiB"]

@@ -21,7 +21,7 @@ from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe.recipe import Recipe, RewardSection, ScoreSection
 from grpo_lite.runs.provenance import tell_changes
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.screen import Show
+from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, lead_in, load_prompts
@@ -135,7 +135,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size, "rows_that_fit": fit}
 
     def progress(kind: str) -> Callable[[int, int], None]:
-        return lambda done, total: show(f"evaluating {name}, {kind}: {done}/{total} prompts") if done == total else None
+        return progress_lines(show, f"evaluating {name}, {kind}")
 
     greedy = generate_completions(model, tokenizer, ids, progress=progress("greedy"), **shared)
     lenient, strict = score_completions(tokenizer, recipe, rows, [c[0] for c in greedy])

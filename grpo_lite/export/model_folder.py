@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked
 from grpo_lite.errors import ExportError
 from grpo_lite.export.safetensors import open_checkpoint
@@ -40,10 +41,8 @@ _MODEL_FILES = (
 )
 
 
-def free_bytes(device: str) -> int:
-    """Return the free memory of the CPU or a GPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
+def free_bytes() -> int:
+    """Return the free main memory."""
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -54,13 +53,18 @@ def stored_bytes(folder: Path) -> int:
     return sum(spec.end - spec.start for shard in open_checkpoint(folder) for spec in shard.tensors.values())
 
 
+def bytes_to_compute(folder: Path, dtype: torch.dtype) -> int:
+    """Return what a model takes that is loaded in a dtype and computes on one sequence, with a margin."""
+    parameters = sum(math.prod(spec.shape) for shard in open_checkpoint(folder) for spec in shard.tensors.values())
+    return int(dtype.itemsize * parameters * 1.3) + (1 << 30)
+
+
 def dtype_that_fits(folder: Path) -> torch.dtype | None:
     """Return float32 where the model fits the CPU's free memory in it; None: load it in its own dtype.
 
     In float32 a comparison shows the rounding of the weights alone, and not that of the arithmetic.
     """
-    parameters = sum(math.prod(spec.shape) for shard in open_checkpoint(folder) for spec in shard.tensors.values())
-    return torch.float32 if 4 * parameters * 1.3 + (1 << 30) < free_bytes("cpu") else None
+    return torch.float32 if bytes_to_compute(folder, torch.float32) < free_bytes() else None
 
 
 def load_saved_tokenizer(folder: Path) -> Any:
@@ -79,9 +83,14 @@ def load_whole(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
     """Load a model folder in eval mode; weights that are missing or of another shape are an ExportError."""
     from transformers import AutoModelForCausalLM
 
+    place = {"device_map": {"": 0}} if device.startswith("cuda") else {}  # straight there, not through main memory
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, **place
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ExportError(f"{folder}: does not load ({str(error).splitlines()[0]}). Fetch or merge it again.") from None
     wrong = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if wrong:

@@ -1,27 +1,40 @@
 """Prove a merge: the merged folder, reloaded from disk, against base + adapter and against the base alone.
 
-All three compute in one dtype on the same token sequences: held-out prompts, each continued greedily by base + adapter,
-so that the trained behaviour is measured too. One model is in memory at a time. Nothing of the merge's own arithmetic
-is used: PEFT computes base + adapter. The tools that compare next-token distributions serve the other exports too.
+All three compute in one place and dtype on the same token sequences: held-out prompts, each continued greedily by base
++ adapter, so that the trained behaviour is measured too. One model is in memory at a time, on the GPU where it fits.
+Nothing of the merge's own arithmetic is used: PEFT computes base + adapter. The tools that compare next-token
+distributions serve the other exports too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from grpo_lite.engine.generate import stop_ids
+from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.errors import ExportError
-from grpo_lite.export.model_folder import dtype_that_fits, free_bytes, load_saved_tokenizer, load_whole, stored_bytes
-from grpo_lite.export.safetensors import open_checkpoint
+from grpo_lite.export.model_folder import (
+    bytes_to_compute,
+    dtype_that_fits,
+    free_bytes,
+    load_saved_tokenizer,
+    load_whole,
+    stored_bytes,
+)
+from grpo_lite.export.safetensors import FLOATS, open_checkpoint
+from grpo_lite.memory.fit import available_bytes
+from grpo_lite.models.base import compute_dtype
+from grpo_lite.models.device import Device
+from grpo_lite.recipe.recipe import ModelSection
+from grpo_lite.screen import Show, progress_lines
 
 CONTINUED_TOKENS = 16  # of the greedy continuation that is compared with each prompt
 KEPT_BYTES = 256 << 20  # for two sets of logits in float32
@@ -73,6 +86,12 @@ class VerifyRecord:
     faults: tuple[str, ...]
 
     @property
+    def is_finite(self) -> bool:
+        """Whether no model's logits hold NaN or infinity."""
+        kl = self.merged.mean_kl + self.base.mean_kl
+        return math.isfinite(kl + self.merged.max_logit_difference + self.merged_against_base)
+
+    @property
     def passed(self) -> bool:
         """Whether nothing is wrong."""
         return not self.faults
@@ -91,40 +110,118 @@ class VerifyRecord:
             )
 
 
-def verify_merge(base_dir: Path, adapter_dir: Path, merged_dir: Path, prompts: Sequence[str]) -> VerifyRecord:
+def verify_merge(
+    base_dir: Path, adapter_dir: Path, merged_dir: Path, prompts: Sequence[str], device: Device, show: Show
+) -> VerifyRecord:
     """Measure the agreement of a merged folder with base + adapter; the record's `faults` say what is wrong.
 
-    All models compute on the CPU, in float32 where it fits the free memory, which leaves the merge's rounding as the
-    only difference; otherwise in the base's own dtype.
+    All models compute in one place and one dtype (`proof_place`). Where the GPU's memory runs out all the same, or the
+    base leaves float16's range, the proof is repeated on the CPU.
 
     Args:
+        base_dir, adapter_dir, merged_dir: what was merged, and the result.
         prompts: held-out prompts as rendered text (special tokens are not added again).
+        device: of this machine.
+        show: called with lines for people: where it computes, and how far it is.
 
     Raises:
         ExportError: no prompts, too little memory, or a folder that does not load completely.
     """
-    _require_memory(base_dir, merged_dir)
+    place = proof_place(base_dir, device)
+    if place.device == "cpu":
+        _require_memory(base_dir, merged_dir)
     open_checkpoint(merged_dir)  # names truncated or missing shards
     tokenizer = load_saved_tokenizer(merged_dir)  # the folder's own, which proves that it loads
     sequences = tokenize(tokenizer, prompts)
+    show(f"verifying the merge on {len(sequences)} prompts, {place.describe()}")
+    record, obstacle = None, None
+    try:
+        record = _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show)
+    except RuntimeError as error:
+        if place.device == "cpu" or not is_out_of_memory(error):
+            raise
+        obstacle = "the GPU's memory ran out"
+    free_memory()  # outside the handler: the traceback holds the model
+    if record and place.dtype == torch.float16 and not record.is_finite:
+        obstacle = "the logits leave float16's range"
+    if record and not obstacle:
+        return record
+    _require_memory(base_dir, merged_dir)
+    place = Place("cpu", dtype_that_fits(base_dir))
+    show(f"verifying the merge again, {place.describe()}: {obstacle}")
+    return _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show)
 
-    model = _with_adapter(base_dir, adapter_dir, dtype_that_fits(base_dir))
+
+@dataclass(frozen=True)
+class Place:
+    """Where the models of a proof compute, and in which dtype; None: in the base's own."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: torch.dtype | None
+
+    def describe(self) -> str:
+        """Return `on the GPU in float32` and the like."""
+        dtype = "its own dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return f"on the {'CPU' if self.device == 'cpu' else 'GPU'} in {dtype}"
+
+
+def proof_place(base_dir: Path, device: Device) -> Place:
+    """Return the GPU where one of the models fits into its free memory, else the CPU.
+
+    On a GPU: float32, or the 16-bit dtype that the base is stored in. Another one would round the update away. Only
+    bfloat16 becomes float16 on a card that emulates it, because float16 keeps all of its digits; not where the model is
+    known to leave float16's range.
+    """
+    free_memory()
+    free = available_bytes(torch.device(device.kind)) or 0  # 0: no GPU
+    for dtype in (torch.float32, *_half(base_dir, device)):
+        if bytes_to_compute(base_dir, dtype) < free:
+            return Place("cuda", dtype)
+    return Place("cpu", dtype_that_fits(base_dir))
+
+
+def _half(base_dir: Path, device: Device) -> Iterator[torch.dtype]:
+    """Yield the 16-bit dtype in which a base keeps its digits on a GPU, if there is one."""
+    stored = {spec.dtype for shard in open_checkpoint(base_dir) for spec in shard.tensors.values()}
+    if stored == {"F16"} or (stored == {"BF16"} and device.bfloat16):
+        yield FLOATS[stored.pop()]
+    elif stored == {"BF16"} and compute_dtype(ModelSection(id=str(base_dir)), device) == "float16":  # type: ignore[call-arg]
+        yield torch.float16
+
+
+def _prove(
+    base_dir: Path,
+    adapter_dir: Path,
+    merged_dir: Path,
+    prompts: Sequence[torch.Tensor],
+    tokenizer: Any,
+    place: Place,
+    show: Show,
+) -> VerifyRecord:
+    """Compute the logits of base + adapter, base and merged model in one place, and judge them."""
+    model = _with_adapter(base_dir, adapter_dir, place)
     dtype = model.dtype
-    keep = positions_kept(model.config.get_text_config().vocab_size, len(sequences), CONTINUED_TOKENS)
-    reference, base = [], []
-    for number, prompt in enumerate(sequences):
+    keep = positions_kept(model.config.get_text_config().vocab_size, len(prompts), CONTINUED_TOKENS)
+    sequences, reference, base = [], [], []
+    progress = progress_lines(show, "verifying the merge, base and adapter")
+    for number, prompt in enumerate(prompts, start=1):
         answer = greedy_answer(model, prompt, CONTINUED_TOKENS, stop_ids(model, tokenizer))
-        sequences[number] = torch.cat([prompt, torch.tensor([answer])], dim=1)
-        reference.append(last_logits(model, sequences[number], keep))
+        sequences.append(torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype)], dim=1))
+        reference.append(last_logits(model, sequences[-1], keep))
         with model.disable_adapter():
-            base.append(last_logits(model, sequences[number], keep))
+            base.append(last_logits(model, sequences[-1], keep))
+        progress(number, len(prompts))
     del model
-    gc.collect()
+    free_memory()
 
-    model = load_whole(merged_dir, dtype)
-    merged = [last_logits(model, sequence, keep) for sequence in sequences]
+    model = load_whole(merged_dir, dtype, place.device)
+    progress = progress_lines(show, "verifying the merge, merged model")
+    merged = []
+    for number, sequence in enumerate(sequences, start=1):
+        merged.append(last_logits(model, sequence, keep))
+        progress(number, len(sequences))
     del model
-    gc.collect()
+    free_memory()
     return judge(str(dtype).removeprefix("torch."), reference, base, merged)
 
 
@@ -149,7 +246,7 @@ def judge(
 
 def _faults(record: VerifyRecord) -> Iterator[str]:
     merged, base = record.merged, record.base
-    if not math.isfinite(merged.mean_kl + merged.max_logit_difference + record.merged_against_base):
+    if not record.is_finite:
         yield "the logits hold NaN or infinity: the weights or the compute dtype are unusable"
         return
     if base.max_logit_difference == 0:
@@ -243,7 +340,7 @@ def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
 
 def _require_memory(base_dir: Path, merged_dir: Path) -> None:
     """Refuse a proof for which the memory is too small: better than being killed by the system in the middle."""
-    need, free = stored_bytes(base_dir) + KEPT_BYTES, free_bytes("cpu")
+    need, free = stored_bytes(base_dir) + KEPT_BYTES, free_bytes()
     if need > free:
         raise ExportError(
             f"{merged_dir}: is merged but not verified: that takes one of the two models in memory at a time, "
@@ -252,10 +349,10 @@ def _require_memory(base_dir: Path, merged_dir: Path) -> None:
         )
 
 
-def _with_adapter(base_dir: Path, adapter_dir: Path, dtype: torch.dtype | None) -> Any:
+def _with_adapter(base_dir: Path, adapter_dir: Path, place: Place) -> Any:
     from peft import PeftModel
 
-    model = load_whole(base_dir, dtype)
+    model = load_whole(base_dir, place.dtype, place.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie")  # PEFT's advice on tied embeddings; this compares unmerged
         return PeftModel.from_pretrained(model, adapter_dir).eval()

@@ -26,7 +26,7 @@ from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.screen import Show
+from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.prompts import Prompts, load_prompts
 
 MERGE_PROMPTS = 16  # on which a merge, or the loss of NF4, is measured
@@ -55,19 +55,18 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
             f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
             f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
         )
-    base = Base.resolve(recipe.model).weights
+    base = Base.resolve(recipe.model)
     show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     try:
-        with _progress_bar() as progress:
-            record = merge_adapter(base, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+        with _merging(show) as progress:
+            record = merge_adapter(base.weights, run.adapter, run.merged, overwrite=overwrite, progress=progress)
     except NothingToMerge as error:
         run.update_run(merge={"skipped": str(error)})
         raise
-    prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
+    prompts = prompts or load_prompts(recipe, load_tokenizer(base))
     texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
-    show(f"verifying the merge on {len(texts)} prompts")
-    proof = verify_merge(base, run.adapter, run.merged, texts)
+    proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show)
     if proof.faults and _lost_in_rounding(proof):
         shutil.rmtree(run.merged)
         raise NothingToMerge(
@@ -232,13 +231,16 @@ def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[s
 
 
 @contextlib.contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """Yield a progress callback that draws a bar on a terminal, and nothing elsewhere."""
+def _merging(show: Show) -> Iterator[Progress]:
+    """Yield a progress callback that draws a bar on a terminal, and shows a line now and then elsewhere."""
     from tqdm import tqdm
 
+    lines = progress_lines(show, "merging", "MiB")
     with tqdm(desc="merging", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
 
         def progress(shard: str, done: int, total: int) -> None:
+            if bar.disable and done >> 20 < total >> 20:
+                lines(done >> 20, total >> 20)
             bar.total = total
             bar.set_postfix_str(shard, refresh=False)
             bar.update(done - bar.n)

@@ -14,7 +14,7 @@ from typing import Any
 from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.errors import ModelError
-from grpo_lite.models.base import Base, trusts_remote_code
+from grpo_lite.models.base import Base, compute_dtype, trusts_remote_code
 from grpo_lite.models.device import Device
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
@@ -148,11 +148,16 @@ def load_trained(base: Base, rollout: str, adapter: Path) -> Any:
 
 
 def load_merged(folder: Path, device: Device) -> Any:
-    """Return a saved model in its own dtype (float32 on a CPU without bfloat16), ready for shared decoding."""
+    """Return a saved model, ready for shared decoding.
+
+    In its own dtype, unless the device only emulates bfloat16: then in float32 on a CPU, and on a GPU in float16, or in
+    float32 where the model is known to overflow in float16.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if device.best_dtype == "float32" else "auto"
+    section = ModelSection(id=str(folder))  # type: ignore[call-arg]
+    dtype = "auto" if device.bfloat16 else getattr(torch, compute_dtype(section, device))
     place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
     keep_odd_widths_unpacked(model)

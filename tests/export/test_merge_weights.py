@@ -14,6 +14,7 @@ from grpo_lite.export.merge.merge import MergeRecord, merge_adapter
 from grpo_lite.export.nf4 import export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.manifest import verify_manifest
+from grpo_lite.models.device import Device
 from tests.export.merge_cases import load, tensors
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
@@ -50,7 +51,7 @@ def merged(smollm2_dir: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def verify(base: Path, adapter: Path, merged: Path) -> VerifyRecord:
-    return verify_merge(base, adapter, merged, HELD_OUT)
+    return verify_merge(base, adapter, merged, HELD_OUT, Device("cpu", "a CPU", 1 << 34, bfloat16=True), print)
 
 
 def test_merge_of_the_real_model_passes_and_beats_rounding_to_the_nearest(

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from grpo_lite.errors import ExportError
+from grpo_lite.export import proof
 from grpo_lite.export.merge.merge import merge_adapter
-from grpo_lite.export.proof import VerifyRecord, agreement, update_carried, verify_merge
+from grpo_lite.export.proof import Place, VerifyRecord, agreement, proof_place, update_carried, verify_merge
+from grpo_lite.models.device import Device
 from tests.export.merge_cases import edit_tensors, make_adapter, make_base
 
 PROMPTS = ["abcdef", "a quick test", "zzz"]
@@ -50,8 +52,16 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_lite.export.proof.CONTINUED_TOKENS", 4)
 
 
-def verify(folder: Path, prompts: list[str] = PROMPTS) -> VerifyRecord:
-    return verify_merge(folder / "base", folder / "adapter", folder / "merged", prompts)
+CPU = Device("cpu", "a CPU", 1 << 34, bfloat16=True)
+T4 = Device("cuda", "Tesla T4", 15 << 30, bfloat16=False, compute_capability=(7, 5))
+L4 = Device("cuda", "L4", 22 << 30, bfloat16=True, compute_capability=(8, 9))
+
+
+def verify(
+    folder: Path, prompts: list[str] = PROMPTS, device: Device = CPU, lines: list[str] | None = None
+) -> VerifyRecord:
+    show = [].append if lines is None else lines.append
+    return verify_merge(folder / "base", folder / "adapter", folder / "merged", prompts, device, show)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -142,6 +152,124 @@ def test_too_little_memory_is_said_before_anything_is_loaded(folder: Path, monke
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200 << 20))
     with pytest.raises(ExportError, match=r"merged but not verified.*0\.3 GiB, and 0\.2 GiB are free"):
         verify(folder)
+
+
+@pytest.mark.parametrize(
+    "device, stored, free_gib, overflows, expected",
+    [
+        # The stand-in model takes 4 GiB in float32 and 2 GiB in 16 bits.
+        (CPU, torch.bfloat16, None, False, Place("cpu", torch.float32)),
+        (T4, torch.bfloat16, 5, False, Place("cuda", torch.float32)),
+        (T4, torch.bfloat16, 3, False, Place("cuda", torch.float16)),
+        (T4, torch.bfloat16, 3, True, Place("cpu", torch.float32)),
+        (T4, torch.bfloat16, 1, False, Place("cpu", torch.float32)),
+        (L4, torch.bfloat16, 3, False, Place("cuda", torch.bfloat16)),
+        (L4, torch.bfloat16, 3, True, Place("cuda", torch.bfloat16)),
+        (L4, torch.float16, 3, False, Place("cuda", torch.float16)),
+        (L4, torch.float32, 5, False, Place("cuda", torch.float32)),
+        (L4, torch.float32, 3, False, Place("cpu", torch.float32)),
+    ],
+    ids=[
+        "no CUDA",
+        "fits in float32",
+        "a card without bfloat16: float16",
+        "a model that overflows in float16",
+        "does not fit",
+        "a card with bfloat16",
+        "bfloat16 has float32's range",
+        "float16 stays float16",
+        "a float32 base fits",
+        "16 bits would round a float32 base's update away",
+    ],
+)
+def test_the_models_are_compared_on_the_gpu_where_one_of_them_fits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: Device,
+    stored: torch.dtype,
+    free_gib: int | None,
+    overflows: bool,
+    expected: Place,
+) -> None:
+    base = make_base(tmp_path / "base", dtype=stored)
+    order: list[str] = []
+    monkeypatch.setattr(proof, "free_memory", lambda: order.append("free_memory"))
+    if free_gib is not None:
+        monkeypatch.setattr(proof, "available_bytes", lambda device: order.append(device.type) or free_gib << 30)
+    monkeypatch.setattr(proof, "bytes_to_compute", lambda folder, dtype: dtype.itemsize << 30)
+    monkeypatch.setattr("grpo_lite.models.base.overflows_in_float16", lambda section: overflows)
+    assert proof_place(base, device) == expected
+    assert order[0] == "free_memory"  # what training's model has left in PyTorch's cache is free
+
+
+def on_stand_in_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """Let the proof choose a GPU that is this CPU, and note where each model should have been loaded."""
+    loads: list[tuple[str, str]] = []
+    real = proof.load_whole
+
+    def load(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+        loads.append((folder.name, device))
+        return real(folder, dtype)
+
+    monkeypatch.setattr(proof, "load_whole", load)
+    monkeypatch.setattr(proof, "proof_place", lambda base, device: Place("cuda", dtype))
+    return loads
+
+
+def test_on_a_gpu_both_models_are_loaded_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, lines = on_stand_in_gpu(monkeypatch, torch.float32), list[str]()
+    on_gpu = verify(folder, device=T4, lines=lines)
+    assert loads == [("base", "cuda"), ("merged", "cuda")]
+    assert lines == [
+        "verifying the merge on 3 prompts, on the GPU in float32",
+        "verifying the merge, base and adapter: 3/3 prompts",
+        "verifying the merge, merged model: 3/3 prompts",
+    ]
+    monkeypatch.undo()
+    monkeypatch.setattr(proof, "load_saved_tokenizer", lambda folder: ByteTokenizer())
+    monkeypatch.setattr(proof, "CONTINUED_TOKENS", 4)
+    lines.clear()
+    assert verify(folder, lines=lines) == on_gpu  # the same computation, elsewhere
+    assert lines[0] == "verifying the merge on 3 prompts, on the CPU in float32"
+
+
+def test_a_gpu_whose_memory_runs_out_all_the_same_costs_time_and_not_the_proof(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, lines = on_stand_in_gpu(monkeypatch, torch.float16), list[str]()
+    real = proof.load_whole
+
+    def load(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+        model = real(folder, dtype, device)
+        if loads[-1] == ("merged", "cuda"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return model
+
+    monkeypatch.setattr(proof, "load_whole", load)
+    record = verify(folder, device=T4, lines=lines)
+    assert record.passed
+    assert record.compute_dtype == "float32"
+    assert loads == [("base", "cuda"), ("merged", "cuda"), ("base", "cpu"), ("merged", "cpu")]
+    assert "verifying the merge again, on the CPU in float32: the GPU's memory ran out" in lines
+    monkeypatch.setattr(proof, "last_logits", lambda *_: 1 / 0 if loads else None)
+    with pytest.raises(ZeroDivisionError):  # any other fault is no reason to try elsewhere
+        verify(folder, device=T4)
+
+
+def test_a_model_that_leaves_float16s_range_is_compared_on_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, lines = on_stand_in_gpu(monkeypatch, torch.float16), list[str]()
+    real = proof.last_logits
+
+    def logits(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        values = real(model, ids, keep)
+        return values / 0 if model.dtype == torch.float16 else values
+
+    monkeypatch.setattr(proof, "last_logits", logits)
+    assert verify(folder, device=T4, lines=lines).passed
+    assert loads[2:] == [("base", "cpu"), ("merged", "cpu")]
+    assert "verifying the merge again, on the CPU in float32: the logits leave float16's range" in lines
 
 
 def test_no_prompts_is_an_error(folder: Path) -> None:
