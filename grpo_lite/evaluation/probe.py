@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
@@ -57,6 +58,7 @@ class Probe:
     evaluation_s: float = 0.0  # of base and trained model, before the merge
     notes: tuple[str, ...] = field(default=())
     verdict: str = ""
+    skipped: tuple[str, ...] = ()  # what the time limit left out
 
     @property
     def eta_s(self) -> float:
@@ -77,6 +79,7 @@ class _Samples:
     groups: list[list[list[int]]]  # token ids of each prompt's completions
     seconds: float
     round_s: float  # of one round of training's generation
+    skipped: tuple[str, ...] = ()
 
     @property
     def completions(self) -> list[list[int]]:
@@ -100,6 +103,7 @@ def probe_recipe(
     *,
     count: int = PROMPTS,
     samples: int | None = None,
+    limit_s: float | None = None,
     show: Callable[[str], None] = lambda line: None,
 ) -> Probe:
     """Sample the model on training prompts as training would, and score by the recipe's own rewards.
@@ -111,11 +115,12 @@ def probe_recipe(
         prompts: its prompts.
         count: how many of them, drawn by the recipe's seed: files are often sorted.
         samples: per prompt; None: 8, or the group size if that is larger.
+        limit_s: no batch is sampled that would probably end later; the first one always is. None: all are.
         show: gets progress lines.
     """
     samples = samples or max(SAMPLES, recipe.num_generations)
     rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
-    sampled = _sample(recipe, model, tokenizer, rows, samples, show)
+    sampled = _sample(recipe, model, tokenizer, rows, samples, limit_s, show)
     completions = sampled.completions
     right, _ = score_completions(tokenizer, recipe, sampled.rows, completions)
     judged = [right[i : i + samples] for i in range(0, len(right), samples)]
@@ -127,7 +132,7 @@ def probe_recipe(
     caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
     known = [total for total in scores.totals if total is not None]
     probe = Probe(
-        prompts=len(rows),
+        prompts=len(sampled.ids),
         samples=samples,
         pass_at_1=mean_pass_at_k(counts, samples, 1) if counts else 0.0,
         pass_at_k=mean_pass_at_k(counts, samples, samples) if counts else 0.0,
@@ -143,39 +148,72 @@ def probe_recipe(
         steps=recipe.schedule.steps(len(prompts.train)),
         evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled.seconds / len(completions),
         notes=() if counts else ("no probed prompt has a usable gold answer",),
+        skipped=sampled.skipped,
     )
     return replace(probe, verdict=verdict(probe, recipe))
 
 
 def _sample(
-    recipe: Recipe, model: Any, tokenizer: Any, rows: list[Row], samples: int, show: Callable[[str], None]
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    samples: int,
+    limit_s: float | None,
+    show: Callable[[str], None],
 ) -> _Samples:
     """Generate `samples` completions of each row's prompt, and time one round as training generates it."""
-    group, batch = recipe.schedule.group, recipe.schedule.batch
     ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
-    sampling: dict[str, Any] = {
-        "max_new_tokens": recipe.max_completion_length,
-        "temperature": float(recipe.grpo.get("temperature", 1.0)),
-        "seed": recipe.seed,
-        "rows_that_fit": rows_that_fit if recipe.memory.fit else None,
-    }
-    begun = time.monotonic()
-    groups = generate_completions(
+    generate = partial(
+        generate_completions,
         model,
         tokenizer,
-        ids,
-        samples=samples,
-        batch_size=recipe.eval.batch_size,
-        progress=lambda done, total: show(f"probe: {done}/{total} prompts sampled"),
-        **sampling,
+        max_new_tokens=recipe.max_completion_length,
+        temperature=float(recipe.grpo.get("temperature", 1.0)),
+        rows_that_fit=rows_that_fit if recipe.memory.fit else None,
     )
-    sampled_s = time.monotonic() - begun
-    # Timed by itself: a round takes nearly the same time, however many completions are decoded at once.
+    on_gpu = limit_s is not None and model.device.type == "cuda"  # where a few completions take as long as many
+    most = len(ids) if limit_s is None else max(1, recipe.eval.batch_size // samples)
+    size = most if limit_s is None or on_gpu else 1
     begun = time.monotonic()
+    groups: list[list[list[int]]] = []
+    part_s = prompt_s = 0.0  # of the last part, and of each prompt in it
+    while part := ids[len(groups) : len(groups) + size]:
+        if limit_s is not None and groups and time.monotonic() - begun + prompt_s * len(part) > limit_s:
+            break
+        part_begun = time.monotonic()
+        groups += generate(
+            part,
+            samples=samples,
+            batch_size=recipe.eval.batch_size,
+            seed=recipe.seed + len(groups),
+            progress=partial(_show_progress, show, len(groups), len(ids)),
+        )
+        part_s = time.monotonic() - part_begun
+        prompt_s, size = part_s / len(part), min(most, 2 * size)
+    sampled_s = time.monotonic() - begun
+    skipped = [f"{len(ids) - len(groups)} of {len(ids)} prompts"] if len(groups) < len(ids) else []
+    ids = ids[: len(groups)]
+    round_s = max(part_s if on_gpu else 0.0, prompt_s * recipe.schedule.batch / samples)
+    if limit_s is None or sampled_s + round_s <= limit_s:
+        round_s = _round_seconds(recipe, generate, ids)
+    else:
+        skipped.append("timing a training round's generation by itself")
+    repeated = [row for row in rows[: len(ids)] for _ in range(samples)]
+    return _Samples(repeated, ids, groups, sampled_s, round_s, tuple(skipped))
+
+
+def _show_progress(show: Callable[[str], None], before: int, count: int, done: int, part: int) -> None:
+    show(f"probe: {before + done}/{count} prompts sampled")
+
+
+def _round_seconds(recipe: Recipe, generate: Callable[..., Any], ids: list[list[int]]) -> float:
+    """Time the generation of one training round: it takes nearly as long, however many completions are decoded."""
+    group, batch = recipe.schedule.group, recipe.schedule.batch
     chosen = ids[: max(1, batch // group)]
-    generate_completions(model, tokenizer, chosen, samples=group, batch_size=batch, **sampling)
-    round_s = (time.monotonic() - begun) * batch / (group * len(chosen))
-    return _Samples([row for row in rows for _ in range(samples)], ids, groups, sampled_s, round_s)
+    begun = time.monotonic()
+    generate(chosen, samples=group, batch_size=batch, seed=recipe.seed)
+    return (time.monotonic() - begun) * batch / (group * len(chosen))
 
 
 def _score(recipe: Recipe, tokenizer: Any, sampled: _Samples, lead_in: str) -> _Scores:

@@ -1,7 +1,7 @@
-"""Preflight: the probe as the first minutes of a training.
+"""Preflight: the probe as the first minutes of a training, within a time budget.
 
-It says what a night would show: too hard, too easy, cut short. It stops nothing and leaves the random state alone, so
-the training behind it is the same with and without.
+It says what a night would show: too hard, too easy, cut short. It stops no training and leaves the random state alone,
+so the training after it is the same with and without.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.task.prompts import Prompts
+
+BUDGET_S = 90.0  # for sampling; the batch that is running is finished, and what was sampled is scored
 
 
 def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
@@ -44,13 +46,23 @@ class Preflight(TrainerCallback):
             return
         begun = time.monotonic()
         samples = max(SAMPLES, self.recipe.num_generations)
-        self.show(f"preflight: {PROMPTS} prompts × {samples} samples first (log.preflight=false leaves it out)")
+        self.show(
+            f"preflight: {PROMPTS} prompts × {samples} samples first, as many as about {BUDGET_S:g} s allow "
+            "(log.preflight=false leaves it out)"
+        )
         with trainer.sampling():  # as training samples and computes
-            made = probe_recipe(self.recipe, trainer.model, self.prompts.tokenizer, self.prompts, count=PROMPTS)
-        for line in probe_lines(made):
+            probe = probe_recipe(
+                self.recipe, trainer.model, self.prompts.tokenizer, self.prompts, count=PROMPTS, limit_s=BUDGET_S
+            )
+        if probe.skipped:
+            self.show(
+                f"preflight: stopped after {time.monotonic() - begun:.0f} s; skipped: {', '.join(probe.skipped)} "
+                f"(nothing is skipped by: grpo-lite probe {self.recipe.name})"
+            )
+        for line in probe_lines(probe):
             self.show(f"preflight: {line.strip()}")
-        if made.verdict != CAN_LEARN:
+        if probe.verdict != CAN_LEARN:
             self.show("preflight: training starts anyway; Ctrl-C twice stops it at once")
-        self.run.update_run(preflight=made.to_json())
-        keep_times(self.recipe, self.device.name, made.to_json())
+        self.run.update_run(preflight=probe.to_json())
+        keep_times(self.recipe, self.device.name, probe.to_json())
         trainer.journal.seconds_before -= time.monotonic() - begun  # it is no training time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,54 @@ def test_a_training_that_begins_with_the_probe_is_the_same_training(
     assert said.index(lines[-1]) < next(i for i, line in enumerate(said) if line.startswith("step 1/2"))
     assert records(run) == records(without)
     assert run.read_run()["training_seconds"] < 60
+
+
+@pytest.mark.parametrize("kind, sizes", [("cuda", [2, 2]), ("cpu", [1, 2, 2])])
+@pytest.mark.parametrize("limit", [25.0, None], ids=["limited", "whole"])
+def test_within_a_time_limit_a_probe_samples_the_batches_that_it_has_time_for_and_says_what_it_skipped(
+    kind: str, sizes: list[int], limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 2 prompts × 8 samples takes 10 s on the GPU however many are in it, and 5 s a prompt on the CPU."""
+    recipe = load_recipe("smoke", ["eval.batch_size=16"])
+    tokenizer = load_tokenizer(Base.resolve(recipe.model))
+    clock, calls = [50.0], list[tuple[int, int, int]]()
+
+    def generate(model: Any, tokenizer: Any, ids: list[Any], *, samples: int, seed: int, **_: Any) -> Any:
+        calls.append((len(ids), samples, seed))
+        clock[0] += 10.0 if kind == "cuda" else 5.0 * len(ids) * samples / 8
+        return [[[7]] * samples for _ in ids]
+
+    monkeypatch.setattr(probe.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(probe, "generate_completions", generate)
+    monkeypatch.setattr(probe, "forward_seconds", lambda *_: 0.5)
+    model = SimpleNamespace(device=SimpleNamespace(type=kind))
+    loaded = load_prompts(recipe, tokenizer)
+    figures = probe.probe_recipe(recipe, model, tokenizer, loaded, count=6, limit_s=limit)
+    if limit is None:
+        assert [size for size, *_ in calls] == [6, recipe.schedule.batch // 4]
+        assert (figures.prompts, figures.skipped) == (6, ())
+        return
+    # They end after 20 s and 25 s; another one would end after 30 s.
+    assert [size for size, *_ in calls] == sizes
+    assert len({seed for *_, seed in calls}) == len(calls)  # no batch draws what another one has drawn
+    assert figures.prompts == sum(sizes)
+    left = 6 - figures.prompts
+    assert figures.skipped == (f"{left} of 6 prompts", "timing a training round's generation by itself")
+
+
+def test_the_first_batch_is_always_sampled_and_a_preflight_says_that_it_stopped(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "keep_times", lambda *_: None)
+    monkeypatch.setattr(preflight, "PROMPTS", 3)
+    monkeypatch.setattr(preflight, "BUDGET_S", 0.0)
+    run, said = trained(tmp_path, "log.preflight=true")
+    stopped = [line for line in said if line.startswith("preflight: stopped after ")]
+    assert len(stopped) == 1
+    assert "skipped: 2 of 3 prompts, timing a training round's generation by itself" in stopped[0]
+    assert "grpo-lite probe smoke" in stopped[0]
+    assert run.read_run()["preflight"]["prompts"] == 1
+    assert [line for line in said if line.startswith("preflight: verdict: ")]
 
 
 class NoTrainer:
