@@ -74,7 +74,7 @@ def held_out_score(file: Path, recipe: Recipe, tokenizer: Any, rows: list[dict[s
     """Return the lenient accuracy of a GGUF's greedy completions, by the run's own score function."""
     import llama_cpp
 
-    cap = recipe.eval.max_new_tokens or recipe.max_completion_length
+    cap = recipe.eval_completion_length
     prompts = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     model = llama_cpp.Llama(model_path=str(file), n_ctx=max(map(len, prompts)) + cap + 8, n_gpu_layers=0, verbose=False)
     completions = [llama_cpp_greedy(model, prompt, cap) for prompt in prompts]

@@ -110,7 +110,7 @@ class Chat:
         from grpo_lite.engine.generate import stop_ids
 
         sampling = self.sampling
-        cap = sampling.max_new_tokens or self.recipe.eval.max_new_tokens or self.recipe.max_completion_length
+        cap = sampling.max_new_tokens or self.recipe.eval_completion_length
         drawn: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature}

@@ -130,9 +130,12 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     """
     section = recipe.eval
     ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
-    cap = section.max_new_tokens or recipe.max_completion_length
     fit = rows_that_fit if recipe.memory.fit else None
-    shared: dict[str, Any] = {"max_new_tokens": cap, "batch_size": section.batch_size, "rows_that_fit": fit}
+    shared: dict[str, Any] = {
+        "max_new_tokens": recipe.eval_completion_length,
+        "batch_size": section.batch_size,
+        "rows_that_fit": fit,
+    }
 
     def progress(kind: str) -> Callable[[int, int], None]:
         return progress_lines(show, f"evaluating {name}, {kind}")

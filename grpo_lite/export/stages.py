@@ -163,7 +163,7 @@ def prompting_of(recipe: Recipe) -> Prompting:
         examples=tuple((example.prompt, example.answer) for example in data.examples),
         question=data.prompt,
         template_kwargs=recipe.template_kwargs,
-        max_completion_tokens=recipe.eval.max_new_tokens or recipe.max_completion_length,
+        max_completion_tokens=recipe.eval_completion_length,
     )
 
 
@@ -254,8 +254,7 @@ def _lost_in_rounding(proof: VerifyRecord) -> bool:
 
 
 def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
-    trained = recipe.eval.max_new_tokens or recipe.max_completion_length
-    cap = max(LEAST_GGUF_TOKENS, min(GGUF_TOKENS, trained))
+    cap = max(LEAST_GGUF_TOKENS, min(GGUF_TOKENS, recipe.eval_completion_length))
     return prove_gguf(file, kind, run.merged, _held_out_texts(recipe, GGUF_PROMPTS), max_new_tokens=cap)
 
 

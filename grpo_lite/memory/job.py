@@ -56,7 +56,7 @@ def recipe_job(recipe: Recipe, prompt: int | None = None, bfloat16: bool = True)
         checkpointing=bool(grpo.get("gradient_checkpointing", True)),
         offload=recipe.memory.offload_activations,
         eval_rows=_eval_rows(recipe),
-        eval_completion=recipe.eval.max_new_tokens or recipe.max_completion_length,
+        eval_completion=recipe.eval_completion_length,
         eval_while_training=bool(recipe.eval.every),
         vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
     )

@@ -289,6 +289,11 @@ class Recipe(_Section):
         """Longest completion, in tokens."""
         return int(self.grpo.get("max_completion_length", GRPO_DEFAULTS["max_completion_length"]))
 
+    @property
+    def eval_completion_length(self) -> int:
+        """Longest completion of an evaluation, in tokens: `eval.max_new_tokens`, or as in training."""
+        return self.eval.max_new_tokens or self.max_completion_length
+
 
 def without_paths(recipe: Recipe) -> Recipe:
     """Shorten paths of the training machine to their last part."""

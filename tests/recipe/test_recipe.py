@@ -328,3 +328,11 @@ def test_every_closed_set_is_the_one_in_trl_s_source() -> None:
     branches = re.findall(r'loss_type (?:==|in) (\[[^\]]*\]|"[a-z_]+")', trainer)
     in_source = set(re.findall(r'"([a-z_]+)"', " ".join(branches)))
     assert in_source == set(CHOICES["loss_type"])
+
+
+def test_an_evaluation_is_as_long_as_training_unless_the_recipe_says_otherwise() -> None:
+    lengths = [
+        load_recipe("quickstart", ["grpo.max_completion_length=40", *extra]).eval_completion_length
+        for extra in ([], ["eval.max_new_tokens=60"])
+    ]
+    assert lengths == [40, 60]
