@@ -338,7 +338,7 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     begun = time.monotonic()
     loaded = load_recipe(recipe, overrides)
     run = _run_dir(run_path or f"runs/{loaded.name}")
-    click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}")
+    click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}\nloading PyTorch and TRL")
     from grpo_lite.models.unsloth import prepare
     from grpo_lite.session.backend import with_chosen_backend
 

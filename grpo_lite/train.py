@@ -16,6 +16,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.runs.start import held_by_first, open_run
 from grpo_lite.screen import Show, quiet_on_broken_pipe
+from grpo_lite.session.announce import announce_base, announce_data, announce_weights
 from grpo_lite.session.build import build_trainer, device_line
 from grpo_lite.session.fit import TrainResult, deadline_of, fit
 from grpo_lite.session.views import ViewKind
@@ -48,14 +49,17 @@ def train_run(
         if state == "report":
             show("the run is finished; its report is written now")
             return _report(run, TrainResult(run, run.read_run()["steps"]), show)
+        announce_base(recipe, show)
         base = Base.resolve(recipe.model)
         show(device_line(base))
+        announce_data(recipe, show)
         prompts = load_prompts(recipe, load_tokenizer(base))
         for note in (*prompts.notes, f"{len(prompts.train)} training prompts, {len(prompts.eval)} held out"):
             show(f"data: {note}")
         if state == "finish":
             show("training has ended; evaluation and merge are done now")
             result = TrainResult(run, run.read_run()["steps"])
+            announce_weights(base, show)
             model = load_trained(base, recipe.rollout, run.adapter)
         else:
             rewards = load_rewards(recipe, prompts.columns, prompts.lead_in)

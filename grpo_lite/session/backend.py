@@ -26,7 +26,7 @@ from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.screen import Show
-from grpo_lite.units import now
+from grpo_lite.units import duration, now
 
 BACKENDS = ("hf", "unsloth")
 WORTH = 1.25  # how many times faster Unsloth must be: its trainer lacks exact resume and recovery from out of memory
@@ -74,15 +74,17 @@ def measure_backends(recipe: Recipe, card: str, show: Show, steps: int, limit_s:
     Args:
         recipe: its model, data, rewards and lengths are used; nothing is evaluated, merged or kept.
         card: the CUDA device's name.
-        show: gets a line for each backend.
+        show: gets two lines for each backend, before and after.
         steps: optimizer steps of each, 2 or more; rounded up to whole rounds, of which the first is not counted.
         limit_s: seconds of each.
 
     Returns:
         `chosen`, `why`, `measured_at`, and for each backend `step_s` (mean) or `fault`.
     """
-    measured = {backend: _measure(recipe, backend, steps, limit_s) for backend in BACKENDS}
-    for backend, figures in measured.items():
+    measured = {}
+    for backend in BACKENDS:
+        show(f"  {backend}: training {steps} steps, within {duration(limit_s)}")
+        figures = measured[backend] = _measure(recipe, backend, steps, limit_s)
         show(f"  {backend}: " + (f"{figures['step_s']:.3g} s a step" if "step_s" in figures else figures["fault"]))
     chosen, why = choose(measured["hf"], measured["unsloth"])
     outcome = {**measured, "chosen": chosen, "why": why, "measured_at": now()}

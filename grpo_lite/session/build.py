@@ -21,6 +21,7 @@ from grpo_lite.recipe.schedule import share_of_batch
 from grpo_lite.runs.provenance import environment_record
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
+from grpo_lite.session.announce import announce_weights
 from grpo_lite.session.fit import require_room_for
 from grpo_lite.session.preflight import add_preflight
 from grpo_lite.session.views import View, ViewKind, make_view
@@ -187,6 +188,7 @@ def build_trainer(
     arguments = grpo_config(recipe, run, base, weights, plan)
     guarded = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
     rows = Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show)))
+    announce_weights(base, view.show)
     model = load_base(base, recipe, len(prompts.longest))
     try:
         trainer = make_trainer(

@@ -127,6 +127,26 @@ def test_a_run_whose_checkpoints_are_elsewhere_keeps_its_backend_on_a_new_machin
     assert (recipe.model.backend, lines) == ("hf", [])
 
 
+def test_each_backend_is_announced_before_its_minutes_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path / "cache"))
+    lines: list[str] = []
+
+    def measure(recipe: Recipe, name: str, steps: int, limit_s: float) -> dict[str, Any]:
+        lines.append(f"measure {name}")
+        return {"step_s": 40.0}
+
+    monkeypatch.setattr(backend, "_measure", measure)
+    measure_backends(load_recipe("smoke"), CARD, lines.append, 4, 300.0)
+    assert lines == [
+        "  hf: training 4 steps, within 5 min 00 s",
+        "measure hf",
+        "  hf: 40 s a step",
+        "  unsloth: training 4 steps, within 5 min 00 s",
+        "measure unsloth",
+        "  unsloth: 40 s a step",
+    ]
+
+
 @pytest.mark.slow
 def test_a_backend_is_measured_by_a_real_training(tmp_path: Path, root: Path) -> None:
     recipe = load_recipe("smoke")
