@@ -67,7 +67,7 @@ def train_run(
                 require_paid_gold(recipe, prompts, show)
             if beyond := base.positions_note(recipe, len(prompts.longest)):
                 show(beyond)
-            plan = fit_to_device(recipe, base.device, len(prompts.longest), show)
+            plan = fit_to_device(recipe, base, len(prompts.longest), show)
             trainer, watched = build_trainer(recipe, run, base, prompts, rewards, plan, view, state, show)
             result = fit(run, watched, trainer, deadline_of(recipe, run, base, show, prompts, begun))
             if result.stopped_by or not process.is_first:

@@ -31,7 +31,7 @@ from grpo_lite.export.model_folder import (
 )
 from grpo_lite.export.safetensors import FLOATS, open_checkpoint
 from grpo_lite.memory.fit import available_bytes
-from grpo_lite.models.base import compute_dtype
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
 from grpo_lite.recipe.recipe import ModelSection
 from grpo_lite.screen import Show, progress_lines
@@ -185,7 +185,7 @@ def _half(base_dir: Path, device: Device) -> Iterator[torch.dtype]:
     stored = {spec.dtype for shard in open_checkpoint(base_dir) for spec in shard.tensors.values()}
     if stored == {"F16"} or (stored == {"BF16"} and device.bfloat16):
         yield FLOATS[stored.pop()]
-    elif stored == {"BF16"} and compute_dtype(ModelSection(id=str(base_dir)), device) == "float16":  # type: ignore[call-arg]
+    elif stored == {"BF16"} and Base(ModelSection(id=str(base_dir)), device, base_dir).dtype == "float16":  # type: ignore[call-arg]
         yield torch.float16
 
 

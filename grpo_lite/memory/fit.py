@@ -17,8 +17,8 @@ from grpo_lite.memory.evaluation import evaluation_items, most_rows
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, WORKSPACE_BYTES, Job
 from grpo_lite.memory.plan import advice, plan_memory, require_fit
+from grpo_lite.models.base import Base
 from grpo_lite.models.config import read_shape
-from grpo_lite.models.device import Device
 from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -47,25 +47,25 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     )
 
 
-def fit_to_device(recipe: Recipe, device: Device, prompt_tokens: int, show: Callable[[str], None]) -> Fit:
+def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable[[str], None]) -> Fit:
     """Plan a run's memory, choose its budgets, and say so in a line; on a CPU nothing is planned.
 
     Args:
         recipe: the recipe.
-        device: where it runs; its free memory counts.
+        base: its base model, and the device where it runs, whose free memory counts.
         prompt_tokens: the longest prompt.
         show: gets lines for people.
 
     Raises:
         MemoryBudgetError: it cannot fit; with the cheapest changes that would.
     """
-    options = engine_options(recipe)
+    options, device = engine_options(recipe), base.device
     if not recipe.memory.fit or device.kind != "cuda" or uses_unsloth(recipe.model):
         return Fit(options)
     own = share_of_batch(recipe.grpo, this_process().world)
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
     try:
-        job, _ = recipe_job(recipe, prompt=prompt_tokens, bfloat16=device.bfloat16)
+        job, _ = recipe_job(recipe, base.shape, prompt=prompt_tokens, bfloat16=device.bfloat16)
     except ModelError as error:  # an architecture that the arithmetic does not know
         show(f"memory: {str(error).splitlines()[0]}")
         return Fit(options)

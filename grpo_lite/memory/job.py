@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grpo_lite.memory.phases import Job
-from grpo_lite.models.config import model_shape
+from grpo_lite.models.config import ModelShape
 from grpo_lite.recipe.recipe import Recipe
 
 ASSUMED_PROMPT = 256  # tokens, where the recipe does not cap its prompts and none have been read yet
 _OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.2, "sgd": 0.0, "lion": 4.0}
 
 
-def recipe_job(recipe: Recipe, prompt: int | None = None, bfloat16: bool = True) -> tuple[Job, tuple[str, ...]]:
+def recipe_job(
+    recipe: Recipe, shape: ModelShape, prompt: int | None = None, bfloat16: bool = True
+) -> tuple[Job, tuple[str, ...]]:
     """Return a recipe's job and what was assumed.
 
     Args:
         recipe: the recipe.
+        shape: its model's.
         prompt: the longest prompt in tokens; None: the recipe's cap, or an assumption.
         bfloat16: whether the card computes in it; on others some models run in float32.
     """
-    shape, source = model_shape(recipe.model.id, recipe.model.revision)
-    notes = [f"sizes of {recipe.model.id} from {source}"]
+    notes = []
     if prompt is None:
         prompt = recipe.data.max_prompt_tokens
         if prompt is None:

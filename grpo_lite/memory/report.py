@@ -11,7 +11,7 @@ from grpo_lite.files.cache import keep_record, kept_record
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
-from grpo_lite.models.config import too_long
+from grpo_lite.models.config import model_shape, too_long
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.units import duration, now
@@ -20,9 +20,10 @@ UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not 
 
 
 def plan_recipe(recipe: Recipe, card: Card, prompt: int | None = None) -> MemoryPlan:
-    """Return a recipe's plan for a card."""
-    job, notes = recipe_job(recipe, prompt=prompt, bfloat16=card.bfloat16)
-    return plan_memory(job, card.memory_bytes, notes)
+    """Return a recipe's plan for a card; neither the card nor the model's weights need to be here."""
+    shape, source = model_shape(recipe.model.id, recipe.model.revision)
+    job, notes = recipe_job(recipe, shape, prompt=prompt, bfloat16=card.bfloat16)
+    return plan_memory(job, card.memory_bytes, (f"sizes of {recipe.model.id} from {source}", *notes))
 
 
 def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:

@@ -22,7 +22,15 @@ from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.files.hub import only_cache_if_unreachable
 from grpo_lite.files.manifest import write_manifest
-from grpo_lite.models.config import TABLED, model_shape, read_config, read_positions, too_long, unreachable_model
+from grpo_lite.models.config import (
+    TABLED,
+    ModelShape,
+    read_config,
+    read_positions,
+    read_shape,
+    too_long,
+    unreachable_model,
+)
 from grpo_lite.models.device import Device, DtypeName, detect_device
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection, Recipe
 
@@ -70,6 +78,23 @@ class Base:
         """Its config.json; empty where there is none to read."""
         return read_config(self.folder)
 
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Its sizes, as its config.json states them.
+
+        Raises:
+            ModelError: it is not a dense decoder-only model, or has no config.json.
+        """
+        return read_shape(self.config, f"model.id {self.section.id}")
+
+    @property
+    def overflows_in_float16(self) -> bool:
+        """Whether its activations are known to leave float16's range; False where `shape` is not known."""
+        try:
+            return self.shape.overflows_in_float16
+        except ModelError:
+            return False
+
     @property
     def positions(self) -> int | None:
         """The longest sequence that it was made for, in tokens."""
@@ -82,7 +107,9 @@ class Base:
         Raises:
             ModelError: the recipe forces one that this device cannot compute in.
         """
-        return "float32" if self.section.load_in == "32bit" else compute_dtype(self.section, self.device)
+        if self.section.load_in == "32bit":
+            return "float32"
+        return compute_dtype(self.section, self.device, self.overflows_in_float16)
 
     @property
     def widened(self) -> bool:
@@ -130,13 +157,13 @@ def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = 
     return _from_hub(model_id, revision, weights)
 
 
-def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
+def compute_dtype(section: ModelSection, device: Device, overflows_in_float16: bool) -> DtypeName:
     """Return the dtype to compute in; it is also `bnb_4bit_compute_dtype` and the autocast dtype.
 
     Raises:
         ModelError: the recipe forces one that this device cannot compute in.
     """
-    overflowing = device.kind == "cuda" and overflows_in_float16(section)
+    overflowing = device.kind == "cuda" and overflows_in_float16
     if section.dtype == "auto":
         return "float32" if overflowing and device.best_dtype == "float16" else device.best_dtype
     if section.dtype == "float16" and overflowing:
@@ -152,14 +179,6 @@ def compute_dtype(section: ModelSection, device: Device) -> DtypeName:
     if section.dtype == "float16" and device.kind == "cpu":
         raise ModelError("model.dtype: float16 is given, but a CPU cannot train in it. Set model.dtype=auto.")
     return section.dtype
-
-
-def overflows_in_float16(section: ModelSection) -> bool:
-    """Return whether a model is known to overflow in float16; judged by its config.json where that is at hand."""
-    try:
-        return model_shape(section.id, section.revision, offline=True)[0].overflows_in_float16
-    except ModelError:
-        return False
 
 
 def commit_of(base: Path) -> str | None:

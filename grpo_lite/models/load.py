@@ -14,7 +14,7 @@ from typing import Any
 from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.errors import ModelError
-from grpo_lite.models.base import Base, compute_dtype, trusts_remote_code
+from grpo_lite.models.base import Base, trusts_remote_code
 from grpo_lite.models.device import Device
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
@@ -156,8 +156,8 @@ def load_merged(folder: Path, device: Device) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    section = ModelSection(id=str(folder))  # type: ignore[call-arg]
-    dtype = "auto" if device.bfloat16 else getattr(torch, compute_dtype(section, device))
+    saved = Base(ModelSection(id=str(folder)), device, folder)  # type: ignore[call-arg]
+    dtype = "auto" if device.bfloat16 else getattr(torch, saved.dtype)
     place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
     keep_odd_widths_unpacked(model)

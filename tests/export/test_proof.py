@@ -197,7 +197,7 @@ def test_the_models_are_compared_on_the_gpu_where_one_of_them_fits(
     if free_gib is not None:
         monkeypatch.setattr(proof, "available_bytes", lambda device: order.append(device.type) or free_gib << 30)
     monkeypatch.setattr(proof, "bytes_to_compute", lambda folder, dtype: dtype.itemsize << 30)
-    monkeypatch.setattr("grpo_lite.models.base.overflows_in_float16", lambda section: overflows)
+    monkeypatch.setattr("grpo_lite.models.base.Base.overflows_in_float16", overflows)
     assert proof_place(base, device) == expected
     assert order[0] == "free_memory"  # what training's model has left in PyTorch's cache is free
 

@@ -15,13 +15,13 @@ from grpo_lite.evaluation import evaluate, probe
 from grpo_lite.memory import fit as budgets
 from grpo_lite.memory.evaluation import evaluation_phase, most_rows
 from grpo_lite.memory.fit import available_bytes, rows_that_fit
-from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB
 from grpo_lite.memory.plan import cheapest_changes, needed_bytes, plan_memory
 from grpo_lite.memory.report import plan_recipe, report_lines
 from grpo_lite.models.device import Device, find_card
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.task.prompts import Prompts
+from tests.memory.known_models import job_of, known_base
 
 
 def waves(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -90,7 +90,7 @@ def test_the_most_rows_are_found(limit: int) -> None:
 
 
 def test_the_plan_lowers_the_evaluation_s_batch_to_what_fits_the_card() -> None:
-    job = recipe_job(load_recipe("gsm8k"))[0]
+    job = job_of(load_recipe("gsm8k"))
     assert (job.eval_rows, job.eval_completion, job.eval_while_training) == (64, 512, False)
     wide, small = plan_memory(job, 16 * GIB), plan_memory(job, 3 * GIB)
     assert wide.chosen == {}
@@ -109,7 +109,7 @@ def test_the_plan_lowers_the_evaluation_s_batch_to_what_fits_the_card() -> None:
 
 
 def test_chosen_rows_are_the_most_that_fit() -> None:
-    job = recipe_job(load_recipe("gsm8k", ["eval.batch_size=512", "eval.limit=null"]))[0]
+    job = job_of(load_recipe("gsm8k", ["eval.batch_size=512", "eval.limit=null"]))
     for gib in (3, 4, 6, 10, 16, 24):
         plan = plan_memory(job, gib * GIB)
         assert plan.fits
@@ -137,13 +137,11 @@ def test_chosen_rows_are_the_most_that_fit() -> None:
     ],
 )
 def test_the_planned_rows_are_those_that_are_generated_at_once(overrides: list[str], rows: int) -> None:
-    assert recipe_job(load_recipe("gsm8k", overrides))[0].eval_rows == rows
+    assert job_of(load_recipe("gsm8k", overrides)).eval_rows == rows
 
 
 def test_scores_while_training_count_the_optimizer() -> None:
-    after, between = (
-        evaluation_phase(recipe_job(load_recipe("gsm8k", [f"eval.every={every}"]))[0]) for every in (0, 5)
-    )
+    after, between = (evaluation_phase(job_of(load_recipe("gsm8k", [f"eval.every={every}"]))) for every in (0, 5))
     assert set(dict(between.items)) - set(dict(after.items)) == {"optimizer"}
 
 
@@ -157,11 +155,12 @@ def test_the_report_shows_the_evaluation_as_a_phase() -> None:
     assert "evaluation, " not in "\n".join(report_lines(off, card, plan_recipe(off, card)))
 
 
-def test_a_run_says_the_batch_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_says_the_batch_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "free_bytes", lambda: int(2.6 * GIB))
     said: list[str] = []
     device = Device("cuda", "small", 4 * GIB, bfloat16=True, compute_capability=(8, 6), count=1)
-    fitted = budgets.fit_to_device(load_recipe("gsm8k"), device, 300, said.append)
+    recipe = load_recipe("gsm8k")
+    fitted = budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, said.append)
     assert "chosen: eval.batch_size=" in said[0]
     assert fitted.grpo == {}
 
@@ -200,7 +199,7 @@ def test_a_cuda_device_counts_what_is_reserved_but_unused(monkeypatch: pytest.Mo
 
 
 def test_a_plan_counts_the_memory_that_an_earlier_model_of_this_process_has_left_in_pytorchs_cache(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Probe, then train, in one notebook: a 15 GiB card with 9 GiB of the probe's memory still reserved, 1 GiB used."""
     card = {"free": 5 * GIB, "reserved": 9 * GIB, "allocated": 1 * GIB}
@@ -224,7 +223,8 @@ def test_a_plan_counts_the_memory_that_an_earlier_model_of_this_process_has_left
     real = budgets.plan_memory
     monkeypatch.setattr(budgets, "plan_memory", lambda job, size: planned.append(size) or real(job, size))
     lines: list[str] = []
-    budgets.fit_to_device(load_recipe("gsm8k"), device, 300, lines.append)
+    recipe = load_recipe("gsm8k")
+    budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, lines.append)
     # 9 GiB free after the cache is emptied, 5 GiB still reserved of which 1 is used, and the context that exists.
     assert planned[0] == 13 * GIB + CONTEXT_BYTES
     assert calls[:2] == ["empty_cache", "mem_get_info"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
 from grpo_lite.models.config import KNOWN, ModelShape, known_config, model_shape, read_shape
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
+from tests.memory.known_models import job_of, known_base
 from tests.memory.memory_trace import trace_evaluation, trace_rollout, trace_training
 from tests.memory.plain_trace import trace_generate, trace_plain_training
 
@@ -436,7 +438,7 @@ def test_planning_needs_no_torch() -> None:
 
 def test_a_long_prompt_of_the_data_counts_instead_of_the_cap() -> None:
     recipe = load_recipe("gsm8k")
-    short, long = (recipe_job(recipe, prompt=tokens)[0] for tokens in (10, 3000))
+    short, long = (job_of(recipe, prompt=tokens) for tokens in (10, 3000))
     assert training_phase(short).total < training_phase(long).total
     assert rollout_phase(short).total < rollout_phase(long).total
 
@@ -451,7 +453,7 @@ def test_sequences_beyond_the_attention_window_are_planned_as_they_are_computed(
     assert training_phase(outside).total > 1.1 * training_phase(inside).total
     assert plan_memory(replace(outside, tokens=600), 40 * GIB).job.microbatch_tokens == 8 * 513  # it divides nothing
     assert not [text for text in cheapest_changes(outside, 3 * GIB) if text.startswith(("compute", "rollout"))]
-    notes = recipe_job(load_recipe("unsloth-gemma3-1b"))[1]
+    notes = recipe_job(load_recipe("unsloth-gemma3-1b"), shape("gemma-3-1b"))[1]
     assert [note for note in notes if "1024 tokens are more than the model's attention window of 512" in note]
 
 
@@ -466,11 +468,11 @@ def test_a_window_that_no_layer_uses_is_none() -> None:
 def test_a_float32_card_is_offered_4_bit_only_where_float32_fits_too() -> None:
     """Gemma 3 on a card without bfloat16 computes in float32, whatever its weights are stored in."""
     recipe = load_recipe("unsloth-gemma3-1b", ["model.load_in=32bit", "grpo.max_completion_length=6000"])
-    planned, _ = recipe_job(recipe, bfloat16=False)
+    planned = job_of(recipe, bfloat16=False)
     for gib in range(4, 40, 2):
         for text in cheapest_changes(planned, gib * GIB):
             if text.startswith("model.load_in=4bit"):
-                again, _ = recipe_job(
+                again = job_of(
                     load_recipe("unsloth-gemma3-1b", ["model.load_in=4bit", "grpo.max_completion_length=6000"]),
                     bfloat16=False,
                 )
@@ -479,18 +481,18 @@ def test_a_float32_card_is_offered_4_bit_only_where_float32_fits_too() -> None:
 
 def test_a_vllm_server_takes_no_share_of_this_card() -> None:
     keys = ["model.load_in=16bit", "grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.4"]
-    shared, own = (recipe_job(load_recipe("gsm8k", [*keys, f"grpo.vllm_mode={m}"]))[0] for m in ("colocate", "server"))
+    shared, own = (job_of(load_recipe("gsm8k", [*keys, f"grpo.vllm_mode={m}"])) for m in ("colocate", "server"))
     assert needed_bytes(shared, 16 * GIB) - needed_bytes(own, 16 * GIB) == int(0.4 * 16 * GIB)
 
 
 def test_a_rollout_by_vllm_is_never_advised_a_quantized_base() -> None:
-    job = recipe_job(load_recipe("gsm8k", ["model.load_in=16bit", "grpo.use_vllm=true"]))[0]
+    job = job_of(load_recipe("gsm8k", ["model.load_in=16bit", "grpo.use_vllm=true"]))
     sizes = [quarter * GIB // 4 for quarter in range(8, 48)]
     assert any("model.load_in=4bit" in cheapest_changes(replace(job, rollout="shared"), size) for size in sizes)
     assert not any("model.load_in=4bit" in cheapest_changes(job, size) for size in sizes)
 
 
-def test_several_processes_plan_their_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_plan_their_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from grpo_lite.memory import fit as budgets
     from grpo_lite.models.device import Device
 
@@ -500,7 +502,8 @@ def test_several_processes_plan_their_own_share(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(budgets, "free_bytes", lambda: 14 * GIB)
     monkeypatch.setenv("WORLD_SIZE", "2")
     device = Device("cuda", "Tesla T4", 15 * GIB, bfloat16=False, compute_capability=(7, 5), count=2)
-    budgets.fit_to_device(load_recipe("gsm8k"), device, 300, lambda line: None)
+    recipe = load_recipe("gsm8k")
+    budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, lambda line: None)
     assert (planned[0].batch, planned[0].rows, planned[0].prompt) == (16, 4, 300)
 
 

@@ -36,7 +36,7 @@ def test_a_merged_model_is_scored_in_a_dtype_that_the_device_computes_in(
         return real(folder, dtype="float32")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr("grpo_lite.models.base.overflows_in_float16", lambda section: overflows)
+    monkeypatch.setattr("grpo_lite.models.base.Base.overflows_in_float16", overflows)
     load_merged(tiny_dir, Device(kind, "it", 1 << 34, bfloat16=bfloat16, compute_capability=(7, 5)))
     assert asked[0]["dtype"] == expected
     assert asked[0].get("device_map") == ({"": 0} if kind == "cuda" else None)

@@ -10,7 +10,6 @@ import pytest
 
 from grpo_lite import train
 from grpo_lite.errors import ModelError
-from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.plan import largest_completion
 from grpo_lite.memory.report import plan_recipe, report_lines
 from grpo_lite.models.base import Base
@@ -19,6 +18,7 @@ from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
+from tests.memory.known_models import job_of
 
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768}
 OLD = {"model_type": "llama", "max_position_embeddings": 4096}
@@ -116,7 +116,7 @@ def test_models_in_the_built_in_table_have_positions_and_qwen_math_has_its_own()
 
 @pytest.mark.parametrize("prompt, longest", [(200, 7992), (8191, 1), (8192, None), (9000, None), (8150, 42)])
 def test_the_longest_completion_ends_where_the_positions_end(prompt: int, longest: int | None) -> None:
-    job = recipe_job(load_recipe("quickstart"), prompt=prompt)[0]
+    job = job_of(load_recipe("quickstart"), prompt=prompt)
     assert job.shape.positions == 8192
     assert largest_completion(job, 10**15, whole_groups=False) == longest
     assert largest_completion(job, 10**15, whole_groups=True) == longest
@@ -137,7 +137,7 @@ def test_the_report_says_what_bounds_the_length() -> None:
 @pytest.mark.parametrize("card", list(CARDS))
 def test_no_card_is_offered_more_than_the_model_has(card: str) -> None:
     for name in ("gsm8k", "quickstart", "math"):
-        job = recipe_job(load_recipe(name))[0]
+        job = job_of(load_recipe(name))
         for whole in (True, False):
             longest = largest_completion(job, CARDS[card].memory_bytes, whole)
             assert job.shape.positions is not None
