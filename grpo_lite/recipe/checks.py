@@ -62,23 +62,23 @@ OWNED_KEYS = {
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the nearest known word, or nothing."""
-    found = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def upstream_section(section: Literal["lora", "grpo"] | str, given: Any) -> tuple[dict[str, Any], list[str]]:
+def upstream_section(section: Literal["lora", "grpo"] | str, raw: Any) -> tuple[dict[str, Any], list[str]]:
     """Coerce one upstream section by upstream's annotations.
 
     Returns:
-        The coerced mapping, and the faults found (`grpo.beta: …`), one a key.
+        The coerced mapping, and one fault (`grpo.beta: …`) for each wrong key.
     """
     owner = {"lora": "peft.LoraConfig", "grpo": "trl.GRPOConfig"}[section]
-    if not isinstance(given, dict):
-        return {}, [f"{section}: {given!r} is given; allowed is a mapping of {owner} keys."]
+    if not isinstance(raw, dict):
+        return {}, [f"{section}: {raw!r} is given; allowed is a mapping of {owner} keys."]
     fields = config_fields(section)
     values: dict[str, Any] = {}
     faults = []
-    for key, value in given.items():
+    for key, value in raw.items():
         if key in DEAD_KEYS and key not in fields:
             faults.append(f"{section}.{key}: {DEAD_KEYS[key]}.")
         elif key in OWNED_KEYS:

@@ -127,9 +127,9 @@ class StopTogether(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name = self.stop.signal_name
         reasons = [int(signal.Signals[name]) if name else 0, int(bool(self.deadline and self.deadline.reached))]
-        said = torch.tensor(reasons, device=args.device)
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-        number, paused = said.tolist()
+        largest = torch.tensor(reasons, device=args.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        number, paused = largest.tolist()
         if number:
             self.stop.signal_name = signal.Signals(number).name
         if paused:
