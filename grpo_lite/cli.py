@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_lite.runs.run_dir import RunDir
 
 INTERRUPTED = 130  # the shell's exit status for SIGINT
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 say = quiet_on_broken_pipe(click.echo)  # for lines that may quote data, completions or a library's message
 
@@ -112,7 +113,8 @@ def main(verbose: bool) -> None:
 
 def set_environment() -> None:
     """Set the variables that torch and huggingface_hub read when they are imported."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):  # torch reads one
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # the name that torch 2.6 knows too
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
 
@@ -555,13 +557,17 @@ def doctor(run_path: str | None) -> None:
 
 
 def _describe_machine() -> None:
-    """Print the device, the versions, and what isolates model-written code."""
+    """Print the device, why a GPU is not used, the versions, and what isolates model-written code."""
     from grpo_lite.models.device import detect_device
+    from grpo_lite.models.driver import machine_notes
     from grpo_lite.runs.provenance import environment_record
     from rewards.sandbox import layers
 
     record = environment_record()
-    click.echo(f"device: {detect_device().describe()}")
+    device = detect_device()
+    click.echo(f"device: {device.describe()}")
+    for note in machine_notes(device):
+        click.echo(f"  {note}")
     click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
     click.echo("sandbox for model-written code:")
     for layer in layers():

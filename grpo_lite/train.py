@@ -10,6 +10,7 @@ from grpo_lite.errors import NothingToMerge
 from grpo_lite.memory.fit import fit_to_device
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import peak_memory_bytes
+from grpo_lite.models.driver import usable_device
 from grpo_lite.models.load import load_tokenizer, load_trained
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -49,8 +50,9 @@ def train_run(
         if state == "report":
             show("the run is finished; its report is written now")
             return _report(run, TrainResult(run, run.read_run()["steps"]), show)
+        device = usable_device(recipe, show)
         announce_base(recipe, show)
-        base = Base.resolve(recipe.model)
+        base = Base.resolve(recipe.model, device)
         show(device_line(base))
         announce_data(recipe, show)
         prompts = load_prompts(recipe, load_tokenizer(base))

@@ -26,7 +26,7 @@ ALLOWED = {
     "recipe": "",
     "engine": "",
     "screen": "files",
-    "models": "engine recipe files",
+    "models": "bootstrap engine recipe files",  # set-up and a run judge a driver by the same facts
     "runs": "recipe files screen",
     "memory": "models engine.options engine.out_of_memory recipe files screen",
     "task": "models recipe files screen rewards",
