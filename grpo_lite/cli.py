@@ -407,12 +407,12 @@ def evaluate(run_path: str) -> None:
 @trust_option
 def merge(run_path: str, overwrite: bool) -> None:
     """Merge a run's adapter into its 16-bit base and verify it."""
-    from grpo_lite.export.stages import merge_and_score
+    from grpo_lite.export.stages import RunInputs, merge_and_score
     from grpo_lite.report.summary import merge_line
 
     run = _trained_run(run_path)
     with run.locked():
-        record = merge_and_score(run, say, overwrite=overwrite)
+        record = merge_and_score(run, say, RunInputs(run.load_recipe()), overwrite)
     say(merge_line(record))
     say(f"merged model: {run.merged}")
 
@@ -428,22 +428,23 @@ def merge(run_path: str, overwrite: bool) -> None:
 def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) -> None:
     """Export a run's model: merged, GGUF or 4 bits. Merges first if needed, and checks every file."""
     run = _trained_run(run_path)
-    from grpo_lite.export.stages import export_run
+    from grpo_lite.export.stages import RunInputs, export_run
 
     with run.locked():
-        files = export_run(run, say)
+        inputs = RunInputs(run.load_recipe())
+        files = export_run(run, say, inputs)
         say(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
         say(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
         if nf4:
             from grpo_lite.export.stages import export_run_nf4
 
-            for line in export_run_nf4(run, say, overwrite):
+            for line in export_run_nf4(run, say, inputs, overwrite):
                 say(line)
         if kinds:
             from grpo_lite.export.stages import export_run_gguf
 
             for kind in kinds:
-                for line in export_run_gguf(run, kind, say, overwrite):
+                for line in export_run_gguf(run, kind, say, inputs, overwrite):
                     say(line)
 
 

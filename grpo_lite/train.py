@@ -80,7 +80,7 @@ def train_run(
         peak = peak_memory_bytes(base.device)  # before the merge: its proof takes whatever the GPU has free
         del model
         gc.collect()
-        _merge(recipe, run, show, prompts)
+        _merge(recipe, run, show, base, prompts)
         ended = {"paused_at" if result.paused else "finished_at": now()}
         run.update_run(**ended, peak_memory_bytes=peak)
         return _report(run, result, show)
@@ -95,13 +95,13 @@ def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prom
         run.update_run(evaluation_seconds=round(time.monotonic() - started, 1))
 
 
-def _merge(recipe: Recipe, run: RunDir, show: Show, prompts: Prompts) -> None:
+def _merge(recipe: Recipe, run: RunDir, show: Show, base: Base, prompts: Prompts) -> None:
     if recipe.merge:
-        from grpo_lite.export.stages import merge_and_score
+        from grpo_lite.export.stages import RunInputs, merge_and_score
 
         started = time.monotonic()
         try:
-            merge_and_score(run, show, prompts, overwrite=True)
+            merge_and_score(run, show, RunInputs.loaded(recipe, base, prompts), overwrite=True)
         except NothingToMerge as error:  # an honest outcome of a short run, not a fault of it
             run.update_run(merge={"skipped": str(error)})
         run.update_run(merge_seconds=round(time.monotonic() - started, 1))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,34 @@ GGUF_TOKENS = 64  # of each answer, or as many as were trained
 LEAST_GGUF_TOKENS = 16
 
 
-def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite: bool = False) -> dict[str, Any]:
+class RunInputs:
+    """A run's recipe, base and prompts. Base and prompts are read when they are first needed, once for all stages."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @classmethod
+    def loaded(cls, recipe: Recipe, base: Base, prompts: Prompts) -> RunInputs:
+        """Return the inputs that a training has loaded already."""
+        inputs = cls(recipe)
+        inputs.base, inputs.prompts = base, prompts
+        return inputs
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model."""
+        return Base.resolve(self.recipe.model)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """Training and held-out prompts."""
+        return load_prompts(self.recipe, load_tokenizer(self.base))
+
+
+def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False) -> dict[str, Any]:
     """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
 
     Args:
-        prompts: the run's prompts, if already loaded.
         overwrite: replace a merge that is there.
 
     Returns:
@@ -48,15 +72,14 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
     Raises:
         ExportError: the merge or its verification failed.
     """
-    recipe = run.load_recipe()
     clear_leftovers(run.merged)
     if run.merged.exists() and not overwrite:
         raise ExportError(
             f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
             f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
         )
-    base = Base.resolve(recipe.model)
-    show(f"merging {run.adapter} onto the 16-bit {recipe.model.id}")
+    base = inputs.base
+    show(f"merging {run.adapter} onto the 16-bit {base.section.id}")
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     try:
         with _merging(show) as progress:
@@ -64,8 +87,7 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
     except NothingToMerge as error:
         run.update_run(merge={"skipped": str(error)})
         raise
-    prompts = prompts or load_prompts(recipe, load_tokenizer(base))
-    texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
+    texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
     proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show)
     if proof.faults and _lost_in_rounding(proof):
         shutil.rmtree(run.merged)
@@ -74,13 +96,13 @@ def merge_run(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite
             "nats, and rounding costs as much), so a merge would return the base. Train for more steps or with a "
             "higher learning rate, or use the adapter as it is"
         )
-    summary = _summary(record, proof, held_out=bool(prompts.eval))
+    summary = _summary(record, proof, held_out=bool(inputs.prompts.eval))
     run.update_run(merge=summary)
     proof.require_passed(run.merged)
     return summary
 
 
-def merge_and_score(run: RunDir, show: Show, prompts: Prompts | None = None, overwrite: bool = False) -> dict[str, Any]:
+def merge_and_score(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False) -> dict[str, Any]:
     """Merge and verify a run, then score the merged model on the held-out prompts where the run is evaluated.
 
     Returns:
@@ -89,17 +111,17 @@ def merge_and_score(run: RunDir, show: Show, prompts: Prompts | None = None, ove
     Raises:
         ExportError: the merge or its verification failed.
     """
-    summary = merge_run(run, show, prompts, overwrite)
-    if run.load_recipe().eval.enabled and run.scores_file.is_file():
+    summary = merge_run(run, show, inputs, overwrite)
+    if inputs.recipe.eval.enabled and run.scores_file.is_file():
         try:
-            evaluate_merged(run, show, prompts)
+            evaluate_merged(run, show, inputs.prompts)
         except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
             show(f"the merged model is verified but not scored: {error}")
             run.write_scores({name: value for name, value in run.read_scores().items() if name != "merged"})
     return summary
 
 
-def export_run(run: RunDir, show: Show) -> int:
+def export_run(run: RunDir, show: Show, inputs: RunInputs) -> int:
     """Make sure a run has a verified merge whose files are intact; merge first if there is none.
 
     Returns:
@@ -112,17 +134,17 @@ def export_run(run: RunDir, show: Show) -> int:
     if not (run.read_run().get("merge") or {}).get("passed") or run.merged_adapter() != sha256_of(
         run.adapter / WEIGHTS_NAME
     ):
-        merge_and_score(run, show, overwrite=run.merged.is_dir())
+        merge_and_score(run, show, inputs, overwrite=run.merged.is_dir())
     return verify_manifest(run.merged)
 
 
-def export_run_gguf(run: RunDir, kind: str, show: Show, overwrite: bool = False) -> list[str]:
+def export_run_gguf(run: RunDir, kind: str, show: Show, inputs: RunInputs, overwrite: bool = False) -> list[str]:
     """Write `gguf/<kind>/` in a run, prove the file against the merged model, and return lines for people.
 
     Raises:
         ExportError: it cannot be written, or the proof failed; a failed file stays for inspection, marked as such.
     """
-    recipe = run.load_recipe()
+    recipe = inputs.recipe
     out = run.path / "gguf" / kind.lower()
     merged_sha256 = sha256_of(run.merged / MANIFEST_NAME)
     clear_leftovers(out)
@@ -137,7 +159,7 @@ def export_run_gguf(run: RunDir, kind: str, show: Show, overwrite: bool = False)
     show(f"writing {out}")
     prompting = prompting_of(recipe)
     record = export_gguf(run.merged, out, kind, name=recipe.name, prompting=prompting, overwrite=True)
-    proof = _prove(run, recipe, out / record.file, record.kind)
+    proof = _prove(run, inputs, out / record.file, record.kind)
     extended = record.to_json() | {"merged_sha256": merged_sha256, "proof": proof.to_json()}
     write_atomic(out / GGUF_RECORD, json.dumps(extended, indent=2) + "\n")
     update_manifest(out, [GGUF_RECORD])
@@ -167,7 +189,7 @@ def prompting_of(recipe: Recipe) -> Prompting:
     )
 
 
-def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str]:
+def export_run_nf4(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False) -> list[str]:
     """Write `merged-nf4/` in a run, ready to load with bitsandbytes, and return lines for people.
 
     The quantisation's loss against the merged model goes into run.json (`nf4`), and where the run is evaluated, its own
@@ -177,19 +199,16 @@ def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str
         ExportError: bitsandbytes is missing, or writing fails.
     """
     out = run.path / "merged-nf4"
-    recipe = run.load_recipe()
     clear_leftovers(out)
     record = {} if overwrite else read_record(out / NF4_RECORD)
     there = record.get("merged_sha256") == sha256_of(run.merged / MANIFEST_NAME)
-    prompts = None
     if there:
         lines = [f"{out}: is there already, of this merge ({verify_manifest(out)} files intact)"]
         run.update_run(nf4=record)  # a kill may have come between the folder and this
     else:
         show(f"writing {out}")
         _forget_score(run)
-        prompts = load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
-        texts = _held_out_texts(recipe, MERGE_PROMPTS, prompts)
+        texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
         export = export_nf4(run.merged, out, texts, device=detect_device().kind, overwrite=True)
         run.update_run(nf4=export.to_json())
         loss = export.agreement
@@ -197,19 +216,13 @@ def export_run_nf4(run: RunDir, show: Show, overwrite: bool = False) -> list[str
             f"{out}: {export.size_bytes / 2**20:.0f} MiB (merged: {export.merged_bytes / 2**20:.0f} MiB); against the "
             f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {export.positions}"
         ]
-    if recipe.eval.enabled and (scores := run.read_scores()):
+    if inputs.recipe.eval.enabled and (scores := run.read_scores()):
         if not there or "merged_nf4" not in scores:
-            scores = evaluate_saved(run, show, prompts, out, "merged_nf4")
+            scores = evaluate_saved(run, show, inputs.prompts, out, "merged_nf4")
         merged, nf4 = (scores[key]["lenient"]["rate"] if key in scores else None for key in ("merged", "merged_nf4"))
         beside = "" if merged is None else f", the merged 16-bit model {merged:.3f}"
         lines.append(f"held-out score in 4 bits: {nf4:.3f}{beside}")
     return lines
-
-
-def _held_out_texts(recipe: Recipe, count: int, prompts: Prompts | None = None) -> list[str]:
-    """Return held-out prompts as rendered text."""
-    prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
-    return prompts.proof_texts(count)
 
 
 def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[str, Any]:
@@ -253,9 +266,9 @@ def _lost_in_rounding(proof: VerifyRecord) -> bool:
     return proof.merged.mean_kl <= 2 * proof.base.mean_kl < 0.02
 
 
-def _prove(run: RunDir, recipe: Recipe, file: Path, kind: str) -> GgufProof:
-    cap = max(LEAST_GGUF_TOKENS, min(GGUF_TOKENS, recipe.eval_completion_length))
-    return prove_gguf(file, kind, run.merged, _held_out_texts(recipe, GGUF_PROMPTS), max_new_tokens=cap)
+def _prove(run: RunDir, inputs: RunInputs, file: Path, kind: str) -> GgufProof:
+    cap = max(LEAST_GGUF_TOKENS, min(GGUF_TOKENS, inputs.recipe.eval_completion_length))
+    return prove_gguf(file, kind, run.merged, inputs.prompts.proof_texts(GGUF_PROMPTS), max_new_tokens=cap)
 
 
 def _forget_score(run: RunDir) -> None:

@@ -150,11 +150,17 @@ def resolve_base(model_id: str, revision: str | None = None, *, weights: bool = 
         return _embedded_model()
     if model_id == TINY_MODEL:
         return _tiny_model()
-    if Path(model_id).expanduser().is_dir():
-        return Path(model_id).expanduser()
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+    if not is_folder(model_id):
+        return _from_hub(model_id, revision, weights)
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir():
         raise ModelError(f"model.id: {model_id!r} is given, but there is no such folder. Check the path.")
-    return _from_hub(model_id, revision, weights)
+    return folder
+
+
+def is_folder(model_id: str) -> bool:
+    """Return whether `model.id` names a local folder, there or not, and no model on the Hub."""
+    return Path(model_id).expanduser().is_dir() or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
 
 
 def compute_dtype(section: ModelSection, device: Device, overflows_in_float16: bool) -> DtypeName:

@@ -99,9 +99,10 @@ def test_a_merged_model_too_large_for_the_card_costs_its_score_and_not_the_run(
     monkeypatch.setattr(merge_run, "merge_run", lambda *_: {"passed": True})
     monkeypatch.setattr(evaluate, "load_merged", raising("driver"))
     said: list[str] = []
-    assert merge_run.merge_and_score(run, said.append) == {"passed": True}
+    inputs = merge_run.RunInputs(run.load_recipe())
+    assert merge_run.merge_and_score(run, said.append, inputs) == {"passed": True}
     assert [line for line in said if "verified but not scored" in line and "larger GPU" in line]
     assert run.read_scores() == {"lenient": {}}
     monkeypatch.setattr(evaluate, "load_merged", raising("shapes"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        merge_run.merge_and_score(run, said.append)
+        merge_run.merge_and_score(run, said.append, inputs)

@@ -19,7 +19,7 @@ from grpo_lite.export.gguf.file import export_gguf
 from grpo_lite.export.gguf.proof import prove_gguf, stop_faults
 from grpo_lite.export.gguf.tensors import interleave_halves, rope_frequency_factors
 from grpo_lite.export.gguf.tokenizer import pre_tokenizer_name, read_tokenizer
-from grpo_lite.export.stages import export_run_gguf
+from grpo_lite.export.stages import RunInputs, export_run_gguf
 from grpo_lite.files.manifest import verify_manifest
 from tests.finished_run import LLAMA3_SPLIT, bpe_tokenizer, make_base, make_recipe, make_run, set_recipe
 
@@ -290,7 +290,7 @@ def test_altered_merge_is_not_converted(tmp_path: Path) -> None:
 
 def test_folder_has_manifest_modelfile_and_record(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    lines = export_run_gguf(run, "BF16", lambda line: None)
+    lines = export_run_gguf(run, "BF16", lambda line: None, RunInputs(run.load_recipe()))
     folder = run.path / "gguf" / "bf16"
     assert "greedy answers" in lines[0]
     assert verify_manifest(folder) == len(list(folder.iterdir())) - 1
@@ -302,20 +302,20 @@ def test_folder_has_manifest_modelfile_and_record(tmp_path: Path) -> None:
 
 def test_second_export_keeps_what_is_proven_and_renews_what_is_of_another_merge(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    export_run_gguf(run, "q8_0", lambda line: None)
-    assert "is there already" in export_run_gguf(run, "q8_0", lambda line: None)[0]
+    export_run_gguf(run, "q8_0", lambda line: None, RunInputs(run.load_recipe()))
+    assert "is there already" in export_run_gguf(run, "q8_0", lambda line: None, RunInputs(run.load_recipe()))[0]
     from grpo_lite.files.manifest import write_manifest
 
     (run.merged / "NOTICE").write_text("changed")
     write_manifest(run.merged)
-    assert "is there already" not in export_run_gguf(run, "q8_0", lambda line: None)[0]
+    assert "is there already" not in export_run_gguf(run, "q8_0", lambda line: None, RunInputs(run.load_recipe()))[0]
 
 
 def test_text_recipe_is_exported_as_text(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     examples = [{"prompt": "1+1=", "answer": "2"}]
     set_recipe(run, make_recipe(tmp_path / "base-model", format="text", examples=examples))
-    export_run_gguf(run, "bf16", lambda line: None)
+    export_run_gguf(run, "bf16", lambda line: None, RunInputs(run.load_recipe()))
     modelfile = (run.path / "gguf" / "bf16" / "Modelfile").read_text()
     assert 'TEMPLATE """1+1=2\n{{ .Prompt }}"""' in modelfile
     assert 'PARAMETER stop "\\n"' in modelfile
@@ -345,7 +345,7 @@ def test_failed_proof_is_an_error_and_stays_recorded(tmp_path: Path, monkeypatch
     )  # the classic fault
     monkeypatch.setattr("grpo_lite.export.gguf.proof.LEAST_AGREEMENT", {"bf16": 1.0})
     with pytest.raises(ExportError, match="is not proven right"):
-        export_run_gguf(run, "bf16", lambda line: None)
+        export_run_gguf(run, "bf16", lambda line: None, RunInputs(run.load_recipe()))
     assert json.loads((run.path / "gguf" / "bf16" / "gguf.json").read_text())["proof"]["passed"] is False
 
 

