@@ -26,6 +26,11 @@ def size(count: float | None) -> str | None:
     return f"{count:.0f} B"
 
 
+def gib(count: float, digits: int = 1) -> str:
+    """Return a number of bytes in GiB whatever its size, as `0.4 GiB`: for plans, whose figures are compared."""
+    return f"{count / (1 << 30):.{digits}f} GiB"
+
+
 def now() -> str:
     """Return the time, UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

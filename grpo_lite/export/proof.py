@@ -35,6 +35,7 @@ from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
 from grpo_lite.recipe.recipe import ModelSection
 from grpo_lite.screen import Show, progress_lines
+from grpo_lite.units import gib
 
 CONTINUED_TOKENS = 16  # of the greedy continuation that is compared with each prompt
 KEPT_BYTES = 256 << 20  # for two sets of logits in float32
@@ -344,7 +345,7 @@ def _require_memory(base_dir: Path, merged_dir: Path) -> None:
     if need > free:
         raise ExportError(
             f"{merged_dir}: is merged but not verified: that takes one of the two models in memory at a time, "
-            f"{need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Close other programs, or copy the run to a "
+            f"{gib(need)}, and {gib(free)} are free. Close other programs, or copy the run to a "
             "larger machine, and merge again there. Until then it cannot be pushed."
         )
 

@@ -23,6 +23,7 @@ from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.recipe.schedule import share_of_batch
+from grpo_lite.units import gib
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable
     plan = plan_memory(job, available)
     require_fit(plan, f"{recipe.name} on {device.name}")
     job = plan.job
-    line = f"memory: {plan.needed / GIB:.1f} of {available / GIB:.1f} GiB planned"
+    line = f"memory: {plan.needed / GIB:.1f} of {gib(available)} planned"
     if plan.chosen:
         line += "; chosen: " + ", ".join(f"{key}={value}" for key, value in plan.chosen.items())
     show(line)

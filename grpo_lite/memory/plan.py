@@ -17,7 +17,6 @@ from grpo_lite.memory.evaluation import evaluation_phase, most_rows
 from grpo_lite.memory.phases import (
     CONTEXT_BYTES,
     FRAGMENTATION,
-    GIB,
     Job,
     PhaseBytes,
     rollout_phase,
@@ -25,6 +24,7 @@ from grpo_lite.memory.phases import (
     weight_bytes,
 )
 from grpo_lite.models.config import KNOWN, read_shape
+from grpo_lite.units import gib
 
 STEP = 64  # budgets are multiples of it
 
@@ -138,8 +138,8 @@ def require_fit(plan: MemoryPlan, where: str) -> None:
     if not plan.fits:
         smallest = replace(plan.job, tokens=plan.job.longest, kv_tokens=plan.job.longest)
         raise MemoryBudgetError(
-            f"{where}: needs {needed_bytes(smallest, plan.memory_bytes) / GIB:.1f} GiB with the smallest budgets, and "
-            f"the card has {plan.memory_bytes / GIB:.1f} GiB.\n{advice(plan)}\nThe arithmetic: grpo-lite plan. To try "
+            f"{where}: needs {gib(needed_bytes(smallest, plan.memory_bytes))} with the smallest budgets, and "
+            f"the card has {gib(plan.memory_bytes)}.\n{advice(plan)}\nThe arithmetic: grpo-lite plan. To try "
             "anyway: memory.fit=false."
         )
 

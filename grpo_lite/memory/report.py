@@ -14,7 +14,7 @@ from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_c
 from grpo_lite.models.config import model_shape, too_long
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.units import duration, now
+from grpo_lite.units import duration, gib, now
 
 UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
 
@@ -29,7 +29,7 @@ def plan_recipe(recipe: Recipe, card: Card, prompt: int | None = None) -> Memory
 def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
     """Yield the plan as lines: two phases, verdict, choices, the largest lengths that fit."""
     job = plan.job
-    yield f"{recipe.name} on {card.name} ({card.memory_bytes / GIB:.1f} GiB): {'fits' if plan.fits else 'DOES NOT FIT'}"
+    yield f"{recipe.name} on {card.name} ({gib(card.memory_bytes)}): {'fits' if plan.fits else 'DOES NOT FIT'}"
     yield (
         f"{recipe.model.id}, {job.load_in}, LoRA r={job.rank}; {job.batch} completions a round, groups of {job.group}, "
         f"prompts up to {job.prompt} tokens, completions up to {job.completion}"
@@ -53,8 +53,8 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
         yield _line("vLLM's own share", int(job.vllm_share * card.memory_bytes))
     yield ""
     spare = card.memory_bytes - plan.needed
-    yield f"peak allocation {plan.peak / GIB:.2f} GiB; needs {plan.needed / GIB:.2f} GiB of the card, " + (
-        f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"{-spare / GIB:.2f} GiB too much"
+    yield f"peak allocation {gib(plan.peak, 2)}; needs {gib(plan.needed, 2)} of the card, " + (
+        f"{gib(spare, 2)} to spare" if spare >= 0 else f"{gib(-spare, 2)} too much"
     )
     if not plan.fits:
         yield advice(plan)
@@ -84,14 +84,14 @@ def _longest_completions(job: Job, memory_bytes: int) -> str:
 
 
 def _phase(name: str, phase: PhaseBytes) -> Iterator[str]:
-    yield f"{name}: {phase.total / GIB:.2f} GiB"
+    yield f"{name}: {gib(phase.total, 2)}"
     for what, size in phase.items:
         if size >= 1 << 20:
             yield _line(what, size)
 
 
 def _line(what: str, size: int) -> str:
-    return f"  {what:<44}{size / GIB:>8.2f} GiB"
+    return f"  {what:<44}{gib(size, 2):>12}"
 
 
 def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from grpo_lite.errors import ModelError
+from grpo_lite.units import gib
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -34,7 +35,7 @@ class Device:
     def describe(self) -> str:
         """Return one line for people."""
         capability = f", sm_{self.compute_capability[0]}{self.compute_capability[1]}" if self.compute_capability else ""
-        return f"{self.name} ({self.memory_bytes / 2**30:.0f} GiB{capability}, computes in {self.best_dtype})"
+        return f"{self.name} ({gib(self.memory_bytes, 0)}{capability}, computes in {self.best_dtype})"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for run.json."""

@@ -20,6 +20,7 @@ from typing import Any
 from grpo_lite.errors import ExportError, TrainingError
 from grpo_lite.files.atomic import ASIDE, publish, restore
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
+from grpo_lite.units import gib
 
 PREFIX = "checkpoint-"
 FACTS_FILE = "grpo_lite.json"  # step, mean training reward since the checkpoint before, seconds trained
@@ -207,8 +208,8 @@ def require_room(run: Path, trained: int, kept: int, merge_bytes: int) -> None:
     free = shutil.disk_usage(run).free
     if free < need:
         raise TrainingError(
-            f"{run}: {free / 2**30:.2f} GiB of disk are free, and this run needs {need / 2**30:.2f} GiB: {kept + 1} "
-            f"checkpoints of {one / 2**30:.2f} GiB, the adapter, and {merge_bytes / 2**30:.2f} GiB for the merged "
+            f"{run}: {gib(free, 2)} of disk are free, and this run needs {gib(need, 2)}: {kept + 1} "
+            f"checkpoints of {gib(one, 2)}, the adapter, and {gib(merge_bytes, 2)} for the merged "
             "model. Free some space, choose another disk with RUN=…, or set merge=false or grpo.save_total_limit=1."
         )
 
