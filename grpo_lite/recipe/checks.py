@@ -222,6 +222,9 @@ def schema_text() -> str:
 
 def _field_schema(annotation: Any) -> dict[str, Any]:
     try:
-        return TypeAdapter(annotation).json_schema()
+        schema = TypeAdapter(annotation).json_schema()
     except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError):
         return {}
+    if "anyOf" in schema:  # `typing` caches unions, so their order depends on what was imported before (Python 3.11)
+        schema["anyOf"].sort(key=lambda kind: (kind == {"type": "null"}, json.dumps(kind)))
+    return schema
