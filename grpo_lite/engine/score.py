@@ -8,8 +8,11 @@ tiles of up to half a GiB, and projects twice again in backward. Here forward ke
 """
 
 import logging
+import re
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -105,28 +108,33 @@ def self_check(
     """
     inner = base_model(model)
     device = next(model.parameters()).device
-    width, longest = SELF_CHECK_TOKENS - 5, 5
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = inner.config.vocab_size
-    prompts = torch.randint(vocabulary, (2, width), generator=generator).repeat_interleave(3, dim=0)
-    completions = torch.randint(vocabulary, (6, longest), generator=generator)
-    lengths = torch.tensor([5, 1, 3, 4, 5, 2])
-    mask = torch.ones((6, width + longest), dtype=torch.long)
-    mask[3:, :2] = 0  # the second prompt is two tokens shorter
-    mask[:, width:] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
-    ids = torch.cat([prompts, completions], dim=1).to(device)
-    mask = mask.to(device)
-    valid = mask[:, width:].bool()
+    ids, mask, longest = _random_groups(inner.config.vocab_size, device)
+    valid = mask[:, -longest:].bool()
     batch = read_padded_batch(ids, mask, longest)
     assert batch is not None
+
+    def padded(scores: PlainScores) -> tuple[Tensor, Tensor]:  # and the same rows with three more columns of padding
+        wider = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))
+        return scores(ids, mask, longest)[valid].double(), scores(*wider, longest)[valid].double()
+
     with torch.no_grad(), _without_dropout(model):
-        expected = plain(ids, mask, longest)[valid].double()
-        shifted = plain(nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0)), longest)[valid].double()
+        try:
+            expected, shifted = padded(plain)
+        except Exception as error:
+            unbuilt = _unbuilt_kernel(error)
+            if unbuilt is None:
+                raise
+            logger.warning(f"Packed compute is on and needs no Triton, but plain TRL compute would fail: {unbuilt}")
+            expected, shifted = padded(partial(_scores_from_logits, model, autocast, scoring.temperature))
         try:
             packed = pack(batch, plan_microbatches(batch, range(6), None)[0])
             values, _ = score(model, packed, scoring._replace(entropy=False), autocast)
-        except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:
             if is_out_of_memory(error):  # which is nothing that the model does
+                raise
+            if unbuilt := _unbuilt_kernel(error):
+                return f"packed attention cannot run here: {unbuilt}"
+            if not isinstance(error, NotImplementedError | TypeError | ValueError | AttributeError | RuntimeError):
                 raise
             return f"packed attention failed on this model ({type(error).__name__}: {error})"
         found = unpack(values.double(), packed, values.new_zeros(valid.shape, dtype=torch.float64))[valid]
@@ -264,6 +272,52 @@ def _recomputed(
 def _in_autocast(autocast: Callable[[], AbstractContextManager[Any]], device_type: str) -> bool:
     with autocast():
         return torch.is_autocast_enabled(device_type)
+
+
+def _random_groups(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Return ids and mask `(6, SELF_CHECK_TOKENS)` of two prompts with three completions each, and `C`."""
+    width, longest = SELF_CHECK_TOKENS - 5, 5
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(vocabulary, (2, width), generator=generator).repeat_interleave(3, dim=0)
+    completions = torch.randint(vocabulary, (6, longest), generator=generator)
+    lengths = torch.tensor([5, 1, 3, 4, 5, 2])
+    mask = torch.ones((6, width + longest), dtype=torch.long)
+    mask[3:, :2] = 0  # the second prompt is two tokens shorter
+    mask[:, width:] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+    return torch.cat([prompts, completions], dim=1).to(device), mask.to(device), longest
+
+
+def _scores_from_logits(
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    temperature: float,
+    ids: Tensor,
+    mask: Tensor,
+    width: int,
+) -> Tensor:
+    """Return padded log-probabilities `(B, width)` from whole logits, which the self-check can afford."""
+    with autocast():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width - 1 : -1]
+    logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return logps.gather(-1, ids[:, -width:, None]).squeeze(-1)
+
+
+def _unbuilt_kernel(error: Exception) -> str | None:
+    """Return a line for people where Triton or torch.compile could not build a kernel; None for any other error.
+
+    Source: triton/runtime/build.py (RuntimeError without a compiler, CalledProcessError from a compiler that fails,
+    FileNotFoundError where CC names none, PermissionError on the cache), triton/backends/nvidia/driver.py
+    (AssertionError without libcuda), triton/compiler/errors.py and torch/_inductor/exc.py (their own classes).
+    """
+    of_compiler = type(error).__module__.startswith(("triton", "torch._inductor", "torch._dynamo"))
+    of_system = isinstance(error, OSError | subprocess.SubprocessError)
+    if is_out_of_memory(error) or not (of_compiler or of_system or re.search(r"C compiler|libcuda\.so", str(error))):
+        return None
+    first = str(error).strip().partition("\n")[0]
+    return (
+        f"Triton cannot build a kernel here ({type(error).__name__}: {first}). If a C compiler (gcc) or Python's "
+        "headers are missing: apt install build-essential python3-dev."
+    )
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Where packed compute would be wrong, plain TRL compute takes over, with one line that says why."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from torch._inductor.exc import InductorError
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 
@@ -161,6 +163,79 @@ def test_unsupported_decoding_settings_use_generate_and_say_so_once(tmp_path: Pa
     lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
     assert lines == ["Shared rollouts are off, `generate` is used: the generation mode is beam_search."]
     assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
+
+
+class CompilationError(Exception):
+    """Stands for Triton's, which is not installed here."""
+
+
+CompilationError.__module__ = "triton.compiler.errors"
+NO_KERNEL = {
+    "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    "CC names none": FileNotFoundError(2, "No such file or directory", "gcc-12"),
+    "no Python.h": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    "no libcuda": AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+    "no place for the cache": PermissionError(13, "Permission denied", "/root/.triton"),
+    "Triton's own": CompilationError("at 3:11:\n x"),
+    "torch.compile": InductorError(RuntimeError("Failed to find C compiler."), None),
+}
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def own_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+
+
+@pytest.mark.parametrize("error", NO_KERNEL.values(), ids=NO_KERNEL)
+def test_without_a_compiler_for_trls_kernels_packed_compute_is_checked_all_the_same(
+    error: Exception,
+    tmp_path: Path,
+    packed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    # Like Triton's kernel on CUDA: TRL's padded log-probabilities cannot be computed.
+    monkeypatch.setattr("trl.kernels.chunked_logprob._forward_tile", failing(error))
+    _, recorded = train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    assert recorded.steps
+    assert packed
+    (line,) = own_lines(caplog)
+    assert line.startswith("Packed compute is on and needs no Triton, but plain TRL compute would fail: Triton cannot")
+    assert "\n" not in line
+    assert line.endswith("apt install build-essential python3-dev.")
+
+
+def test_the_check_without_trls_kernels_finds_a_wrong_packed_compute_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("trl.kernels.chunked_logprob._forward_tile", failing(NO_KERNEL["no compiler"]))
+    with pytest.raises(RuntimeError, match="Failed to find C compiler"):  # of plain compute, the only one left
+        train_fixed(PackedGRPOTrainer, attend_to_everything(tiny_model("llama")), tiny_args(tmp_path))
+    assert "its log-probabilities differ from padded ones" in own_lines(caplog)[-1]
+
+
+@pytest.mark.parametrize("error", NO_KERNEL.values(), ids=NO_KERNEL)
+def test_a_packed_kernel_that_cannot_be_built_leaves_plain_compute(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("grpo_lite.engine.score.score", failing(error))
+    _, recorded = train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
+    assert recorded.steps
+    (line,) = own_lines(caplog)
+    assert "packed attention cannot run here: Triton cannot build a kernel here" in line
+    assert "apt install build-essential" in line
+
+
+def test_an_error_that_no_compiler_explains_ends_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo_lite.engine.score.score", failing(KeyError("layout")))
+    with pytest.raises(KeyError, match="layout"):
+        train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path))
 
 
 def test_self_check_leaves_the_random_stream_alone(tmp_path: Path):
