@@ -134,10 +134,10 @@ def keep_times(recipe: Recipe, device: str, probe: dict[str, Any]) -> None:
 def time_line(recipe: Recipe) -> str:
     """Return how long a step and the run take by the last probe of this very recipe, or how to find out."""
     try:
-        kept = kept_record("probes", _settings(recipe))
+        times = kept_record("probes", _settings(recipe))
         return (
-            f"time: a step about {kept['step_s']:.3g} s, {kept['steps']} steps about {duration(kept['eta_s'])}, "
-            f"evaluation about {duration(kept['evaluation_s'])}; probed on {kept['device']} {kept['measured_at']}"
+            f"time: a step about {times['step_s']:.3g} s, {times['steps']} steps about {duration(times['eta_s'])}, "
+            f"evaluation about {duration(times['evaluation_s'])}; probed on {times['device']} {times['measured_at']}"
         )
     except (ValueError, KeyError, TypeError):
         return f"time: not probed yet; on the machine that will train: grpo-lite probe {recipe.name} (minutes)"

@@ -219,10 +219,10 @@ def _cached(model_id: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+        path = try_to_load_from_cache(model_id, "config.json", revision=revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _fetched(model_id: str, revision: str | None) -> Path:

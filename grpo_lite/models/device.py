@@ -72,8 +72,8 @@ def find_card(name: str) -> Card:
     """
     if name.lower() in CARDS:
         return CARDS[name.lower()]
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GiB|GB|G)?", name.strip(), re.IGNORECASE)
-    size = float(found[1]) * (1e9 if found[2] and found[2].lower() == "gb" else 2**30) if found else 0.0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GiB|GB|G)?", name.strip(), re.IGNORECASE)
+    size = float(match[1]) * (1e9 if match[2] and match[2].lower() == "gb" else 2**30) if match else 0.0
     if not 2**28 < size < 2**44:
         raise ModelError(f"gpu: {name!r} is given; allowed: {', '.join(CARDS)}, or a size such as 11GiB.")
     return Card(f"{name.strip()} of memory", int(size), bfloat16=True)

@@ -66,30 +66,30 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
     if not uses_unsloth(recipe.model):
         return
     if begun:
-        given = "this run was started with unsloth"
+        cause = "this run was started with unsloth"
         instead = "resume it where unsloth is installed, or start a new run: another RUN=…, and model.backend=hf"
     else:
-        given, instead = "unsloth is given", "set model.backend=hf"
+        cause, instead = "unsloth is given", "set model.backend=hf"
     if importlib.util.find_spec("unsloth") is None:
         raise ModelError(
-            f"model.backend: {given}, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or {instead}."
+            f"model.backend: {cause}, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or {instead}."
         )
     import torch
 
     if not torch.cuda.is_available():
         raise ModelError(
-            f"model.backend: {given}, but there is no CUDA device here. It needs one; {instead}"
+            f"model.backend: {cause}, but there is no CUDA device here. It needs one; {instead}"
             + (", which trains on a CPU too." if not begun else ".")
         )
     if (world := this_process().world) > 1:
         raise ModelError(
-            f"model.backend: {given}, which trains in one process, not in {world}. Set GPUS=1, or {instead}."
+            f"model.backend: {cause}, which trains in one process, not in {world}. Set GPUS=1, or {instead}."
         )
     if missing := lacks(recipe):
-        raise ModelError(f"model.backend: {given}, but {missing}. Leave that out, or set model.backend=hf.")
+        raise ModelError(f"model.backend: {cause}, but {missing}. Leave that out, or set model.backend=hf.")
     if early := imported_before():
         raise ModelError(
-            f"model.backend: {given}, and has to be imported before {', '.join(early)}, but this process has imported "
+            f"model.backend: {cause}, and has to be imported before {', '.join(early)}, but this process has imported "
             f"them already (a notebook?). Restart it, or {instead}."
         )
     _compile_beside_our_cache()
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
     except Exception as error:  # it looks at the machine and at what it patches, and raises whatever it finds
         lines = str(error).strip().splitlines()
         raise ModelError(
-            f"model.backend: {given}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
+            f"model.backend: {cause}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
             f"it anew (make setup BACKEND=unsloth), or {instead}."
         ) from error
 
@@ -140,16 +140,16 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ModelError: a LoRA key that it has no argument for.
     """
-    given = dict(recipe.lora)
-    targets = given.pop("target_modules", "all-linear")
-    unknown = [key for key in given if key not in LORA_KEYS]
+    lora = dict(recipe.lora)
+    targets = lora.pop("target_modules", "all-linear")
+    unknown = [key for key in lora if key not in LORA_KEYS]
     if unknown:
         raise ModelError(
             f"lora.{unknown[0]}: the backend unsloth has no such argument. Allowed: target_modules, "
             f"{', '.join(LORA_KEYS)}. Remove it, or set model.backend=hf."
         )
     return {
-        **given,
+        **lora,
         "target_modules": ALL_LINEAR if targets == "all-linear" else targets,
         "use_gradient_checkpointing": _checkpointing(recipe),
         "random_state": recipe.seed,
@@ -158,12 +158,12 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def with_trl_defaults(grpo: dict[str, Any]) -> dict[str, Any]:
     """Return GRPOConfig's arguments with everything said that Unsloth's patched one would decide otherwise."""
-    said = {**TRL_DEFAULTS, **grpo}
-    if said.get("epsilon_high") is None:  # 0.28 with dapo, 5.0 with cispo; TRL's own is epsilon
-        said["epsilon_high"] = said.get("epsilon", 0.2)
-    if str(said["loss_type"]).lower() == "dr_grpo" and said.get("scale_rewards", "group") in (True, "group"):
-        said["scale_rewards"] = None  # read as "scale them"; anything else it switches off
-    return said
+    arguments = {**TRL_DEFAULTS, **grpo}
+    if arguments.get("epsilon_high") is None:  # 0.28 with dapo, 5.0 with cispo; TRL's own is epsilon
+        arguments["epsilon_high"] = arguments.get("epsilon", 0.2)
+    if str(arguments["loss_type"]).lower() == "dr_grpo" and arguments.get("scale_rewards", "group") in (True, "group"):
+        arguments["scale_rewards"] = None  # read as "scale them"; anything else it switches off
+    return arguments
 
 
 def _checkpointing(recipe: Recipe) -> str | bool:

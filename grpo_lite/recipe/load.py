@@ -61,10 +61,10 @@ def find_recipe(name_or_path: str) -> Path:
     Raises:
         RecipeError: there is none; the nearest name is offered.
     """
-    given = Path(name_or_path)
-    if given.suffix in (".yaml", ".yml"):
-        if given.is_file():
-            return given
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
         raise RecipeError(f"recipe {name_or_path}: no such file. Shipped recipes: {', '.join(recipe_names())}.")
     shipped = recipes_dir() / f"{name_or_path}.yaml"
     if re.fullmatch(r"[\w.-]+", name_or_path) and shipped.is_file():
@@ -89,9 +89,11 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
     raw = dict(raw)
     faults = drop_removed_keys(raw)
     for section, defaults in (("lora", LORA_DEFAULTS), ("grpo", GRPO_DEFAULTS)):
-        given = raw.get(section) or {}
-        raw[section], found = upstream_section(section, {**defaults, **given} if isinstance(given, dict) else given)
-        faults += found
+        values = raw.get(section) or {}
+        raw[section], section_faults = upstream_section(
+            section, {**defaults, **values} if isinstance(values, dict) else values
+        )
+        faults += section_faults
     recipe = None
     try:
         recipe = Recipe.model_validate(raw)
@@ -140,27 +142,27 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
+            if isinstance(key, str | int | float | bool) and key in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
                 )
             if isinstance(key, str | int | float | bool):
-                seen.add(key)
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _written_out(value: Any, known: dict[int, float]) -> float:
+def _written_out(value: Any, sizes: dict[int, float]) -> float:
     """Return how many values and characters data has once every alias is written out; infinite if it holds itself."""
     if not isinstance(value, dict | list):
         return 1.0 + (len(value) if isinstance(value, str) else 0)
-    if id(value) not in known:
-        known[id(value)] = math.inf  # while it is being counted
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # while it is being counted
         parts = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1.0 + sum(_written_out(part, known) for part in parts)
-    return known[id(value)]
+        sizes[id(value)] = 1.0 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def _descend(target: Any, step: str, override: str, path: str) -> Any:
 def _own_faults(error: ValidationError) -> Iterable[str]:
     for item in error.errors(include_url=False):
         where = _dotted(item["loc"])
-        given = item.get("input")
+        value = item.get("input")
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(item["loc"][:-1])
             hint = nearest(str(item["loc"][-1]), allowed)
@@ -268,12 +270,12 @@ def _own_faults(error: ValidationError) -> Iterable[str]:
         elif item["type"] == "value_error":
             yield f"{where}: {item['ctx']['error']}."
         else:
-            shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:57] + "..."
+            quoted = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
             allowed = [str(v) for v in re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))]
-            guess = nearest(str(given), allowed) if isinstance(given, str) else ""
+            guess = nearest(str(value), allowed) if isinstance(value, str) else ""
             message = item["msg"][0].lower() + item["msg"][1:]
             but = "but the " if message.startswith("input") else "but "
-            yield f"{where}: {shown} is given, {but}{message}{guess}."
+            yield f"{where}: {quoted} is given, {but}{message}{guess}."
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:

@@ -72,9 +72,11 @@ class SourceSection(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> SourceSection:
-        given = [key for key in ("hub", "path", "generator") if getattr(self, key)]
-        if len(given) != 1:
-            raise ValueError(f"exactly one of hub, path, generator is needed, {' and '.join(given) or 'none'} is given")
+        sources = [key for key in ("hub", "path", "generator") if getattr(self, key)]
+        if len(sources) != 1:
+            raise ValueError(
+                f"exactly one of hub, path, generator is needed, {' and '.join(sources) or 'none'} is given"
+            )
         if self.kwargs and not self.generator:
             raise ValueError("kwargs belong to a generator, and none is named")
         return self

@@ -51,12 +51,12 @@ def with_chosen_backend(recipe: Recipe, run: RunDir, show: Show) -> Recipe:
     if card is None:
         return recipe
     outcome = stored_outcome(recipe, card)
-    chosen = outcome.get("chosen", "hf")
+    backend = outcome.get("chosen", "hf")
     reason = outcome.get("why", f"nothing was measured on this card yet (grpo-lite backends {recipe.name})")
-    if chosen == "unsloth" and (obstacle := _obstacle(recipe)):
-        chosen, reason = "hf", obstacle
-    show(f"backend: {chosen}; {reason}")
-    return _with(recipe, chosen)
+    if backend == "unsloth" and (obstacle := _obstacle(recipe)):
+        backend, reason = "hf", obstacle
+    show(f"backend: {backend}; {reason}")
+    return _with(recipe, backend)
 
 
 def card_with_both() -> str | None:
@@ -81,14 +81,14 @@ def measure_backends(recipe: Recipe, card: str, show: Show, steps: int, limit_s:
     Returns:
         `chosen`, `why`, `measured_at`, and for each backend `step_s` (mean) or `fault`.
     """
-    measured = {}
+    results = {}
     for backend in BACKENDS:
         show(f"  {backend}: training {steps} steps, within {duration(limit_s)}")
-        figures = measured[backend] = _measure(recipe, backend, steps, limit_s)
+        figures = results[backend] = _measure(recipe, backend, steps, limit_s)
         show(f"  {backend}: " + (f"{figures['step_s']:.3g} s a step" if "step_s" in figures else figures["fault"]))
-    chosen, why = choose(measured["hf"], measured["unsloth"])
-    outcome = {**measured, "chosen": chosen, "why": why, "measured_at": now()}
-    if any("step_s" in figures for figures in measured.values()):
+    best, why = choose(results["hf"], results["unsloth"])
+    outcome = {**results, "chosen": best, "why": why, "measured_at": now()}
+    if any("step_s" in figures for figures in results.values()):
         keep_record("backends", _key(recipe, card), outcome)
     return outcome
 

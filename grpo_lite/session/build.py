@@ -144,8 +144,8 @@ def grpo_config(recipe: Recipe, run: RunDir, base: Base, weights: list[float], f
         grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
         args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
     except Exception as error:  # upstream looks into some values with no check of its own
-        said = f"{type(error).__name__}: {error}"
-        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {said}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {reason}") from None
     if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)
         args._n_gpu = 1
     return args
@@ -236,8 +236,8 @@ def record_start(recipe: Recipe, run: RunDir, base: Base, rewards: list[Reward],
         from rewards.sandbox import layers
 
         weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)
-        found = {layer.name: layer.available for layer in layers()}
-        run.update_run(sandbox={"layers": found, "allow_weak_isolation": weak})
+        available = {layer.name: layer.available for layer in layers()}
+        run.update_run(sandbox={"layers": available, "allow_weak_isolation": weak})
 
 
 def fill_a_round(rows: list[dict[str, Any]], recipe: Recipe, show: Show) -> list[dict[str, Any]]:

@@ -83,21 +83,21 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
             if advice := _advice(error, checkpoint, run):
                 raise TrainingError(f"{run.path}: {advice}") from error
             raise
-    done = trainer.state.global_step
+    steps = trainer.state.global_step
     paused = bool(deadline and deadline.reached)
-    if stop.signal_name and done < trainer.state.max_steps:
-        return TrainResult(run, done, stop.signal_name)
+    if stop.signal_name and steps < trainer.state.max_steps:
+        return TrainResult(run, steps, stop.signal_name)
     if not this_process().is_first:
-        return TrainResult(run, done)
+        return TrainResult(run, steps)
     _save_adapter(run, trainer)
     rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
     first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
     run.update_run(
-        **({} if paused else {"trained_at": now()}), steps=done,
+        **({} if paused else {"trained_at": now()}), steps=steps,
         training_seconds=round(trainer.journal.seconds_trained, 1),
         reward_first=first, reward_last=last, faults=dict(trainer.faults.counts),
     )  # fmt: skip
-    return TrainResult(run, done, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
+    return TrainResult(run, steps, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
 
 
 def _advice(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
@@ -120,25 +120,25 @@ def _advice(error: Exception, checkpoint: Path | None, run: RunDir) -> str | Non
 
 def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
     """Return the newest checkpoint that is whole, and say which ones are passed over."""
-    found = last_usable(run.path)
-    for fault in found.skipped:
+    newest = last_usable(run.path)
+    for fault in newest.skipped:
         show(f"passed over, damaged: {fault}")
-    if found.folder:
-        show(f"resuming from step {step_of(found.folder)} ({found.folder})")
-        if (before := processes_of(found.folder)) != this_process().world:
+    if newest.folder:
+        show(f"resuming from step {step_of(newest.folder)} ({newest.folder})")
+        if (before := processes_of(newest.folder)) != this_process().world:
             show(f"it was saved with GPUS={before}: the random states differ now, so this is not an exact resume")
-    elif found.skipped:
+    elif newest.skipped:
         show("no checkpoint is usable: training starts again")
-    return found.folder
+    return newest.folder
 
 
-def _common_checkpoint(found: Path | None, run: RunDir) -> Path | None:
+def _common_checkpoint(checkpoint: Path | None, run: RunDir) -> Path | None:
     """Return the first process's checkpoint: processes that began at different steps would train apart.
 
     Raises:
         RunDirError: it is not on this machine.
     """
-    name = agree(found.name if found else None, this_process())
+    name = agree(checkpoint.name if checkpoint else None, this_process())
     if name is None:
         return None
     if not (run.path / name).is_dir():

@@ -25,10 +25,10 @@ BUDGET_S = 90.0  # for sampling; the batch that is running is finished, and what
 
 def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
-    wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
-    if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
+    probes = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
+    if probes and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
         show("preflight: left out with several processes; before: grpo-lite probe")
-    elif wanted:  # before all other callbacks, whose clocks start with the training
+    elif probes:  # before all other callbacks, whose clocks start with the training
         callback = Preflight(recipe, run, device, trainer, prompts, show)
         trainer.callback_handler.callbacks.insert(0, callback)
 
@@ -44,7 +44,7 @@ class Preflight(TrainerCallback):
         trainer, self.trainer = self.trainer, None  # or the optimizer would outlive the training
         if state.global_step > 0:
             return
-        begun = time.monotonic()
+        start = time.monotonic()
         samples = max(SAMPLES, self.recipe.num_generations)
         self.show(
             f"preflight: {PROMPTS} prompts × {samples} samples first, as many as about {BUDGET_S:g} s allow "
@@ -56,7 +56,7 @@ class Preflight(TrainerCallback):
             )
         if probe.skipped:
             self.show(
-                f"preflight: stopped after {time.monotonic() - begun:.0f} s; skipped: {', '.join(probe.skipped)} "
+                f"preflight: stopped after {time.monotonic() - start:.0f} s; skipped: {', '.join(probe.skipped)} "
                 f"(nothing is skipped by: grpo-lite probe {self.recipe.name})"
             )
         for line in probe_lines(probe):
@@ -65,4 +65,4 @@ class Preflight(TrainerCallback):
             self.show("preflight: training starts anyway; Ctrl-C twice stops it at once")
         self.run.update_run(preflight=probe.to_json())
         keep_times(self.recipe, self.device.name, probe.to_json())
-        trainer.journal.seconds_before -= time.monotonic() - begun  # it is no training time
+        trainer.journal.seconds_before -= time.monotonic() - start  # it is no training time

@@ -36,14 +36,14 @@ class PushCheckpoints(TrainerCallback):
         self.run, self.remote, self.show = run, remote, show
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = checkpoint_folders(self.run.path)
-        if not kept or step_of(kept[-1]) != state.global_step:
+        folders = checkpoint_folders(self.run.path)
+        if not folders or step_of(folders[-1]) != state.global_step:
             return
         try:
-            self.remote.push(self.run, kept[-1], [step_of(path) for path in kept])
+            self.remote.push(self.run, folders[-1], [step_of(path) for path in folders])
         except Exception as error:  # whatever a drive or a network does, training continues
             reason = hub_message(error, self.remote.name) or f"{type(error).__name__}: {error}"
-            self.show(f"push_checkpoints: {kept[-1].name} was not copied to {self.remote.name}: {reason}")
+            self.show(f"push_checkpoints: {folders[-1].name} was not copied to {self.remote.name}: {reason}")
 
 
 class MetricsFile(TrainerCallback, ExportableState):
@@ -63,8 +63,8 @@ class MetricsFile(TrainerCallback, ExportableState):
         self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
         if not self.path.is_file():
             return
-        kept = state.stateful_callbacks.get("MetricsFile", {}).get("attributes", {}) if state.global_step else {}
-        length = int(kept.get("length_bytes", 0))
+        attributes = state.stateful_callbacks.get("MetricsFile", {}).get("attributes", {}) if state.global_step else {}
+        length = int(attributes.get("length_bytes", 0))
         with self.path.open("r+b") as file:
             present = file.read(length)
             if len(present) < length:  # lost with the machine's power: at least no half line is left
@@ -114,9 +114,9 @@ class RunDoctor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         forget_findings_after(self.run, state.global_step)
-        found = read_evidence(self.run)
-        kept = [row for row in found.completions if row["step"] <= state.global_step]
-        self._evidence = replace(found, completions=kept)
+        evidence = read_evidence(self.run)
+        completions = [row for row in evidence.completions if row["step"] <= state.global_step]
+        self._evidence = replace(evidence, completions=completions)
         self._once.news(diagnose(self._evidence))  # said before the interruption
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -52,13 +52,13 @@ class Deadline(TrainerCallback):
         self._steps += 1
         step_s = max(now - self._last_step_at, (now - self._first_step_at) / self._steps)
         self._last_step_at = now
-        left = self.limit_s - (now - self.begun)
-        reserved = min(self.reserve_s((now - self._first_step_at) / self._steps), MOST_RESERVED * self.limit_s)
-        if left - reserved < 1.2 * step_s and state.global_step < state.max_steps:
+        remaining_s = self.limit_s - (now - self.begun)
+        reserved_s = min(self.reserve_s((now - self._first_step_at) / self._steps), MOST_RESERVED * self.limit_s)
+        if remaining_s - reserved_s < 1.2 * step_s and state.global_step < state.max_steps:
             self.reached = control.should_save = control.should_training_stop = True
             self.show(
                 f"limits.max_minutes = {self.recipe.limits.max_minutes:g}: training pauses after step "
-                f"{state.global_step} of {state.max_steps}; {reserved / 60:.1f} min are kept for evaluation and merge"
+                f"{state.global_step} of {state.max_steps}; {reserved_s / 60:.1f} min are kept for evaluation and merge"
             )
 
     def reserve_s(self, step_s: float) -> float:

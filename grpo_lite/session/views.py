@@ -42,8 +42,8 @@ class View(TrainerCallback):
 
     def add_finding(self, finding: Finding) -> None:
         """Keep a finding on the board."""
-        kept = [old for old in self.board.findings if old.key != finding.key]
-        self.board.findings = [*kept, finding][-3:]
+        others = [old for old in self.board.findings if old.key != finding.key]
+        self.board.findings = [*others, finding][-3:]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = now_s()

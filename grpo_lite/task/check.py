@@ -38,8 +38,8 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield ""
         yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
-    if opened := _OPENED.search(prompts.lead_in):
-        yield f"the chat template opens <{opened[1]}>, and rewards that accept it get prefilled=True"
+    if tag := _OPENED.search(prompts.lead_in):
+        yield f"the chat template opens <{tag[1]}>, and rewards that accept it get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
@@ -48,9 +48,9 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
 def prompt_lengths(recipe: Recipe, prompts: Prompts) -> str:
     """Return one line of prompt-length percentiles, in tokens, over at most `MEASURED_PROMPTS` training prompts."""
     lengths = sorted(len(prompts.ids(row)) for row in prompts.train[:MEASURED_PROMPTS])
-    shown = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
+    percentiles = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
     of = f" (first {MEASURED_PROMPTS})" if len(prompts.train) > MEASURED_PROMPTS else ""
-    return f"prompt tokens{of}: {shown}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
+    return f"prompt tokens{of}: {percentiles}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
 
 
 def _percentile(ordered: Sequence[int], percent: int) -> int:
@@ -72,9 +72,9 @@ def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
             completion_ids=[[0] * min(len(text), recipe.max_completion_length - 1) for text in texts],
             **{key: [row.get(key) for row in rows] for key in columns},
         )
-        paid = [score for score in scores if score is not None]
-        none = f", {len(scores) - len(paid)} unusable" if len(paid) < len(scores) else ""
-        mean = sum(paid) / len(paid) if paid else float("nan")
+        usable = [score for score in scores if score is not None]
+        none = f", {len(scores) - len(usable)} unusable" if len(usable) < len(scores) else ""
+        mean = sum(usable) / len(usable) if usable else float("nan")
         yield f"rewards[{i}] {function.__name__}: gold completions earn {mean:.3f} on average ({len(rows)} rows{none})"
 
 
@@ -98,10 +98,10 @@ def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
             f"data.gold_completion: {recipe.data.gold_completion!r} does not fit the rows ({error}). "
             f"Columns: {', '.join(row)}, gold."
         ) from None
-    opened = _OPENED.search(lead_in)
-    if opened is None:
+    tag = _OPENED.search(lead_in)
+    if tag is None:
         return text
-    opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
+    opening, closing = f"<{tag[1]}>", f"</{tag[1]}>"
     if text.lstrip().startswith(opening):
         return text.lstrip().removeprefix(opening)
     return text if closing in text else f"working\n{closing}\n{text}"
@@ -144,10 +144,10 @@ def _highest_sum(
     """
     highest = 0.0
     for section, function in zip(recipe.rewards, functions, strict=True):
-        paid = [score for score in score_rows(function, rows, golds, chat) if score is not None]
-        if not paid:
+        usable = [score for score in score_rows(function, rows, golds, chat) if score is not None]
+        if not usable:
             return None
-        highest += section.weight * (getattr(function, "top", None) or max(paid))  # 0: a penalty may cost golds some
+        highest += section.weight * (getattr(function, "top", None) or max(usable))  # 0: a penalty may cost golds some
     return highest
 
 
@@ -198,8 +198,8 @@ def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[...,
         parts = [function(completions=completions, **columns) for function in functions]
         sums: list[float | None] = []
         for values in zip(*parts, strict=True):
-            paid = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-            sums.append(None if values[0] is None else sum(paid))
+            terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+            sums.append(None if values[0] is None else sum(terms))
         return sums
 
     return total

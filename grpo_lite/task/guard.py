@@ -50,7 +50,7 @@ class GuardedReward:
         self.__name__ = self.function.__name__  # TRL logs rewards/<name>/mean
         self.excluded: tuple[int, ...] = ()
         self.failures = self.in_a_row = 0
-        self._told_slow = False
+        self._warned_slow = False
 
     def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
         """Return one reward a completion, None for those of excluded groups.
@@ -59,7 +59,7 @@ class GuardedReward:
             RewardError: most of the batch could not be scored, `limits.reward_failures` times in a row.
         """
         self.excluded = ()
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             scores = self._call(completions, columns, self.timeout_s)
         except (RewardError, TimeLimitExceeded) as error:
@@ -68,7 +68,7 @@ class GuardedReward:
             self._count(reason, len(completions))
         else:
             self.in_a_row = 0
-            self._tell_if_slow(time.monotonic() - begun)
+            self._warn_if_slow(time.monotonic() - start)
         return scores
 
     def _call(self, completions: list[Any], columns: dict[str, Any], seconds: float | None) -> list[float | None]:
@@ -86,19 +86,19 @@ class GuardedReward:
         for start in range(0, total, size):
             rows = slice(start, start + size)
             part = {key: value[rows] if _is_column(value, total) else value for key, value in quiet.items()}
-            left = None if end is None else end - time.monotonic()
+            remaining = None if end is None else end - time.monotonic()
             try:
-                if left is not None and left <= 0:
+                if remaining is not None and remaining <= 0:
                     raise TimeLimitExceeded
-                scores[rows] = self._call(completions[rows], part, left)
+                scores[rows] = self._call(completions[rows], part, remaining)
             except (RewardError, TimeLimitExceeded):
                 excluded += range(start, min(start + size, total))
         self.excluded = tuple(excluded)
         return scores
 
-    def _tell_if_slow(self, seconds: float) -> None:
-        if not self._told_slow and self.timeout_s is not None and seconds > self.timeout_s / 2:
-            self._told_slow = True
+    def _warn_if_slow(self, seconds: float) -> None:
+        if not self._warned_slow and self.timeout_s is not None and seconds > self.timeout_s / 2:
+            self._warned_slow = True
             self.show(
                 f"reward slow: {self.__name__} took {seconds:.1f} s for a batch, more than half of "
                 f"limits.reward_timeout_s = {self.timeout_s:g} s"
@@ -111,14 +111,14 @@ class GuardedReward:
 
     def _count(self, reason: str, rows: int) -> None:
         self.failures += 1
-        groups, lost = -(-rows // self.group_size), -(-len(self.excluded) // self.group_size)
-        self.in_a_row = self.in_a_row + 1 if 2 * lost > groups else 0
+        groups, unscored = -(-rows // self.group_size), -(-len(self.excluded) // self.group_size)
+        self.in_a_row = self.in_a_row + 1 if 2 * unscored > groups else 0
         if self.in_a_row >= self.limits.reward_failures:
             raise RewardError(
                 f"{reason}. It has now failed in {self.in_a_row} batches in a row (limits.reward_failures), so the run "
                 "stops; what was saved is kept. Fix the reward, then give the same command again."
             )
-        self.show(f"reward failed: {reason}; {lost} of {groups} groups are left out of this step")
+        self.show(f"reward failed: {reason}; {unscored} of {groups} groups are left out of this step")
 
 
 def limited(function: Reward, seconds: float | None, where: str) -> Reward:
@@ -186,13 +186,13 @@ def _with_alarm(seconds: float, function: Callable[[], Any]) -> Any:
             signal.pthread_kill(main, signal.SIGALRM)
             wait = 1.0
 
-    begun, waiting, every = time.monotonic(), 0.0, 0.0
+    start, caller_delay, caller_interval = time.monotonic(), 0.0, 0.0
     previous = signal.signal(signal.SIGALRM, ring)
     watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
     try:
         try:
             watcher.start()
-            waiting, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+            caller_delay, caller_interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
             return function()
         finally:
             over.set()  # a ring that comes just before this still finds the outer `finally`
@@ -201,8 +201,8 @@ def _with_alarm(seconds: float, function: Callable[[], Any]) -> Any:
         signal.setitimer(signal.ITIMER_REAL, 0)
         watcher.join()  # so that no signal comes after the handler is gone
         signal.signal(signal.SIGALRM, previous)
-        if waiting:  # an alarm of the caller's goes on
-            signal.setitimer(signal.ITIMER_REAL, max(waiting - (time.monotonic() - begun), 1e-3), every)
+        if caller_delay:  # an alarm of the caller's goes on
+            signal.setitimer(signal.ITIMER_REAL, max(caller_delay - (time.monotonic() - start), 1e-3), caller_interval)
 
 
 def _in_a_thread(seconds: float, function: Callable[[], Any]) -> Any:

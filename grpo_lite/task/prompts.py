@@ -72,12 +72,12 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     rows = read_rows(data.train, recipe.seed, "data.train")
     notes: list[str] = []
     if data.eval is not None:
-        train, held = rows, read_rows(data.eval, recipe.seed + 1, "data.eval")
+        train, held_out = rows, read_rows(data.eval, recipe.seed + 1, "data.eval")
     else:
-        train, held = _hold_out(rows, data.holdout, recipe.seed)
+        train, held_out = _hold_out(rows, data.holdout, recipe.seed)
     train = [render_row(data, row, "data.train", i) for i, row in enumerate(train)]
-    held = [render_row(data, row, "data.eval", i) for i, row in enumerate(held)]
-    train, note = _without(train, held)
+    held_out = [render_row(data, row, "data.eval", i) for i, row in enumerate(held_out)]
+    train, note = _without(train, held_out)
     notes += note
     if tokenizer is not None:
         marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
@@ -87,14 +87,14 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     if tokenizer is not None and data.max_prompt_tokens is not None:
         train, note = _short_enough(train, recipe, tokenizer, "training")
         notes += note
-        held, note = _short_enough(held, recipe, tokenizer, "held-out")
+        held_out, note = _short_enough(held_out, recipe, tokenizer, "held-out")
         notes += note
     if not train:
         raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
-    if recipe.eval.enabled and not held:
+    if recipe.eval.enabled and not held_out:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
-    opened = lead_in(train, recipe, tokenizer)
-    return Prompts(train, held, tuple(notes), opened, tokenizer, recipe.template_kwargs)
+    opening = lead_in(train, recipe, tokenizer)
+    return Prompts(train, held_out, tuple(notes), opening, tokenizer, recipe.template_kwargs)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -199,14 +199,14 @@ def _read_hub(source: SourceSection, where: str) -> list[Row]:
     return [dict(row) for row in dataset]
 
 
-def _hold_out(rows: list[Row], wanted: float, seed: int) -> tuple[list[Row], list[Row]]:
-    count = int(wanted) if wanted >= 1 else min(math.ceil(wanted * len(rows)), len(rows) - 1)
+def _hold_out(rows: list[Row], holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
+    count = int(holdout) if holdout >= 1 else min(math.ceil(holdout * len(rows)), len(rows) - 1)
     if count >= len(rows):
         raise DataError(f"data.holdout: {count} is given, but there are only {len(rows)} rows. Hold out fewer.")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    held = set(order[:count])
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in order[:count]]
+    indices = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in indices], [rows[i] for i in order[:count]]
 
 
 def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
@@ -220,8 +220,8 @@ def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
         names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
     except ValueError as error:
         raise _no_template(data.prompt, error) from None
-    needed = names + ([data.answer] if data.answer else [])
-    for name in needed:
+    column_names = names + ([data.answer] if data.answer else [])
+    for name in column_names:
         if name.split(".")[0].split("[")[0] not in columns:
             raise DataError(
                 f"{where}: row {index} has no column {name!r}. It has: {', '.join(map(str, columns))}. "
@@ -270,12 +270,12 @@ def _key(row: Row) -> str:
     return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-def _without(train: list[Row], held: list[Row]) -> tuple[list[Row], list[str]]:
+def _without(train: list[Row], held_out: list[Row]) -> tuple[list[Row], list[str]]:
     """Drop training rows whose prompt is also held out: disjoint by construction, and said."""
-    forbidden = {_key(row) for row in held}
-    kept = [row for row in train if _key(row) not in forbidden]
-    dropped = len(train) - len(kept)
-    return kept, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
+    forbidden = {_key(row) for row in held_out}
+    disjoint = [row for row in train if _key(row) not in forbidden]
+    dropped = len(train) - len(disjoint)
+    return disjoint, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
 
 
 def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
@@ -291,8 +291,8 @@ def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
 
 def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:
     cap = recipe.data.max_prompt_tokens or 0
-    kept = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs)) <= cap]
-    dropped = len(rows) - len(kept)
-    return kept, [
+    short = [row for row in rows if len(prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs)) <= cap]
+    dropped = len(rows) - len(short)
+    return short, [
         f"{dropped} of {len(rows)} {which} prompts are over {cap} tokens and were dropped."
     ] if dropped else []

@@ -79,12 +79,12 @@ def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
         if log_metric := kwargs.get("log_metric"):
             quiet = {key: value for key, value in kwargs.items() if key not in ("log_metric", "log_extra")}
             try:
-                paid = [score for score in opinion(completions=completions, **quiet) if score is not None]
+                opinions = [score for score in opinion(completions=completions, **quiet) if score is not None]
             except RewardError as error:  # it only watches: what is trained on has its scores
                 logger.warning("second opinion left out: %s", error)
-                paid = []
-            if paid:
-                log_metric("honest_accuracy", sum(paid) / len(paid))
+                opinions = []
+            if opinions:
+                log_metric("honest_accuracy", sum(opinions) / len(opinions))
         return scores
 
     return judged_twice
@@ -165,11 +165,11 @@ def import_function(reference: str, where: str) -> Callable[..., Any]:
     try:
         function = getattr(module, name)
     except AttributeError:
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        known += list(getattr(module, "__all__", ()))
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        names += list(getattr(module, "__all__", ()))
         raise RewardError(
-            f"{where}.function: {reference!r}: there is no {name!r} in it{nearest(name, known)}. "
-            f"It has: {', '.join(sorted(set(known))) or 'no functions'}."
+            f"{where}.function: {reference!r}: there is no {name!r} in it{nearest(name, names)}. "
+            f"It has: {', '.join(sorted(set(names))) or 'no functions'}."
         ) from None
     if not callable(function):
         raise RewardError(f"{where}.function: {reference!r} is a {type(function).__name__}, not a function.")
@@ -233,11 +233,11 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
 
     @functools.wraps(function)
     def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
-        given = {**defaults, **kwargs, **section.kwargs}
+        arguments = {**defaults, **kwargs, **section.kwargs}
         if accepts is not None:
-            given = {key: value for key, value in given.items() if key in accepts}
+            arguments = {key: value for key, value in arguments.items() if key in accepts}
         try:
-            scores = function(completions=completions, **given)
+            scores = function(completions=completions, **arguments)
         except RewardError:
             raise
         except Exception as error:

@@ -82,22 +82,22 @@ def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | 
     """Tokenise with stand-ins for the special tokens in the messages, then put their letters' tokens there."""
     everything = "".join(_texts(prompt))
     mark = next(mark for n in itertools.count() if (mark := f"\ue0f3{n}\ue0f4") not in everything)
-    found: list[str] = []
+    specials: list[str] = []
 
     def stand_in(match: re.Match[str]) -> str:
-        found.append(match[0])
+        specials.append(match[0])
         return mark
 
     pattern = _pattern(tokenizer)
     safe = _replaced(prompt, lambda text: pattern.sub(stand_in, text))
     pieces = prompt_text(safe, tokenizer, template_kwargs).split(mark)
-    if len(pieces) != len(found) + 1:
+    if len(pieces) != len(specials) + 1:
         raise DataError(
             f"data: the chat template repeats or drops what a message says, and the message holds the special token "
-            f"{found[0]!r}, so it cannot be told from markup. Remove it from the row."
+            f"{specials[0]!r}, so it cannot be told from markup. Remove it from the row."
         )
     ids = list(tokenizer("", add_special_tokens=True)["input_ids"]) if isinstance(prompt, str) else []
-    for piece, special in itertools.zip_longest(pieces, found):
+    for piece, special in itertools.zip_longest(pieces, specials):
         if piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         if special:
@@ -116,9 +116,9 @@ def _pattern(tokenizer: Any) -> re.Pattern[str]:
 
 def _texts(prompt: Any) -> list[str]:
     """Return all text of a prompt that comes from the data."""
-    found: list[str] = []
-    _replaced(prompt, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
-    return found
+    texts: list[str] = []
+    _replaced(prompt, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+    return texts
 
 
 def _replaced(prompt: Any, change: Any) -> Any:
