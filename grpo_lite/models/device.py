@@ -65,10 +65,10 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its short name, or one of so much memory (`11GiB`, `12GB`).
+    """Return a card by its short name, or an unnamed card by its memory (`11GiB`, `12GB`).
 
     Raises:
-        ModelError: neither.
+        ModelError: the name is neither.
     """
     if name.lower() in CARDS:
         return CARDS[name.lower()]

@@ -104,7 +104,7 @@ def lora_config(recipe: Recipe) -> Any:
 
     try:
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
-    except Exception as error:  # peft looks into some values with no check of its own
+    except Exception as error:  # peft uses some values without checking them first
         raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
 
 

@@ -1,6 +1,6 @@
-"""Checks beyond types: upstream's keys, keys that died or are ours, and what must fit together.
+"""What pydantic alone cannot check: upstream's keys and values in `lora` and `grpo`, and values that must fit together.
 
-The recipes' JSON Schema, for completion and checking in editors: recipes/schema.json.
+`schema_text` writes the JSON Schema of recipes (recipes/schema.json), for editors.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
 
 
 def drop_removed_keys(raw: dict[str, Any]) -> list[str]:
-    """Drop keys of an older release that change nothing, in place; return a fault for each that would."""
+    """Remove the keys of older releases, in place. Return a fault for each whose value asks for what is gone."""
     sampling = raw.get("sampling")
     if not isinstance(sampling, dict) or "difficulty" not in sampling:
         return []

@@ -1,7 +1,7 @@
 """What `model.backend: auto` means: `hf`, unless `grpo-lite backends` has measured Unsloth to be faster on this card.
 
-The measurement trains some steps with each backend through the public command line, in a process of its own, because
-Unsloth patches the process that imports it. Torch-free until a card is asked for. Never run on a GPU yet.
+The measurement trains a few steps with each backend. It starts one process for each, through the public command line,
+because Unsloth patches the process that imports it. Torch is imported only for the card's name. Not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What trains a recipe here: our trainer on a base loaded by transformers, or Unsloth's on one loaded by Unsloth.
+"""build_trainer: everything that one training needs, put together; nothing is trained here.
 
-Trackers are TRL's own (`grpo.report_to`): only whether they are there is asked here, before anything loads.
+The trainer is `PackedGRPOTrainer` on a base that transformers loads, or Unsloth's trainer on a base that Unsloth loads.
+It gets TRL's arguments, the guarded rewards and the callbacks. A tracker that is not installed is refused first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward
+
+# A tracker in `grpo.report_to` -> packages, one of which must be installed. Upstream checks its other trackers itself.
+TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 
 
 def device_line(base: Base) -> str:
@@ -94,10 +98,6 @@ def make_trainer(
     return trainer
 
 
-# Name in report_to -> the packages of which one must be there; upstream's other trackers say so themselves.
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
-
-
 def require_trackers(report_to: Any, where: str) -> None:
     """Refuse to begin with a tracker that is not installed.
 
@@ -110,7 +110,7 @@ def require_trackers(report_to: Any, where: str) -> None:
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     for name in names:
-        packages = PACKAGES.get(str(name), ())
+        packages = TRACKER_PACKAGES.get(str(name), ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
             raise GRPOLiteError(
                 f"{where}: grpo.report_to: {name} is given, and it is not installed. Add the trackers (trackio, "
@@ -143,7 +143,7 @@ def grpo_config(recipe: Recipe, run: RunDir, base: Base, weights: list[float], f
     try:
         grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
         args = GRPOConfig(**{**grpo, **(fitted.grpo if fitted else {}), **shared, **owned})
-    except Exception as error:  # upstream looks into some values with no check of its own
+    except Exception as error:  # TRL uses some values without checking them first
         reason = f"{type(error).__name__}: {error}"
         raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {reason}") from None
     if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)

@@ -201,7 +201,7 @@ def _with_alarm(seconds: float, function: Callable[[], Any]) -> Any:
         signal.setitimer(signal.ITIMER_REAL, 0)
         watcher.join()  # so that no signal comes after the handler is gone
         signal.signal(signal.SIGALRM, previous)
-        if caller_delay:  # an alarm of the caller's goes on
+        if caller_delay:  # restart the caller's own alarm
             signal.setitimer(signal.ITIMER_REAL, max(caller_delay - (time.monotonic() - start), 1e-3), caller_interval)
 
 
