@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from grpo_lite.bootstrap import (
     OLDEST_DRIVER,
@@ -28,6 +29,7 @@ from grpo_lite.errors import ModelError
 from grpo_lite.models.device import Device, detect_device
 from grpo_lite.recipe.recipe import Recipe
 
+CONTROL_DEVICE = Path("/dev/nvidiactl")  # what a container without a GPU lacks
 ON_THE_CPU = "put CUDA_VISIBLE_DEVICES=-1 before the command"
 
 
@@ -54,7 +56,7 @@ def usable_device(recipe: Recipe, show: Callable[[str], None]) -> Device:
             f"anyway, {ON_THE_CPU}."
         )
     if note := fault or _unused_amd_gpu():
-        show(f"device: {note}\n{recipe.name} trains on the CPU now.")
+        show(f"device: {note}\n{recipe.name} trains on the CPU instead.")
     return device
 
 
@@ -112,6 +114,8 @@ def _unused_nvidia_gpu() -> str | None:
     name = f"the NVIDIA driver {driver.version}" if driver.version else "an NVIDIA driver"
     cards = f" ({', '.join(driver.cards)})" if driver.cards else ""
     newest = max(driver.capabilities, default=None)
+    if driver.version and not driver.cards and not CONTROL_DEVICE.exists():
+        return f"{name} is loaded, but there is no GPU in this container. Start the container with `--gpus all`."
     if torch.version.cuda is None:
         kind = "ROCm" if torch.version.hip else "CPU"
         return f"torch {torch.__version__} is a {kind} build, but this machine has {name}{cards}. " + _advice(
@@ -167,12 +171,15 @@ def _pip(build: Build) -> str:
     exact = re.fullmatch(r"(\d+)\.(\d+)\.\d+", public)  # not a nightly
     published = exact and build.torch[0] <= (int(exact[1]), int(exact[2])) <= build.torch[1]
     requirement = f"torch=={public}+{build.tag}" if published else build.requirement
-    beside = " torchvision" if _has_torchvision() else ""  # must be of the same build
-    return f'{sys.executable} -m pip install --upgrade "{requirement}"{beside} --index-url {build.index}'
+    beside = " torchvision" if _installed("torchvision") else ""  # must be of the same build
+    pip = f"{sys.executable} -m pip"
+    if not _installed("pip"):  # an environment made where ensurepip is missing
+        pip = f"python3 -m pip --python {sys.executable}"
+    return f'{pip} install --upgrade "{requirement}"{beside} --index-url {build.index}'
 
 
-def _has_torchvision() -> bool:
-    return importlib.util.find_spec("torchvision") is not None
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _reason() -> str:

@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(bootstrap, "ROCM_FOLDER", tmp_path / "rocm")
     monkeypatch.setattr(bootstrap, "_libcuda_answers", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(driver, "_has_torchvision", lambda: False)
+    monkeypatch.setattr(driver, "_installed", lambda name: name == "pip")  # no torchvision
     return tools
 
 
@@ -83,7 +83,7 @@ def test_a_recipe_for_a_cpu_trains_there_and_says_why(
     assert usable_device(recipe("quickstart"), print).kind == "cpu"
     shown = capsys.readouterr().out
     assert shown.startswith("device: the NVIDIA driver 535.183.01 is too old for torch 2.13.0+cu130")
-    assert shown.endswith("whl/cu126\nquickstart trains on the CPU now.\n")
+    assert shown.endswith("whl/cu126\nquickstart trains on the CPU instead.\n")
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", " "])
@@ -122,11 +122,24 @@ def test_a_cpu_build_beside_a_driver_is_refused(
     assert str(refusal.value).startswith(start + "Install the CUDA build for it:" + pip(f'"{command}"'))
 
 
-def test_torchvision_is_replaced_together_with_torch(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("installed", "command"),
+    [
+        (
+            ["pip", "torchvision"],
+            f'{sys.executable} -m pip install --upgrade "torch==2.13.0+cu126" torchvision --index-url',
+        ),
+        ([], f'python3 -m pip --python {sys.executable} install --upgrade "torch==2.13.0+cu126" --index-url'),
+    ],
+    ids=["torchvision, which must be of the same build", "an environment without pip"],
+)
+def test_the_command_fits_the_environment(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, installed: list[str], command: str
+) -> None:
     nvidia_smi(machine, "535.183.01, Tesla T4, 7.5")
     with_torch(monkeypatch, "2.13.0+cu130", "13.0")
-    monkeypatch.setattr(driver, "_has_torchvision", lambda: True)
-    assert '"torch==2.13.0+cu126" torchvision --index-url' in machine_notes(detect_device())[0]
+    monkeypatch.setattr(driver, "_installed", lambda name: name in installed)
+    assert f"\n  {command}" in machine_notes(detect_device())[0]
 
 
 def test_a_nightly_is_replaced_by_a_release(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +172,20 @@ def test_a_new_driver_that_torch_does_not_see_gets_torchs_own_reason(
         refusal.value
     )
     assert "torch's reason: No CUDA GPUs are available\nAfter a driver update" in str(refusal.value)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no GPU", "a GPU, but no nvidia-smi"])
+def test_a_container_without_a_gpu_is_named_as_the_reason(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: bool
+) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
+    monkeypatch.setattr(driver, "CONTROL_DEVICE", tmp_path / "nvidiactl")
+    if given:
+        (tmp_path / "nvidiactl").touch()
+    with_torch(monkeypatch, "2.13.0+cpu", None)
+    (note,) = machine_notes(detect_device())
+    assert ("there is no GPU in this container. Start the container with `--gpus all`." in note) != given
+    assert ("this machine has the NVIDIA driver 535.183.01. Install the CUDA build" in note) == given
 
 
 def test_rocm_beside_a_cpu_build_is_a_note_not_a_refusal(
