@@ -27,7 +27,7 @@ class Device:
 
     @property
     def best_dtype(self) -> DtypeName:
-        """The compute dtype to use: bfloat16 where native, else float16 on CUDA and float32 on CPU."""
+        """The compute dtype: bfloat16 where native, else float16 on CUDA (a T4 only emulates it), float32 on CPU."""
         if self.bfloat16:
             return "bfloat16"
         return "float16" if self.kind == "cuda" else "float32"
@@ -44,7 +44,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as it is sold: what a plan needs to know of one that is not here."""
+    """A GPU as it is sold, for `make plan` on a machine without it. `detect_device` reads the one that trains."""
 
     name: str
     memory_bytes: int  # as torch reports it, below the name's number

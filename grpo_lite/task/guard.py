@@ -4,6 +4,9 @@ The batch is scored again, group by group, so that one bad completion costs one 
 out of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A
 failure is never turned into a number, because that would be a training signal.
 
+TRL calls the guarded rewards (`_calculate_rewards`). Whatever a reward raises arrives here as a RewardError with its
+name, because `task.rewards` wraps every reward when it loads it. Checks, probe and evaluation use `limited` instead.
+
 Time limits (`call_within`): on the main thread an alarm interrupts pure Python, a sleep, a read, and the regular
 expressions of `re`, which hold the interpreter's lock. On other threads (a notebook's worker, a web server) the call
 runs in its own thread, which is abandoned and asked to stop. C code that holds the lock there cannot be interrupted.

@@ -43,7 +43,9 @@ class Gradients:
     ) -> Scores:
         """Return what `plain`, TRL's `_get_per_token_logps_and_entropies`, does: `(B, C)`, `(B, C)` or None, and None.
 
-        The log-probabilities that a loss is being evaluated on come first, then those noted in the rollout.
+        TRL asks for three kinds (trl 1.14-1.16). Its loss wants the policy's, which `loss` has computed and keeps in
+        `ready`. A round wants those of the policy that sampled it, which the rollout has noted. With `beta` above 0 the
+        round also wants the base's, for the KL term: TRL switches the adapter off, and they are computed here.
         """
         if self.ready is not None:
             return *self.ready, None
@@ -118,7 +120,7 @@ class Gradients:
         return None if "pixel_values" in inputs else self._read(model, ids, mask, inputs["completion_ids"].size(1))
 
     def loss(self, model: nn.Module, inputs: dict[str, Any], batch: PaddedBatch) -> Tensor:
-        """Compute TRL's loss; all but the last of several micro-batches are taken through backward here."""
+        """Compute TRL's loss, KL term included; all but the last of several micro-batches go through backward here."""
         budget = self.trainer.options.tokens_per_microbatch
         rows = range(batch.input_ids.size(0))
         live = [row for row, counts in enumerate(self._has_gradient(inputs)) if counts]
@@ -191,7 +193,7 @@ class Gradients:
             self.ready = None
 
     def _has_gradient(self, inputs: dict[str, Any]) -> list[bool]:
-        """Return for each row whether it can contribute to the gradient."""
+        """Return for each row whether it can contribute to the gradient; with a KL term (`beta`) every row can."""
         advantages = inputs["advantages"]
         if self.trainer.beta != 0.0 or self.trainer._entropy_bonus_enabled:
             return [True] * advantages.size(0)

@@ -185,6 +185,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         """Write no card: TRL's has placeholders for licence and base; `push` writes one from what was measured."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Let each part restore its state from the checkpoint that `train` resumes from."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for part in (self.order, self.checkpoints, self.exact, self.recovery):
