@@ -115,8 +115,8 @@ class PhaseBytes:
 def trained_parameters(job: Job) -> int:
     """Return how many LoRA weights are trained."""
     shapes = job.shape.linear_shapes
-    chosen = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
-    return job.shape.layers * job.rank * sum(a + b for a, b in chosen)
+    targets = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
+    return job.shape.layers * job.rank * sum(a + b for a, b in targets)
 
 
 def weight_bytes(job: Job) -> int:
@@ -147,13 +147,13 @@ def training_phase(job: Job) -> PhaseBytes:
     """Return the peak of one micro-batch's forward and backward, every completion at its cap."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     saved, backward = _block(job)
-    kept = shape.layers * tokens * shape.hidden * width
+    block_inputs = shape.layers * tokens * shape.hidden * width
     rotary = 2 * tokens * shape.head_dim * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
     items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
     if job.checkpointing:
-        held = 2 * tokens * shape.hidden * width if job.offload else kept
-        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), held + rotary))
+        on_card = 2 * tokens * shape.hidden * width if job.offload else block_inputs
+        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), on_card + rotary))
         block = saved + backward + copies // shape.layers
     else:
         items.append(("activations of all layers", shape.layers * saved + rotary + copies))
