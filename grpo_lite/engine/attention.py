@@ -53,23 +53,24 @@ class PackedLayout:
         return packed_attention(query, key, value, self, scaling)
 
     def _index_dense(self, group_lengths: list[int]) -> None:
-        count, width = len(group_lengths), max(group_lengths)
-        owner = torch.full((count, width), -1)  # completion a token belongs to; 0 is the prompt, -1 is padding
-        gather = torch.zeros((count, width), dtype=torch.long)
+        width = max(group_lengths)
+        owners: list[list[int]] = []  # completion a token belongs to; 0 is the prompt, -1 is padding
+        gather: list[list[int]] = []
         offset = 0
-        for row, (prompt, completions) in enumerate(self.segments):
-            sizes = torch.tensor([prompt, *completions])
-            owner[row, : group_lengths[row]] = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-            gather[row, : group_lengths[row]] = torch.arange(offset, offset + group_lengths[row])
-            offset += group_lengths[row]
-        owner = owner.to(self.device)
+        for (prompt, completions), length in zip(self.segments, group_lengths, strict=True):
+            parts = [index for index, size in enumerate([prompt, *completions]) for _ in range(size)]
+            owners.append(parts + [-1] * (width - length))
+            gather.append([*range(offset, offset + length)] + [0] * (width - length))
+            offset += length
+        scatter = [i for i, part in enumerate(part for row in owners for part in row) if part >= 0]
+        owner = torch.tensor(owners).to(self.device)
         order = torch.arange(width, device=self.device)
         same = (owner.unsqueeze(1) == owner.unsqueeze(2)) | (owner == 0).unsqueeze(1)
         # Padded queries see themselves, so that no row of the softmax is empty.
         mask = same & (order.unsqueeze(0) <= order.unsqueeze(1))
         self.mask = mask.unsqueeze(1)  # (groups, 1, L, L)
-        self.gather = gather.to(self.device)
-        self.scatter = (owner >= 0).reshape(-1).nonzero().squeeze(1)
+        self.gather = torch.tensor(gather).to(self.device)
+        self.scatter = torch.tensor(scatter).to(self.device)
 
     def causal_mask(self, queries: int, prompt: int, dtype: torch.dtype) -> Tensor:
         """Return the additive mask `(queries, prompt + queries)` of a completion behind its prompt."""

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from grpo_lite.engine import attention
-from grpo_lite.engine.decode import GroupDecoder, decoding_obstacle
+from grpo_lite.engine.decode import decoding_obstacle
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.engine.quantised import dequantized
 from grpo_lite.engine.score import base_model
+from grpo_lite.engine.static_decode import StaticDecoder, choose_decoder
 from grpo_lite.errors import MemoryBudgetError
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,12 @@ def generate_completions(
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
-    rows = [i for i in order for _ in range(count)]
     at_once = max(1, batch_size // count) * count
     longest = max(map(len, prompt_ids), default=0)
     decoder = _group_decoder(model, config, longest + max_new_tokens)
+    if isinstance(decoder, StaticDecoder):
+        order.reverse()  # the first buffers are then large enough for all
+    rows = [i for i in order for _ in range(count)]
     if rows_that_fit:
         at_once = rows_that_fit(model, longest, max_new_tokens, at_once, shared=decoder is not None)
     engine = dequantized(base_model(model)) if decoder else nullcontext()
@@ -130,7 +133,7 @@ def _group_decoder(model: Any, config: Any, longest: int) -> Any:
     ready = inner.config._attn_implementation == attention.IMPLEMENTATION
     if not ready or decoding_obstacle(config) or (window is not None and longest > window):
         return None
-    return GroupDecoder(nullcontext)
+    return choose_decoder(inner, nullcontext)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

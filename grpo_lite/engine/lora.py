@@ -29,7 +29,7 @@ def shorten_lora(model: nn.Module) -> int:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not _is_vanilla(layer):
+    if args or kwargs or not is_vanilla(layer):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
     (name,) = layer.active_adapters
@@ -43,7 +43,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return updated.to(result.dtype).view(result.shape)
 
 
-def _is_vanilla(layer: Any) -> bool:
+def is_vanilla(layer: Any) -> bool:
+    """Return whether a LoRA layer has one active adapter without variant, dropout or bias, and not merged."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]

@@ -1,7 +1,7 @@
 """What generating for the evaluation takes, and how many completions at once the memory that is free holds. Torch-free.
 
 Place in the line: beside `phases`, whose other two phases it does not overlap. An evaluation's prompts are all
-different, so many of them are read at once; and it computes outside autocast, where the adapter's float32 widens them.
+different, so many of them are read at once.
 How many are generated at once changes no greedy completion, but which samples are drawn.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, cache_capacity, kept_items, wave_items
+from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, kept_items, static_items, wave_items
 
 
 def evaluation_phase(job: Job) -> PhaseBytes:
@@ -21,22 +21,15 @@ def evaluation_phase(job: Job) -> PhaseBytes:
 def evaluation_items(job: Job) -> list[tuple[str, int]]:
     shape, width, rows = job.shape, job.dtype_bytes, job.eval_rows
     longest = job.prompt + job.eval_completion
+    if job.rollout != "generate" and (shape.sliding_window is None or longest <= shape.sliding_window):
+        return static_items(job, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     dequantised = width * shape.hidden * shape.intermediate if job.load_in in ("4bit", "8bit") else 0
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
     reading = rows * job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
-    if job.rollout != "generate" and (shape.sliding_window is None or longest <= shape.sliding_window):
-        held = rows * (job.prompt + cache_capacity(job.eval_completion))
-        wide = 4 * shape.kv_heads * shape.head_dim + 12 * shape.heads  # keys in float32; scores, their exponentials
-        attention = rows * max(job.prompt, job.eval_completion) * wide
-        logits = rows * shape.vocab * 16
-    else:
-        held = rows * longest
-        attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
-        logits = rows * shape.vocab * 20
-    prompts, held = (shape.layers * per_token * tokens for tokens in (rows * job.prompt, held))
-    decoding = max(attention, logits) + dequantised
-    return wave_items(rows, (prompts, reading), (held, decoding))
+    attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+    prompts, held = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, longest))
+    return wave_items(rows, (prompts, reading), (held, max(attention, rows * shape.vocab * 20) + dequantised))
 
 
 def most_rows(rows: int, fits: Callable[[int], bool]) -> int:

@@ -25,6 +25,8 @@ WORKSPACE_BYTES = 64 << 20
 CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
 PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
 
+ROW_STEP = 64  # row_cache.LENGTH_STEP (a test compares them)
+
 Phase = Literal["rollout", "training"]
 
 
@@ -115,8 +117,8 @@ class PhaseBytes:
 def trained_parameters(job: Job) -> int:
     """Return how many LoRA weights are trained."""
     shapes = job.shape.linear_shapes
-    targets = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
-    return job.shape.layers * job.rank * sum(a + b for a, b in targets)
+    chosen = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
+    return job.shape.layers * job.rank * sum(a + b for a, b in chosen)
 
 
 def weight_bytes(job: Job) -> int:
@@ -144,16 +146,21 @@ def kept_items(job: Job) -> list[tuple[str, int]]:
 
 
 def training_phase(job: Job) -> PhaseBytes:
-    """Return the peak of one micro-batch's forward and backward, every completion at its cap."""
+    """Return the peak of one micro-batch's forward and backward, every completion at its cap.
+
+    Without the decoding buffers of the last rollout, which are given back when memory runs out.
+    """
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     saved, backward = _block(job)
-    block_inputs = shape.layers * tokens * shape.hidden * width
+    kept = shape.layers * tokens * shape.hidden * width
     rotary = 2 * tokens * shape.head_dim * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
     items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
+    if job.is_shared:
+        items.append(("adapter in the compute dtype, for decoding", width * trained_parameters(job)))
     if job.checkpointing:
-        on_card = 2 * tokens * shape.hidden * width if job.offload else block_inputs
-        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), on_card + rotary))
+        held = 2 * tokens * shape.hidden * width if job.offload else kept
+        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), held + rotary))
         block = saved + backward + copies // shape.layers
     else:
         items.append(("activations of all layers", shape.layers * saved + rotary + copies))
@@ -173,24 +180,47 @@ def rollout_phase(job: Job) -> PhaseBytes:
     items.append(("adapter in the compute dtype", width * trained_parameters(job)))
     if job.rollout == "vllm":
         return PhaseBytes(tuple(items))  # vLLM's share of the card comes on top, in both phases: see MemoryPlan
-    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     rows, groups = wave(job)
     if job.is_shared:
-        held = groups * job.prompt + rows * cache_capacity(job.completion)
-        wide = 4 * shape.kv_heads * shape.head_dim + 12 * shape.heads  # keys in float32; scores, their exponentials
-        attention = rows * job.completion * wide
-        logits = rows * shape.vocab * 16
-    else:
-        held = rows * job.longest
-        attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
-        logits = rows * shape.vocab * 20
-    read = (groups if job.is_shared else rows) * job.prompt
-    reading = read * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block of a prefill under autocast
-    prompts, held = (shape.layers * per_token * tokens for tokens in (read, held))
-    decoding = max(attention, logits) + 2 * shape.hidden * shape.intermediate
+        items += static_items(job, rows, groups, job.completion)
+        items.append(("kernels' workspace", WORKSPACE_BYTES))
+        return PhaseBytes(tuple(items))
+    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
+    attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+    decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.hidden * shape.intermediate
+    reading = rows * job.prompt * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block under autocast
+    prompts, held = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, job.longest))
     items += wave_items(rows, (prompts, reading), (held, decoding))
     items.append(("kernels' workspace", WORKSPACE_BYTES))
     return PhaseBytes(tuple(items))
+
+
+def static_items(
+    job: Job, rows: int, prompts: int, completion: int, bytes_per_logit: int = 24
+) -> list[tuple[str, int]]:
+    """Return what decoding in rows of a fixed size takes (static_decode.Batch), its prompts read at once.
+
+    Of every logit when sampling: itself, log-probability, probability, waiting time and their quotient in float32, and
+    the output layer's own result.
+    """
+    shape, width = job.shape, job.dtype_bytes
+    length = row_length(job.prompt + completion)
+    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
+    held = shape.layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
+    read = prompts * job.prompt
+    # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
+    reading = read * width * (3 * shape.intermediate + 5 * shape.hidden)
+    logits = rows * shape.vocab * bytes_per_logit
+    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
+    items = [(f"keys and values, {rows} completions at once", held + rows * length * width)]
+    if reading > logits + weight:
+        return [*items, ("logits", 4 * rows * shape.vocab), ("reading the prompts", reading)]
+    return [*items, ("decoding buffers", logits + weight)]
+
+
+def row_length(tokens: int) -> int:
+    """Return how long a row's buffer is (row_cache.row_length)."""
+    return math.ceil(tokens / ROW_STEP) * ROW_STEP
 
 
 def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -> list[tuple[str, int]]:
@@ -201,17 +231,15 @@ def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -
 
 
 def cache_capacity(completion: int) -> int:
-    """Return for how many tokens a row's buffer is laid out: it doubles from 16 (cache.GroupCache)."""
+    """Return for how many tokens a row's buffer is laid out on a CPU: it doubles from 16 (cache.GroupCache)."""
     return max(16, 1 << max(0, completion - 2).bit_length())
 
 
 def wave(job: Job) -> tuple[int, int]:
-    """Return how many completions and prompts are decoded at once (rollout.plan_waves)."""
-    if not job.is_shared or job.kv_tokens is None:
-        return job.batch, math.ceil(job.batch / job.group)
-    rows = max(1, min(job.batch, (job.kv_tokens - job.prompt) // job.completion))
-    while rows > 1 and math.ceil(rows / job.group) * job.prompt + rows * job.completion > job.kv_tokens:
-        rows -= 1
+    """Return how many completions are decoded at once, and how many prompts they belong to (static_decode.Job)."""
+    rows = job.batch
+    if job.is_shared and job.kv_tokens is not None:
+        rows = max(1, min(rows, job.kv_tokens // row_length(job.longest)))
     return rows, math.ceil(rows / job.group)
 
 

@@ -20,6 +20,7 @@ from grpo_lite.memory.phases import (
     Job,
     PhaseBytes,
     rollout_phase,
+    row_length,
     training_phase,
     weight_bytes,
 )
@@ -114,7 +115,7 @@ def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> M
 
 
 def _wave_tokens(job: Job) -> int:
-    whole = -(-job.batch // job.group) * job.prompt + job.batch * job.completion
+    whole = job.batch * row_length(job.longest)
     return min(whole, job.kv_tokens or whole)
 
 

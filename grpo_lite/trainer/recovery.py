@@ -20,10 +20,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.engine.packing import read_padded_batch
 from grpo_lite.engine.score import base_model
+from grpo_lite.engine.static_decode import choose_decoder, engine_of
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.memory.phases import cache_capacity
 from grpo_lite.runs.checkpoints import read_facts
@@ -79,6 +79,8 @@ class Recovery:
             return score()  # part of a training step, which is repeated as a whole
 
         def lower(failure: str) -> None:
+            if self._release_buffers("scoring", failure):
+                return
             width, total = input_ids.size(1), input_ids.numel()
             budget = self.trainer.options.tokens_per_microbatch or total
             if budget <= width or not self.trainer.support.is_packable(model):
@@ -134,6 +136,8 @@ class Recovery:
             raise self._hopeless("training", failure)
         _, inputs, undo = self._prepared
         undo.restore(trainer)
+        if self._release_buffers("training", failure):
+            return
         total, longest = _tokens(inputs)
         budget = min(trainer.options.tokens_per_microbatch or total, total)
         if budget <= longest:
@@ -148,6 +152,18 @@ class Recovery:
         if budget <= longest or not is_shared:
             raise self._hopeless("rollout", failure)
         self._set_budget("rollout", failure, "rollout_kv_tokens", max(longest, budget // 2))
+
+    def _release_buffers(self, phase: str, failure: str) -> bool:
+        """Give back what the last rollout left for the next; return whether there was any."""
+        engine = engine_of(base_model(self.trainer.accelerator.unwrap_model(self.trainer.model)))
+        if not (self.recover and engine.release_for_good()):
+            return False
+        free_memory()
+        self.show(
+            f"out of memory in {phase} at step {self.trainer.state.global_step + 1}: decoding buffers are now freed "
+            f"after every rollout, the same step is repeated ({failure})"
+        )
+        return True
 
     def _set_budget(self, phase: str, failure: str, name: str, tokens: int) -> None:
         if not self.recover:
@@ -190,9 +206,9 @@ def longest_round(trainer: Any, prompt: list[int]) -> list[list[int]]:
 def rehearse_rollout(trainer: Any, prompt: list[int]) -> None:
     """Decode one token of the largest wave behind prompts and completions at full length; draws nothing."""
     longest = trainer.max_completion_length
-    decoder = GroupDecoder(trainer.accelerator.autocast, trainer.options.rollout_kv_tokens)
+    model = base_model(trainer.accelerator.unwrap_model(trainer.model))
+    decoder = choose_decoder(model, trainer.accelerator.autocast, trainer.options.rollout_kv_tokens)
     with trainer.support.no_checkpointing(trainer.model):
-        model = base_model(trainer.accelerator.unwrap_model(trainer.model))
         decoder.rehearse(model, longest_round(trainer, prompt), longest, cache_capacity(longest))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lite.engine.decode import GroupDecoder, Rollout
+from grpo_lite.engine.decode import Rollout
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked
 from grpo_lite.engine.score import base_model
+from grpo_lite.engine.static_decode import choose_decoder
 from grpo_lite.task.tokens import holds_special_tokens
 from grpo_lite.task.tokens import prompt_ids as tokens_of_prompt
 
@@ -50,7 +51,7 @@ class Rollouts:
         trainer = self.trainer
         inner = base_model(trainer.accelerator.unwrap_model(trainer.model))
         kv_tokens = trainer.options.rollout_kv_tokens
-        decoder = GroupDecoder(trainer.accelerator.autocast, kv_tokens, temperature=trainer.temperature)
+        decoder = choose_decoder(inner, trainer.accelerator.autocast, kv_tokens, trainer.temperature)
         previous = inner.__dict__.get("generate")
         inner.generate = partial(inner.generate, custom_generate=decoder)
         try:

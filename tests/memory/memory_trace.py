@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, LogitsProcessorList
 
-from grpo_lite.engine import attention
-from grpo_lite.engine import decode as rollout
+from grpo_lite.engine import attention, decoding_layers
 from grpo_lite.engine import score as logprobs
-from grpo_lite.engine.cache import GroupCache
-from grpo_lite.engine.decode import GroupDecoder
+from grpo_lite.engine.decoding_layers import DecodingLayers
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.packing import PaddedBatch, pack
 from grpo_lite.engine.score import Scoring, score
-from grpo_lite.memory.phases import cache_capacity
+from grpo_lite.engine.static_decode import Batch, Job, Sampling, _Kept, _Slot
 
 BLOCK = 512  # bytes; the CUDA caching allocator rounds every request up to it
 
@@ -77,15 +73,15 @@ class LiveBytes(TorchDispatchMode):
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[None]:
     """Take the GPU's way: PEFT's under autocast, and the output head's larger chunks."""
-    real, chunk, draw = torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU, rollout.draw
-    rollout.draw = lambda p: torch.empty_like(p).argmax(-1)  # what multinomial takes on a GPU
+    real, chunk = torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU
+    norms, decoding_layers._can_be_fused = decoding_layers._can_be_fused, lambda norm, dtype: False  # no numbers here
     torch.is_autocast_enabled = lambda device="cpu": real(device)  # type: ignore[assignment]
     logprobs.CHUNK_ELEMENTS_CPU = logprobs.CHUNK_ELEMENTS_GPU
     try:
         yield
     finally:
         torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU = real, chunk
-        rollout.draw = draw
+        decoding_layers._can_be_fused = norms
 
 
 def build_model(config: dict[str, Any], load_in: str, rank: int, dtype: torch.dtype, checkpointing: bool) -> Any:
@@ -220,45 +216,30 @@ def trace_passes(live: LiveBytes, static: int, run: Callable[[], tuple[Any, ...]
 
 
 def trace_rollout(config: dict[str, Any], prompt: int, completion: int, rows: int, group: int, rank: int = 16) -> int:
-    """Count a wave's last decoding step behind full buffers, in float16, whose way through the cache is the GPU's."""
-    lengths, owners = [prompt] * -(-rows // group), torch.arange(rows) // group
-    sampling = GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=completion)
-    decoder = GroupDecoder(lambda: torch.autocast("cpu", torch.float16))
-    return _trace_wave(config, lengths, owners, decoder, sampling, rank)
+    """Count reading the prompts and a decoding step of static rows, sampling in bfloat16."""
+    return _trace_rows(config, prompt, completion, rows, group, Sampling(True, 1.0, 1.0), rank)
 
 
 def trace_evaluation(config: dict[str, Any], prompt: int, completion: int, rows: int, rank: int = 16) -> int:
-    """Count a greedy evaluation: as many prompts as rows, read at once and answered, in float16 without autocast."""
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=completion)
-    return _trace_wave(config, [prompt] * rows, torch.arange(rows), GroupDecoder(nullcontext), greedy, rank)
+    """Count a greedy evaluation: as many prompts as rows."""
+    return _trace_rows(config, prompt, completion, rows, 1, Sampling(False, 1.0, 1.0), rank)
 
 
-def _trace_wave(
-    config: dict[str, Any],
-    lengths: list[int],
-    owners: torch.Tensor,
-    decoder: GroupDecoder,
-    sampling: GenerationConfig,
-    rank: int,
+def _trace_rows(
+    config: dict[str, Any], prompt: int, completion: int, rows: int, group: int, sampling: Sampling, rank: int
 ) -> int:
-    """Return the peak of reading the prompts and of the last decoding step."""
-    model = build_model(config, "4bit", rank, torch.float16, checkpointing=False)
+    dtype = torch.bfloat16
+    model = build_model(config, "4bit", rank, dtype, checkpointing=False)
     inner = model.get_base_model()
-    rows, completion = len(owners), int(sampling.max_new_tokens)
-    cache = GroupCache(lengths, owners)
-    decoder.rollout.entropies = [[] for _ in range(rows)]
+    prompts = {(index, *[0] * (prompt - 1)): list(range(index * group, (index + 1) * group)) for index in range(rows)}
+    prompts = {ids: [row for row in members if row < rows] for ids, members in prompts.items()}
+    job = Job({ids: members for ids, members in prompts.items() if members}, rows, completion, (2,), sampling)
+    slots = {row: _Slot(ids, row) for ids, members in job.prompts.items() for row in members}
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda(), torch.no_grad():
         materialise(model)
-        with decoder.autocast():
-            ids = torch.zeros((1, sum(lengths)), dtype=torch.long)
-            decoder._forward(inner, ids, ids, cache)
-            for layer, (keys, _) in cache.prompts.items():
-                shape = (rows, keys.size(1), cache_capacity(completion), keys.size(3))
-                cache.completions[layer] = keys.new_empty(shape), keys.new_empty(shape)
-            del keys
-            cache.generated = completion - 2
-            last = torch.zeros((rows, 1), dtype=torch.long)
-            hidden = decoder._forward(inner, last, last, cache)[:, 0]
-            logits = decoder._logits(inner, hidden)
-            decoder._choose(last, logits, LogitsProcessorList(), sampling, owners)
+        layers = DecodingLayers(inner, dtype)
+        batch = Batch(inner, job, dtype)
+        with layers.installed():
+            batch._fill(inner, slots, None, _Kept())
+            batch._step(inner, sampling, rows, batch.cache.length)
     return live.peak

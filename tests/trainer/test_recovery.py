@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_lite.engine import decode
 from grpo_lite.engine import score as scoring
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
@@ -252,7 +253,7 @@ def test_an_error_that_is_not_about_memory_goes_on_its_way_at_once(
     said: list[str] = []
     if phase in ("rollout", "rehearsed rollout"):
         tried = small_cache(0, monkeypatch, kind)
-        monkeypatch.setattr(GroupDecoder, "_logits", lambda *_: tried.append(0) or fail(kind))
+        monkeypatch.setattr(decode, "next_logits", lambda *_: tried.append(0) or fail(kind))
     else:
         tried = card_of(0, monkeypatch, kind)
     settings = {"beta": 0.1} if phase == "scoring" else {}
@@ -308,15 +309,15 @@ def test_the_rehearsal_finds_an_overflow_before_the_first_step_and_changes_nothi
 
 def test_the_rehearsal_fills_the_largest_wave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = GroupDecoder._logits
+    real = decode.next_logits
 
-    def logits(self: GroupDecoder, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         rows.append(len(hidden))
         if len(hidden) > 4:
             raise overflow()
-        return real(self, model, hidden)
+        return real(model, hidden)
 
-    monkeypatch.setattr(GroupDecoder, "_logits", logits)
+    monkeypatch.setattr(decode, "next_logits", logits)
     trainer, _ = train(PackedGRPOTrainer, tmp_path, rehearsal=list(range(3, 43)))
     assert rows[0] == 8
     assert rows[-1] <= 4

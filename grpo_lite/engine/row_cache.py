@@ -1,0 +1,153 @@
+"""Keys and values of decoding rows in buffers of a fixed size: what a CUDA graph can hold.
+
+Each row has a copy of its prompt's keys and values, followed by those of its own tokens. All rows are written by one
+kernel a layer and attended to by one more, whatever their lengths. `cache.GroupCache` holds each prompt once instead,
+which is smaller and, on a CPU, faster; its shapes change with every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from grpo_lite.engine.attention import PackedLayout, packed_attention
+
+LENGTH_STEP = 64  # buffers are as long as a multiple of it
+SEEN_STEP = 256  # and a step attends to a multiple of this, up to their length
+
+
+def row_length(tokens: int) -> int:
+    """Return how long the buffers are for rows of so many tokens, prompt and completion."""
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
+
+
+class RowCache:
+    """Keys, values and visibility of `rows` rows of up to `length` tokens; a `Layout` for `attention.py`.
+
+    Two passes fill it: `prefill` (all prompts in one flat row), then a decoding step (one token a row).
+    """
+
+    def __init__(self, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.length, self.dtype = rows, length, dtype
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: (rows, length, key/value heads, D)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of the token that comes next
+        self.mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)  # added to the scores
+        self._offsets = torch.arange(rows, device=device) * length
+        self._place = torch.zeros(rows, dtype=torch.long, device=device)  # where the step's keys and values go
+        self._prefill: _Prefill | None = None
+        self._step = (rows, length)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(buffer.numel() * buffer.element_size() for pair in self.states.values() for buffer in pair)
+
+    def begin_prefill(
+        self, prompt_lengths: Sequence[int], slots: Sequence[tuple[int, int]], kept: int | None = None
+    ) -> None:
+        """Prepare for a flat pass over prompts of these lengths.
+
+        Args:
+            prompt_lengths: in the order of the flat row.
+            slots: (row of the buffers, prompt) of every row to fill.
+            kept: the prompt whose keys and values are kept for rows that are filled later, by `fill_rest`.
+        """
+        self._prefill = _Prefill(prompt_lengths, slots, self.length, kept, self.position.device)
+        self._open([slot for slot, _ in slots], [prompt_lengths[prompt] for _, prompt in slots])
+
+    def end_prefill(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the kept prompt's keys and values, per layer `(P, key/value heads, D)`."""
+        assert self._prefill is not None
+        kept, self._prefill = self._prefill.kept_states, None
+        return kept
+
+    def fill_rest(self, states: dict[int, tuple[Tensor, Tensor]], length: int, slots: Sequence[int]) -> None:
+        """Copy a kept prompt's keys and values into more rows."""
+        self._open(slots, [length] * len(slots))
+        into = torch.tensor([slot * self.length + t for slot in slots for t in range(length)])
+        into = into.to(self.position.device)
+        for layer, kept in states.items():
+            for buffer, source in zip(self.states[layer], kept, strict=True):
+                buffer.flatten(0, 1).index_copy_(0, into, source.repeat(len(slots), 1, 1))
+
+    def begin_step(self, rows: int, seen: int) -> None:
+        """Prepare a decoding step of the first `rows` rows, which attend to the first `seen` places."""
+        self._step = (rows, seen)
+        torch.add(self._offsets[:rows], self.position[:rows], out=self._place[:rows])
+        self.mask.view(-1).index_fill_(0, self._place[:rows], 0.0)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
+        if self._prefill is not None:
+            self._store(layer, key, value)
+            return packed_attention(query, key, value, self._prefill.layout, scaling)
+        rows, seen = self._step
+        keys, values = self.states[layer]
+        place = self._place[:rows]
+        keys.flatten(0, 1).index_copy_(0, place, key[:, :, 0])
+        values.flatten(0, 1).index_copy_(0, place, value[:, :, 0])
+        heads, size = query.size(1), query.size(3)
+        grouped = query.view(rows, keys.size(2), heads // keys.size(2), size)  # queries that share keys stand together
+        out = scaled_dot_product_attention(
+            grouped,
+            keys[:rows, :seen].transpose(1, 2),
+            values[:rows, :seen].transpose(1, 2),
+            attn_mask=self.mask[:rows, None, None, :seen],
+            scale=scaling,
+        )
+        return out.reshape(rows, 1, heads, size)
+
+    def advance(self) -> None:
+        """Nothing: `position` is the caller's, as rows that have ended stand still."""
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Move rows to others, whose contents are dropped."""
+        for buffers in (*self.states.values(), (self.position, self.mask)):
+            for buffer in buffers:
+                buffer.index_copy_(0, targets, buffer.index_select(0, sources))
+
+    def _open(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Give rows a prompt's length, and let them see it."""
+        index, length = torch.tensor([list(slots), list(lengths)]).to(self.position.device)
+        self.position.index_copy_(0, index, length)
+        visible = torch.arange(self.length, device=index.device) < length.unsqueeze(1)
+        fresh = torch.full(visible.shape, float("-inf"), dtype=self.dtype, device=index.device)
+        self.mask.index_copy_(0, index, fresh.masked_fill_(visible, 0.0))
+        for _, values in self.states.values():
+            values.index_fill_(0, index, 0.0)  # a row that ended in NaN would reach the next one through the mask
+
+    def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        assert self._prefill is not None
+        if layer not in self.states:
+            shape = (self.rows, self.length, key.size(1), key.size(3))
+            self.states[layer] = key.new_zeros(shape, dtype=self.dtype), key.new_zeros(shape, dtype=self.dtype)
+        states = []
+        for buffer, new in zip(self.states[layer], (key, value), strict=True):
+            flat = new[0].transpose(0, 1)  # (T, key/value heads, D)
+            buffer.flatten(0, 1).index_copy_(0, self._prefill.into, flat.index_select(0, self._prefill.source))
+            states.append(flat[self._prefill.kept].clone())
+        if self._prefill.kept != slice(0, 0):
+            self._prefill.kept_states[layer] = states[0], states[1]
+
+
+class _Prefill:
+    """Where the keys and values of a flat pass over prompts go."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        slots: Sequence[tuple[int, int]],
+        row_length: int,
+        kept: int | None,
+        device: torch.device,
+    ) -> None:
+        starts = [sum(lengths[:prompt]) for prompt in range(len(lengths))]
+        source = [starts[prompt] + t for _, prompt in slots for t in range(lengths[prompt])]
+        into = [slot * row_length + t for slot, prompt in slots for t in range(lengths[prompt])]
+        self.source, self.into = torch.tensor([source, into]).to(device)
+        self.layout = PackedLayout([(length, ()) for length in lengths], device)
+        self.kept = slice(0, 0) if kept is None else slice(starts[kept], starts[kept] + lengths[kept])
+        self.kept_states: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,0 +1,531 @@
+"""Generate on a GPU without waiting for it: rows and buffers of fixed size, a step that a CUDA graph can hold.
+
+On a GPU a decoding step of a small model costs what its kernel launches cost, thousands a token, and every look at a
+result waits for all of them. Here a step launches few kernels (`decoding_layers.py`), samples, notes log-probability
+and entropy and marks ended rows on the device. The host looks every `LOOK` tokens, gives the rows that have ended to
+the prompts that wait, and halves the batch when none do. `graphs.py` replays the step as one launch.
+
+The ladder: graph, the same step launched kernel by kernel, `decode.GroupDecoder`; each step down is one log line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+
+from grpo_lite.engine.cache import GroupCache
+from grpo_lite.engine.decode import ROW_BY_ROW, GroupDecoder, Rollout, hidden_states, next_logits, race
+from grpo_lite.engine.decoding_layers import DecodingLayers
+from grpo_lite.engine.graphs import StepGraphs
+from grpo_lite.engine.out_of_memory import is_out_of_memory
+from grpo_lite.engine.row_cache import SEEN_STEP, RowCache, row_length
+
+logger = logging.getLogger(__name__)
+
+LOOK = 8  # steps between the host's looks at which rows have ended
+FEWEST_ROWS = 8  # the batch is not halved below: a step of fewer rows takes as long
+KEPT_SHARE = 0.125  # buffers that take less of the card's memory stay between rollouts, and the graphs with them
+REFILL_SHARE = 0.125  # rows are filled again when at least this share of them has ended
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and at which temperature its log-probability is noted."""
+
+    do_sample: bool
+    temperature: float
+    scoring: float
+    processors: Any = None  # None: the temperature is all there is
+
+    @classmethod
+    def read(cls, config: GenerationConfig, processors: LogitsProcessorList, scoring: float | None) -> Sampling:
+        """Return the sampling that `generate` prepared."""
+        sampling = bool(config.do_sample)
+        temperature = float(config.temperature) if sampling and config.temperature else 1.0
+        plain = all(type(processor) is TemperatureLogitsWarper for processor in processors)
+        return cls(sampling, temperature, temperature if scoring is None else scoring, None if plain else processors)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for a captured step to be used again."""
+        settings = [(type(p).__name__, str(vars(p))) for p in self.processors or ()]
+        return (self.do_sample, self.temperature, self.scoring, *settings)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next token of every row, its log-probability, and the distribution's entropy, from `(rows, V)`."""
+        log_p = torch.log_softmax(logits if self.scoring == 1.0 else logits / self.scoring, dim=-1)
+        p = log_p.exp()
+        if self.processors is not None:
+            scores = self.processors(None, logits)
+            tokens = race(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(-1)
+        elif self.do_sample:
+            tokens = race(p if self.scoring == self.temperature else torch.softmax(logits / self.temperature, dim=-1))
+        else:
+            tokens = logits.argmax(-1)
+        entropy = (p * log_p).sum(-1).neg_()
+        return tokens, log_p.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy
+
+
+@dataclass
+class StaticDecoder:
+    """A `custom_generate` callable for a GPU; takes and returns what `GroupDecoder` does.
+
+    Args:
+        autocast: makes the context that `GroupDecoder` runs the model in, where this decoder steps aside.
+        kv_tokens: most tokens whose keys and values are held at once; None for no limit.
+        rollout: filled while decoding.
+        temperature: at which entropies and log-probabilities are noted; None for the one sampled at.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]]
+    kv_tokens: int | None = None
+    rollout: Rollout = field(default_factory=Rollout)
+    temperature: float | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Return `input_ids` `(B, P)` followed by the completions, padded: `(B, P + C)`."""
+        engine = engine_of(model)
+        arguments = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+        if engine.serves(self.autocast, logits_processor, stopping_criteria):
+            random_state = torch.cuda.get_rng_state_all() if input_ids.device.type == "cuda" else None
+            try:
+                return self._generate(engine, *arguments, model_kwargs.get("attention_mask"))
+            except RuntimeError as error:
+                engine.release()
+                if is_out_of_memory(error) or isinstance(error, NotFiniteError):
+                    raise
+                engine.step_aside(f"{type(error).__name__}: {error}")
+            if random_state is not None:
+                torch.cuda.set_rng_state_all(random_state)
+        decoder = GroupDecoder(self.autocast, self.kv_tokens, self.rollout, self.temperature)
+        return decoder(*arguments, **model_kwargs)
+
+    def _generate(
+        self,
+        engine: Engine,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        mask: Tensor | None,
+    ) -> Tensor:
+        kept = torch.ones_like(input_ids) if mask is None else mask
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for row, (ids, count) in enumerate(zip(input_ids.tolist(), kept.sum(1).tolist(), strict=True)):
+            prompts.setdefault(tuple(ids[len(ids) - count :]), []).append(row)
+        cap = int(cast(int, config.max_length)) - input_ids.size(1)
+        stops = config.eos_token_id if any(isinstance(c, EosTokenCriteria) for c in criteria) else ()
+        job = Job(
+            prompts=prompts,
+            rows=input_ids.size(0),
+            cap=cap,
+            stops=(stops,) if isinstance(stops, int) else tuple(stops or ()),
+            sampling=Sampling.read(config, processors, self.temperature),
+            kv_tokens=self.kv_tokens,
+        )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+            results = engine.run(model, job)
+        engine.end_rollout()
+        self.rollout.prefill_tokens += results.prefill_tokens
+        self.rollout.decode_tokens += results.decode_tokens
+        lengths = results.lengths.tolist()
+        self.rollout.entropies, self.rollout.logps = (
+            [row[:n] for row, n in zip(values.tolist(), lengths, strict=True)]
+            for values in (results.entropies, results.logps)
+        )
+        if not all(bool(torch.tensor(row).isfinite().all()) for row in self.rollout.logps):
+            raise NotFiniteError("the model's next-token probabilities contain inf or nan")
+        width = max(lengths)
+        behind = torch.arange(width, device=input_ids.device) >= results.lengths.unsqueeze(1)
+        pad = config._pad_token_tensor
+        tokens = results.tokens[:, :width].masked_fill(behind, 0 if pad is None else int(pad))
+        return torch.cat([input_ids, tokens], dim=1)
+
+    @torch.no_grad()
+    def rehearse(self, model: PreTrainedModel, prompt_ids: list[list[int]], longest: int, capacity: int) -> None:
+        """Lay out the largest buffers, read the prompts and take one step; draws nothing.
+
+        Args:
+            model: as for a rollout.
+            prompt_ids: of every row, all of one length.
+            longest: the cap on a completion's tokens.
+            capacity: as for `GroupDecoder.rehearse`, which takes over where this decoder steps aside.
+        """
+        engine = engine_of(model)
+        if not engine.serves(self.autocast, LogitsProcessorList(), StoppingCriteriaList()):
+            GroupDecoder(self.autocast, self.kv_tokens).rehearse(model, prompt_ids, longest, capacity)
+            return
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(prompt_ids):
+            prompts.setdefault(tuple(ids), []).append(row)
+        job = Job(prompts, len(prompt_ids), longest, (), Sampling(False, 1.0, 1.0), self.kv_tokens, steps=1)
+        with torch.autocast(model.device.type, enabled=False):
+            engine.run(model, job)
+        engine.release()
+
+
+def choose_decoder(
+    model: PreTrainedModel,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    kv_tokens: int | None = None,
+    temperature: float | None = None,
+) -> StaticDecoder | GroupDecoder:
+    """Return the decoder for the model's device: static rows on a GPU, one copy of each prompt on a CPU."""
+    kind = GroupDecoder if model.device.type == "cpu" else StaticDecoder
+    return kind(autocast, kv_tokens, temperature=temperature)
+
+
+class NotFiniteError(RuntimeError):
+    """The model's probabilities are not numbers; no other way of decoding would change that."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows to generate."""
+
+    prompts: dict[tuple[int, ...], list[int]]  # token ids -> rows of the batch
+    rows: int
+    cap: int  # most tokens of a completion
+    stops: tuple[int, ...]  # token ids that end a completion
+    sampling: Sampling
+    kv_tokens: int | None = None
+    steps: int | None = None  # stop after so many, for a rehearsal
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row, as the buffers count them."""
+        return row_length(max(map(len, self.prompts)) + self.cap)
+
+    @property
+    def at_once(self) -> int:
+        """Rows decoded at once."""
+        return self.rows if self.kv_tokens is None else max(1, min(self.rows, self.kv_tokens // self.length))
+
+
+@dataclass
+class Results:
+    """What a job generated, by row of the batch; on the device."""
+
+    tokens: Tensor  # (rows, cap)
+    logps: Tensor  # (rows, cap)
+    entropies: Tensor  # (rows, cap)
+    lengths: Tensor  # (rows,)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
+class Engine:
+    """One model's static rows: its short layers, and the last job's buffers with the graphs captured on them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.obstacle: str | None = None
+        self.is_checked = False
+        self._layers: dict[tuple[Any, ...], DecodingLayers] = {}
+        self._batch: Batch | None = None
+        self._keeps_buffers = True
+        self._model = model
+
+    def serves(
+        self,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+    ) -> bool:
+        """Return whether static rows compute what these settings ask for."""
+        if self.obstacle is not None:
+            return False
+        if not all(type(processor) in ROW_BY_ROW for processor in processors):
+            return False
+        if not all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in criteria):
+            return False
+        dtype = self.dtype
+        with autocast():
+            kind = self._model.device.type
+            if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+                self.step_aside(f"the model is {dtype}, and computes in {torch.get_autocast_dtype(kind)}")
+                return False
+        reason = DecodingLayers.obstacle(self._model)
+        if reason is not None:
+            self.step_aside(reason)
+        elif not self.is_checked:
+            self.is_checked = True
+            reason = self._self_check(autocast)
+            if reason is not None:
+                self.step_aside(reason)
+        return self.obstacle is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        weight: Tensor = self._model.get_input_embeddings().weight
+        return weight.dtype
+
+    def step_aside(self, reason: str) -> None:
+        """Leave decoding to `GroupDecoder` from now on, and say why."""
+        self.obstacle = reason
+        logger.warning("Decoding without CUDA graphs, some times slower: %s.", reason)
+
+    def release(self) -> bool:
+        """Give the buffers and graphs back; return whether there were any."""
+        had_some, self._batch = self._batch is not None, None
+        return had_some
+
+    def release_for_good(self) -> bool:
+        """Give them back after every rollout from now on; return whether there were any."""
+        self._keeps_buffers = False
+        return self.release()
+
+    def end_rollout(self) -> None:
+        """Keep the buffers for the next rollout, with the graphs captured on them, or give them back if large."""
+        if self._batch is None:
+            return
+        is_large = False
+        if self._model.device.type == "cuda":
+            card = torch.cuda.get_device_properties(self._model.device).total_memory
+            is_large = self._batch.cache.num_bytes > KEPT_SHARE * card
+        if is_large or not self._keeps_buffers:
+            self.release()
+
+    def layers(self) -> DecodingLayers:
+        """Return the short layers for the adapters that are on now."""
+        from peft.tuners.lora import LoraLayer
+
+        adapters = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer)]
+        state = tuple((layer.disable_adapters or layer.merged, *layer.active_adapters) for layer in adapters)
+        key = (state, tuple(layer.lora_A[name].weight.data_ptr() for layer in adapters for name in layer.lora_A))
+        if key not in self._layers:
+            self._layers = {key: DecodingLayers(self._model, self.dtype)}
+            self.release()  # graphs hold the addresses of the old ones
+        return self._layers[key]
+
+    def run(self, model: PreTrainedModel, job: Job) -> Results:
+        """Generate all rows of a job."""
+        layers = self.layers()
+        if self._batch is None or not self._batch.holds(job):
+            self.release()
+            self._batch = Batch(model, job, self.dtype)
+        with layers.installed():
+            return self._batch.run(model, job)
+
+    def _self_check(self, autocast: Callable[[], AbstractContextManager[Any]]) -> str | None:
+        """Compare the next-token probabilities of three steps with those of `GroupDecoder`'s computation."""
+        model, device = self._model, self._model.device
+        prompts = [(5, 7, 11, 13, 9, 3), (3, 2, 4)]
+        vocabulary = model.config.vocab_size
+        prompts = [tuple(token % vocabulary for token in prompt) for prompt in prompts]
+        following = [torch.tensor(tokens, device=device) % vocabulary for tokens in ([6, 9, 8], [7, 10, 8])]
+        with torch.no_grad():
+            with autocast():
+                cache = GroupCache([len(prompt) for prompt in prompts], torch.tensor([0, 0, 1], device=device))
+                expected = [_read(model, cache, prompts)[[0, 0, 1]]]
+                for step, tokens in enumerate(following):
+                    positions = torch.tensor([[len(prompts[group]) + step] for group in (0, 0, 1)], device=device)
+                    hidden = hidden_states(model, tokens.unsqueeze(1), positions, cache)[:, 0]
+                    expected.append(next_logits(model, hidden))
+            layers = self.layers()
+            with layers.installed(), layers.joining(), torch.autocast(device.type, enabled=False):
+                rows = RowCache(3, row_length(8), self.dtype, device)
+                rows.begin_prefill([len(prompt) for prompt in prompts], [(0, 0), (1, 0), (2, 1)])
+                found = [_read(model, rows, prompts)[[0, 0, 1]]]
+                rows.end_prefill()
+            with layers.installed(), torch.autocast(device.type, enabled=False):
+                for tokens in following:
+                    found.append(_step_logits(model, rows, tokens, 3, row_length(8)))
+                    rows.position.add_(1)
+        for one, other in zip(expected, found, strict=True):
+            difference = float((one.softmax(-1) - other.softmax(-1)).abs().max())
+            allowed = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05
+            if not difference <= allowed:
+                return f"its probabilities differ from those of the usual way by {difference:.2g} (allowed {allowed:g})"
+        return None
+
+
+def engine_of(model: PreTrainedModel) -> Engine:
+    """Return the model's engine; it lives as long as the model."""
+    if "_static_rows" not in model.__dict__:
+        model.__dict__["_static_rows"] = Engine(model)
+    engine: Engine = model.__dict__["_static_rows"]
+    return engine
+
+
+def _read(model: PreTrainedModel, cache: GroupCache | RowCache, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    """Run the model over prompts in one flat row; return the logits `(prompts, V)` of what follows each."""
+    device = model.device
+    ids = [token for prompt in prompts for token in prompt]
+    positions = [t for prompt in prompts for t in range(len(prompt))]
+    flat = torch.tensor([[ids], [positions]]).to(device)
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).sub(1).to(device)
+    return next_logits(model, hidden_states(model, flat[0], flat[1], cache)[0, ends])
+
+
+def _step_logits(model: PreTrainedModel, cache: RowCache, tokens: Tensor, rows: int, seen: int) -> Tensor:
+    """Feed one token to each of the first rows; return the logits `(rows, V)` of the next."""
+    cache.begin_step(rows, seen)
+    hidden = hidden_states(model, tokens.unsqueeze(1), cache.position[:rows].unsqueeze(1), cache)
+    return next_logits(model, hidden[:, 0])
+
+
+@dataclass
+class _Kept:
+    """A prompt that has been read and whose rows did not all find a place."""
+
+    prompt: tuple[int, ...] | None = None
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    logits: Tensor | None = None  # (1, V)
+
+
+class Batch:
+    """The buffers of a job, and the loop that decodes in them."""
+
+    def __init__(self, model: PreTrainedModel, job: Job, dtype: torch.dtype) -> None:
+        device = model.device
+        self.rows, self.total, self.cap, self.stops = job.at_once, job.rows, job.cap, job.stops
+        self.cache = RowCache(self.rows, job.length, dtype, device)
+        vocabulary = cast(Tensor, model.get_output_embeddings().weight).size(0)
+        self.logits = torch.zeros((self.rows, vocabulary), device=device)
+        self.live = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self.count = torch.zeros(self.rows, dtype=torch.long, device=device)  # tokens generated
+        self.owner = torch.zeros(self.rows, dtype=torch.long, device=device)  # the row of the batch it decodes
+        self.base = torch.zeros(self.rows, dtype=torch.long, device=device)  # where that row's results begin
+        # One place more than there are results: rows that have ended write there.
+        self.tokens = torch.zeros(self.total * self.cap + 1, dtype=torch.long, device=device)
+        self.logps = torch.zeros(self.total * self.cap + 1, device=device)
+        self.entropies = torch.zeros(self.total * self.cap + 1, device=device)
+        self.lengths = torch.zeros(self.total, dtype=torch.long, device=device)
+        self._stops = torch.tensor(job.stops, dtype=torch.long).to(device)
+        by_row = [self.logits, self.live, self.count, self.owner, self.base]
+        self._by_row = by_row
+        results = [self.tokens, self.logps, self.entropies, self.lengths]
+        self.graphs = StepGraphs([*by_row, *results, self.cache.position, self.cache.mask])
+
+    def holds(self, job: Job) -> bool:
+        """Return whether a job runs in these buffers as it would in its own."""
+        fits = job.length <= self.cache.length and job.rows <= self.total and job.at_once <= self.rows
+        within = job.kv_tokens is None or self.rows * self.cache.length <= max(job.kv_tokens, self.cache.length)
+        return fits and within and (job.cap, job.stops) == (self.cap, self.stops)
+
+    def run(self, model: PreTrainedModel, job: Job) -> Results:
+        """Decode all rows to their ends, or so many steps."""
+        waiting = deque((prompt, row) for prompt, members in job.prompts.items() for row in members)
+        slots: dict[int, _Slot] = {}  # by row of the buffers: what it decodes
+        kept, rows, done, read, decoded = _Kept(), self.rows, 0, 0, 0
+        while True:
+            free = [slot for slot in range(rows) if slot not in slots]
+            if waiting and len(free) >= max(1, REFILL_SHARE * rows):
+                chosen = [_Slot(*waiting.popleft()) for _ in free[: len(waiting)]]
+                # In the order of the batch: where all rows have a place, the draws are those of `generate`.
+                fresh = dict(zip(free, sorted(chosen, key=lambda slot: slot.row), strict=False))
+                read += self._fill(model, fresh, waiting[0][0] if waiting else None, kept)
+                slots |= fresh
+            if not slots or (job.steps is not None and done >= job.steps):
+                break
+            while not waiting and rows > FEWEST_ROWS and len(slots) <= rows // 2:
+                rows = -(-rows // 2)
+                slots = self._compact(slots, rows)
+            steps = min(LOOK, self.cap - min(slot.tokens for slot in slots.values()), job.steps or LOOK)
+            longest = max(len(slot.prompt) + slot.tokens for slot in slots.values()) + steps
+            seen = min(self.cache.length, -(-longest // SEEN_STEP) * SEEN_STEP)
+            step = partial(self._step, model, job.sampling, rows, seen)
+            for _ in range(steps):
+                self.graphs.run((rows, seen, job.sampling.key), step)
+            done, decoded = done + steps, decoded + steps * rows
+            live = self.live[:rows].tolist()  # the only wait
+            for slot in [slot for slot in slots if not live[slot]]:
+                del slots[slot]
+            for state in slots.values():
+                state.tokens += steps
+        shape = (self.total, self.cap)
+        tokens, logps, entropies = (v[:-1].view(shape) for v in (self.tokens, self.logps, self.entropies))
+        tokens, logps, entropies, lengths = (values[: job.rows] for values in (tokens, logps, entropies, self.lengths))
+        return Results(tokens, logps, entropies, lengths, read, decoded)
+
+    def _step(self, model: PreTrainedModel, sampling: Sampling, rows: int, seen: int) -> None:
+        """Choose a token for every row, note it, and compute the logits of the next; fixed addresses, no wait."""
+        live, count = self.live[:rows], self.count[:rows]
+        tokens, logps, entropies = sampling.choose(self.logits[:rows])
+        place = torch.where(live, self.base[:rows] + count, self.tokens.numel() - 1)
+        self.tokens.index_copy_(0, place, tokens)
+        self.logps.index_copy_(0, place, logps)
+        self.entropies.index_copy_(0, place, entropies)
+        count.add_(live)
+        self.lengths.index_copy_(0, self.owner[:rows], count)
+        live.logical_and_(count < self.cap)
+        if self.stops:
+            live.logical_and_((tokens.unsqueeze(1) != self._stops).all(1))
+        self.logits[:rows].copy_(_step_logits(model, self.cache, tokens, rows, seen))
+        self.cache.position[:rows].add_(live)
+
+    def _fill(
+        self, model: PreTrainedModel, fresh: dict[int, _Slot], following: tuple[int, ...] | None, kept: _Kept
+    ) -> int:
+        """Read the prompts of rows that begin, and return how many tokens were read; `following` waits for a place."""
+        rest = [slot for slot, row in fresh.items() if row.prompt == kept.prompt]
+        if rest and kept.prompt is not None and kept.logits is not None:
+            self.cache.fill_rest(kept.states, len(kept.prompt), rest)
+            self.logits[rest] = kept.logits
+        others = {slot: row.prompt for slot, row in fresh.items() if slot not in set(rest)}
+        prompts = list(dict.fromkeys(others.values()))
+        if prompts:
+            last = prompts.index(following) if following in prompts else None
+            chosen = [(slot, prompts.index(prompt)) for slot, prompt in others.items()]
+            self.cache.begin_prefill([len(prompt) for prompt in prompts], chosen, last)
+            logits = _read(model, self.cache, prompts)
+            kept.states = self.cache.end_prefill()
+            self.logits[[slot for slot, _ in chosen]] = logits[[prompt for _, prompt in chosen]]
+            kept.prompt, kept.logits = (
+                (None, None) if last is None else (prompts[last], logits[last : last + 1].clone())
+            )
+        elif kept.prompt != following:
+            kept.prompt, kept.logits, kept.states = None, None, {}
+        index, owner = torch.tensor([list(fresh), [row.row for row in fresh.values()]]).to(self.owner.device)
+        self.owner.index_copy_(0, index, owner)
+        self.base.index_copy_(0, index, owner * self.cap)
+        self.count.index_fill_(0, index, 0)
+        self.live.index_fill_(0, index, True)
+        return sum(map(len, prompts))
+
+    def _compact(self, slots: dict[int, _Slot], rows: int) -> dict[int, _Slot]:
+        """Move what is decoded into the first rows; `slots` fit there."""
+        targets = [slot for slot in range(rows) if slot not in slots]
+        moves = dict(zip([slot for slot in slots if slot >= rows], targets, strict=False))
+        if moves:
+            source, target = torch.tensor([list(moves), list(moves.values())]).to(self.owner.device)
+            self.cache.move(source, target)
+            for values in self._by_row:
+                values.index_copy_(0, target, values.index_select(0, source))
+        return {moves.get(slot, slot): row for slot, row in slots.items()}
+
+
+@dataclass
+class _Slot:
+    """What a row of the buffers decodes."""
+
+    prompt: tuple[int, ...]
+    row: int  # of the batch
+    tokens: int = 0  # generated

@@ -1,0 +1,202 @@
+"""Static rows: token for token what `generate` does, greedy and sampled, whatever is refilled, halved or divided."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grpo_lite.engine.decode import GroupDecoder
+from grpo_lite.engine.static_decode import StaticDecoder, engine_of
+from tests.engine.test_decode import batch, prepared, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
+
+def static(kv_tokens: int | None = None, **settings: Any) -> StaticDecoder:
+    return StaticDecoder(nullcontext, kv_tokens, **settings)
+
+
+def is_static(model: Any) -> bool:
+    engine = engine_of(model.get_base_model())
+    return engine.is_checked and engine.obstacle is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "mistral"])
+def test_greedy_output_is_that_of_generate(kind: str) -> None:
+    model = prepared(kind)
+    assert torch.equal(run(model, static()), run(model))
+    assert is_static(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="temperature 1"),
+        pytest.param({"temperature": 0.7}, id="temperature"),
+        pytest.param({"top_k": 5}, id="top-k"),
+        pytest.param({"top_p": 0.7}, id="top-p"),
+        pytest.param({"min_p": 0.05}, id="min-p"),
+    ],
+)
+def test_sampled_output_is_that_of_generate(settings: dict[str, Any]) -> None:
+    """Both draw an exponential variate a token of the vocabulary, and from the same state the same ones."""
+    model = prepared()
+    config = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "eos_token_id": None, **settings}
+    torch.manual_seed(7)
+    expected = run(model, **config)
+    torch.manual_seed(7)
+    assert torch.equal(run(model, static(), **config), expected)
+    assert is_static(model)
+
+
+@pytest.mark.parametrize("kv_tokens", [1, 130, 300, 700])
+def test_rows_that_wait_for_a_place_come_out_the_same(kv_tokens: int) -> None:
+    model = prepared()
+    decoder = static(kv_tokens)
+    assert torch.equal(run(model, decoder), run(model))
+    assert engine_of(model.get_base_model())._batch.rows == max(1, kv_tokens // 64)  # type: ignore[union-attr]
+
+
+def test_each_prompt_is_read_once_and_ended_rows_stop_costing() -> None:
+    decoder = static(64 * 12)
+    completions = run(prepared(), decoder, repeats=8)[:, batch(8)["input_ids"].size(1) :]
+    needed = sum(map(len, decoder.rollout.entropies))
+    assert decoder.rollout.prefill_tokens == int(batch(1)["attention_mask"].sum())
+    assert needed <= decoder.rollout.decode_tokens <= 0.75 * completions.numel()
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"max_new_tokens": 70, "eos_token_id": 3}])
+def test_lengths(settings: dict[str, Any]) -> None:
+    model = prepared()
+    assert torch.equal(run(model, static(), **settings), run(model, **settings))
+
+
+def test_notes_are_those_of_the_group_decoder() -> None:
+    model = prepared()
+    notes = []
+    for decoder in (static(), GroupDecoder(nullcontext)):
+        run(model, decoder)
+        notes.append((decoder.rollout.entropies, decoder.rollout.logps))
+    for ours, theirs in zip(*notes, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-4)
+
+
+def test_buffers_stay_where_they_are_and_follow_the_adapter() -> None:
+    model = prepared()
+    first = run(model, static())
+    batch_before = engine_of(model.get_base_model())._batch
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.7)
+    expected = run(model)
+    assert not torch.equal(expected, first), "the adapter should matter"
+    assert torch.equal(run(model, static()), expected)
+    assert engine_of(model.get_base_model())._batch is batch_before
+
+
+def test_without_the_adapter_it_is_the_base() -> None:
+    model = prepared()
+    run(model, static())
+    with model.disable_adapter():
+        assert torch.equal(run(model, static()), run(model))
+    assert torch.equal(run(model, static()), run(model))
+    assert is_static(model)
+
+
+def test_what_it_does_not_know_goes_to_the_group_decoder() -> None:
+    model = prepared()
+    settings = {"repetition_penalty": 1.4}
+    assert torch.equal(run(model, static(), **settings), run(model, **settings))
+    assert engine_of(model.get_base_model()).obstacle is None
+
+
+@pytest.mark.parametrize("where", ["in the self-check", "in a step"])
+def test_a_step_that_fails_is_said_once_and_the_group_decoder_takes_over(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from grpo_lite.engine import static_decode
+    from grpo_lite.engine.row_cache import RowCache
+
+    model = prepared()
+    if where == "in a step":
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no such kernel")
+
+        run(model, static())
+        monkeypatch.setattr(static_decode.Batch, "_step", fail)
+    else:
+        plain = RowCache.attend
+
+        def wrong(self: Any, layer: int, query: Any, key: Any, value: Any, scaling: Any) -> Any:
+            return 1.5 * plain(self, layer, query, key, value, scaling)
+
+        monkeypatch.setattr(RowCache, "attend", wrong)
+    expected = run(model)
+    assert torch.equal(run(model, static()), expected)
+    assert torch.equal(run(model, static()), expected)
+    assert caplog.text.count("Decoding without CUDA graphs") == 1
+    assert not is_static(model)
+
+
+def test_memory_that_runs_out_is_the_callers_to_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite.engine import static_decode
+
+    model = prepared()
+    run(model, static())
+
+    def overflow(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(static_decode.Batch, "_step", overflow)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(model, static())
+    engine = engine_of(model.get_base_model())
+    assert engine._batch is None
+    assert engine.obstacle is None
+    assert torch.equal(run(model, static(200)), run(model))
+
+
+def test_probabilities_that_are_not_numbers_end_the_rollout() -> None:
+    model = prepared()
+    run(model, static())
+    with torch.no_grad():
+        model.get_base_model().get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(RuntimeError, match="contain inf or nan"):
+        run(model, static(), do_sample=True, top_k=0)
+
+
+def test_layers_are_left_as_they_were() -> None:
+    model = prepared()
+    before = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    run(model, static())
+    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == before
+
+
+def test_layers_given_the_same_tensor_share_a_product() -> None:
+    model = prepared()
+    run(model, static())
+    engine = engine_of(model.get_base_model())
+    adapters = engine.layers()._adapters
+    products = {id(adapter.product) for adapter in adapters}
+    layers = model.config.num_hidden_layers
+    assert len(adapters) == 7 * layers
+    assert len(products) == 4 * layers  # queries, keys and values; output; gate and up; down
+
+
+def test_norms_that_multiply_differently_are_left_alone() -> None:
+    from grpo_lite.engine.decoding_layers import _can_be_fused
+
+    def norms(kind: str) -> list[nn.Module]:
+        modules = prepared(kind).modules()
+        return [m for m in modules if type(m).__name__.endswith("RMSNorm")]
+
+    for norm in norms("gemma"):
+        nn.init.normal_(norm.weight)  # type: ignore[arg-type]
+    assert all(_can_be_fused(norm, torch.float32) for norm in norms("llama"))
+    assert not any(_can_be_fused(norm, torch.float32) for norm in norms("gemma"))

@@ -1,0 +1,478 @@
+"""What a user does on a GPU, on the make-believe one: `python -m tests.fake_cuda.scenarios NAME`, a process each.
+
+A scenario fails by an assertion. Every one ends with a look at what must hold on any card: packed compute on, static
+rows on, graphs on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRPO_LITE_TRACEBACK"] = "1"
+
+from tests.fake_cuda import device  # isort: skip  before torch
+import torch
+from transformers import GenerationConfig, set_seed
+
+from grpo_lite.engine.decode import GroupDecoder
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.static_decode import StaticDecoder, engine_of
+from grpo_lite.models.load import lora_to_float32
+from tests.fake_cuda.models import base_on_cuda, policy_on_cuda
+from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
+
+LAUNCHES_PER_STEP = 1100  # of a decoding step at 28 layers; the group decoder's are 2,567
+SCENARIOS: dict[str, Callable[[], None]] = {}
+messages: list[str] = []  # lines that our trainer and our loggers show
+
+
+def scenario(run: Callable[[], None]) -> Callable[[], None]:
+    SCENARIOS[run.__name__] = run
+    return run
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        messages.append(record.getMessage())
+
+
+# Decoding
+
+
+def decode(model: Any, decoder: Any, tokens: int = 34, **settings: Any) -> list[list[int]]:
+    """Decode two groups of four behind prompts of 9 and 12 tokens."""
+    first = [[2] * 3 + list(range(5, 14))] * 4
+    ids = torch.tensor(first + [list(range(7, 19))] * 4, device="cuda")
+    mask = torch.tensor([[0] * 3 + [1] * 9] * 4 + [[1] * 12] * 4, device="cuda")
+    config = GenerationConfig(
+        **{"max_new_tokens": tokens, "do_sample": False, "eos_token_id": [319], "pad_token_id": 2, **settings}
+    )
+    device.waits.clear()
+    device.launches.clear()
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
+    return out[:, 12:].host.tolist()
+
+
+def autocast_of(dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: torch.autocast("cuda", dtype=dtype)
+
+
+def launches_of_a_step(model: Any, decoder: StaticDecoder) -> int:
+    """Launches of one step, kernel by kernel."""
+    counts: list[int] = []
+    engine = engine_of(model.get_base_model())
+    assert engine._batch is not None
+    plain = engine._batch._step
+
+    def step(*args: Any) -> None:
+        before = sum(device.launches.values())
+        plain(*args)
+        counts.append(sum(device.launches.values()) - before)
+
+    engine._batch._step = step  # type: ignore[method-assign]
+    engine._batch.graphs.is_on = False
+    decode(model, decoder)
+    assert len(set(counts)) == 1, counts
+    return counts[0]
+
+
+def check_decoding(layers: int) -> tuple[float, int]:
+    """Compare tokens with the group decoder's; return both decoders' launches a step."""
+    autocast = autocast_of(torch.float16)
+    model = policy_on_cuda("qwen2", torch.float16, num_hidden_layers=layers)
+    expected = decode(model, GroupDecoder(autocast))
+    group = sum(device.launches.values()) / 34
+    assert decode(model, StaticDecoder(autocast)) == expected
+    assert decode(model, StaticDecoder(autocast)) == expected
+    assert device.launches["graph"] == 34, device.launches["graph"]
+    looks = [n for (name, where), n in device.waits.items() if name == "tolist" and where.startswith("static_decode")]
+    assert max(looks) <= 34 / 8 + 1, device.waits  # of the loop
+    print("waits of a rollout of 34 tokens:", sum(device.waits.values()))
+    assert_all_on(model)
+    return group, launches_of_a_step(model, StaticDecoder(autocast))
+
+
+@scenario
+def decoding() -> None:
+    """Half the launches, a wait in eight tokens, the same tokens; nothing in a graph that it cannot hold."""
+    device.install((7, 5))
+    group, static = zip(*(check_decoding(layers) for layers in (2, 4)), strict=True)
+    at_28 = [two + (four - two) / 2 * 26 for two, four in (group, static)]
+    print(f"launches a step at 28 layers: {at_28[0]:.0f} group decoder, {at_28[1]:.0f} static rows")
+    assert at_28[1] <= LAUNCHES_PER_STEP
+
+
+@scenario
+def decoding_at_28_layers() -> None:
+    device.install((7, 5))
+    group, static = check_decoding(28)
+    print(f"launches a step: {group:.0f} group decoder, {static} static rows")
+    assert static <= LAUNCHES_PER_STEP
+
+
+@scenario
+def graphs_draw_what_the_steps_would() -> None:
+    """Sampling: the same tokens, probabilities and random state with graphs as kernel by kernel."""
+    model = policy_on_cuda("llama", torch.bfloat16)
+    sampling = {"do_sample": True, "top_k": 0, "temperature": 0.8, "eos_token_id": list(range(200, 260))}
+    results = []
+    for graphs in (True, False, True):
+        torch.cuda.manual_seed(5)
+        decoder = StaticDecoder(autocast_of(torch.bfloat16))
+        engine = engine_of(model.get_base_model())
+        if engine._batch is not None:
+            engine._batch.graphs.is_on = graphs
+        tokens = decode(model, decoder, **sampling)
+        results.append((tokens, decoder.rollout.logps, torch.cuda.get_rng_state().tolist()))
+        assert (device.launches["graph"] > 0) == graphs
+    assert results[0] == results[1] == results[2]
+    assert len({len(row) for row in results[0][1]}) > 1, "rows should end at different steps"
+
+
+@scenario
+def a_step_that_a_graph_cannot_hold() -> None:
+    """A host copy in the step (planted): graphs are off, one line says so, and the tokens are the same."""
+    from grpo_lite.engine.row_cache import RowCache
+
+    model = policy_on_cuda("llama", torch.float16)
+    expected = decode(model, GroupDecoder(autocast_of(torch.float16)))
+    plain = RowCache.begin_step
+
+    def begin_step(self: RowCache, rows: int, seen: int) -> None:
+        torch.tensor([0], device="cuda")
+        plain(self, rows, seen)
+
+    RowCache.begin_step = begin_step  # type: ignore[method-assign]
+    assert decode(model, StaticDecoder(autocast_of(torch.float16))) == expected
+    assert device.launches["graph"] == 0
+    assert [line for line in messages if "CUDA graphs are off" in line and "copies from the host" in line], messages
+    assert engine_of(model.get_base_model()).obstacle is None
+
+
+@scenario
+def memory_runs_out_while_a_graph_is_captured() -> None:
+    """It is the rollout's overflow, as any other: raised to the caller, and the next rollout works."""
+    model = policy_on_cuda("llama", torch.float16)
+    decoder = StaticDecoder(autocast_of(torch.float16))
+    expected = decode(model, decoder)
+    engine_of(model.get_base_model()).release()
+    plain = device.CUDAGraph.__init__
+
+    def overflow(self: device.CUDAGraph) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device.CUDAGraph.__init__ = overflow  # type: ignore[method-assign]
+    try:
+        decode(model, decoder)
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        raise AssertionError("the overflow was swallowed")
+    device.CUDAGraph.__init__ = plain  # type: ignore[method-assign]
+    assert decode(model, decoder) == expected
+
+
+# Training
+
+
+def trainer_on_cuda(
+    kind: str = "qwen2",
+    dtype: torch.dtype = torch.float16,
+    load_in: str = "4bit",
+    options: EngineOptions | None = None,
+    out: str | None = None,
+    base: Any = None,
+    **settings: Any,
+) -> Any:
+    """Return our trainer with a tiny policy on the device, as `train` builds it.
+
+    The first call installs the device; bases for further ones must have been made before.
+    """
+    from peft import LoraConfig
+
+    from grpo_lite.trainer.trainer import PackedGRPOTrainer
+
+    base = base_on_cuda(kind, dtype, load_in) if base is None else base
+    if not device.is_installed():
+        device.install((7, 5) if dtype == torch.float16 else (8, 6))
+    device.move(base)
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "fp16": dtype == torch.float16,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": False,
+        "gradient_checkpointing": True,
+        "max_steps": 2,
+        "optim": "adamw_torch_fused",
+    }
+    set_seed(0)
+    trainer = PackedGRPOTrainer(
+        model=base,
+        args=tiny_args(out or tempfile.mkdtemp(), **(defaults | settings)),
+        reward_funcs=parity_reward,
+        train_dataset=tiny_prompts(8),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        options=options or EngineOptions(tokens_per_microbatch=60),
+        show=messages.append,
+    )
+    lora_to_float32(trainer.model)
+    return trainer
+
+
+def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().host.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_trained(trainer: Any, before: dict[str, torch.Tensor]) -> None:
+    after = adapter_of(trainer)
+    assert all(p.dtype == torch.float32 for p in after.values())
+    assert all(torch.isfinite(p).all() for p in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in after), "the adapter did not move"
+    assert trainer.state.global_step == trainer.args.max_steps
+
+
+def assert_all_on(model: Any) -> None:
+    """Packed compute and static rows serve the model, with graphs."""
+    engine = engine_of(model.get_base_model())
+    assert engine.is_checked
+    assert engine.obstacle is None, engine.obstacle
+    off = [line for line in messages if "are off" in line or "without CUDA graphs" in line]
+    assert off == [], off
+
+
+def train_and_check(**settings: Any) -> Any:
+    trainer = trainer_on_cuda(**settings)
+    before = adapter_of(trainer)
+    device.launches.clear()
+    trainer.train()
+    assert trainer.support.decided
+    assert all(trainer.support.decided.values()), messages
+    assert device.launches["graph"] > 0
+    assert_all_on(trainer.model)
+    assert_trained(trainer, before)
+    return trainer
+
+
+@scenario
+def train_fp16() -> None:
+    """A T4: NF4 base, float32 adapter, GradScaler."""
+    trainer = train_and_check()
+    assert trainer.accelerator.scaler is not None
+
+
+@scenario
+def train_bf16_qwen3_with_kl() -> None:
+    train_and_check(kind="qwen3", dtype=torch.bfloat16, beta=0.04)
+
+
+@scenario
+def train_16bit_llama_two_iterations() -> None:
+    train_and_check(kind="llama", load_in="16bit", num_iterations=2)
+
+
+@scenario
+def train_with_refill_and_offload() -> None:
+    options = EngineOptions(tokens_per_microbatch=60, refill=1, offload_activations=True)
+    train_and_check(options=options)
+
+
+@scenario
+def train_plain_compute() -> None:
+    """TRL's own forward and backward, our rollouts."""
+    trainer = trainer_on_cuda(options=EngineOptions(compute="plain"))
+    before = adapter_of(trainer)
+    trainer.train()
+    assert_trained(trainer, before)
+    assert_all_on(trainer.model)
+
+
+@scenario
+def resume_is_exact() -> None:
+    """Four steps at once, and two, a scrambled CUDA generator, two more: the same adapter to the bit."""
+    bases = [base_on_cuda("qwen2", torch.float16) for _ in range(2)]
+    whole = trainer_on_cuda(max_steps=4)
+    whole.train()
+    expected = adapter_of(whole)
+    out = tempfile.mkdtemp()
+    halves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "out": out}
+    trainer_on_cuda(base=bases[0], **halves).train()
+    resumed = trainer_on_cuda(base=bases[1], **halves)
+    torch.cuda.manual_seed(77)
+    resumed.train(resume_from_checkpoint=str(Path(out) / "checkpoint-2"))
+    found = adapter_of(resumed)
+    difference = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    assert difference == 0.0, difference
+
+
+@scenario
+def memory_runs_out() -> None:
+    """In a rollout and in a backward pass: each is repeated with less; the backward pass to the same adapter."""
+    bases = [base_on_cuda("qwen2", torch.float16) for _ in range(2)]
+    whole = trainer_on_cuda()
+    whole.train()
+    expected = adapter_of(whole)
+    for phase, base in zip(("rollout", "training"), bases, strict=True):
+        messages.clear()
+        trainer = trainer_on_cuda(base=base)
+        backward = trainer.accelerator.backward
+
+        def fail_in_backward(*args: Any, plain: Any = backward, **kwargs: Any) -> Any:
+            if not any(line.startswith("out of memory") for line in messages):
+                device.failures["mm"] = 3
+            return plain(*args, **kwargs)
+
+        if phase == "rollout":
+            device.failures["exponential_"] = 1  # the second launch, while the graph is captured
+        else:
+            trainer.accelerator.backward = fail_in_backward
+        trainer.train()
+        assert device.failures == {}
+        lines = [line for line in messages if line.startswith("out of memory in")]
+        assert len(lines) == 1, messages
+        assert f"in {phase} at step 1" in lines[0]
+        found = adapter_of(trainer)
+        assert_trained(trainer, {name: torch.zeros_like(p) for name, p in found.items()})
+        if phase == "training":  # other kernels' order of summing, in float16
+            difference = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+            assert difference < 2e-3, difference
+
+
+@scenario
+def planted_faults() -> None:
+    """An index left on the CPU, and an adapter left in bfloat16, are found."""
+    from grpo_lite.engine import score
+
+    other = base_on_cuda("qwen2", torch.float16)
+    trainer = trainer_on_cuda()
+    plain = score.pack
+
+    def pack(*args: Any) -> Any:
+        batch = plain(*args)
+        from dataclasses import replace
+
+        return replace(batch, predictors=batch.predictors.cpu())
+
+    score.pack = pack
+    assert not trainer.support.is_packable(trainer.model)
+    assert [line for line in messages if "same device" in line], messages
+    score.pack = plain
+    trainer = trainer_on_cuda(base=other)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        trainer.train()
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        print("found:", type(error).__name__, error)
+    else:
+        raise AssertionError("an adapter in bfloat16 under GradScaler went unnoticed")
+
+
+# The command line
+
+
+def _load_models_there() -> None:
+    """Let `from_pretrained` build on the CPU and move, as nothing can be loaded straight onto the device."""
+    import peft.utils.save_and_load as peft_files
+    import transformers
+
+    from grpo_lite.engine.quantised import keep_weights_unpacked
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained.__func__
+    read = peft_files.safe_load_file
+
+    def from_pretrained(cls: Any, *args: Any, device_map: Any = None, **kwargs: Any) -> Any:
+        with device.off():
+            model = plain(cls, *args, device_map={"": "cpu"}, **kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        keep_weights_unpacked(loaded)
+        if device_map:
+            device.move(loaded)
+            loaded.hf_device_map = dict(device_map)
+        return model
+
+    def safe_load_file(path: Any, device: Any = "cpu") -> Any:
+        from tests.fake_cuda import device as fake
+
+        tensors = read(path, device="cpu")
+        return {key: fake.on_cuda(value) for key, value in tensors.items()} if "cuda" in str(device) else tensors
+
+    transformers.AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
+    peft_files.safe_load_file = safe_load_file
+
+
+def _commands(capability: tuple[int, int], *commands: list[str]) -> str:
+    """Run commands of the command line one after the other in this process; return what they print."""
+    import contextlib
+    import io
+
+    device.install(capability)
+    _load_models_there()
+    from grpo_lite.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        for command in commands:
+            main(command, standalone_mode=False)
+    text = printed.getvalue()
+    assert "Traceback" not in text, text
+    off = [line for line in [*messages, *text.splitlines()] if "are off" in line or "without CUDA graphs" in line]
+    assert off == [], off
+    assert device.launches["graph"] > 0
+    return text
+
+
+def _whole_smoke(capability: tuple[int, int], dtype: str) -> None:
+    run = str(Path(tempfile.mkdtemp()) / "run")
+    train = ["train", "smoke", "--run", run, "--plain"]
+    text = _commands(capability, train, ["eval", run], ["chat", run, "What is 2 + 2?"])
+    assert dtype in text, text
+    import json
+
+    record = json.loads((Path(run) / "run.json").read_text())
+    assert record["device"]["kind"] == "cuda"
+    assert (Path(run) / "merged").is_dir()
+
+
+@scenario
+def whole_smoke_fp16() -> None:
+    """`train`, `eval` and `chat` on a card like a T4."""
+    _whole_smoke((7, 5), "float16")
+
+
+@scenario
+def whole_smoke_bf16() -> None:
+    _whole_smoke((8, 6), "bfloat16")
+
+
+@scenario
+def notebook_order() -> None:
+    """`probe`, then `train`, in one process: the second has as much room as it would have had alone."""
+    run = str(Path(tempfile.mkdtemp()) / "run")
+    text = _commands((7, 5), ["probe", "smoke"], ["train", "smoke", "--run", run, "--plain"])
+    assert "memory.rollout_kv_tokens" not in text, text
+
+
+def main(name: str) -> None:
+    torch.set_num_threads(1)
+    for logger in (logging.getLogger("grpo_lite"),):
+        logger.addHandler(_Lines())
+        logger.setLevel(logging.INFO)
+    SCENARIOS[name]()
+    print("ok", name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,44 @@
+"""The CUDA path without a card: each scenario of `tests/fake_cuda` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("decoding", "graphs_draw_what_the_steps_would", "train_fp16")
+SLOW = (
+    "decoding_at_28_layers",
+    "a_step_that_a_graph_cannot_hold",
+    "memory_runs_out_while_a_graph_is_captured",
+    "train_bf16_qwen3_with_kl",
+    "train_16bit_llama_two_iterations",
+    "train_with_refill_and_offload",
+    "train_plain_compute",
+    "resume_is_exact",
+    "memory_runs_out",
+    "planted_faults",
+    "whole_smoke_fp16",
+    "whole_smoke_bf16",
+    "notebook_order",
+)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_scenario(name: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.scenarios", name]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert f"ok {name}" in result.stdout
+
+
+def test_every_scenario_is_run() -> None:
+    text = (ROOT / "tests" / "fake_cuda" / "scenarios.py").read_text(encoding="utf-8")
+    written = [part.split("(")[0] for part in text.split("@scenario\ndef ")[1:]]
+    assert sorted(written) == sorted([*QUICK, *SLOW])
