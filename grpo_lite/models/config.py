@@ -180,8 +180,8 @@ def _slides(config: dict[str, Any], qwen2: bool) -> bool:
     return bool(config.get("use_sliding_window", not qwen2))
 
 
-def model_shape(model_id: str, revision: str | None = None, offline: bool = False) -> tuple[ModelShape, str]:
-    """Return a model's shape and where it was read.
+def model_shape(model_id: str, revision: str | None = None) -> tuple[ModelShape, str]:
+    """Return the shape of a model that need not be here, for a plan, and where it was read; see `Base.shape`.
 
     Raises:
         ModelError: no config.json can be found, or it cannot be planned.
@@ -189,15 +189,15 @@ def model_shape(model_id: str, revision: str | None = None, offline: bool = Fals
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         return read_shape(_read(folder / "config.json"), f"model.id {model_id}"), "its config.json"
-    cached = None if model_id in _OWN else _cached(model_id, revision)
-    if cached:
-        return read_shape(_read(cached), f"model.id {model_id}"), "its config.json"
-    known = known_config(model_id)
-    if known:
-        return read_shape(known, f"model.id {model_id}"), "the built-in table"
-    if not offline and model_id.count("/") == 1:
-        fetched = _fetched(model_id, revision)
-        return read_shape(_read(fetched), f"model.id {model_id}"), "its config.json on the Hub"
+    cached_file = None if model_id in _OWN else _cached(model_id, revision)
+    if cached_file:
+        return read_shape(_read(cached_file), f"model.id {model_id}"), "its config.json"
+    config = known_config(model_id)
+    if config:
+        return read_shape(config, f"model.id {model_id}"), "the built-in table"
+    if model_id.count("/") == 1:
+        hub_file = _fetched(model_id, revision)
+        return read_shape(_read(hub_file), f"model.id {model_id}"), "its config.json on the Hub"
     raise ModelError(
         f"model.id: {model_id} has no config.json here and is not in the built-in table "
         f"({', '.join(sorted(KNOWN))}). Connect once, or give a local folder."

@@ -131,8 +131,8 @@ def keep_sums(run: RunDir, recipe: Recipe, goes_on: bool, show: Show) -> None:
         goes_on: the session resumes the run, so the files should be those recorded.
     """
     changed = tell_changes(run, recipe, show) if goes_on else []
-    told = {"changed_files": [*run.read_run().get("changed_files", []), *changed]} if changed else {}
-    run.update_run(files=file_sums(recipe), **told)
+    changes = {"changed_files": [*run.read_run().get("changed_files", []), *changed]} if changed else {}
+    run.update_run(files=file_sums(recipe), **changes)
 
 
 def tell_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
