@@ -28,8 +28,8 @@ def evaluation_items(job: Job) -> list[tuple[str, int]]:
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
     reading = rows * job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
     attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
-    prompts, held = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, longest))
-    return wave_items(rows, (prompts, reading), (held, max(attention, rows * shape.vocab * 20) + dequantised))
+    prompt_kv, row_kv = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, longest))
+    return wave_items(rows, (prompt_kv, reading), (row_kv, max(attention, rows * shape.vocab * 20) + dequantised))
 
 
 def most_rows(rows: int, fits: Callable[[int], bool]) -> int:

@@ -117,8 +117,8 @@ class PhaseBytes:
 def trained_parameters(job: Job) -> int:
     """Return how many LoRA weights are trained."""
     shapes = job.shape.linear_shapes
-    chosen = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
-    return job.shape.layers * job.rank * sum(a + b for a, b in chosen)
+    targets = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
+    return job.shape.layers * job.rank * sum(a + b for a, b in targets)
 
 
 def weight_bytes(job: Job) -> int:
@@ -152,15 +152,15 @@ def training_phase(job: Job) -> PhaseBytes:
     """
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     saved, backward = _block(job)
-    kept = shape.layers * tokens * shape.hidden * width
+    block_inputs = shape.layers * tokens * shape.hidden * width
     rotary = 2 * tokens * shape.head_dim * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
     items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
     if job.is_shared:
         items.append(("adapter in the compute dtype, for decoding", width * trained_parameters(job)))
     if job.checkpointing:
-        held = 2 * tokens * shape.hidden * width if job.offload else kept
-        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), held + rotary))
+        on_card = 2 * tokens * shape.hidden * width if job.offload else block_inputs
+        items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), on_card + rotary))
         block = saved + backward + copies // shape.layers
     else:
         items.append(("activations of all layers", shape.layers * saved + rotary + copies))
@@ -189,8 +189,8 @@ def rollout_phase(job: Job) -> PhaseBytes:
     attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
     decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.hidden * shape.intermediate
     reading = rows * job.prompt * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block under autocast
-    prompts, held = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, job.longest))
-    items += wave_items(rows, (prompts, reading), (held, decoding))
+    prompt_kv, row_kv = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, job.longest))
+    items += wave_items(rows, (prompt_kv, reading), (row_kv, decoding))
     items.append(("kernels' workspace", WORKSPACE_BYTES))
     return PhaseBytes(tuple(items))
 
@@ -206,13 +206,13 @@ def static_items(
     shape, width = job.shape, job.dtype_bytes
     length = row_length(job.prompt + completion)
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
-    held = shape.layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
-    read = prompts * job.prompt
+    row_kv = shape.layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
+    prompt_tokens = prompts * job.prompt
     # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
-    reading = read * width * (3 * shape.intermediate + 5 * shape.hidden)
+    reading = prompt_tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
     logits = rows * shape.vocab * bytes_per_logit
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
-    items = [(f"keys and values, {rows} completions at once", held + rows * length * width)]
+    items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
     if reading > logits + weight:
         return [*items, ("logits", 4 * rows * shape.vocab), ("reading the prompts", reading)]
     return [*items, ("decoding buffers", logits + weight)]

@@ -31,7 +31,7 @@ class View(TrainerCallback):
         self.show = show
         self.board = Board(recipe)
         self.latest: Latest = list
-        self._begun = 0.0
+        self._start_s = 0.0
 
     def __enter__(self) -> View:
         return self
@@ -46,13 +46,13 @@ class View(TrainerCallback):
         self.board.findings = [*others, finding][-3:]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun = now_s()
+        self._start_s = now_s()
         self.board = replace(self.board, total=state.max_steps, begun_at=state.global_step, steps=[])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "reward" in logs:
             self.board.steps.append({"step": state.global_step, **logs})
-            self.board.seconds = now_s() - self._begun
+            self.board.seconds = now_s() - self._start_s
             self.board.rows = self.latest()
             self.draw()
 

@@ -140,8 +140,8 @@ def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> 
         return {}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     tags = section.kwargs.get("tags", parameters["tags"].default if "tags" in parameters else ())
-    opened = ends_with_tag(lead_in, tags[0]) if tags else prompt_prefills_think(lead_in)
-    return {"prefilled": True} if opened and (open_ended or "prefilled" in parameters) else {}
+    is_open = ends_with_tag(lead_in, tags[0]) if tags else prompt_prefills_think(lead_in)
+    return {"prefilled": True} if is_open and (open_ended or "prefilled" in parameters) else {}
 
 
 def import_function(reference: str, where: str) -> Callable[..., Any]:
