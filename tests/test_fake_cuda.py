@@ -16,6 +16,7 @@ SLOW = (
     "decoding_at_28_layers",
     "a_step_that_a_graph_cannot_hold",
     "memory_runs_out_while_a_graph_is_captured",
+    "one_attention_call_a_layer",
     "train_bf16_qwen3_with_kl",
     "train_16bit_llama_two_iterations",
     "train_with_refill_and_offload",

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grpo_lite.engine import varlen
+
 IMPLEMENTATION = "grpo_lite"
 
 # Up to this many tokens per group (prompt and all its completions) one masked call over whole groups is cheaper than
@@ -44,6 +46,7 @@ class PackedLayout:
         self.short = self.dense or sum(completion_lengths) < SHORT_COMPLETION * len(completion_lengths)
         self.lengths = [length for prompt, completions in segments for length in (prompt, *completions)]
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._index: varlen.VarlenIndex | None = None
         if self.dense:
             self._index_dense(group_lengths)
 
@@ -71,6 +74,13 @@ class PackedLayout:
         self.mask = mask.unsqueeze(1)  # (groups, 1, L, L)
         self.gather = torch.tensor(gather).to(self.device)
         self.scatter = torch.tensor(scatter).to(self.device)
+
+    @property
+    def index(self) -> varlen.VarlenIndex:
+        """The layout as a varlen kernel takes it; built at first use."""
+        if self._index is None:
+            self._index = varlen.VarlenIndex(self.segments, self.device)
+        return self._index
 
     def causal_mask(self, queries: int, prompt: int, dtype: torch.dtype) -> Tensor:
         """Return the additive mask `(queries, prompt + queries)` of a completion behind its prompt."""
@@ -113,8 +123,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in bf16 as in fp32 on short blocks, and in fp16
         # on all.
         query, key, value = query.float(), key.float(), value.float()
-    attend = _dense if layout.dense else _segmented
-    return attend(query, key, value, layout, scaling).to(dtype)
+    if layout.dense:
+        return _dense(query, key, value, layout, scaling).to(dtype)
+    kernel = varlen.choose_kernel(query, key, scaling)
+    if kernel is not None:
+        return varlen.attend(query, key, value, layout.index, scaling, kernel)
+    return _segmented(query, key, value, layout, scaling).to(dtype)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:

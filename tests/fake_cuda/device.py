@@ -53,6 +53,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention  # noqa: 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
+from tests.fake_cuda.kernels import KERNELS  # noqa: E402
+
 MIXES = {"copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_", "set_"}  # take operands of both devices
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "equal", "repeat_interleave"}
 NO_KERNEL = {
@@ -262,6 +264,10 @@ def _execute(func: Any, args: Any, kwargs: Any, random_state: Tensor) -> tuple[A
     named = {key: tree_map(_host, value) for key, value in kwargs.items()}
     if func is torch.ops.aten.addmm.dtype_out:  # exists on CUDA alone
         func, named, given = torch.ops.aten.addmm.out, {"out": named["out"]}, [x.float() for x in given[:3]]
+    if func._schema.name in KERNELS:
+        if "varlen" in func._schema.name and torch.cuda.get_device_capability() < (8, 0):
+            raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+        return KERNELS[func._schema.name](*given, **named), random_state
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return func(*given, **named), random_state
     before = torch.get_rng_state()

@@ -21,6 +21,7 @@ from tests.fake_cuda import device  # isort: skip  before torch
 import torch
 from transformers import GenerationConfig, set_seed
 
+from grpo_lite.engine import attention
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.static_decode import StaticDecoder, engine_of
@@ -180,6 +181,41 @@ def memory_runs_out_while_a_graph_is_captured() -> None:
     assert decode(model, decoder) == expected
 
 
+@scenario
+def one_attention_call_a_layer() -> None:
+    """Packed attention by a varlen kernel: output, gradients, and how many kernels forward and backward take."""
+    from grpo_lite.engine import varlen
+    from grpo_lite.engine.attention import PackedLayout, packed_attention
+
+    segments = [(150, (40, 64, 30, 50)), (90, (64, 20, 64, 33))]
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in segments)
+    for dtype, expected in ((torch.float16, varlen.efficient), (torch.bfloat16, varlen.flash)):
+        device.install((7, 5) if dtype == torch.float16 else (8, 6))
+        varlen._tried.cache_clear()
+        torch.manual_seed(0)
+        drawn = [torch.randn(1, heads, tokens, 16, device="cuda", dtype=dtype) for heads in (4, 2, 2)]
+        weight = torch.randn(1, tokens, 4, 16, device="cuda", dtype=dtype)
+        assert varlen.choose_kernel(*drawn[:2], None) is expected
+        results, counts = [], []
+        for kernel in (expected, None):
+            varlen.choose_kernel, plain = lambda *_, kernel=kernel: kernel, varlen.choose_kernel
+            layout = PackedLayout(segments, torch.device("cuda", 0))
+            packed_attention(*drawn, layout, None)  # builds the index
+            states = [tensor.detach().requires_grad_() for tensor in drawn]
+            device.launches.clear()
+            out = packed_attention(*states, layout, None)
+            forward = sum(device.launches.values())
+            gradients = torch.autograd.grad(out, states, weight)
+            counts.append((forward, sum(device.launches.values()) - forward))
+            results.append([out, *gradients])
+            varlen.choose_kernel = plain
+        for one, other in zip(*results, strict=True):
+            difference = float((one.float() - other.float()).abs().max() / other.float().abs().max())
+            assert difference < 0.02, difference
+        print(f"{expected.__name__}: launches forward and backward {counts[1]} one by one, {counts[0]} in one call")
+        assert sum(counts[0]) <= sum(counts[1]) / 2
+
+
 # Training
 
 
@@ -274,11 +310,13 @@ def train_fp16() -> None:
 
 @scenario
 def train_bf16_qwen3_with_kl() -> None:
+    attention.DENSE_TOKENS = 0  # groups this small would be padded
     train_and_check(kind="qwen3", dtype=torch.bfloat16, beta=0.04)
 
 
 @scenario
 def train_16bit_llama_two_iterations() -> None:
+    attention.DENSE_TOKENS = 0
     train_and_check(kind="llama", load_in="16bit", num_iterations=2)
 
 

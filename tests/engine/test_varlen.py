@@ -1,0 +1,80 @@
+"""Keys gathered behind a copy of their prompt: the attention and the gradients of a call per completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_lite.engine import varlen
+from grpo_lite.engine.attention import PackedLayout, _segmented
+from grpo_lite.engine.varlen import VarlenIndex, attend, one_by_one
+
+CPU = torch.device("cpu")
+LAYOUTS = {
+    "one group": [(7, (3, 5, 1))],
+    "groups of one size": [(7, (3, 5)), (2, (4, 4))],
+    "ragged groups": [(5, (2,)), (3, (1, 6, 2)), (4, ())],
+    "prompts alone": [(5, ()), (2, ())],
+}
+
+
+def states(segments: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+    torch.manual_seed(0)
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in segments)
+    return [torch.randn(1, heads, tokens, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_output_and_gradients_are_those_of_a_call_per_completion(
+    segments: list[tuple[int, tuple[int, ...]]], scaling: float | None
+) -> None:
+    query, key, value = states(segments)
+    ours = attend(query, key, value, VarlenIndex(segments, CPU), scaling, one_by_one)
+    theirs = _segmented(query, key, value, PackedLayout(segments, CPU), scaling)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    for one, other in zip(
+        torch.autograd.grad(ours, (query, key, value), weight),
+        torch.autograd.grad(theirs, (query, key, value), weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_of_the_gathered_keys_is_a_plain_index_select_s() -> None:
+    for segments in LAYOUTS.values():
+        index = VarlenIndex(segments, CPU)
+        tokens = states(segments)[1][0].transpose(0, 1).detach().requires_grad_()
+        gathered = index.gather(tokens)
+        plain = tokens.index_select(0, index.tokens)
+        assert torch.equal(gathered, plain)
+        weight = torch.randn_like(plain)
+        (ours,) = torch.autograd.grad(gathered, tokens, weight)
+        (theirs,) = torch.autograd.grad(plain, tokens, weight)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def top_left(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None) -> Tensor:
+        """Causal from the top left: a completion sees only the beginning of its prompt."""
+        bounds = [((a, b), (c, c + b - a)) for (a, b), (c, _) in index.bounds]
+        wrong = VarlenIndex([(1, ())], CPU)
+        wrong.bounds = bounds
+        return one_by_one(query, key, value, wrong, scaling)
+
+    def absent(*_: object) -> Tensor:
+        raise NotImplementedError("no such kernel")
+
+    varlen._tried.cache_clear()
+    monkeypatch.setattr(varlen, "flash", top_left)
+    monkeypatch.setattr(varlen, "efficient", one_by_one)
+    assert varlen._tried(CPU, torch.float32, 4, 2, 8, None) is one_by_one
+    varlen._tried.cache_clear()
+    absent.__name__ = "efficient"
+    monkeypatch.setattr(varlen, "efficient", absent)
+    assert varlen._tried(CPU, torch.float32, 4, 2, 8, None) is None
+    varlen._tried.cache_clear()
