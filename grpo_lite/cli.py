@@ -289,10 +289,11 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     from grpo_lite.evaluation.probe import probe_lines, probe_recipe
     from grpo_lite.memory.report import keep_times
     from grpo_lite.models.base import Base
+    from grpo_lite.models.driver import usable_device
     from grpo_lite.models.load import load_for_sampling, load_tokenizer
     from grpo_lite.task.prompts import load_prompts
 
-    base = Base.resolve(loaded.model)
+    base = Base.resolve(loaded.model, usable_device(loaded, click.echo))
     rows = load_prompts(loaded, load_tokenizer(base))
     model = load_for_sampling(base, loaded.rollout)
     result = probe_recipe(loaded, model, rows.tokenizer, rows, count=prompts, samples=samples)
@@ -393,6 +394,7 @@ def evaluate(run_path: str) -> None:
     from grpo_lite.report.summary import score_lines
 
     run = _trained_run(run_path)
+    _say_why_not_on_the_gpu()
     with run.locked():
         scores = evaluate_run(run, say)
         if run.merged.is_dir():
@@ -464,6 +466,7 @@ def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> N
 
     settings = Sampling(**sampling)
     run = _trained_run(run_path)
+    _say_why_not_on_the_gpu()
     interactive = prompt is None and sys.stdin.isatty()
     loaded = Chat(run, settings, compare)
     if prompt is not None:
@@ -473,6 +476,15 @@ def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> N
         say(f"{loaded.recipe.name}: {HELP}")
     lines = _typed() if interactive else sys.stdin
     talk(loaded, lines, say, interactive, _piece if interactive else None)
+
+
+def _say_why_not_on_the_gpu() -> None:
+    """Print, beside the output, why a GPU that this machine has is not used."""
+    from grpo_lite.models.device import detect_device
+    from grpo_lite.models.driver import machine_notes
+
+    for note in machine_notes(detect_device()):
+        click.echo(f"device: {note}", err=True)
 
 
 def _typed() -> Iterator[str]:

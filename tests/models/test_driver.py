@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from grpo_lite import bootstrap
+from grpo_lite import bootstrap, cli
 from grpo_lite.cli import set_environment
 from grpo_lite.errors import ModelError
 from grpo_lite.models import driver
@@ -256,6 +256,16 @@ def test_the_command_line_refuses_before_the_base_is_fetched_and_the_same_comman
     (machine / "nvidia-smi").unlink()
     text = in_process("train", "gsm8k", "--run", str(tmp_path / "run"), expect=1)
     assert "error: model.id: Qwen/Qwen2.5-1.5B-Instruct" in text  # the next thing that a run needs
+
+
+def test_the_probe_refuses_and_chat_says_why(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvidia_smi(machine, "535.183.01, Tesla T4, 7.5")
+    with_torch(monkeypatch, "2.13.0+cu130", "13.0")
+    assert "needs driver 580 or newer" in in_process("probe", "gsm8k", expect=1)
+    cli._say_why_not_on_the_gpu()
+    assert "needs driver 580 or newer" in capsys.readouterr().err
 
 
 def test_the_doctor_says_why_the_gpu_is_not_used(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
