@@ -93,15 +93,26 @@ class Chat:
     def _answer(self, question: str, history: Sequence[Turn], stream: Show | None) -> str:
         import torch
 
+        from grpo_lite.engine.generate import shared_decoder
+        from grpo_lite.engine.static_decode import StaticDecoder
+
         prompt = build_prompt(self.recipe, question, history)
         ids = torch.tensor([prompt_ids(prompt, self.tokenizer, self.recipe.template_kwargs)], device=self.model.device)
+        config = self._generation_config()
+        streamer = _streamer(self.tokenizer, stream) if stream else None
+        options: dict[str, Any] = {"streamer": streamer}
+        decoder = shared_decoder(self.model, config, ids.shape[1] + config.max_new_tokens)
+        if isinstance(decoder, StaticDecoder):  # on a GPU; it streams by itself
+            options = {"custom_generate": decoder}
+            if streamer is not None:
+                streamer.put(ids.cpu())
+                decoder.stream = lambda tokens: streamer.put(torch.tensor(tokens))
         with torch.inference_mode():
             out = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=self._generation_config(),
-                streamer=_streamer(self.tokenizer, stream) if stream else None,
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **options
             )
+        if streamer is not None and isinstance(decoder, StaticDecoder):
+            streamer.end()
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
     def _generation_config(self) -> Any:

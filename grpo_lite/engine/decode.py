@@ -64,12 +64,14 @@ class GroupDecoder:
         kv_tokens: Most tokens whose keys and values are held at once; None for no limit.
         rollout: Filled while decoding.
         temperature: At which entropies and log-probabilities are noted; None for the one sampled at.
+        stream: Called with the first row's tokens as they come.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
     kv_tokens: int | None = None
     rollout: Rollout = field(default_factory=Rollout)
     temperature: float | None = None
+    stream: Callable[[list[int]], None] | None = None
 
     def __call__(
         self,
@@ -156,6 +158,8 @@ class GroupDecoder:
         while True:
             tokens, notes = self._choose(ids, logits, processors, config, rows)
             noted.append((rows[live], notes[:, live]))
+            if self.stream is not None and bool(((rows == 0) & live).any()):
+                self.stream(tokens[rows == 0].tolist())
             ids = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
             stopped = criteria(ids, None) & live
             for index in stopped.nonzero().squeeze(1).tolist():

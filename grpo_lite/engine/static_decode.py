@@ -92,12 +92,14 @@ class StaticDecoder:
         kv_tokens: most tokens whose keys and values are held at once; None for no limit.
         rollout: filled while decoding.
         temperature: at which entropies and log-probabilities are noted; None for the one sampled at.
+        stream: called with the first row's tokens, up to `LOOK` at a time.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
     kv_tokens: int | None = None
     rollout: Rollout = field(default_factory=Rollout)
     temperature: float | None = None
+    stream: Callable[[list[int]], None] | None = None
 
     def __call__(
         self,
@@ -122,7 +124,7 @@ class StaticDecoder:
                 engine.step_aside(f"{type(error).__name__}: {error}")
             if random_state is not None:
                 torch.cuda.set_rng_state_all(random_state)
-        decoder = GroupDecoder(self.autocast, self.kv_tokens, self.rollout, self.temperature)
+        decoder = GroupDecoder(self.autocast, self.kv_tokens, self.rollout, self.temperature, self.stream)
         return decoder(*arguments, **model_kwargs)
 
     def _generate(
@@ -148,6 +150,7 @@ class StaticDecoder:
             stops=(stops,) if isinstance(stops, int) else tuple(stops or ()),
             sampling=Sampling.read(config, processors, self.temperature),
             kv_tokens=self.kv_tokens,
+            stream=self.stream,
         )
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
             results = engine.run(model, job)
@@ -216,6 +219,7 @@ class Job:
     sampling: Sampling
     kv_tokens: int | None = None
     steps: int | None = None  # stop after so many, for a rehearsal
+    stream: Callable[[list[int]], None] | None = None  # gets the tokens of row 0
 
     @property
     def length(self) -> int:
@@ -456,6 +460,8 @@ class Batch:
                 self.graphs.run((rows, seen, job.sampling.key), step)
             done, decoded = done + steps, decoded + steps * rows
             live = self.live[:rows].tolist()  # the only wait
+            if job.stream is not None:
+                self._stream_first(slots, job.stream)
             for slot in [slot for slot in slots if not live[slot]]:
                 del slots[slot]
             for state in slots.values():
@@ -464,6 +470,12 @@ class Batch:
         tokens, logps, entropies = (v[:-1].view(shape) for v in (self.tokens, self.logps, self.entropies))
         tokens, logps, entropies, lengths = (values[: job.rows] for values in (tokens, logps, entropies, self.lengths))
         return Results(tokens, logps, entropies, lengths, read, decoded)
+
+    def _stream_first(self, slots: dict[int, _Slot], stream: Callable[[list[int]], None]) -> None:
+        """Pass on what row 0 has generated since the last look."""
+        for slot in slots.values():
+            if slot.row == 0:
+                stream(self.tokens[slot.tokens : int(self.lengths[0])].tolist())
 
     def _step(self, model: PreTrainedModel, sampling: Sampling, rows: int, seen: int) -> None:
         """Choose a token for every row, note it, and compute the logits of the next; fixed addresses, no wait."""

@@ -84,6 +84,15 @@ def test_notes_are_those_of_the_group_decoder() -> None:
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("decoder", [StaticDecoder, GroupDecoder])
+def test_the_first_row_is_streamed(decoder: Any) -> None:
+    pieces: list[list[int]] = []
+    streaming = decoder(nullcontext, stream=pieces.append)
+    out = run(prepared(), streaming, eos_token_id=None)
+    assert [token for piece in pieces for token in piece] == out[0, -24:].tolist()
+    assert len(pieces) == (3 if decoder is StaticDecoder else 24)
+
+
 def test_buffers_stay_where_they_are_and_follow_the_adapter() -> None:
     model = prepared()
     first = run(model, static())
