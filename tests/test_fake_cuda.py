@@ -22,6 +22,7 @@ SLOW = (
     "train_with_refill_and_offload",
     "train_plain_compute",
     "resume_is_exact",
+    "a_training_step",
     "memory_runs_out",
     "planted_faults",
     "whole_smoke_fp16",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
 
 logger = logging.getLogger(__name__)
+CUDNN_ATTENTION_VARIABLES = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "TORCH_CUDNN_SDPA_PREFERRED")  # read by PyTorch
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -59,6 +61,7 @@ def load_model(base: Base) -> Any:
         kwargs["quantization_config"] = _quantization(section, dtype, device)
     if device.kind == "cuda":
         kwargs["device_map"] = {"": this_process().local}  # one card, also where two are visible (Kaggle T4 x 2)
+    leave_out_cudnn_attention(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
@@ -67,6 +70,21 @@ def load_model(base: Base) -> Any:
         ) from error
     model.config.use_cache = True
     return model
+
+
+def leave_out_cudnn_attention(device: Device) -> None:
+    """Let PyTorch choose its other attention kernels on CUDA, unless the environment says which it should prefer.
+
+    PyTorch 2.11 and later prefer cuDNN's on Hopper and Blackwell. It builds a plan (23-37 ms) for each new pair of
+    query and key lengths, and nearly every micro-batch of completions has new lengths.
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `check_prefer_cudnn_attention`.
+    """
+    import torch
+
+    if device.kind == "cuda" and not any(name in os.environ for name in CUDNN_ATTENTION_VARIABLES):
+        switch = getattr(torch.backends.cuda, "enable_cudnn_sdp", None)
+        if switch is not None:
+            switch(False)
 
 
 def _quantization(section: ModelSection, dtype: Any, device: Device) -> Any:
@@ -159,6 +177,7 @@ def load_merged(folder: Path, device: Device) -> Any:
     saved = Base(ModelSection(id=str(folder)), device, folder)  # type: ignore[call-arg]
     dtype = "auto" if device.bfloat16 else getattr(torch, saved.dtype)
     place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
+    leave_out_cudnn_attention(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
     keep_odd_widths_unpacked(model)
     if attention.obstacle(model) is None:

@@ -7,8 +7,9 @@ too many in a row end the run. A plain object that our trainer and the backend u
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Faults:
         trained = [parameter for parameter in trainer.model.parameters() if parameter.grad is not None]
         if not trained:
             return
-        if are_finite(parameter.grad for parameter in trained) and finite_loss:
+        if are_finite([parameter.grad for parameter in trained]) and finite_loss:
             self.in_a_row[STEPS] = 0
             return
         if finite_loss and scaler is not None and scaler.get_scale() > 1.0:
@@ -111,9 +112,13 @@ class _BeforeOptimizerStep(TrainerCallback):
         self.faults.drop_step_unless_finite()
 
 
-def are_finite(gradients: Iterable[Tensor]) -> bool:
-    """Return whether no gradient, of one or more, holds NaN or infinity; one transfer from the device."""
-    return bool(torch.isfinite(torch.stack([g.detach().abs().max().float() for g in gradients])).all())
+def are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether no gradient, of one or more on one device, holds NaN or infinity; one wait for the device.
+
+    The largest magnitude is a norm that cannot overflow, and CUDA computes it for many tensors in one launch.
+    """
+    largest = torch._foreach_norm([gradient.detach() for gradient in gradients], ord=torch.inf)
+    return math.isfinite(torch.stack([norm.float() for norm in largest]).max().item())  # NaN is the largest of all
 
 
 def require_finite_adapter(trainer: Any) -> None:

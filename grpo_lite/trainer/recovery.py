@@ -58,6 +58,7 @@ class Recovery:
         self.recover = recover
         self._rehearsal = rehearsal
         self._prepared: tuple[int, dict[str, Any], _Undo] | None = None  # micro-step, its inputs, how to repeat it
+        self._copies = GradientCopies()
 
     # What may run out of memory
 
@@ -94,7 +95,7 @@ class Recovery:
         if self._prepared is None or self._prepared[0] != self.trainer._step:
             self._prepared = None
             inputs = prepare()
-            self._prepared = (self.trainer._step, inputs, _Undo(self.trainer))
+            self._prepared = (self.trainer._step, inputs, _Undo(self.trainer, self._copies))
         return dict(self._prepared[1])
 
     def training(self, step: Callable[[], Tensor]) -> Tensor:
@@ -114,7 +115,7 @@ class Recovery:
         Rollouts by `generate` or vLLM are not rehearsed: theirs cannot be cut short at full length.
         """
         trainer = self.trainer
-        undo = _Undo(trainer)
+        undo = _Undo(trainer, self._copies)
         round_ids = longest_round(trainer, prompt)
         if trainer.support.can_share_rollout(round_ids[:1]):
             _until_it_fits(
@@ -247,21 +248,52 @@ def rehearse_training(trainer: Any, inputs: dict[str, Tensor]) -> None:
             parameter.grad = None
 
 
+class GradientCopies:
+    """Copies of the gradients in main memory: undoing a failed attempt must not run out of memory itself.
+
+    They lie in one buffer, allocated at first use: pinned on CUDA, so that the host waits for no copy. One set of
+    copies exists at a time.
+    """
+
+    ALIGNMENT = 16  # bytes, at least as large as any element
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Return a copy of each gradient; valid until the next call, and on CUDA only for the current stream."""
+        sizes = [0 if gradient is None else self._room(gradient) for gradient in gradients]
+        if sum(sizes) > self._buffer.numel():
+            is_cuda = any(gradient is not None and gradient.device.type == "cuda" for gradient in gradients)
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+            self._buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_cuda)
+        copies: list[Tensor | None] = []
+        for gradient, room in zip(gradients, self._buffer[: sum(sizes)].split(sizes), strict=True):
+            if gradient is None:
+                copies.append(None)
+                continue
+            copy = room[: gradient.nbytes].view(gradient.dtype).view(gradient.shape)
+            copies.append(copy.copy_(gradient.detach(), non_blocking=True))
+        return copies
+
+    def _room(self, gradient: Tensor) -> int:
+        return -(-gradient.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+
+
 class _Undo:
     """What an attempt at a micro-step's loss and gradient changes, as it was before; the rollout is behind it."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, copies: GradientCopies) -> None:
         self.random_state = _random_state()
-        # In main memory: a failed attempt must not fail again while it is undone. None at a step's first micro-step.
-        self.gradients = [
-            None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True)
-            for parameter in _trainable(trainer)
-        ]
+        # None at a step's first micro-step.
+        self.gradients = copies.take([parameter.grad for parameter in _trainable(trainer)])
         self.metrics = {mode: {k: list(v) for k, v in by_name.items()} for mode, by_name in trainer._metrics.items()}
         self.entropy = trainer.entropy_coef, trainer._last_world_entropy, trainer._entropy_window_stats
 
     def restore(self, trainer: Any) -> None:
         """Undo a failed attempt."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies may still be on their way
         for parameter, gradient in zip(_trainable(trainer), self.gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         for mode, by_name in self.metrics.items():

@@ -73,6 +73,7 @@ waits: collections.Counter[tuple[str, str]] = collections.Counter()  # (operator
 launches: collections.Counter[str] = collections.Counter()
 failures: dict[str, int] = {}  # operator -> after how many of its launches memory runs out, once
 
+_on_the_way: list[tuple[Tensor, Tensor]] = []  # copies to the host that nobody waited for
 _random_state = torch.Generator().manual_seed(0).get_state()
 _recording: CUDAGraph | None = None
 _inside_fused = False
@@ -207,7 +208,15 @@ def _one_kernel(name: str | None) -> Iterator[None]:
         _inside_fused = False
 
 
+def arrive() -> None:
+    """Let what was copied to the host without waiting be there."""
+    for tensor, numbers in _on_the_way:
+        tensor.copy_(numbers)
+    _on_the_way.clear()
+
+
 def _wait(name: str) -> None:
+    arrive()
     if _recording is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits for the device")
     ours = [frame for frame in traceback.extract_stack() if "/grpo_lite/" in frame.filename]
@@ -233,6 +242,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     unsized = name != "repeat_interleave" or kwargs.get("output_size") is None
     if ours and ((name in WAITS and unsized) or leaves or by_mask):
         _wait(name)
+    to_host = name == "copy_" and bool(ours) and not isinstance(args[0], OnCuda)
+    waits_not = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+    if to_host and not waits_not:
+        _wait("copy_ to the host")
+    elif strays:  # which may be such a copy, and the stream keeps the order
+        arrive()
     if strays and _recording is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {name} copies from the host")
     is_kernel = not _is_view(func) and name not in NO_KERNEL
@@ -247,6 +262,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if _recording is not None and is_kernel:
         undo.extend((tensor.host, tensor.host.clone()) for tensor in written.values() if isinstance(tensor, OnCuda))
     out, _random_state = _execute(func, args, kwargs, _random_state)
+    if to_host and waits_not:
+        _on_the_way.append((args[0], args[0].clone()))
+        args[0].fill_(float("nan") if args[0].dtype.is_floating_point else 0)
     returns = func._schema.returns
     if written and all(r.alias_info and r.alias_info.is_write for r in returns):
         same = [written[frozenset(r.alias_info.before_set)] for r in returns]
@@ -341,13 +359,14 @@ def install(capability: tuple[int, int] = (7, 5), memory: int = int(14.56 * 2**3
     )
     stream = types.SimpleNamespace(wait_stream=nothing, synchronize=nothing)
     stand_ins: dict[str, Any] = dict.fromkeys(
-        ("_lazy_init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), nothing
+        ("_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), nothing
     )
     stand_ins |= dict.fromkeys(
         ("current_device", "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"),
         lambda *_, **__: 0,
     )
     stand_ins |= {
+        "synchronize": lambda *_: arrive(),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,

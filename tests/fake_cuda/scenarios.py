@@ -6,11 +6,13 @@ rows on, graphs on.
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.static_decode import StaticDecoder, engine_of
 from grpo_lite.models.load import lora_to_float32
+from grpo_lite.trainer import recovery
 from tests.fake_cuda.models import base_on_cuda, policy_on_cuda
 from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
@@ -354,6 +357,58 @@ def resume_is_exact() -> None:
     assert difference == 0.0, difference
 
 
+def counted(counts: collections.Counter[str], name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run`, which also adds its launches and waits to the counts."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before = sum(device.launches.values()), sum(device.waits.values())
+        out = run(*args, **kwargs)
+        counts[f"{name}: launches"] += sum(device.launches.values()) - before[0]
+        counts[f"{name}: waits"] += sum(device.waits.values()) - before[1]
+        return out
+
+    return wrapper
+
+
+def counts_of_a_micro_step(layers: int, tokens_per_microbatch: int) -> collections.Counter[str]:
+    """Train one step of two micro-steps; return the counts of the second, which has gradients and no rollout."""
+    with device.off() if device.is_installed() else nullcontext():
+        base = base_on_cuda("qwen2", torch.float16, num_hidden_layers=layers)
+    options = EngineOptions(tokens_per_microbatch=tokens_per_microbatch)
+    trainer = trainer_on_cuda(base=base, options=options, max_steps=1, max_completion_length=8)
+    trainer.generation_config.eos_token_id = 10_000  # all rows have the same length, and an advantage
+    trainer.reward_funcs = [lambda completion_ids, **_: [float(row % 2) for row in range(len(completion_ids))]]
+    seen = [collections.Counter[str](), collections.Counter[str]()]
+    plain, undo, faults = trainer.training_step, recovery._Undo.__init__, trainer.faults
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        counts = seen.pop(0)
+        trainer.counts = counts
+        recovery._Undo.__init__ = counted(counts, "undo", undo)  # type: ignore[method-assign]
+        return counted(counts, "micro-step", plain)(*args, **kwargs)
+
+    trainer.training_step = training_step
+    check = faults.drop_step_unless_finite
+    faults.drop_step_unless_finite = lambda: counted(trainer.counts, "finite", check)()
+    trainer.train()
+    recovery._Undo.__init__ = undo  # type: ignore[method-assign]
+    counts: collections.Counter[str] = trainer.counts
+    return counts
+
+
+@scenario
+def a_training_step() -> None:
+    """Launches and waits of a micro-step: nothing waits for each parameter."""
+    for tokens in (10_000, 26):
+        two, four = (counts_of_a_micro_step(layers, tokens) for layers in (2, 4))
+        at_28 = {name: two[name] + (four[name] - two[name]) // 2 * 26 for name in sorted(four)}
+        print(f"at 28 layers, micro-batches of {tokens} tokens: {at_28}")
+        assert two["undo: waits"] == four["undo: waits"] == 0
+        assert two["finite: waits"] == four["finite: waits"] <= 2  # of the loss, and of all gradients
+        assert two["finite: launches"] == four["finite: launches"]
+        assert two["micro-step: waits"] == four["micro-step: waits"]
+
+
 @scenario
 def memory_runs_out() -> None:
     """In a rollout and in a backward pass: each is repeated with less; the backward pass to the same adapter."""
@@ -366,8 +421,10 @@ def memory_runs_out() -> None:
         trainer = trainer_on_cuda(base=base)
         backward = trainer.accelerator.backward
 
-        def fail_in_backward(*args: Any, plain: Any = backward, **kwargs: Any) -> Any:
-            if not any(line.startswith("out of memory") for line in messages):
+        def fail_in_backward(*args: Any, plain: Any = backward, trainer: Any = trainer, **kwargs: Any) -> Any:
+            copies = trainer.recovery._prepared[2].gradients
+            is_second = any(copy is not None for copy in copies)  # micro-step, with gradients to restore
+            if is_second and not any(line.startswith("out of memory") for line in messages):
                 device.failures["mm"] = 3
             return plain(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.errors import TrainingError
-from grpo_lite.trainer.finite import Faults
+from grpo_lite.trainer.finite import Faults, are_finite
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import parity_reward, tiny_args, tiny_model, train_fixed
 
@@ -145,6 +145,22 @@ def test_faults_need_no_trainer_of_ours() -> None:
     assert torch.isnan(rewards.squeeze(1)).tolist() == [False, False, True, True]
     assert faults.counts == {"groups_with_overflowing_rewards": 1}
     assert metrics["train"]["faults/groups_with_overflowing_rewards"] == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_in_one_tiny_gradient_among_many_is_noticed(value: float, dtype: torch.dtype) -> None:
+    gradients = [torch.randn(16, 64).to(dtype) for _ in range(300)] + [torch.zeros(1, dtype=dtype)]
+    assert are_finite(gradients)
+    gradients[-1][0] = value
+    assert not are_finite(gradients)
+    gradients[-1][0] = 0.0
+    gradients[200][3, 5] = value
+    assert not are_finite(gradients)
+
+
+def test_large_gradients_are_finite_though_their_squares_are_not() -> None:
+    assert are_finite([torch.full((4, 4), 3e38), torch.full((4,), -6e4, dtype=torch.float16)])
 
 
 def test_an_adapter_with_nan_is_never_saved(tmp_path: Path) -> None:

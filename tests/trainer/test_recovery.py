@@ -16,6 +16,7 @@ from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.runs.checkpoints import read_facts
+from grpo_lite.trainer.recovery import GradientCopies
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.overflows import OTHERS, OVERFLOWS
 from tests.tiny import (
@@ -114,6 +115,36 @@ def test_a_backward_that_overflows_halfway_leaves_nothing_behind(at: int, tmp_pa
     assert calls[0] > at
     assert trainer.state.global_step == 1
     assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_are_restored_to_the_bit(dtype: torch.dtype) -> None:
+    gradients = [torch.randn(3, 5).to(dtype), None, torch.randn(7).to(torch.float32), torch.randn(5, 3).to(dtype).t()]
+    gradients[0][0, :3] = torch.tensor([torch.nan, -0.0, torch.inf])
+    originals = [None if gradient is None else gradient.clone() for gradient in gradients]
+    copies = GradientCopies().take(gradients)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    for copy, original in zip(copies, originals, strict=True):
+        if copy is None or original is None:
+            assert copy is original is None
+        else:
+            assert copy.dtype == original.dtype
+            torch.testing.assert_close(copy, original, rtol=0.0, atol=0.0, equal_nan=True)
+            assert torch.equal(copy.signbit(), original.signbit())
+
+
+def test_the_copies_of_gradients_lie_in_one_buffer_that_is_used_again() -> None:
+    copies = GradientCopies()
+    gradients: list[torch.Tensor | None] = [torch.randn(3, 5), torch.randn(7)]
+    assert copies.take([None, None]) == [None, None]
+    first = [copy.data_ptr() for copy in copies.take(gradients) if copy is not None]
+    assert [copy.data_ptr() for copy in copies.take(gradients) if copy is not None] == first
+    assert first[1] - first[0] == 64  # 15 numbers of 4 bytes, up to the next multiple of 16
+    one, larger = copies.take([gradients[0], torch.arange(30.0)])
+    assert torch.equal(one, gradients[0])
+    assert torch.equal(larger, torch.arange(30.0))
 
 
 def test_the_smaller_budget_goes_into_the_checkpoint_and_is_taken_from_there(
