@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def shorten_lora(model: nn.Module) -> int:
-    """Let the model's LoRA layers on linear layers take the short way; return how many do."""
+    """Replace the forward of the LoRA layers on linear layers by the short one; return how many there are."""
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError:
@@ -39,8 +39,19 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return result
     result = layer.base_layer(x)
     low = nn.functional.linear(x, down)
-    updated = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[name])
+    transposed = up.t() if torch.is_grad_enabled() or x.device.type == "cpu" else _cast_once(up)
+    updated = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), transposed, alpha=layer.scaling[name])
     return updated.to(result.dtype).view(result.shape)
+
+
+def _cast_once(weight: Tensor) -> Tensor:
+    """Return the transpose of a weight, under autocast in its dtype; each CUDA autocast context casts it once.
+
+    Autocast keeps its casts of weights, but not of views such as `weight.t()`. On CUDA it casts the operands of einsum
+    (PyTorch 2.13; not on a CPU), and this einsum launches nothing. In training it would only cost time: there an
+    autocast context uses each weight once, because checkpointing recomputes each layer in a context of its own.
+    """
+    return torch.einsum("or->ro", weight)
 
 
 def is_vanilla(layer: Any) -> bool:

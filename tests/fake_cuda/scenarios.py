@@ -32,7 +32,9 @@ from grpo_lite.trainer import recovery
 from tests.fake_cuda.models import base_on_cuda, policy_on_cuda
 from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
 
-LAUNCHES_PER_STEP = 1100  # of a decoding step at 28 layers; the group decoder's are 2,567
+LAUNCHES_PER_STEP = 1100  # of a decoding step at 28 layers
+GROUP_LAUNCHES_PER_STEP = 2400  # of the group decoder; 2,568 if LoRA's B were cast for each token
+MICRO_STEP_LAUNCHES = {10_000: 10_300, 26: 20_300}  # by tokens_per_microbatch: one micro-batch, two
 SCENARIOS: dict[str, Callable[[], None]] = {}
 messages: list[str] = []  # lines that our trainer and our loggers show
 
@@ -111,6 +113,7 @@ def decoding() -> None:
     group, static = zip(*(check_decoding(layers) for layers in (2, 4)), strict=True)
     at_28 = [two + (four - two) / 2 * 26 for two, four in (group, static)]
     print(f"launches a step at 28 layers: {at_28[0]:.0f} group decoder, {at_28[1]:.0f} static rows")
+    assert at_28[0] <= GROUP_LAUNCHES_PER_STEP
     assert at_28[1] <= LAUNCHES_PER_STEP
 
 
@@ -399,7 +402,7 @@ def counts_of_a_micro_step(layers: int, tokens_per_microbatch: int) -> collectio
 @scenario
 def a_training_step() -> None:
     """Launches and waits of a micro-step: nothing waits for each parameter."""
-    for tokens in (10_000, 26):
+    for tokens in MICRO_STEP_LAUNCHES:
         two, four = (counts_of_a_micro_step(layers, tokens) for layers in (2, 4))
         at_28 = {name: two[name] + (four[name] - two[name]) // 2 * 26 for name in sorted(four)}
         print(f"at 28 layers, micro-batches of {tokens} tokens: {at_28}")
@@ -407,6 +410,7 @@ def a_training_step() -> None:
         assert two["finite: waits"] == four["finite: waits"] <= 2  # of the loss, and of all gradients
         assert two["finite: launches"] == four["finite: launches"]
         assert two["micro-step: waits"] == four["micro-step: waits"]
+        assert at_28["micro-step: launches"] <= MICRO_STEP_LAUNCHES[tokens]
 
 
 @scenario
