@@ -2,11 +2,11 @@
 
     python bench/compare_trl.py --model DIR [--shapes quickstart gsm8k long] [--repeats 3] [--curves] [--json FILE]
 
-Both train the same 4-bit model with the same LoRA, settings and completions, in turns. Completion lengths are drawn
-once per shape and forced on both samplers. The samples are thrown away, and both train on the same invented
-completions, so that the two training phases do the same work and their gradient norms can be compared. No group has
-equal rewards, so the saving from skipped zero-advantage rows comes on top. On CPU the memory is the process's peak
-resident set per phase.
+Both train the same 4-bit model with the same LoRA, settings and completions, in turns. Lengths are drawn afresh for
+each turn, as in training, so that what a kernel costs at a length it has not seen is part of the time; they are forced
+on both samplers. The samples are thrown away, and both train on the same invented completions, so that the two training
+phases do the same work and their gradient norms can be compared. No group has equal rewards, so the saving from skipped
+zero-advantage rows comes on top. On CPU the memory is the process's peak resident set per phase.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Shape:
     longest: int
     rows_per_micro_step: int
 
-    def lengths(self, seed: int = 0) -> tuple[list[int], list[int]]:
+    def lengths(self, seed: int) -> tuple[list[int], list[int]]:
         """Return prompt lengths and completion lengths, the latter group by group."""
         rng = random.Random(seed)
         spread = self.prompt_tokens // 10
@@ -145,10 +145,12 @@ def load(path: str) -> Any:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
-def one_step(engine: str, model: Any, tokenizer: Any, shape: Shape, options: EngineOptions) -> dict[str, Any]:
-    """Train one step with one engine and return what it cost."""
-    rng = random.Random(1)
-    prompt_lengths, lengths = shape.lengths()
+def one_step(
+    engine: str, model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, seed: int
+) -> dict[str, Any]:
+    """Train one step with one engine on lengths drawn from a seed, and return what it cost."""
+    rng = random.Random(seed + 1)
+    prompt_lengths, lengths = shape.lengths(seed)
     vocabulary = model.config.vocab_size
     prompts = [[rng.randrange(3, vocabulary // 2) for _ in range(size)] for size in prompt_lengths]
     made = [[rng.randrange(3, vocabulary // 2) for _ in range(size - 1)] + [tokenizer.eos_token_id] for size in lengths]
@@ -243,7 +245,7 @@ def compare(model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, re
     for turn in range(repeats + 1):  # the first turn warms up kernels and is not counted
         for engine in runs:
             release_memory()
-            result = one_step(engine, model, tokenizer, shape, options)
+            result = one_step(engine, model, tokenizer, shape, options, seed=turn)
             if turn > 0 or repeats == 0:
                 runs[engine].append(result)
     medians = {

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
+from bench.random_model import random_model  # noqa: E402
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory  # noqa: E402
 from grpo_lite.memory.evaluation import evaluation_phase  # noqa: E402
 from grpo_lite.memory.phases import (  # noqa: E402
@@ -104,9 +104,12 @@ def total(traced: Any) -> int:
 
 
 def measured(
-    models: list[str], device: str, lengths: Sequence[tuple[int, ...]], path: Path | None = None
+    models: list[str], device: str, lengths: Sequence[tuple[int, ...]], write: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """Compare with the CUDA allocator's peak in a rehearsal of the real trainer; on a CPU only check that it runs."""
+    """Compare with the CUDA allocator's peak in a rehearsal of the real trainer; on a CPU only check that it runs.
+
+    `write` gets the records after each row.
+    """
     records: list[dict[str, Any]] = []
     for name in models:
         for load_in in ("4bit", "16bit"):
@@ -126,8 +129,7 @@ def measured(
                     records.append(row("rollout", planned, rollout_phase(planned).total - without, rollout))
                     records.append(row("training", planned, training_phase(planned).total, training) | seconds)
                 print(json.dumps(records[-1]), flush=True)
-                if path:
-                    path.write_text(json.dumps(records, indent=1) + "\n")
+                write(records)
     return records
 
 
@@ -207,35 +209,6 @@ def settle(device: str) -> int:
     return peak
 
 
-def random_model(config: dict[str, Any], load_in: str, device: str) -> nn.Module:
-    """Return a model of random bfloat16 weights on the device, its linear layers in NF4 where asked for."""
-    import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    sizes = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if load_in == "4bit":
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name != "lm_head":
-                with torch.device("meta"):  # no weights of its own, which would be drawn on the CPU
-                    layer = bnb.nn.Linear4bit(
-                        module.in_features, module.out_features, module.bias is not None,
-                        compute_dtype=torch.bfloat16, quant_type="nf4",
-                    )  # fmt: skip
-                layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-                layer.bias, module.weight = module.bias, None
-                parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], layer.to(device))
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        model.hf_quantizer = AutoHfQuantizer.from_config(settings)  # transformers asks it whether it can be trained
-        model.is_loaded_in_4bit = model.is_quantized = True
-        model.quantization_method = settings.quant_method
-    return model
-
-
 def row(phase: str, planned: Job, plan: int, found: int) -> dict[str, Any]:
     """Return one comparison."""
     name = next(name for name, config in SHAPES.items() if read_shape(config, name) == planned.shape)
@@ -277,8 +250,13 @@ def main() -> None:
     if arguments.measure and arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--measure needs a CUDA device (--device cpu tries that it runs, and measures nothing)")
     lengths = [tuple(map(int, text.split(","))) for text in arguments.lengths] or LENGTHS
+
+    def write(records: list[dict[str, Any]]) -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+
     records = (
-        measured(arguments.models, arguments.device, lengths, arguments.json)
+        measured(arguments.models, arguments.device, lengths, write)
         if arguments.measure
         else counted(arguments.models, arguments.phases)
     )
@@ -291,8 +269,7 @@ def main() -> None:
     print(
         ", ".join([device, *(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))])
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+    write(records)
     if any(not record.get("expected", True) for record in records):
         sys.exit("rows failed that memory does not explain: see above")
 
