@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def shorten_lora(model: nn.Module) -> int:
-    """Replace the forward of the LoRA layers on linear layers by the short one; return how many there are."""
+    """Replace the forward of the LoRA layers on linear layers by the short one; return how many were replaced."""
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError:

@@ -1,8 +1,8 @@
-"""`Faults`: NaN and infinity never reach a weight or a saved adapter.
+"""`Faults`: keeps NaN and infinity out of the weights and out of saved adapters.
 
-A group whose rewards could not be computed, or are too large to compute advantages from, is left out of its step. A
-step whose loss or gradient is not finite changes nothing, the optimizer's memory included. Each fault is counted, and
-too many in a row end the run. A plain object that our trainer and the backend unsloth's both have as `trainer.faults`.
+It excludes a group whose rewards could not be computed, or are too large to compute advantages from. A step whose loss
+or gradient is not finite changes neither the weights nor the optimizer's state. Each fault is counted, and too many in
+a row end the run. Our trainer and the backend unsloth's both have it as `trainer.faults`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST_REWARD = 1e18  # its square, which the standard deviation needs, still f
 
 
 class Faults:
-    """Leaves out what is not finite, and counts it.
+    """Excludes what is not finite, and counts it.
 
     Args:
         trainer: a GRPOTrainer.
@@ -43,7 +43,7 @@ class Faults:
         trainer.add_callback(_BeforeOptimizerStep(self))
 
     def exclude(self, rewards: Tensor) -> None:
-        """Make the rewards `(B, functions)` of groups that cannot be used NaN, in place: they get no advantage."""
+        """Set the rewards `(B, functions)` of unusable groups to NaN, in place, so that they get no advantage."""
         trainer = self.trainer
         # Each process knows the rows that it scored itself; the rewards here are those of all processes, in order.
         failed = torch.zeros(rewards.size(0) // trainer.accelerator.num_processes, device=rewards.device)
@@ -52,7 +52,7 @@ class Faults:
                 failed[row] = 1.0
         self._exclude(rewards, trainer.accelerator.gather(failed).nonzero(), GROUPS)
         weighted = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1)
-        # TRL 1.16 turns what overflows into 0 or into 3.4e38 (`nan_to_num`), so it is looked for here.
+        # TRL 1.16 turns an overflow into 0 or into 3.4e38 (`nan_to_num`), so it must be found here.
         self._exclude(rewards, (~(weighted.abs() < LARGEST_REWARD)).nonzero(), OVERFLOWING)
 
     def _exclude(self, rewards: Tensor, rows: Tensor, kind: str) -> None:
@@ -64,12 +64,12 @@ class Faults:
             self._count(kind, len(groups))
 
     def note_loss(self, loss: Tensor) -> Tensor:
-        """Remember whether a micro-step's loss was finite, and return it; no transfer from the device here."""
+        """Note whether a micro-step's loss is finite, and return the loss; does not wait for the device."""
         self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite
         return loss
 
     def drop_step_unless_finite(self) -> None:
-        """Take the gradients away where loss or gradient is not finite: the optimizer then changes nothing."""
+        """Remove the gradients if the loss or one of them is not finite, so that the optimizer changes nothing."""
         trainer = self.trainer
         scaler = getattr(trainer.accelerator, "scaler", None)
         finite_loss, self._loss_is_finite = self.all_agree(self._loss_is_finite), True

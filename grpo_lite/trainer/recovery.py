@@ -39,9 +39,9 @@ class Recovery:
     Args:
         trainer: our trainer; its `options` hold the budgets.
         show: gets one line for every budget that is lowered.
-        advice: what to say when nothing is left to lower; the three cheapest changes.
-        recover: False: an overflow ends the run, as in plain TRL.
-        rehearsal: the longest prompt's ids, to be rehearsed at full completion length before the first step.
+        advice: shown if the budgets cannot be lowered further; the three cheapest changes.
+        recover: whether to repeat; if False, an overflow ends the run, as in plain TRL.
+        rehearsal: the longest prompt's ids, rehearsed at full completion length before the first step.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Recovery:
         return dict(self._prepared[1])
 
     def training(self, step: Callable[[], Tensor]) -> Tensor:
-        """Take one micro-step forward and backward; after an overflow again, in smaller micro-batches."""
+        """Run one micro-step forward and backward; after an overflow again, in smaller micro-batches."""
         if self._rehearsal is not None:
             prompt, self._rehearsal = self._rehearsal, None
             self.rehearse(prompt)
@@ -110,9 +110,9 @@ class Recovery:
     # The rehearsal
 
     def rehearse(self, prompt: list[int]) -> None:
-        """Let an overflow of the longest prompt at full completion length happen now, and lower the budgets for it.
+        """Run the longest prompt at full completion length, and lower the budgets if that overflows.
 
-        Rollouts by `generate` or vLLM are not rehearsed: theirs cannot be cut short at full length.
+        Rollouts by `generate` or vLLM are not rehearsed, because they cannot start at full length.
         """
         trainer = self.trainer
         undo = _Undo(trainer, self._copies)
@@ -155,7 +155,7 @@ class Recovery:
         self._set_budget("rollout", failure, "rollout_kv_tokens", max(longest, budget // 2))
 
     def _release_buffers(self, phase: str, failure: str) -> bool:
-        """Give back what the last rollout left for the next; return whether there was any."""
+        """Free the buffers that the last rollout kept for the next one; return whether there were any."""
         engine = engine_of(base_model(self.trainer.accelerator.unwrap_model(self.trainer.model)))
         if not (self.recover and engine.release_for_good()):
             return False
@@ -189,7 +189,7 @@ class Recovery:
         return {"budget": {name: getattr(self.trainer.options, name) for name in BUDGETS}}
 
     def load(self, checkpoint: Path) -> None:
-        """Take the smaller of the budgets in a checkpoint and those of now."""
+        """Use the smaller of the budgets in a checkpoint and the present ones."""
         for name, saved in read_facts(checkpoint).get("budget", {}).items():
             now = getattr(self.trainer.options, name, None)
             budgets = [tokens for tokens in (now, saved) if tokens is not None]
@@ -234,7 +234,7 @@ def longest_inputs(trainer: Any, prompt: list[int]) -> dict[str, Tensor]:
 
 
 def rehearse_training(trainer: Any, inputs: dict[str, Tensor]) -> None:
-    """Take one micro-step's forward and backward, with room kept for the optimizer's state; leaves no gradient."""
+    """Run one micro-step's forward and backward with room for the optimizer's state; leaves no gradient."""
     trained = _trainable(trainer)
     has_state = bool(getattr(trainer.optimizer, "state", None))
     room = [] if has_state else [torch.empty((2, *p.shape), dtype=torch.float32, device=p.device) for p in trained]
@@ -261,7 +261,7 @@ class GradientCopies:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Return a copy of each gradient; valid until the next call, and on CUDA only for the current stream."""
+        """Return a copy of each gradient, valid until the next call; on CUDA, synchronize before the host reads it."""
         sizes = [0 if gradient is None else self._room(gradient) for gradient in gradients]
         if sum(sizes) > self._buffer.numel():
             is_cuda = any(gradient is not None and gradient.device.type == "cuda" for gradient in gradients)
@@ -281,7 +281,7 @@ class GradientCopies:
 
 
 class _Undo:
-    """What an attempt at a micro-step's loss and gradient changes, as it was before; the rollout is behind it."""
+    """The state before an attempt at a micro-step's loss and gradient; the rollout is already done."""
 
     def __init__(self, trainer: Any, copies: GradientCopies) -> None:
         self.random_state = _random_state()
