@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_lite.errors import RunDirError
+from grpo_lite.errors import ModelError, RunDirError
 from grpo_lite.report.evidence import read_steps
 from grpo_lite.runs.provenance import changed_files, environment_record, file_sums
 from grpo_lite.runs.run_dir import RunDir
@@ -27,6 +27,7 @@ def differences(run: RunDir) -> list[str]:
     here = environment_record()
     lines = changed_files(record.get("files"), file_sums(run.load_recipe()))
     lines += [f"while the run was resumed, {line}" for line in record.get("changed_files", [])]
+    lines += _start(record)
     lines += _versions(record["versions"], here["versions"])
     for key in ("python", "platform", "grpo_lite", "git_commit"):
         if record.get(key) != here.get(key):
@@ -38,6 +39,23 @@ def differences(run: RunDir) -> list[str]:
     if str(record.get("git_commit") or "").endswith("-dirty"):
         lines.append("the run's code had uncommitted changes, so its exact code is unknown")
     return lines
+
+
+def _start(record: Mapping[str, Any]) -> list[str]:
+    """Return a line where the adapter that the run started from is another one now, or is not here any more."""
+    from grpo_lite.models.adapter import weights_sha256
+
+    then = record.get("init_from")
+    if not isinstance(then, dict):
+        return []
+    try:
+        now = weights_sha256(str(then.get("address")))
+    except (ModelError, OSError) as error:
+        return [f"the adapter it started from is not here: {error}"]
+    if now == then.get("sha256"):
+        return []
+    return [f"lora.init_from: {then['address']} has changed since (sha256 {str(then.get('sha256'))[:12]} then, "
+            f"{now[:12]} now)"]  # fmt: skip
 
 
 def _versions(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -20,7 +20,6 @@ from typing import Any
 
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
-from grpo_lite.files.hub import only_cache_if_unreachable
 from grpo_lite.files.manifest import write_manifest
 from grpo_lite.models.config import (
     TABLED,
@@ -32,6 +31,7 @@ from grpo_lite.models.config import (
     unreachable_model,
 )
 from grpo_lite.models.device import Device, DtypeName, detect_device
+from grpo_lite.models.snapshot import fetch_snapshot
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection, Recipe
 
 logger = logging.getLogger(__name__)
@@ -193,43 +193,11 @@ def commit_of(base: Path) -> str | None:
 
 
 def _from_hub(model_id: str, revision: str | None, weights: bool) -> Path:
-    from httpx import TransportError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
-    try:
-        with only_cache_if_unreachable():
-            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
-    except GatedRepoError:
-        raise ModelError(
-            f"model.id: {model_id} is gated: its owner asks you to accept a licence. Open its page on the Hub, accept, "
-            "then log in with `hf auth login` (or set HF_TOKEN) and run again."
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"model.id: {model_id} was not found on the Hub (or is private and you are not logged in). Check the "
-            f"spelling, run `hf auth login` for a private one, or give a local folder, or {EMBEDDED_MODEL}."
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(
-            f"model.revision: {revision!r} does not exist in {model_id}. Remove it or correct it."
-        ) from None
-    except HFValidationError as error:
-        raise ModelError(f"model.id: {model_id!r} is not a Hub id (owner/name) nor a local folder: {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
-        # huggingface_hub 1.33 lists a commit's files anew even if they are all here, unless it did so itself before.
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, local_files_only=True))
-        raise ModelError(unreachable_model(model_id, error)) from None
+    instead = f"or give a local folder, or {EMBEDDED_MODEL}"
+    return fetch_snapshot(
+        "model.id", model_id, revision, patterns, instead, lambda error: unreachable_model(model_id, error)
+    )
 
 
 @contextlib.contextmanager

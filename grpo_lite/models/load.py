@@ -121,7 +121,7 @@ def lora_config(recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     try:
-        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora_arguments)
     except Exception as error:  # peft uses some values without checking them first
         raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
 

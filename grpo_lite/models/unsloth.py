@@ -140,7 +140,7 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ModelError: a LoRA key that it has no argument for.
     """
-    lora = dict(recipe.lora)
+    lora = recipe.lora_arguments
     targets = lora.pop("target_modules", "all-linear")
     unknown = [key for key in lora if key not in LORA_KEYS]
     if unknown:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import LORA_OWN, Recipe
 from grpo_lite.recipe.upstream import config_fields, installed_versions
 
 DEAD_KEYS = {
@@ -75,10 +75,14 @@ def upstream_section(section: Literal["lora", "grpo"] | str, raw: Any) -> tuple[
     owner = {"lora": "peft.LoraConfig", "grpo": "trl.GRPOConfig"}[section]
     if not isinstance(raw, dict):
         return {}, [f"{section}: {raw!r} is given; allowed is a mapping of {owner} keys."]
-    fields = config_fields(section)
+    fields = dict(config_fields(section))
+    if section == "lora":
+        fields |= dict.fromkeys(LORA_OWN, str | None)
     values: dict[str, Any] = {}
     faults = []
     for key, value in raw.items():
+        if section == "lora" and key in LORA_OWN and value is None:
+            continue  # as if it were not there, so that a run resumes either way
         if key in DEAD_KEYS and key not in fields:
             faults.append(f"{section}.{key}: {DEAD_KEYS[key]}.")
         elif key in OWNED_KEYS:
@@ -122,6 +126,11 @@ def cross_faults(recipe: Recipe) -> list[str]:
         faults.append(
             f"lora.lora_dropout: {recipe.lora['lora_dropout']} is given; only 0 is allowed: TRL generates in train "
             "mode, so dropout would make the sampled policy another one than the trained one. Remove the key."
+        )
+    if recipe.init_from is not None and not recipe.init_from.strip():
+        faults.append(
+            "lora.init_from: an empty address is given; allowed is a run directory, a folder with a saved adapter, or "
+            "user/repo on the Hub. Remove the key to start from a fresh adapter."
         )
     targets = recipe.lora.get("target_modules")
     if "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
@@ -217,6 +226,8 @@ def schema_text() -> str:
             },
             "additionalProperties": False,
         }
+    for key, meaning in LORA_OWN.items():
+        schema["properties"]["lora"]["properties"][key] = {**_field_schema(str | None), "description": meaning}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 

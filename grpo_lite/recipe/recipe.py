@@ -15,6 +15,10 @@ from grpo_lite.recipe.schedule import Schedule
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 TINY_MODEL = "tiny/random-llama"
 
+# Our keys in the section `lora`, beside peft.LoraConfig's, with what they mean.
+LORA_OWN = {
+    "init_from": "Adapter that training starts from: a run directory, a folder with a saved adapter, or `user/repo`.",
+}
 # What a recipe gets where it says nothing; written out in the resolved recipe.
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
 GRPO_DEFAULTS: dict[str, Any] = {
@@ -221,7 +225,9 @@ class Recipe(_Section):
     least_gpu: str = Field(description="The smallest device it is meant for, e.g. `T4 16 GB` or `none (CPU)`.")
     seed: int = Field(42, ge=0, lt=2**32)
     model: ModelSection
-    lora: dict[str, Any] = Field(default_factory=dict, description="peft.LoraConfig, upstream's names.")
+    lora: dict[str, Any] = Field(
+        default_factory=dict, description="peft.LoraConfig, upstream's names; and init_from, an adapter to start from."
+    )
     data: DataSection
     rewards: list[RewardSection] = Field(min_length=1)
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
@@ -277,6 +283,16 @@ class Recipe(_Section):
         return Schedule.of({**GRPO_DEFAULTS, **self.grpo})
 
     @property
+    def lora_arguments(self) -> dict[str, Any]:
+        """What peft.LoraConfig gets: the section `lora` without our own keys."""
+        return {key: value for key, value in self.lora.items() if key not in LORA_OWN}
+
+    @property
+    def init_from(self) -> str | None:
+        """The address of the adapter that training starts from: `lora.init_from`; None: a fresh one."""
+        return self.lora.get("init_from")
+
+    @property
     def num_generations(self) -> int:
         """Completions per prompt, G."""
         return self.schedule.group
@@ -305,7 +321,7 @@ def without_paths(recipe: Recipe) -> Recipe:
             return {name: shorten(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [shorten(item, key) for item in value]
-        local = key == "path" or (key in ("id", "function") and str(value).startswith(("/", "~", ".")))
+        local = key == "path" or (key in ("id", "function", "init_from") and str(value).startswith(("/", "~", ".")))
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if local and isinstance(value, str) else value
 
     return Recipe.model_validate(shorten(recipe.model_dump()))

@@ -12,6 +12,7 @@ from grpo_lite.files.records import read_json_lines
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.doctor import examine, stated_findings
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
+from grpo_lite.runs.provenance import starts_from
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
 
@@ -260,6 +261,7 @@ def versions(page: RunPage) -> Iterable[tuple[str, str]]:
     device, faults = record.get("device") or {}, record.get("faults") or {}
     facts = {
         "device": device.get("name"), "memory of the device": size(device.get("memory_bytes")),
+        "starts from": starts_from(page.recipe, record),
         "seed": record.get("seed"), "started": record.get("started_at"), "finished": record.get("finished_at"),
         "resumed": ", ".join(record.get("resumed_at") or []) or None,
         "left out": ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in faults.items()) or None,

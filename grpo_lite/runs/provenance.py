@@ -141,3 +141,16 @@ def tell_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
     for line in changed:
         show(f"{line}, so the run is not continued exactly")
     return changed
+
+
+def starts_from(recipe: Recipe, record: Mapping[str, Any]) -> str | None:
+    """Return the adapter that a run started from; None: a fresh one.
+
+    Args:
+        recipe: the run's; its `without_paths` names no folder of the training machine.
+        record: run.json.
+    """
+    if recipe.init_from is None:
+        return None
+    sha256 = (record.get("init_from") or {}).get("sha256")
+    return f"the adapter {recipe.init_from}" + (f" (sha256 {sha256[:12]})" if sha256 else "")

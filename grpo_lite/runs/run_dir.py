@@ -108,7 +108,8 @@ class RunDir:
         old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return
-        if _fixed(first) == _fixed(yaml.safe_load(new)):
+        never_began = not self.read_run().get("started_at") and not self.last_checkpoint()  # it was refused
+        if never_began or _fixed(first) == _fixed(yaml.safe_load(new)):
             write_atomic(self.recipe_file, new)  # the next session may be longer, and log less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+from grpo_lite.errors import RunDirError
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.provenance import keep_sums
@@ -25,9 +27,11 @@ def open_run(run: RunDir, recipe: Recipe, show: Show) -> tuple[str, Recipe]:
         base pinned to the commit that the run started with.
 
     Raises:
-        GRPOLiteError: another recipe's run, a finished run, or a location that cannot be reached.
+        GRPOLiteError: another recipe's run, a finished run, a location that cannot be reached, or `lora.init_from`
+            names the run itself.
     """
     process = this_process()
+    refuse_itself(run, recipe)
     if process.is_first and recipe.push_checkpoints:
         from grpo_lite.runs.remote import fetch_checkpoint
 
@@ -39,3 +43,19 @@ def open_run(run: RunDir, recipe: Recipe, show: Show) -> tuple[str, Recipe]:
     if process.is_first:
         keep_sums(run, recipe, state != "new", show)
     return state, recipe
+
+
+def refuse_itself(run: RunDir, recipe: Recipe) -> None:
+    """Refuse a run that would start from its own adapter or checkpoint.
+
+    Raises:
+        RunDirError: `lora.init_from` names the run directory or a folder in it.
+    """
+    if recipe.init_from is None:
+        return
+    folder, own = Path(recipe.init_from).expanduser().resolve(), run.path.resolve()
+    if folder == own or own in folder.parents:
+        raise RunDirError(
+            f"lora.init_from: {recipe.init_from} is this run's own directory, and a run is not overwritten. Give the "
+            f"new run a directory of its own, for example RUN={run.path}-2."
+        )

@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.memory.fit import Fit
+from grpo_lite.models.adapter import load_into
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
 from grpo_lite.models.load import load_model, lora_config, lora_to_float32
@@ -24,6 +25,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.session.announce import announce_weights
 from grpo_lite.session.fit import require_room_for
+from grpo_lite.session.init_from import adapter_to_start_from
 from grpo_lite.session.preflight import add_preflight
 from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward
@@ -188,6 +190,7 @@ def build_trainer(
     arguments = grpo_config(recipe, run, base, weights, plan)
     guarded = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
     rows = Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show)))
+    adapter = adapter_to_start_from(recipe, run, base, view.show)
     announce_weights(base, view.show)
     model = load_base(base, recipe, len(prompts.longest))
     try:
@@ -198,12 +201,16 @@ def build_trainer(
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
+    if adapter is not None:
+        load_into(trainer.model, adapter)
     trainer.remove_callback(PrinterCallback)
     view.latest = trainer.journal.latest_completions
     if first:
         _add_callbacks(recipe, run, trainer, prompts, view)
         require_room_for(recipe, run, base, trainer)
         record_start(recipe, run, base, functions, state)
+        if adapter is not None:
+            run.update_run(init_from=adapter.to_json())
         add_preflight(recipe, run, base.device, trainer, prompts, view.show)
     return trainer, view
 

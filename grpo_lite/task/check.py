@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_lite.errors import DataError, GRPOLiteError, RewardError
+from grpo_lite.models.adapter import read_adapter
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
@@ -29,11 +30,15 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
     """Yield lines: rendered prompts, prompt lengths, and what the gold answers earn.
 
     Raises:
-        GRPOLiteError: the data, the tokenizer or a reward is at fault.
+        GRPOLiteError: the data, the tokenizer, a reward or the adapter to start from is at fault.
     """
-    prompts = load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
+    base = Base.resolve(recipe.model)
+    prompts = load_prompts(recipe, load_tokenizer(base))
+    adapter = read_adapter(recipe, base).line if recipe.init_from else None
     yield f"{recipe.name}: valid. {len(prompts.train)} training prompts, {len(prompts.eval)} held out."
     yield from prompts.notes
+    if adapter:
+        yield adapter
     for row in prompts.train[:previews]:
         yield ""
         yield f"prompt: {prompts.text(row)}"

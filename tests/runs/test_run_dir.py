@@ -80,10 +80,19 @@ def test_a_finished_run_is_never_overwritten(root: Path, tmp_path: Path) -> None
 def test_a_changed_recipe_is_refused_with_the_difference(root: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     run.prepare(load_recipe("smoke"))
+    run.update_run(started_at="2026-01-01")
     with pytest.raises(RunDirError) as caught:
         run.prepare(load_recipe("smoke", ["grpo.beta=0.5"]))
     assert "-  beta: 0.01" in str(caught.value)
     assert "+  beta: 0.5" in str(caught.value)
+
+
+def test_a_run_that_was_refused_before_it_began_takes_the_corrected_recipe(root: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.prepare(load_recipe("smoke"))
+    corrected = load_recipe("smoke", ["grpo.beta=0.5"])
+    assert run.prepare(corrected) == "new"
+    assert run.load_recipe() == corrected
 
 
 def test_a_folder_of_other_files_is_not_taken(root: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.schedule import share_of_batch
+from tests.killing import ALONE, FAST
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -99,6 +101,20 @@ def test_a_whole_run_by_two_processes_ends_as_one_s_does(tmp_path: Path) -> None
     assert (run / "merged" / "model.safetensors").is_file()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((run / "completions" / "step_000001.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_adapter(tmp_path: Path) -> None:
+    """A step too small to change a float32 weight: what is saved is what both started from."""
+    overrides = ["smoke", *FAST, *ALONE, "grpo.beta=0.01", "grpo.max_steps=2"]
+    first, run = tmp_path / "first", tmp_path / "run"
+    launch(1, str(HERE / "parallel_run.py"), str(first), *overrides, "grpo.learning_rate=0.05")
+    still = [f"lora.init_from={first}", "grpo.learning_rate=1e-30"]
+    launch(2, str(HERE / "parallel_run.py"), str(run), *overrides, *still)
+    before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, run))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first_step = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first_step["kl"] > 1e-6  # of a fresh adapter it is 0
 
 
 @pytest.mark.slow

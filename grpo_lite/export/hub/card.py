@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
+from grpo_lite.runs.provenance import starts_from
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.units import duration, size
 
@@ -247,6 +248,7 @@ def _training(facts: RunFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     rows = {
         "device": device.get("name"),
+        "starts from": starts_from(without_paths(facts.recipe), record),
         "steps": record.get("steps"),
         "training time": duration(record.get("training_seconds")),
         "peak memory": size(record.get("peak_memory_bytes")),
