@@ -22,18 +22,20 @@ class DecodingLayers:
     """The short forwards of one model's layers."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Prepare `model`'s layers to compute in `dtype`; nothing is changed before `installed`."""
+        """Prepare `model`'s layers to compute in `dtype`; they change inside `installed` only."""
         self.dtype = dtype
         self._adapters = [_Adapter(layer, dtype) for layer in _lora_layers(model)]
         self._forwards: dict[nn.Module, Forward] = {adapter.layer: adapter.forward for adapter in self._adapters}
         self._forwards |= {norm: _fused_norm(norm) for norm in model.modules() if _can_be_fused(norm, dtype)}
-        self._is_joined = False
 
     @staticmethod
     def obstacle(model: nn.Module) -> str | None:
         """Return why this model's adapters cannot be shortened, or None."""
         for layer in _lora_layers(model):
-            if not (layer.disable_adapters or layer.merged or is_vanilla(layer)):
+            is_off = layer.disable_adapters or layer.merged
+            if not isinstance(layer.get_base_layer(), nn.Linear):
+                return f"an adapter is on {type(layer.get_base_layer()).__name__}, not on a linear layer"
+            if not (is_off or is_vanilla(layer)):
                 return "the adapter is not plain LoRA without dropout"
         return None
 
@@ -53,20 +55,13 @@ class DecodingLayers:
                 if forward is not None:
                     layer.__dict__["forward"] = forward
 
-    @contextmanager
-    def joining(self) -> Iterator[None]:
-        """Run the model once inside the context: layers that are given the same tensor share a product from then on."""
-        if self._is_joined:
-            yield
-            return
+    def join(self, run: Callable[[], object]) -> None:
+        """Watch one run of the model: layers that it gives the same tensor share a product from then on."""
         order: list[_Adapter] = []
         for adapter in self._adapters:
             adapter.order = order
-        try:
-            yield
-        finally:
-            for adapter in self._adapters:
-                adapter.order = None
+        with self.installed():
+            run()
         groups: list[list[_Adapter]] = []
         for adapter in order:
             if groups and groups[-1][0].given is adapter.given and adapter not in groups[-1]:
@@ -74,10 +69,9 @@ class DecodingLayers:
             else:
                 groups.append([adapter])
         for adapter in self._adapters:
-            adapter.given = None
+            adapter.order = adapter.given = None
         for group in groups:
             _Product.join(group, self.dtype)
-        self._is_joined = True
 
 
 class _Adapter:
@@ -133,7 +127,6 @@ class _Product:
         for adapter in adapters:
             adapter.product, adapter.columns = product, slice(start, start + adapter.down.size(0))
             start += adapter.down.size(0)
-            adapter.refresh()
 
     def of(self, x: Tensor) -> Tensor:
         """Return `x` `(…, in)` times all A, `(rows, sum of ranks)`; kept until every layer has read it."""

@@ -50,6 +50,7 @@ class StepGraphs:
         """Return the step's graph, or None where there can be none; the step itself is not taken."""
         self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         graph = torch.cuda.CUDAGraph()
+        random_state = torch.cuda.get_rng_state()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 step()
@@ -63,6 +64,7 @@ class StepGraphs:
             return graph
         self.is_on = False
         self._graphs.clear()
+        _renew_generator(random_state)
         logger.warning("Decoding steps are launched kernel by kernel, CUDA graphs are off: %s.", reason)
         return None
 
@@ -87,3 +89,15 @@ class StepGraphs:
         for tensor, numbers in zip(self.state, state, strict=True):
             tensor.copy_(numbers)
         torch.cuda.set_rng_state(random_state)
+
+
+def _renew_generator(random_state: Tensor) -> None:
+    """Give CUDA's generator a state of its own again: a capture that failed leaves it believing that it is captured."""
+    generators = getattr(torch.cuda, "default_generators", ())
+    if not generators or not hasattr(generators[0], "graphsafe_set_state"):
+        torch.cuda.set_rng_state(random_state)
+        return
+    device = torch.cuda.current_device()
+    fresh = torch.Generator(device=f"cuda:{device}")
+    fresh.set_state(random_state)
+    generators[device].graphsafe_set_state(fresh)

@@ -253,6 +253,7 @@ class Engine:
         self._layers: dict[tuple[Any, ...], DecodingLayers] = {}
         self._batch: Batch | None = None
         self._keeps_buffers = True
+        self._said: set[str] = set()
         self._model = model
 
     def serves(
@@ -275,9 +276,10 @@ class Engine:
                 self.step_aside(f"the model is {dtype}, and computes in {torch.get_autocast_dtype(kind)}")
                 return False
         reason = DecodingLayers.obstacle(self._model)
-        if reason is not None:
-            self.step_aside(reason)
-        elif not self.is_checked:
+        if reason is not None:  # for now: dropout is off in an evaluation, and adapters come and go
+            self._say_once(reason)
+            return False
+        if not self.is_checked:
             self.is_checked = True
             reason = self._self_check(autocast)
             if reason is not None:
@@ -293,7 +295,12 @@ class Engine:
     def step_aside(self, reason: str) -> None:
         """Leave decoding to `GroupDecoder` from now on, and say why."""
         self.obstacle = reason
-        logger.warning("Decoding without CUDA graphs, some times slower: %s.", reason)
+        self._say_once(reason)
+
+    def _say_once(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("Decoding without CUDA graphs, some times slower: %s.", reason)
 
     def release(self) -> bool:
         """Give the buffers and graphs back; return whether there were any."""
@@ -324,8 +331,13 @@ class Engine:
         state = tuple((layer.disable_adapters or layer.merged, *layer.active_adapters) for layer in adapters)
         key = (state, tuple(layer.lora_A[name].weight.data_ptr() for layer in adapters for name in layer.lora_A))
         if key not in self._layers:
-            self._layers = {key: DecodingLayers(self._model, self.dtype)}
             self.release()  # graphs hold the addresses of the old ones
+            layers = DecodingLayers(self._model, self.dtype)
+            prompt = (1 % self._model.config.vocab_size,) * 2
+            rows = RowCache(1, row_length(2), self.dtype, self._model.device)
+            rows.begin_prefill([len(prompt)], [(0, 0)])
+            layers.join(lambda: _read(self._model, rows, [prompt]))
+            self._layers = {key: layers}
         return self._layers[key]
 
     def run(self, model: PreTrainedModel, job: Job) -> Results:
@@ -352,13 +364,11 @@ class Engine:
                     positions = torch.tensor([[len(prompts[group]) + step] for group in (0, 0, 1)], device=device)
                     hidden = hidden_states(model, tokens.unsqueeze(1), positions, cache)[:, 0]
                     expected.append(next_logits(model, hidden))
-            layers = self.layers()
-            with layers.installed(), layers.joining(), torch.autocast(device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False), self.layers().installed():
                 rows = RowCache(3, row_length(8), self.dtype, device)
                 rows.begin_prefill([len(prompt) for prompt in prompts], [(0, 0), (1, 0), (2, 1)])
                 found = [_read(model, rows, prompts)[[0, 0, 1]]]
                 rows.end_prefill()
-            with layers.installed(), torch.autocast(device.type, enabled=False):
                 for tokens in following:
                     found.append(_step_logits(model, rows, tokens, 3, row_length(8)))
                     rows.position.add_(1)
@@ -421,7 +431,7 @@ class Batch:
         self.tokens = torch.zeros(self.total * self.cap + 1, dtype=torch.long, device=device)
         self.logps = torch.zeros(self.total * self.cap + 1, device=device)
         self.entropies = torch.zeros(self.total * self.cap + 1, device=device)
-        self.lengths = torch.zeros(self.total, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(self.total + 1, dtype=torch.long, device=device)  # the last one for unused rows
         self._stops = torch.tensor(job.stops, dtype=torch.long).to(device)
         by_row = [self.logits, self.live, self.count, self.owner, self.base]
         self._by_row = by_row
@@ -439,6 +449,8 @@ class Batch:
         waiting = deque((prompt, row) for prompt, members in job.prompts.items() for row in members)
         slots: dict[int, _Slot] = {}  # by row of the buffers: what it decodes
         kept, rows, done, read, decoded = _Kept(), self.rows, 0, 0, 0
+        self.live.zero_()
+        self.owner.fill_(self.total)  # what an earlier job left there would be noted as lengths of this one's rows
         while True:
             free = [slot for slot in range(rows) if slot not in slots]
             if waiting and len(free) >= max(1, REFILL_SHARE * rows):

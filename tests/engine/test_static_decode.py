@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from grpo_lite.engine import attention
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.static_decode import StaticDecoder, engine_of
-from tests.engine.test_decode import batch, prepared, run
+from tests.engine.test_decode import ENDS, batch, prepared, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
@@ -107,6 +108,52 @@ def test_buffers_stay_where_they_are_and_follow_the_adapter() -> None:
     assert engine_of(model.get_base_model())._batch is batch_before
 
 
+def test_a_smaller_batch_in_the_same_buffers_is_not_disturbed_by_the_larger_one() -> None:
+    """Rows of the buffers that it does not use must not write what the last batch left in them."""
+    model = prepared()
+    decoder = static(64 * 6)
+    run(model, decoder, repeats=8)
+    buffers = engine_of(model.get_base_model())._batch
+    assert buffers is not None
+    buffers.owner.copy_(torch.tensor([0, 1, 2, 3, 1, 2]))  # as a refill may leave them
+    buffers.count.fill_(17)
+    for repeats in (1, 2):
+        again = static(64 * 6)
+        expected = run(model, repeats=repeats)
+        assert torch.equal(run(model, again, repeats=repeats), expected)
+        ends = torch.isin(expected[:, -24:], torch.tensor(ENDS))
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, 24).tolist()
+        assert [len(row) for row in again.rollout.logps] == lengths
+        assert engine_of(model.get_base_model())._batch is buffers
+
+
+def test_dropout_leaves_training_to_the_group_decoder_and_evaluation_to_static_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = prepared()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.5)
+    model.train()
+    run(model, static())
+    run(model, static())
+    assert caplog.text.count("not plain LoRA without dropout") == 1
+    model.eval()
+    assert torch.equal(run(model, static()), run(model))
+    assert is_static(model)
+
+
+def test_an_adapter_on_the_embedding_goes_to_the_group_decoder(caplog: pytest.LogCaptureFixture) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from tests.tiny import tiny_model
+
+    model = get_peft_model(tiny_model(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    attention.install(model.get_base_model())
+    assert torch.equal(run(model, static()), run(model))
+    assert "an adapter is on Embedding, not on a linear layer" in caplog.text
+
+
 def test_without_the_adapter_it_is_the_base() -> None:
     model = prepared()
     run(model, static())
@@ -196,6 +243,10 @@ def test_layers_given_the_same_tensor_share_a_product() -> None:
     layers = model.config.num_hidden_layers
     assert len(adapters) == 7 * layers
     assert len(products) == 4 * layers  # queries, keys and values; output; gate and up; down
+    with model.disable_adapter():
+        run(model, static())
+    run(model, static())
+    assert len({id(adapter.product) for adapter in engine.layers()._adapters}) == 4 * layers
 
 
 def test_norms_that_multiply_differently_are_left_alone() -> None:
