@@ -45,6 +45,7 @@ def recipe_job(
         rank=int(lora.get("r", 8)),
         targets=names,
         optimizer_bytes=_optimizer_bytes(str(grpo.get("optim") or "adamw_torch_fused")),
+        holds_reference=recipe.holds_reference,
         prompt=prompt,
         completion=recipe.max_completion_length,
         group=recipe.schedule.group,

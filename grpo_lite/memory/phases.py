@@ -40,6 +40,7 @@ class Job:
     rank: int = 16
     targets: tuple[str, ...] | None = None  # None: all linear layers
     optimizer_bytes: float = 8.0  # per trained weight
+    holds_reference: bool = False  # a frozen second adapter, for KL against the start
     prompt: int = 256  # the longest, in tokens
     completion: int = 256  # the cap
     group: int = 8
@@ -142,6 +143,8 @@ def kept_items(job: Job) -> list[tuple[str, int]]:
     """Return what lies under every phase."""
     trained = trained_parameters(job)
     items = [("base weights", weight_bytes(job)), ("adapter, float32", 4 * trained)]
+    if job.holds_reference:
+        items.append(("reference adapter, float32", 4 * trained))
     return [*items, ("optimizer", int(job.optimizer_bytes * trained))]
 
 

@@ -132,6 +132,11 @@ def cross_faults(recipe: Recipe) -> list[str]:
             "lora.init_from: an empty address is given; allowed is a run directory, a folder with a saved adapter, or "
             "user/repo on the Hub. Remove the key to start from a fresh adapter."
         )
+    if recipe.reference == "start" and not recipe.grpo.get("beta"):
+        faults.append(
+            "reference: start is given, but grpo.beta is 0, so there is no KL to measure. Set grpo.beta=0.02, or "
+            "remove the key."
+        )
     targets = recipe.lora.get("target_modules")
     if "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
         faults.append("lora.target_modules: lm_head is given; TRL multiplies by its weight directly, so an adapter")

@@ -231,6 +231,11 @@ class Recipe(_Section):
     data: DataSection
     rewards: list[RewardSection] = Field(min_length=1)
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
+    reference: Literal["base", "start"] = Field(
+        "base",
+        description="What KL (grpo.beta) is measured against. base: the base model; start: the adapter as training "
+        "started, lora.init_from's.",
+    )
     compute: Literal["packed", "plain"] = Field(
         "packed", description="packed: each prompt computed once a group, no padding; plain: TRL's own. Same gradient."
     )
@@ -291,6 +296,12 @@ class Recipe(_Section):
     def init_from(self) -> str | None:
         """The address of the adapter that training starts from: `lora.init_from`; None: a fresh one."""
         return self.lora.get("init_from")
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether a frozen copy of the adapter is held for KL; a fresh one would equal the base, and needs none."""
+        fresh = self.init_from is None and self.lora.get("init_lora_weights", True) in (True, "gaussian")
+        return self.reference == "start" and bool(self.grpo.get("beta")) and not fresh
 
     @property
     def num_generations(self) -> int:

@@ -66,7 +66,7 @@ def charts(e: Evidence) -> list[Chart]:
         ),
         Chart("length", "Completion length", "tokens; the band is shortest to longest", [_banded(e, lengths)]),
         Chart("entropy", "Entropy", "nats a token; near 0 means no exploration is left", [_line(e, "entropy", "")]),
-        Chart("kl", "KL to the base", "nats a token", [_line(e, "kl", "")]),
+        Chart("kl", f"KL to the {e.recipe.reference}", "nats a token", [_line(e, "kl", "")]),
         Chart("grad_norm", "Gradient norm", "before clipping", [_line(e, "grad_norm", "")]),
         Chart("speed", "Tokens per second", "prompt and completion tokens over the whole step", [_speed(e)]),
         Chart("memory", "Peak memory", "GiB so far", [_line(e, "memory/peak_gib", "")]),

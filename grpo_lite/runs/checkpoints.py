@@ -191,19 +191,20 @@ def best_checkpoint(folders: list[Path]) -> Path | None:
     return max(scored)[2] if scored else None
 
 
-def require_room(run: Path, trained: int, kept: int, merge_bytes: int) -> None:
+def require_room(run: Path, trained: int, kept: int, merge_bytes: int, frozen: int = 0) -> None:
     """Refuse to start a training whose results would not fit on the disk.
 
     Args:
         trained: trained parameters; a checkpoint holds each with Adam's two moments, 12 bytes.
         kept: checkpoints that are kept at once; the next one is written beside them.
         merge_bytes: what the merged model takes, 0 without a merge.
+        frozen: parameters of an adapter that is saved beside the trained one, 4 bytes each.
 
     Raises:
         TrainingError: too little is free; the message shows the arithmetic.
     """
     there = sum(size_bytes(folder) for folder in checkpoint_folders(run))
-    one = 12 * trained + _SPARE_BYTES
+    one = 12 * trained + 4 * frozen + _SPARE_BYTES
     need = max(0, (kept + 1) * one - there) + 4 * trained + merge_bytes
     free = shutil.disk_usage(run).free
     if free < need:

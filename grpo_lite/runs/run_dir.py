@@ -198,7 +198,9 @@ class RunDir:
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
-    return {key: value for key, value in recipe.items() if key not in ("limits", "log", "push_checkpoints")}
+    since = {"reference": "base"}  # keys that runs of earlier versions lack, with what they trained with
+    free = ("limits", "log", "push_checkpoints")
+    return {key: value for key, value in {**since, **recipe}.items() if key not in free}
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from grpo_lite.models.adapter import load_into
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
 from grpo_lite.models.load import load_model, lora_config, lora_to_float32
+from grpo_lite.models.reference import hold_reference
 from grpo_lite.models.unsloth import uses_unsloth, with_trl_defaults
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -203,6 +204,8 @@ def build_trainer(
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
     if adapter is not None:
         load_into(trainer.model, adapter)
+    if recipe.holds_reference:
+        hold_reference(trainer.model)
     trainer.remove_callback(PrinterCallback)
     view.latest = trainer.journal.latest_completions
     if first:

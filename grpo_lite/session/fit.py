@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.models.base import Base
+from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import (
@@ -47,7 +49,8 @@ def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> N
     """
     merged = sum(path.stat().st_size for path in base.weights.glob("*.safetensors")) if recipe.merge else 0
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged)
+    frozen = trained if recipe.holds_reference else 0
+    require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged, frozen)
 
 
 def deadline_of(recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float) -> Any:
@@ -156,3 +159,4 @@ def _save_adapter(run: RunDir, trainer: Any) -> None:
     require_finite_adapter(trainer)
     with publishing(run.adapter) as folder:
         trainer.save_model(str(folder))
+        shutil.rmtree(folder / REFERENCE_NAME, ignore_errors=True)  # only the trained adapter is a result

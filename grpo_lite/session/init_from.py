@@ -20,6 +20,8 @@ def adapter_to_start_from(recipe: Recipe, run: RunDir, base: Base, show: Show) -
     """
     process = this_process()
     if recipe.init_from is None:
+        if recipe.reference == "start" and not recipe.holds_reference:
+            show("reference: start without lora.init_from: a fresh adapter equals the base, so KL is that to the base")
         return None
     if agree(last_usable(run.path).folder is not None if process.is_first else None, process):
         return None

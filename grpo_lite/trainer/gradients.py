@@ -45,7 +45,8 @@ class Gradients:
 
         TRL asks for three kinds (trl 1.14-1.16). Its loss wants the policy's, which `loss` has computed and keeps in
         `ready`. A round wants those of the policy that sampled it, which the rollout has noted. With `beta` above 0 the
-        round also wants the base's, for the KL term: TRL switches the adapter off, and they are computed here.
+        round also wants the reference's, for the KL term: TRL switches the adapter off, or the adapter "ref" on where
+        there is one (`models.reference`), and they are computed here.
         """
         if self.ready is not None:
             return *self.ready, None

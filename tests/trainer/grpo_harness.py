@@ -92,6 +92,7 @@ def make_trainer(
         peft_config=tiny_lora(),
     )
     trainer.groups = groups
+    trainer.start = None  # the weights that KL is measured against; None: the base
     # LoRA's B starts at 0, where policy and reference agree and the gradient by A vanishes: start elsewhere.
     generator = torch.Generator().manual_seed(1)
     for weight in lora_weights(trainer.model).values():
@@ -213,7 +214,11 @@ def _replay_micro_batch(trainer: Any, twin: PeftModel, record: _Record) -> Micro
 
     _load(twin, record.weights_at_generation)
     old_logps = log_probs()
-    with twin.disable_adapter():
+    if trainer.start is None:
+        with twin.disable_adapter():
+            ref_logps = log_probs()
+    else:
+        _load(twin, trainer.start)
         ref_logps = log_probs()
     _load(twin, record.weights)
     logits = [_logits(twin, *row) for row in rows]

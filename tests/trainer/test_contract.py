@@ -14,6 +14,7 @@ from trl.trainer.utils import split_tensor_dict
 
 import grpo_lite.trainer
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.trainer import INTERNALS
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
@@ -67,6 +68,11 @@ def test_generation_starts_from_lists_of_prompt_tokens():
     parameters = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
     assert parameters[:4] == ["self", "prompt_ids", "images", "multimodal_fields"]
     assert "unwrapped_model.generate(" in inspect.getsource(GRPOTrainer._generate_single_turn)
+
+
+def test_the_reference_is_the_adapter_named_ref_where_there_is_one():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert f'adapter_name="{REFERENCE_NAME}" if "{REFERENCE_NAME}" in model.peft_config else None' in source
 
 
 def test_a_generation_batch_is_split_in_order():

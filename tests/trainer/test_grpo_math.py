@@ -13,12 +13,14 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+from grpo_lite.models.reference import hold_reference
 from tests.trainer.grpo_harness import (
     Group,
     assert_advantages_as_reference,
     assert_trained_as_reference,
     lora_weights,
     make_trainer,
+    replay,
     snapshot,
 )
 from tests.trainer.grpo_reference import LossType
@@ -145,6 +147,36 @@ def test_kl_of_the_grpo_paper_is_one_option_away(tmp_path: Path) -> None:
     # On policy the ratio is 1 and the value the same, but its gradient is not: the second steps start elsewhere.
     assert paper[0].loss == pytest.approx(default[0].loss, rel=1e-6)
     assert paper[1].metrics["kl"] != pytest.approx(default[1].metrics["kl"], rel=0.01)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_kl_to_the_start_equals_the_float64_reference(loss_type: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, GROUPS, loss_type=loss_type, **SECOND_ITERATION)
+    hold_reference(trainer.model)
+    trainer.start = snapshot(trainer.model)
+    generator = torch.Generator().manual_seed(5)
+    for weight in lora_weights(trainer.model).values():  # a policy that has moved since the start
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    held = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".ref." in name}
+    trainer.train()
+    first, second = assert_trained_as_reference(trainer)
+    trainer.start = None
+    to_base = replay(trainer)
+    assert first.metrics["kl"] > 1e-3
+    assert first.metrics["kl"] != pytest.approx(to_base[0].reference.metrics["kl"], rel=0.05)
+    assert second.metrics["kl"] != pytest.approx(first.metrics["kl"], rel=1e-3)
+    after = dict(trainer.model.named_parameters())
+    assert len(held) == len(lora_weights(trainer.model))
+    assert all(torch.equal(after[name], value) and not after[name].requires_grad for name, value in held.items())
+
+
+def test_kl_to_the_start_is_zero_in_the_first_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, GROUPS, beta=0.1)
+    hold_reference(trainer.model)
+    trainer.start = snapshot(trainer.model)
+    trainer.train()
+    (batch,) = assert_trained_as_reference(trainer)
+    assert batch.metrics["kl"] == 0.0
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

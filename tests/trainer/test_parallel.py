@@ -115,6 +115,11 @@ def test_two_processes_start_from_the_same_adapter(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     first_step = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first_step["kl"] > 1e-6  # of a fresh adapter it is 0
+    run = tmp_path / "to the start"
+    moving = [f"lora.init_from={first}", "reference=start", "grpo.learning_rate=0.05"]
+    launch(2, str(HERE / "parallel_run.py"), str(run), *overrides, *moving)
+    kl = [json.loads(line)["kl"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert abs(kl[0]) < 1e-9 < 1e-6 < kl[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,31 @@
+"""The frozen adapter that KL is measured against with `reference: start`: a copy of the trained one as it starts.
+
+TRL 1.14-1.16 score the reference with the adapter named "ref" where there is one, and with the adapter off otherwise.
+PEFT saves it into a checkpoint's folder `ref/`, from which transformers restores it when a run resumes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+REFERENCE_NAME = "ref"  # TRL's name for it, and PEFT's for its folder in a checkpoint
+
+
+def hold_reference(model: Any) -> None:
+    """Add a frozen copy of the model's adapter, in its dtype, without touching the random state.
+
+    Args:
+        model: a PeftModel whose adapter `default` is trained.
+    """
+    import torch
+
+    config = copy.deepcopy(model.peft_config["default"])
+    config.init_lora_weights = False  # it gets the weights below; PiSSA and its like would rewrite the base again
+    with torch.random.fork_rng():
+        model.add_adapter(REFERENCE_NAME, config)
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            held = model.get_parameter(name.replace(".default.", f".{REFERENCE_NAME}."))
+            held.data = parameter.detach().clone()
+            held.requires_grad_(False)
