@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,12 @@ def _tried(
     reasons = []
     for kernel in (flash, efficient):
         try:
-            with torch.autocast(device.type, enabled=False):
+            # Hooks of its own: the caller may be a checkpointed layer, which counts every tensor that is saved in it.
+            with (
+                torch.inference_mode(False),
+                saved_tensors_hooks(_unchanged, _unchanged),
+                torch.autocast(device.type, enabled=False),
+            ):
                 difference = _difference(kernel, device, dtype, heads, kv_heads, size, scaling)
         except (RuntimeError, ImportError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
             reasons.append(f"{kernel.__name__}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
@@ -206,6 +212,10 @@ def _tried(
         reasons.append(f"{kernel.__name__}: differs by {difference:.2g}")
     logger.info("Packed attention calls SDPA once for each completion (%s).", "; ".join(reasons))
     return None
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _difference(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from grpo_lite.engine import varlen
 from grpo_lite.engine.attention import PackedLayout, _segmented
@@ -77,4 +79,24 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.
     absent.__name__ = "efficient"
     monkeypatch.setattr(varlen, "efficient", absent)
     assert varlen._tried(CPU, torch.float32, 4, 2, 8, None) is None
+    varlen._tried.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_the_trial_works_in_any_mode_and_inside_a_checkpointed_layer(
+    mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first packed batch that is long enough is often the first training step, whose layers are checkpointed."""
+    monkeypatch.setattr(varlen, "flash", one_by_one)
+    varlen._tried.cache_clear()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        assert varlen._tried(CPU, torch.float32, 4, 2, 8, None) is one_by_one
+        return (x * x).sin()
+
+    with mode():
+        x = torch.ones(3, requires_grad=mode is nullcontext)
+        y = checkpoint(layer, x, use_reentrant=False).sum()
+    if mode is nullcontext:
+        y.backward()
     varlen._tried.cache_clear()
