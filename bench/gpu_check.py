@@ -41,12 +41,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 BEGUN = time.perf_counter()
+from grpo_lite.cli import main as command_line  # noqa: E402
+from grpo_lite.cli import set_environment  # noqa: E402
+
+set_environment()  # before torch, as in a run
 import click  # noqa: E402
 import torch  # noqa: E402
 
 from bench import compare_trl, decode, planner  # noqa: E402
 from bench.random_model import random_model, write_random_model  # noqa: E402
-from grpo_lite.cli import main as command_line  # noqa: E402
 from grpo_lite.engine.decode import GroupDecoder  # noqa: E402
 from grpo_lite.engine.graphs import StepGraphs  # noqa: E402
 from grpo_lite.engine.options import EngineOptions  # noqa: E402
@@ -119,8 +122,18 @@ def smoke(check: Check, part: str, dtype: str) -> Any:
 
 
 def decoding(check: Check, part: str, dtype: str) -> Any:
-    """Time the ways of decoding on random NF4 weights of 1.5B."""
-    settings = decode.Settings(dtype=dtype, device=check.device)
+    """Time our ways of decoding, and Hugging Face's, on random NF4 weights of 1.5B."""
+    return timed_decoding(check, part, decode.Settings(dtype=dtype, device=check.device, variants=decode.OURS, turns=2))
+
+
+def peers(check: Check, part: str) -> Any:
+    """Time other engines beside the graphs, where they are installed."""
+    variants = ("graph", "batching", "vllm")
+    return timed_decoding(check, part, decode.Settings(device=check.device, variants=variants, turns=2))
+
+
+def timed_decoding(check: Check, part: str, settings: decode.Settings) -> Any:
+    """Let variants take turns; ours have to work."""
     if check.is_tiny:
         settings = replace(settings, shape="tiny", rows=8, group=4, prompt=12, completion=16, turns=1)
     record = decode.measure(settings, lambda record: check.note(part, record))
@@ -281,11 +294,12 @@ def parts(device: str) -> tuple[dict[str, Part], dict[str, Part]]:
     """Return the two rounds."""
     dtypes = ("float32", "bfloat16") if device == "cpu" else ("float16", "bfloat16")  # accelerate has no float16 there
     first = {f"smoke-{dtype}": Part(75, smoke, (dtype,)) for dtype in dtypes}
-    first |= {f"decode-{dtype}": Part(90, decoding, (dtype,)) for dtype in reversed(dtypes)}
+    first |= {f"decode-{dtype}": Part(110, decoding, (dtype,)) for dtype in reversed(dtypes)}
     first |= {"microsteps": Part(60, microsteps), "planner": Part(120, plans), "oom": Part(75, out_of_memory)}
     second = {
         "quickstart": Part(120, quickstart, ("bfloat16",)),
         "trl": Part(150, against_trl),
+        "peers": Part(150, peers),
         "unsloth": Part(240, unsloth),
     }
     return first, second

@@ -91,12 +91,13 @@ def test_the_first_round(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_second_round(root: Path, tmp_path: Path) -> None:
-    done = script(root, tmp_path, "quickstart trl unsloth")
+    done = script(root, tmp_path, "quickstart trl peers unsloth")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = recorded(tmp_path)
     assert record["quickstart"]["result"]["median_step_s"] > 0
     norms = record["trl"]["result"]["grad_norm"]
     assert norms["plain"] == pytest.approx(norms["grpo_lite"], rel=0.1)
+    assert set(record["peers"]["result"]["variants"]) == {"graph", "batching", "vllm"}
 
 
 @pytest.mark.slow
