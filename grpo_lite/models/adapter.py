@@ -33,7 +33,7 @@ _MEANING = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "m
 # Initialisations that rewrite the base while training starts: the adapter fits that rewritten base only.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
-_ROLE = re.compile(r"\.(lora_\w+)(\.weight|\.bias)?$|\.modules_to_save\.\w+$")
+_ROLE = re.compile(r"\.lora_\w+(\.weight|\.bias)?$")
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,9 @@ def _tensor_differences(
 
 
 def _names_difference(there: set[str], wanted: set[str], recipe: Recipe) -> str:
-    kinds_there, kinds_wanted = ({_module(name).rpartition(".")[2] for name in names} for names in (there, wanted))
+    kinds_there, kinds_wanted = (
+        {_module(name).rpartition(".")[2] for name in names if ".lora_" in name} for names in (there, wanted)
+    )
     asked = recipe.lora.get("target_modules")
     if kinds_there != kinds_wanted:
         return (

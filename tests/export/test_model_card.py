@@ -292,3 +292,16 @@ def test_hub_base_gives_the_commit_that_the_run_recorded(tmp_path: Path, monkeyp
 def test_a_local_base_that_is_gone_is_no_model_on_the_hub(tmp_path: Path) -> None:
     facts = base_facts(ModelSection(id=str(tmp_path / "gone")))  # type: ignore[call-arg]
     assert (facts.name, facts.hub_id, facts.licence) == ("gone", None, None)
+
+
+def test_the_adapter_it_started_from_is_named_without_its_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    recipe = make_recipe(tmp_path / "base-model")
+    for address, named in (("/srv/secret place/first", "first"), ("me/adapter", "me/adapter")):
+        set_recipe(run, replaced(recipe, "lora", init_from=address))
+        run.update_run(init_from={"address": address, "sha256": "ab12" * 16, "base_revision": None})
+        _, body = card(run)
+        assert f"| starts from | the adapter {named} (sha256 ab12ab12ab12) |" in body
+        assert "secret place" not in body
+    set_recipe(run, recipe)
+    assert "starts from" not in card(run)[1]

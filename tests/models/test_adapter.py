@@ -194,6 +194,14 @@ def test_another_base_is_named_and_so_are_its_shapes(root: Path, tmp_path: Path,
     assert f"1 tensors have another shape than this base and recipe need, for example {name}: [4, 96], needed " in text
 
 
+def test_a_module_trained_whole_is_a_difference_and_no_target(root: Path, copied: Path) -> None:
+    save_file({**load_file(copied / WEIGHTS), "base_model.model.lm_head.weight": torch.ones(4, 64)}, copied / WEIGHTS)
+    change_config(copied, modules_to_save=["lm_head"])
+    text = refusal(copied)
+    assert "lora.modules_to_save: the adapter has ['lm_head'], the recipe null. Set lora.modules_to_save=" in text
+    assert "the adapter has 29 tensors, the recipe needs 28; for example it has base_model.model.lm_head.weight" in text
+
+
 @pytest.mark.parametrize(
     ("name", "fits"),
     [
