@@ -195,7 +195,7 @@ def make_variant(name: str, model: Any, settings: Settings) -> Generate:
         if name != "loop" and (reason := engine_of(base).obstacle):
             raise RuntimeError(f"static rows are off: {reason}")
         batch = engine_of(base)._batch
-        if name == "graph" and batch is not None and not batch.graphs.is_on:
+        if name == "graph" and batch is not None and not batch.graphs.switch.is_on:
             raise RuntimeError("CUDA graphs are off: see the log line above")
 
     def plain(prompts: list[list[int]], tokens: int) -> None:

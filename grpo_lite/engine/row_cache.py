@@ -15,13 +15,24 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_lite.engine.attention import PackedLayout, packed_attention
 
-LENGTH_STEP = 64  # buffers are as long as a multiple of it
-SEEN_STEP = 256  # and a step attends to a multiple of this, up to their length
+# Tokens, up to: a multiple of. Prompts of nearly the same length get buffers of the same, and the graphs on them.
+LENGTH_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))
+SEEN_STEPS = ((1024, 256), (4096, 512), (1 << 62, 1024))
 
 
 def row_length(tokens: int) -> int:
     """Return how long the buffers are for rows of so many tokens, prompt and completion."""
-    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
+    return _rounded(tokens, LENGTH_STEPS)
+
+
+def seen_length(tokens: int) -> int:
+    """Return how many places a step attends to whose longest row has so many tokens; a graph for each."""
+    return _rounded(tokens, SEEN_STEPS)
+
+
+def _rounded(tokens: int, steps: tuple[tuple[int, int], ...]) -> int:
+    step = next(step for limit, step in steps if tokens <= limit)
+    return -(-tokens // step) * step
 
 
 class RowCache:
@@ -116,8 +127,9 @@ class RowCache:
         visible = torch.arange(self.length, device=index.device) < length.unsqueeze(1)
         fresh = torch.full(visible.shape, float("-inf"), dtype=self.dtype, device=index.device)
         self.mask.index_copy_(0, index, fresh.masked_fill_(visible, 0.0))
-        for _, values in self.states.values():
-            values.index_fill_(0, index, 0.0)  # a row that ended in NaN would reach the next one through the mask
+        for buffers in self.states.values():
+            for buffer in buffers:  # a row that ended in NaN would reach the next one through the mask
+                buffer.index_fill_(0, index, 0.0)
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
         assert self._prefill is not None

@@ -25,7 +25,7 @@ WORKSPACE_BYTES = 64 << 20
 CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
 PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
 
-ROW_STEP = 64  # row_cache.LENGTH_STEP (a test compares them)
+ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
 
 Phase = Literal["rollout", "training"]
 
@@ -223,7 +223,8 @@ def static_items(
 
 def row_length(tokens: int) -> int:
     """Return how long a row's buffer is (row_cache.row_length)."""
-    return math.ceil(tokens / ROW_STEP) * ROW_STEP
+    step = next(step for limit, step in ROW_STEPS if tokens <= limit)
+    return math.ceil(tokens / step) * step
 
 
 def wave_items(rows: int, prefill: tuple[int, int], decoding: tuple[int, int]) -> list[tuple[str, int]]:

@@ -260,3 +260,112 @@ def test_norms_that_multiply_differently_are_left_alone() -> None:
         nn.init.normal_(norm.weight)  # type: ignore[arg-type]
     assert all(_can_be_fused(norm, torch.float32) for norm in norms("llama"))
     assert not any(_can_be_fused(norm, torch.float32) for norm in norms("gemma"))
+
+
+def test_the_first_use_may_be_in_inference_mode() -> None:
+    model = prepared()
+    with torch.inference_mode():
+        first = run(model, static())
+    assert is_static(model)
+    assert torch.equal(run(model, static()), first)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such kernel"), TypeError("no such argument"), AssertionError()])
+def test_an_error_in_the_self_check_is_a_step_down_too(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite.engine.row_cache import RowCache
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model = prepared()
+    monkeypatch.setattr(RowCache, "attend", fail)
+    assert torch.equal(run(model, static()), run(model))
+    assert engine_of(model.get_base_model()).obstacle is not None
+    fresh = prepared()
+    rehearsed = [[5, 6, 7]] * 4
+    static().rehearse(fresh.get_base_model(), rehearsed, 8, 16)
+    assert engine_of(fresh.get_base_model()).obstacle is not None
+
+
+def test_what_is_drawn_does_not_depend_on_what_was_decoded_before() -> None:
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 20}
+
+    def sampled(*repeats: int) -> torch.Tensor:
+        model = prepared()
+        for count in repeats:
+            torch.manual_seed(1)
+            out = run(model, static(), repeats=count, **settings)
+        return out
+
+    assert torch.equal(sampled(5), sampled(8, 5))
+
+
+def test_rehearsing_leaves_the_random_state_and_no_buffers() -> None:
+    model = prepared()
+    before = torch.get_rng_state()
+    static().rehearse(model.get_base_model(), [[5, 6, 7]] * 4, 8, 16)
+    assert torch.equal(torch.get_rng_state(), before)
+    engine = engine_of(model.get_base_model())
+    assert engine._batch is None
+    assert engine.obstacle is None
+
+
+def test_weights_at_another_address_get_new_buffers() -> None:
+    model = prepared()
+    run(model, static())
+    before = engine_of(model.get_base_model())._batch
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    assert torch.equal(run(model, static()), run(model))
+    assert engine_of(model.get_base_model())._batch is not before
+
+
+def test_a_model_that_has_decoded_is_copied_pickled_and_freed() -> None:
+    import copy
+    import pickle
+    import weakref
+
+    model = prepared().get_base_model()
+    with torch.no_grad():
+        StaticDecoder(nullcontext).rehearse(model, [[5, 6, 7]] * 4, 8, 16)
+        model.generate(**batch(1), max_new_tokens=4, do_sample=False, custom_generate=static())
+    assert copy.deepcopy(model).__dict__["_static_rows"] is None
+    engine = engine_of(model)
+    assert pickle.loads(pickle.dumps(engine)) is None
+    assert engine._reference() is model
+    alive = weakref.ref(engine)
+    del engine
+    del model.__dict__["_static_rows"]
+    assert alive() is None, "only the model holds its engine"
+
+
+def test_a_stream_is_not_repeated_when_the_group_decoder_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite.engine import static_decode
+
+    model = prepared()
+    expected = run(model, eos_token_id=None)[0, -24:].tolist()
+    run(model, static())
+    plain = static_decode.Batch._step
+    calls: list[int] = []
+
+    def fail_later(self: Any, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 12:
+            raise RuntimeError("no such kernel")
+        plain(self, *args)
+
+    monkeypatch.setattr(static_decode.Batch, "_step", fail_later)
+    pieces: list[list[int]] = []
+    run(model, static(stream=pieces.append), eos_token_id=None)
+    assert [token for piece in pieces for token in piece] == expected
+
+
+def test_a_graph_that_computes_no_number_is_noticed() -> None:
+    from grpo_lite.engine.graphs import _relative_difference
+
+    numbers = torch.tensor([1.0, -200.0, float("nan")])
+    assert _relative_difference(numbers, numbers.clone()) == 0.0
+    assert _relative_difference(numbers, torch.tensor([1.0, -199.0, float("nan")])) == pytest.approx(1 / 199)
+    assert _relative_difference(torch.full((2,), float("nan")), torch.ones(2)) == float("inf")
+    assert _relative_difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")

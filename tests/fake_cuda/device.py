@@ -78,6 +78,7 @@ _random_state = torch.Generator().manual_seed(0).get_state()
 _recording: CUDAGraph | None = None
 _inside_fused = False
 _mode: FakeCuda | None = None
+_sync_debug_mode: Any = 0
 
 
 class OnCuda(Tensor):
@@ -216,6 +217,8 @@ def arrive() -> None:
 
 
 def _wait(name: str) -> None:
+    if _sync_debug_mode == "error":
+        raise RuntimeError(f"called a synchronizing CUDA operation ({name})")
     arrive()
     if _recording is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits for the device")
@@ -386,6 +389,9 @@ def install(capability: tuple[int, int] = (7, 5), memory: int = int(14.56 * 2**3
         "graph": graph,
         "graph_pool_handle": list,
         "is_current_stream_capturing": lambda: _recording is not None,
+        "device": lambda _: _nothing_entered(),
+        "get_sync_debug_mode": lambda: _sync_debug_mode,
+        "set_sync_debug_mode": _set_sync_debug_mode,
         "Stream": lambda *_, **__: stream,
         "current_stream": lambda *_, **__: stream,
         "stream": lambda _: _nothing_entered(),
@@ -424,6 +430,11 @@ def off() -> Iterator[None]:
 def is_installed() -> bool:
     """Return whether torch believes in the card."""
     return _mode is not None
+
+
+def _set_sync_debug_mode(mode: Any) -> None:
+    global _sync_debug_mode
+    _sync_debug_mode = mode
 
 
 @contextmanager

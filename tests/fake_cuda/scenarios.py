@@ -84,7 +84,7 @@ def launches_of_a_step(model: Any, decoder: StaticDecoder) -> int:
         counts.append(sum(device.launches.values()) - before)
 
     engine._batch._step = step  # type: ignore[method-assign]
-    engine._batch.graphs.is_on = False
+    engine._batch.graphs.switch.is_on = False
     decode(model, decoder)
     assert len(set(counts)) == 1, counts
     return counts[0]
@@ -136,7 +136,7 @@ def graphs_draw_what_the_steps_would() -> None:
         decoder = StaticDecoder(autocast_of(torch.bfloat16))
         engine = engine_of(model.get_base_model())
         if engine._batch is not None:
-            engine._batch.graphs.is_on = graphs
+            engine._batch.graphs.switch.is_on = graphs
         tokens = decode(model, decoder, **sampling)
         results.append((tokens, decoder.rollout.logps, torch.cuda.get_rng_state().tolist()))
         assert (device.launches["graph"] > 0) == graphs

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from grpo_lite.engine import attention, decoding_layers
 from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.decoding_layers import DecodingLayers
+from grpo_lite.engine.graphs import Switch
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.packing import PaddedBatch, pack
 from grpo_lite.engine.score import Scoring, score
@@ -238,7 +239,7 @@ def _trace_rows(
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda(), torch.no_grad():
         materialise(model)
         layers = DecodingLayers(inner, dtype)
-        batch = Batch(inner, job, dtype)
+        batch = Batch(inner, job, dtype, Switch(False))
         with layers.installed():
             batch._fill(inner, slots, None, _Kept())
             batch._step(inner, sampling, rows, batch.cache.length)

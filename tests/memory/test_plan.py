@@ -24,7 +24,7 @@ from grpo_lite.memory.phases import (
     GIB,
     PLAIN_TOKENS,
     PLAIN_VOCABULARY,
-    ROW_STEP,
+    ROW_STEPS,
     WORKSPACE_BYTES,
     Job,
     cache_capacity,
@@ -284,8 +284,8 @@ def test_the_planned_rows_are_those_that_are_decoded_at_once(kv_tokens: int | No
     assert row_length(planned.longest) == decoded.length
 
 
-def test_the_step_of_a_row_s_length_is_the_decoder_s() -> None:
-    assert ROW_STEP == row_cache.LENGTH_STEP
+def test_the_steps_of_a_row_s_length_are_the_decoder_s() -> None:
+    assert ROW_STEPS == row_cache.LENGTH_STEPS
 
 
 # What must fit, by the plan; by measurement once a GPU is at hand.
