@@ -318,6 +318,8 @@ def run_part(check: Check, name: str, part: Part, limit_s: float) -> bool:
     check.record["parts"][name] = entry
     check.write()
     print(f"== {name} (at most {limit_s:.0f} s)", flush=True)
+    if check.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # a run's record says the peak of its process
     begun = time.perf_counter()
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit_s)

@@ -115,7 +115,7 @@ def test_the_branches_for_cuda(root: Path, tmp_path: Path) -> None:
     variants = record["decode-bfloat16"]["result"]["variants"]
     assert variants["graph"]["launches_per_step"] == 1
     assert variants["graph"]["waits_per_token"] == 0.12  # one look in 8 tokens
-    assert variants["static"]["launches_per_step"] < variants["loop"]["launches_per_step"] / 2
+    assert variants["static"]["launches_per_step"] < 0.6 * variants["loop"]["launches_per_step"]
     assert variants["loop"]["waits_per_token"] > 1
 
 
