@@ -1,6 +1,6 @@
 """What has to be seen on a GPU, in one process and in the order of its worth; `bench/gpu_check.sh` starts it.
 
-    python bench/gpu_check.py --out DIR [--parts smoke-float16 …] [--device cpu] [--seconds 560] [--resume]
+    python bench/gpu_check.py --out DIR [--parts smoke-float16 …] [--device cpu] [--seconds 530] [--resume]
 
 First round, without any model file: a whole `train smoke` in float16 and bfloat16 (packed compute, static rows and CUDA
 graphs must be on) · `bench/decode.py` on 1.5B of random NF4 weights · micro-steps with fresh lengths, cuDNN's attention
@@ -377,7 +377,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--parts", nargs="*", help="of both rounds; default: all")
     parser.add_argument(
-        "--seconds", type=float, default=560, help="for everything; a part that begins later is left out"
+        "--seconds", type=float, default=530, help="for everything; a part that begins later is left out"
     )
     parser.add_argument("--resume", action="store_true", help="go on with an earlier call's gpu_check.json")
     arguments = parser.parse_args()

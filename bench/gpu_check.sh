@@ -4,7 +4,7 @@
 # What runs stands in bench/gpu_check.py: the first round needs no model file and about 5 minutes, the second one is run
 # if time is left. OUT_DIR (or OUT) gets gpu_check.json, written after each part, and gpu_check.log; runs and random models
 # stay in RUNS (runs/gpu_check). Parts that fail, hang or kill the process are named at the end, and the others still run.
-# PARTS="smoke-float16 planner …" chooses parts (default: both rounds); SECONDS_LEFT (560) is for all of them together.
+# PARTS="smoke-float16 planner …" chooses parts (default: both rounds); SECONDS_LEFT (530) is for all of them together.
 # Needs an environment with this project's dependencies (make setup), or PYTHONPATH set to wheels unpacked by hand
 # (bench/gpu_bundle.sh). GPU_CHECK_DEVICE=cpu tries the script where there is no GPU, at a tiny size: it measures nothing.
 set -euo pipefail
@@ -27,7 +27,7 @@ rm -f "$out/gpu_check.json" "$out/gpu_check.log"
 for _ in 1 2 3 4 5 6; do # again where a part took the process with it; a finished part is not repeated
   set +e
   "$python" -u bench/gpu_check.py --out "$out" --runs "$runs" --device "${GPU_CHECK_DEVICE:-cuda}" --resume \
-    --seconds "${SECONDS_LEFT:-560}" ${PARTS:+--parts $PARTS} 2>&1 | tee -a "$out/gpu_check.log"
+    --seconds "${SECONDS_LEFT:-530}" ${PARTS:+--parts $PARTS} 2>&1 | tee -a "$out/gpu_check.log"
   code=${PIPESTATUS[0]}
   set -e
   case $code in 0 | 2 | 3) exit "$code" ;; esac
