@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("decoding", "graphs_draw_what_the_steps_would", "train_fp16")
+QUICK = ("graphs_draw_what_the_steps_would", "train_fp16")
 SLOW = (
+    "decoding",
     "decoding_at_28_layers",
     "a_step_that_a_graph_cannot_hold",
     "memory_runs_out_while_a_graph_is_captured",

@@ -249,12 +249,9 @@ def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
     assert record["merge"].get("passed") is True or "skipped" in record["merge"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "model",
-    [
-        "tiny/random-llama",
-        pytest.param("embedded/SmolLM2-135M-Instruct", marks=[pytest.mark.slow, pytest.mark.weights]),
-    ],
+    "model", ["tiny/random-llama", pytest.param("embedded/SmolLM2-135M-Instruct", marks=pytest.mark.weights)]
 )
 def test_the_code_recipe_trains_on_unit_tests_run_in_the_sandbox(
     shared_data: Path, request: pytest.FixtureRequest, tmp_path: Path, model: str

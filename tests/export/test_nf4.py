@@ -47,7 +47,8 @@ def test_nf4_export_is_smaller_loads_in_4_bit_and_records_its_loss(merged: Path,
     assert (tmp_path / "nf4/model.safetensors").stat().st_mode == (tmp_path / "nf4/config.json").stat().st_mode
 
 
-@pytest.mark.parametrize(("hidden", "intermediate"), [pytest.param(30, 77, marks=pytest.mark.slow), (32, 33)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "intermediate"), [(30, 77), (32, 33)])
 def test_nf4_export_of_odd_widths_works_too(tmp_path: Path, hidden: int, intermediate: int) -> None:
     """No multiples of 32 rows and 64 columns: bitsandbytes' layout for AVX512-BF16 has no place for them."""
     config = LlamaConfig(

@@ -309,6 +309,7 @@ def test_every_recipe_fits_the_schema_keys(root: Path) -> None:
             assert set(raw.get(section, {})) <= set(properties[section]["properties"])
 
 
+@pytest.mark.slow
 def test_upstream_fields_equal_the_real_dataclasses() -> None:
     code = (
         "import dataclasses, json; from trl import GRPOConfig; from peft import LoraConfig;"

@@ -103,6 +103,7 @@ def undisturbed_export(server: Server, merged_run: Path, tmp_path_factory: pytes
     return exported(run)
 
 
+@pytest.mark.slow
 def test_a_killed_export_is_completed_by_the_next(
     server: Server, merged_run: Path, undisturbed_export: Any, tmp_path: Path
 ) -> None:
