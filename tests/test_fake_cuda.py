@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("graphs_draw_what_the_steps_would", "train_fp16")
+QUICK = ("train_fp16",)
 SLOW = (
+    "graphs_draw_what_the_steps_would",
     "decoding",
     "decoding_at_28_layers",
     "a_step_that_a_graph_cannot_hold",

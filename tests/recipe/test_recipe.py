@@ -294,6 +294,7 @@ def test_the_schema_file_is_current(root: Path) -> None:
     assert made == kept, "run: grpo-lite schema recipes/schema.json"
 
 
+@pytest.mark.slow
 def test_the_schema_does_not_depend_on_what_was_imported_before() -> None:
     code = "import transformers, peft; from grpo_lite.recipe.checks import schema_text; print(schema_text(), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -61,6 +61,7 @@ def test_run_json_report_and_reproduce_name_the_adapter(first: Path, tmp_path: P
     assert "the adapter it started from is not here" in str(differences(run))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one_and_needs_the_adapter_only_at_its_start(
     server: Server, first: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one_and_needs_the_adapter_only_at_i
     assert "resuming from step 2" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_checkpoints_begins_from_the_adapter_again(
     server: Server, first: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def test_kl_to_the_start_is_0_at_first_and_that_to_the_base_is_not(first: Path, 
     assert abs(kl["start"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_whole_run_keeps_the_start_in_its_checkpoints_and_exports_the_trained_adapter(
     first: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_whole_run_keeps_the_start_in_its_checkpoints_and_exports_the_trained_
     assert kl_of(run)[0] < 1e-6 < kl_of(run)[2]
 
 
+@pytest.mark.slow
 def test_a_killed_run_measures_against_the_same_start_without_its_folder(
     server: Server, first: Path, tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_a_killed_run_measures_against_the_same_start_without_its_folder(
     assert kl_of(run)[-1] > 1e-6
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_equals_the_base_so_none_is_held(tmp_path: Path) -> None:
     own = [*FAST, *ALONE, "grpo.max_steps=2", "grpo.save_steps=1", "grpo.learning_rate=0.01"]
     texts = {}

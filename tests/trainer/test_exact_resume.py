@@ -134,6 +134,7 @@ def test_every_moment_of_the_exports(
         assert exported(run) == undisturbed_export
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_passed_over_by_name_when_it_is_damaged(
     server: Server, references: Any, tmp_path: Path
 ) -> None:

@@ -207,9 +207,10 @@ def test_the_queue_of_an_older_release_s_checkpoint_continues(tmp_path: Path):
     assert queue.taken == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "accumulation",
-    [pytest.param(1, id="loader ahead"), pytest.param(2, id="loader not ahead", marks=pytest.mark.slow)],
+    [pytest.param(1, id="loader ahead"), pytest.param(2, id="loader not ahead")],
 )
 def test_a_resumed_run_generates_for_the_prompts_the_whole_run_would_have(accumulation: int, tmp_path: Path):
     """Over an epoch's end, with a refill queue."""

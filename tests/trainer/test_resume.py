@@ -64,6 +64,7 @@ def test_a_second_process_in_the_same_folder_is_refused(root: Path, tmp_path: Pa
     assert "another process is working in it" in text
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_after_a_mended_reward(tmp_path: Path) -> None:
     """A reward that broke at step 3 cost nothing that was saved."""
     reward = tmp_path / "mine.py"
