@@ -7,7 +7,7 @@ under a budget of cached tokens, and notes the entropy of every sampled distribu
 token drawn from it on the way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -42,6 +42,51 @@ class DecodingCache(Layout, Protocol):
 
 
 ROW_BY_ROW = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and at which temperature its log-probability is noted."""
+
+    do_sample: bool
+    temperature: float
+    scoring: float
+    processors: Any = None  # None: the temperature is all there is
+
+    @classmethod
+    def read(cls, config: GenerationConfig, processors: LogitsProcessorList, scoring: float | None) -> "Sampling":
+        """Return the sampling that `generate` prepared; `scoring` None: at the temperature sampled at."""
+        sampling = bool(config.do_sample)
+        temperature = float(config.temperature) if sampling and config.temperature else 1.0
+        plain = all(type(processor) is TemperatureLogitsWarper for processor in processors)
+        return cls(sampling, temperature, temperature if scoring is None else scoring, None if plain else processors)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for a captured step to be used again."""
+        settings = [(type(p).__name__, str(vars(p))) for p in self.processors or ()]
+        return (self.do_sample, self.temperature, self.scoring, *settings)
+
+    def choose(
+        self, logits: Tensor, draw: Callable[[Tensor], Tensor], process: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next token of every row, its log-probability, and the distribution's entropy.
+
+        Args:
+            logits: `(rows, V)`.
+            draw: samples one index per row of probabilities.
+            process: applies the processors to the logits, where there are any.
+        """
+        log_p = torch.log_softmax(logits if self.scoring == 1.0 else logits / self.scoring, dim=-1)
+        p = log_p.exp()
+        if self.processors is not None:
+            scores = process(logits)
+            tokens = draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(-1)
+        elif self.do_sample:
+            tokens = draw(p if self.scoring == self.temperature else torch.softmax(logits / self.temperature, dim=-1))
+        else:
+            tokens = logits.argmax(-1)
+        return tokens, log_p.gather(1, tokens.unsqueeze(1)).squeeze(1), (p * log_p).sum(-1).neg_()
 
 
 @dataclass
@@ -83,12 +128,7 @@ class GroupDecoder:
         **model_kwargs: Any,  # naming `attention_mask` would keep `generate` from seeing it
     ) -> Tensor:
         """Return `input_ids` `(B, P)` followed by the completions, padded: `(B, P + C)`."""
-        mask = model_kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)):
-            prompts.setdefault(tuple(ids[len(ids) - kept :]), []).append(row)
+        prompts = group_rows(unpadded(input_ids, model_kwargs.get("attention_mask")))
         longest = int(cast(int, generation_config.max_length)) - input_ids.size(1)
         self.rollout.entropies = [[] for _ in range(input_ids.size(0))]
         self.rollout.logps = [[] for _ in range(input_ids.size(0))]
@@ -113,10 +153,7 @@ class GroupDecoder:
             longest: the cap on a completion's tokens.
             capacity: tokens for which a row's buffer is laid out at that length.
         """
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, ids in enumerate(prompt_ids):
-            prompts.setdefault(tuple(ids), []).append(row)
-        waves = plan_waves(prompts, longest, self.kv_tokens)
+        waves = plan_waves(group_rows(prompt_ids), longest, self.kv_tokens)
         wave = max(waves, key=lambda groups: sum(len(p) + len(members) * longest for p, members in groups))
         device, length = model.device, len(prompt_ids[0])
         groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
@@ -186,19 +223,27 @@ class GroupDecoder:
         self, ids: Tensor, logits: Tensor, processors: LogitsProcessorList, config: GenerationConfig, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the next token of every row, and `(2, rows)`: the distributions' entropies, the tokens' log-probs."""
-        sampling = bool(config.do_sample)
-        temperature = config.temperature if sampling and config.temperature else 1.0
-        scoring = temperature if self.temperature is None else self.temperature
-        log_p = torch.log_softmax(logits / scoring, dim=-1)
-        p = log_p.exp()
-        if not all(type(processor) is TemperatureLogitsWarper for processor in processors):
-            scores = process(ids, logits, processors, rows, len(self.rollout.entropies))
-            tokens = draw(torch.softmax(scores, dim=-1)) if sampling else scores.argmax(-1)
-        elif sampling:
-            tokens = draw(p if scoring == temperature else torch.softmax(logits / temperature, dim=-1))
-        else:
-            tokens = logits.argmax(-1)
-        return tokens, torch.stack([-(p * log_p).sum(-1), log_p.gather(1, tokens.unsqueeze(1)).squeeze(1)])
+        sampling = Sampling.read(config, processors, self.temperature)
+        tokens, logps, entropies = sampling.choose(
+            logits, draw, lambda logits: process(ids, logits, processors, rows, len(self.rollout.entropies))
+        )
+        return tokens, torch.stack([entropies, logps])
+
+
+def unpadded(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Return the prompts of ids `(B, P)` that are padded on the left where the mask is 0."""
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    rows = zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)
+    return [ids[len(ids) - count :] for ids, count in rows]
+
+
+def group_rows(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return the distinct prompts, each with its rows, in the order of first appearance."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, ids in enumerate(prompts):
+        groups.setdefault(tuple(ids), []).append(row)
+    return groups
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: DecodingCache) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lite.engine.lora import is_vanilla
+from grpo_lite.engine.lora import is_off, is_vanilla, lora_layers
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -24,18 +24,22 @@ class DecodingLayers:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Prepare `model`'s layers to compute in `dtype`; they change inside `installed` only."""
         self.dtype = dtype
-        self._adapters = [_Adapter(layer, dtype) for layer in _lora_layers(model)]
+        self._adapters = [_Adapter(layer, dtype) for layer in lora_layers(model)]
         self._forwards: dict[nn.Module, Forward] = {adapter.layer: adapter.forward for adapter in self._adapters}
         self._forwards |= {norm: _fused_norm(norm) for norm in model.modules() if _can_be_fused(norm, dtype)}
 
     @staticmethod
+    def state(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
+        """Return which adapters are on: layers that were prepared for another state compute something else."""
+        return tuple((is_off(layer), *layer.active_adapters) for layer in lora_layers(model))
+
+    @staticmethod
     def obstacle(model: nn.Module) -> str | None:
         """Return why this model's adapters cannot be shortened, or None."""
-        for layer in _lora_layers(model):
-            is_off = layer.disable_adapters or layer.merged
+        for layer in lora_layers(model):
             if not isinstance(layer.get_base_layer(), nn.Linear):
                 return f"an adapter is on {type(layer.get_base_layer()).__name__}, not on a linear layer"
-            if not (is_off or is_vanilla(layer)):
+            if not (is_off(layer) or is_vanilla(layer)):
                 return "the adapter is not plain LoRA without dropout"
         return None
 
@@ -82,7 +86,7 @@ class _Adapter:
         self.name = layer.active_adapters[0] if layer.active_adapters else ""
         self.order: list[_Adapter] | None = None
         self.given: Tensor | None = None
-        self.is_on = not (layer.disable_adapters or layer.merged)
+        self.is_on = not is_off(layer)
         if self.is_on:
             self.down, self.up = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             self.scaled_up = torch.empty(self.up.shape[::-1], dtype=dtype, device=self.up.device)  # (r, out)
@@ -137,14 +141,6 @@ class _Product:
         if self._read == self.readers:
             self._given = self._low = None
         return low
-
-
-def _lora_layers(model: nn.Module) -> list[Any]:
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        return []
-    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 def _epsilon(norm: nn.Module) -> float | None:

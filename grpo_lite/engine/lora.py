@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 def shorten_lora(model: nn.Module) -> int:
     """Replace the forward of the LoRA layers on linear layers by the short one; return how many were replaced."""
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        return 0
     count = 0
-    for layer in model.modules():
-        linear = isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear)
-        if linear and "forward" not in layer.__dict__:
+    for layer in lora_layers(model):
+        if isinstance(layer.get_base_layer(), nn.Linear) and "forward" not in layer.__dict__:
             layer.forward = MethodType(_forward, layer)
             count += 1
     return count
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Return the model's LoRA layers; none without PEFT."""
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        return []
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,9 +58,14 @@ def _cast_once(weight: Tensor) -> Tensor:
     return torch.einsum("or->ro", weight)
 
 
+def is_off(layer: Any) -> bool:
+    """Return whether a LoRA layer computes what its base layer does: its adapters are disabled, or merged into it."""
+    return bool(layer.disable_adapters or layer.merged)
+
+
 def is_vanilla(layer: Any) -> bool:
     """Return whether a LoRA layer has one active adapter without variant, dropout or bias, and not merged."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    if is_off(layer) or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in getattr(layer, "lora_variant", {}):

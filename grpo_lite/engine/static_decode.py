@@ -11,6 +11,7 @@ The ladder: graph, the same step launched kernel by kernel, `decode.GroupDecoder
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,11 +29,20 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 from grpo_lite.engine.cache import GroupCache
-from grpo_lite.engine.decode import ROW_BY_ROW, GroupDecoder, Rollout, hidden_states, next_logits, race
+from grpo_lite.engine.decode import (
+    ROW_BY_ROW,
+    GroupDecoder,
+    Rollout,
+    Sampling,
+    group_rows,
+    hidden_states,
+    next_logits,
+    race,
+    unpadded,
+)
 from grpo_lite.engine.decoding_layers import DecodingLayers
 from grpo_lite.engine.graphs import StepGraphs, Switch
 from grpo_lite.engine.out_of_memory import is_out_of_memory
@@ -44,44 +54,6 @@ LOOK = 8  # steps between the host's looks at which rows have ended
 FEWEST_ROWS = 8  # the batch is not halved below: a step of fewer rows takes as long
 KEPT_SHARE = 0.125  # buffers that take less of the card's memory stay between rollouts, and the graphs with them
 REFILL_SHARE = 0.125  # rows are filled again when at least this share of them has ended
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and at which temperature its log-probability is noted."""
-
-    do_sample: bool
-    temperature: float
-    scoring: float
-    processors: Any = None  # None: the temperature is all there is
-
-    @classmethod
-    def read(cls, config: GenerationConfig, processors: LogitsProcessorList, scoring: float | None) -> Sampling:
-        """Return the sampling that `generate` prepared."""
-        sampling = bool(config.do_sample)
-        temperature = float(config.temperature) if sampling and config.temperature else 1.0
-        plain = all(type(processor) is TemperatureLogitsWarper for processor in processors)
-        return cls(sampling, temperature, temperature if scoring is None else scoring, None if plain else processors)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What must be equal for a captured step to be used again."""
-        settings = [(type(p).__name__, str(vars(p))) for p in self.processors or ()]
-        return (self.do_sample, self.temperature, self.scoring, *settings)
-
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next token of every row, its log-probability, and the distribution's entropy, from `(rows, V)`."""
-        log_p = torch.log_softmax(logits if self.scoring == 1.0 else logits / self.scoring, dim=-1)
-        p = log_p.exp()
-        if self.processors is not None:
-            scores = self.processors(None, logits)
-            tokens = race(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(-1)
-        elif self.do_sample:
-            tokens = race(p if self.scoring == self.temperature else torch.softmax(logits / self.temperature, dim=-1))
-        else:
-            tokens = logits.argmax(-1)
-        entropy = (p * log_p).sum(-1).neg_()
-        return tokens, log_p.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy
 
 
 @dataclass
@@ -119,7 +91,7 @@ class StaticDecoder:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 if engine.serves(self.autocast, logits_processor, stopping_criteria):
-                    return self._generate(engine, *arguments, model_kwargs.get("attention_mask"), streamed)
+                    return self._generate(engine, *arguments[1:], model_kwargs.get("attention_mask"), streamed)
         except Exception as error:  # whatever it is: the other decoder has none of these kernels
             engine.release()
             if is_out_of_memory(error) or isinstance(error, NotFiniteError):
@@ -135,7 +107,6 @@ class StaticDecoder:
     def _generate(
         self,
         engine: Engine,
-        model: PreTrainedModel,
         input_ids: Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
@@ -143,14 +114,10 @@ class StaticDecoder:
         mask: Tensor | None,
         stream: Callable[[list[int]], None] | None,
     ) -> Tensor:
-        kept = torch.ones_like(input_ids) if mask is None else mask
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, (ids, count) in enumerate(zip(input_ids.tolist(), kept.sum(1).tolist(), strict=True)):
-            prompts.setdefault(tuple(ids[len(ids) - count :]), []).append(row)
         cap = int(cast(int, config.max_length)) - input_ids.size(1)
         stops = config.eos_token_id if any(isinstance(c, EosTokenCriteria) for c in criteria) else ()
         job = Job(
-            prompts=prompts,
+            prompts=group_rows(unpadded(input_ids, mask)),
             rows=input_ids.size(0),
             cap=cap,
             stops=(stops,) if isinstance(stops, int) else tuple(stops or ()),
@@ -159,7 +126,7 @@ class StaticDecoder:
             stream=stream,
         )
         with torch.autocast(input_ids.device.type, enabled=False):
-            results = engine.run(model, job)
+            results = engine.run(job)
         engine.end_rollout()
         self.rollout.prefill_tokens += results.prefill_tokens
         self.rollout.decode_tokens += results.decode_tokens
@@ -168,7 +135,7 @@ class StaticDecoder:
             [row[:n] for row, n in zip(values.tolist(), lengths, strict=True)]
             for values in (results.entropies, results.logps)
         )
-        if not all(bool(torch.tensor(row).isfinite().all()) for row in self.rollout.logps):
+        if not all(math.isfinite(logp) for row in self.rollout.logps for logp in row):
             raise NotFiniteError("the model's next-token probabilities contain inf or nan")
         width = max(lengths)
         behind = torch.arange(width, device=input_ids.device) >= results.lengths.unsqueeze(1)
@@ -187,16 +154,13 @@ class StaticDecoder:
             capacity: as for `GroupDecoder.rehearse`, which takes over where this decoder steps aside.
         """
         engine = engine_of(model)
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, ids in enumerate(prompt_ids):
-            prompts.setdefault(tuple(ids), []).append(row)
-        sampling = Sampling(True, 0.9, 0.9)
+        prompts, sampling = group_rows(prompt_ids), Sampling(True, 0.9, 0.9)
         job = Job(prompts, len(prompt_ids), longest, (), sampling, self.kv_tokens, steps=3)  # one, captured, replayed
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
                 if engine.serves(self.autocast, LogitsProcessorList(), StoppingCriteriaList()):
-                    engine.run(model, job)
+                    engine.run(job)
                     return
         except Exception as error:
             if is_out_of_memory(error):
@@ -372,11 +336,11 @@ class Engine:
 
     def layers(self) -> DecodingLayers:
         """Return the short layers for the adapters that are on now."""
-        from peft.tuners.lora import LoraLayer
-
-        adapters = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer)]
-        state = tuple((layer.disable_adapters or layer.merged, *layer.active_adapters) for layer in adapters)
-        key = (state, self.dtype, *(parameter.data_ptr() for parameter in self._model.parameters()))
+        key = (
+            DecodingLayers.state(self._model),
+            self.dtype,
+            *(parameter.data_ptr() for parameter in self._model.parameters()),
+        )
         if key not in self._layers:
             self.release()  # graphs hold the addresses of the old ones
             layers = DecodingLayers(self._model, self.dtype)
@@ -387,14 +351,14 @@ class Engine:
             self._layers = {key: layers}
         return self._layers[key]
 
-    def run(self, model: PreTrainedModel, job: Job) -> Results:
+    def run(self, job: Job) -> Results:
         """Generate all rows of a job."""
         layers = self.layers()
         if self._batch is None or not self._batch.holds(job):
             self.release()
-            self._batch = Batch(model, job, self.dtype, self._graphs)
+            self._batch = Batch(self._model, job, self.dtype, self._graphs)
         with layers.installed():
-            return self._batch.run(model, job)
+            return self._batch.run(self._model, job)
 
     def _self_check(self, autocast: Callable[[], AbstractContextManager[Any]]) -> str | None:
         """Compare the next-token probabilities of three steps with those of `GroupDecoder`'s computation."""
@@ -502,6 +466,7 @@ class Batch:
         slots: dict[int, _Slot] = {}  # by row of the buffers: what it decodes
         # Its own number of rows, whatever the buffers have: what is drawn must not depend on earlier jobs.
         kept, rows, done, read, decoded = _Kept(), job.at_once, 0, 0, 0
+        sampling_key = job.sampling.key
         self.live.zero_()
         self.owner.fill_(self.total)  # what an earlier job left there would be noted as lengths of this one's rows
         while True:
@@ -522,7 +487,7 @@ class Batch:
             seen = min(self.cache.length, seen_length(longest))
             step = partial(self._step, model, job.sampling, rows, seen)
             for _ in range(steps):
-                self.graphs.run((rows, seen, job.sampling.key), step)
+                self.graphs.run((rows, seen, sampling_key), step)
             done, decoded = done + steps, decoded + steps * rows
             live = self.live[:rows].tolist()  # the only wait
             if job.stream is not None:
@@ -545,7 +510,11 @@ class Batch:
     def _step(self, model: PreTrainedModel, sampling: Sampling, rows: int, seen: int) -> None:
         """Choose a token for every row, note it, and compute the logits of the next; fixed addresses, no wait."""
         live, count = self.live[:rows], self.count[:rows]
-        tokens, logps, entropies = sampling.choose(self.logits[:rows])
+        tokens, logps, entropies = sampling.choose(
+            self.logits[:rows],
+            race,
+            lambda logits: sampling.processors(None, logits),  # none looks at earlier tokens
+        )
         place = torch.where(live, self.base[:rows] + count, self.tokens.numel() - 1)
         self.tokens.index_copy_(0, place, tokens)
         self.logps.index_copy_(0, place, logps)

@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_lite.engine import attention, decoding_layers
 from grpo_lite.engine import score as logprobs
+from grpo_lite.engine.decode import Sampling
 from grpo_lite.engine.decoding_layers import DecodingLayers
 from grpo_lite.engine.graphs import Switch
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.packing import PaddedBatch, pack
 from grpo_lite.engine.score import Scoring, score
-from grpo_lite.engine.static_decode import Batch, Job, Sampling, _Kept, _Slot
+from grpo_lite.engine.static_decode import Batch, Job, _Kept, _Slot
 
 BLOCK = 512  # bytes; the CUDA caching allocator rounds every request up to it
 

@@ -15,7 +15,7 @@ import trl.trainer.utils
 from grpo_lite.engine import row_cache, static_decode
 from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.cache import GroupCache
-from grpo_lite.engine.static_decode import Sampling
+from grpo_lite.engine.decode import Sampling
 from grpo_lite.errors import MemoryBudgetError, ModelError
 from grpo_lite.memory.evaluation import evaluation_phase
 from grpo_lite.memory.job import recipe_job
