@@ -49,6 +49,7 @@ from grpo_lite.engine.static_decode import LOOK, StaticDecoder, engine_of  # noq
 from grpo_lite.models.config import KNOWN, known_config  # noqa: E402
 from grpo_lite.models.load import lora_to_float32  # noqa: E402
 from grpo_lite.recipe.recipe import TINY_MODEL  # noqa: E402
+from tests.fake_cuda.kernels import launches_kernel  # noqa: E402
 
 Generate = Callable[[list[list[int]], int], None]  # prompts, one a row, and tokens to generate
 OURS = ("loop", "static", "graph", "generate")
@@ -63,17 +64,6 @@ LABELS = {
 }
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-NO_KERNEL = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "detach",
-    "_unsafe_view",
-    "set_",
-    "resize_",
-    "lift_fresh",
-}
 
 
 @dataclass(frozen=True)
@@ -311,10 +301,7 @@ def operators(run: Callable[[], None]) -> tuple[int, None]:
         total = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            returns = func._schema.returns
-            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-            name = func.overloadpacket.__name__
-            Count.total += not is_view and name not in NO_KERNEL and not name.startswith("_local_scalar")
+            Count.total += launches_kernel(func) and not func.overloadpacket.__name__.startswith("_local_scalar")
             return func(*args, **(kwargs or {}))
 
     with Count():

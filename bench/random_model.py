@@ -47,11 +47,11 @@ def random_model(
             )
             if load_in == "4bit" and layer is not head:
                 parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, _quantized(weight, bias, dtype).to(device))
+                setattr(model.get_submodule(parent), last, four_bit(weight, bias, dtype).to(device))
             else:
                 layer.weight, layer.bias = nn.Parameter(weight), bias
     if load_in == "4bit":
-        _declare_quantized(model, dtype, device)
+        declare_quantized(model, dtype, device)
     return model
 
 
@@ -103,7 +103,7 @@ def _linear_layers_on_meta() -> Iterator[None]:
         nn.Linear.__init__ = plain  # type: ignore[method-assign]
 
 
-def _quantized(weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
+def four_bit(weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
     """Return the layer in NF4; it is quantized when it is moved to its device."""
     import bitsandbytes as bnb
 
@@ -115,7 +115,7 @@ def _quantized(weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dty
     return layer
 
 
-def _declare_quantized(model: Any, dtype: torch.dtype, device: str) -> None:
+def declare_quantized(model: Any, dtype: torch.dtype, device: str) -> None:
     """Say what `from_pretrained` says of a quantized model; transformers asks whether it can be trained."""
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer

@@ -14,7 +14,7 @@ from grpo_lite.errors import ExportError
 from grpo_lite.export.hub import push as hub
 from grpo_lite.files.manifest import verify_manifest
 from grpo_lite.runs.run_dir import RunDir
-from tests.export.hub_server import TOKEN, Hub, Repo, running_hub
+from tests.export.hub_server import TOKEN, Hub, Repo, hub_in_place
 from tests.finished_run import make_run
 
 REPO = "me/sums"
@@ -35,16 +35,8 @@ def run(finished: RunDir, tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    with running_hub() as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # HF_HUB_DISABLE_XET=1: plain LFS
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with hub_in_place(monkeypatch, tmp_path / "hub-cache") as state:
         yield state
 
 

@@ -53,20 +53,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention  # noqa: 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
-from tests.fake_cuda.kernels import KERNELS  # noqa: E402
+from tests.fake_cuda.kernels import KERNELS, launches_kernel  # noqa: E402
 
 MIXES = {"copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_", "set_"}  # take operands of both devices
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "equal", "repeat_interleave"}
-NO_KERNEL = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_unsafe_view",
-    "set_",
-    "resize_",
-}
 FUSED = {scaled_dot_product_attention: "attention", rms_norm: "rms_norm"}  # one kernel on CUDA, several operators here
 
 waits: collections.Counter[tuple[str, str]] = collections.Counter()  # (operator, "file:line" of grpo_lite)
@@ -253,7 +243,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         arrive()
     if strays and _recording is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {name} copies from the host")
-    is_kernel = not _is_view(func) and name not in NO_KERNEL
+    is_kernel = launches_kernel(func)
     if is_kernel and not _inside_fused:
         launches[name] += 1
     if name in failures and is_kernel:
@@ -311,10 +301,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> dict[frozenset[str], Any]:
 
 def _writes(func: Any) -> bool:
     return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
-
-
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
 
 
 def move(module: nn.Module) -> nn.Module:

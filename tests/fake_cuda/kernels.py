@@ -1,4 +1,4 @@
-"""What CUDA has and the CPU build of torch has not: varlen attention, written out in float32 on CPU tensors."""
+"""Which operators launch a kernel on CUDA; and those that the CPU build of torch lacks, in float32 on CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 
 BOTTOM_RIGHT = 2
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "set_",
+    "resize_",
+}
+
+
+def launches_kernel(func: Any) -> bool:
+    """Return whether an operator computes something: it is no view, and no mere allocation."""
+    is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+    return not is_view and func._schema.name.split("::")[1] not in NO_KERNEL
 
 
 def _parts(query: Tensor, key: Tensor, starts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers.quantizers.auto import AutoHfQuantizer
 
+from bench.random_model import declare_quantized, four_bit
 from grpo_lite.engine import attention
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.quantised import keep_weights_unpacked
@@ -24,20 +22,10 @@ def quantized(model: Any, dtype: torch.dtype) -> Any:
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
-        with torch.device("meta"):
-            layer = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype, quant_type="nf4"
-            )
-        layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-        layer.bias = module.bias
         parent = model.get_submodule(name.rpartition(".")[0])
+        layer = four_bit(module.weight.data, module.bias, dtype)
         setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-    )
-    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
-    model.is_loaded_in_4bit = model.is_quantized = True
-    model.quantization_method = settings.quant_method
+    declare_quantized(model, dtype, "cpu")
     keep_weights_unpacked(model)
     return model
 

@@ -24,7 +24,7 @@ from grpo_lite.models.unsloth import adapter_arguments
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import TINY_MODEL, Recipe, without_paths
 from grpo_lite.runs.run_dir import dump_recipe
-from tests.export.hub_server import TOKEN, Hub, Repo, running_hub
+from tests.export.hub_server import Hub, Repo, hub_in_place
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -332,18 +332,9 @@ def test_places_without_an_adapter_are_named(root: Path, tmp_path: Path, saved: 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
     from grpo_lite.files.hub import hub_answers
 
-    with running_hub() as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        template = state.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_in_place(monkeypatch, tmp_path / "hub-cache") as state:
         hub_answers.cache_clear()
         yield state
     hub_answers.cache_clear()

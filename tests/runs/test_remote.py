@@ -18,7 +18,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.records import PushCheckpoints
 from tests.command_line import in_process, steps_of
 from tests.command_server import Server
-from tests.export.hub_server import TOKEN, Hub, Repo, running_hub
+from tests.export.hub_server import Hub, Repo, hub_in_place
 from tests.killing import ALONE, FAST
 
 REPO = "me/checkpoints"
@@ -27,19 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    with running_hub() as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_in_place(monkeypatch, tmp_path / "hub-cache") as state:
         yield state
 
 
