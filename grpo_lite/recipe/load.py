@@ -20,9 +20,11 @@ _SOURCE_KINDS = {
     "path": ("hub", "generator", "kwargs", "config", "revision", "split"),
     "generator": ("hub", "path", "config", "revision", "split"),
 }
+_SOURCES = (("data", "train"), ("data", "eval"), ("warmup", "data"))
 _MOST_ALIASES = 20
 _LARGEST = 4_000_000  # values and characters of a recipe, aliases written out
-_TEMPLATE_KEYS = ("prompt", "system", "gold_completion")  # `{question}` is a template here, not a YAML mapping
+# `{question}` is a template here, not a YAML mapping.
+_TEMPLATE_KEYS = ("prompt", "system", "gold_completion", "completion")
 
 
 def recipes_dir() -> Path:
@@ -210,7 +212,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         _descend(target, last, override, key)  # the position after the last one adds an entry
         target[int(last)] = value
     elif isinstance(target, dict):
-        if value is not None and len(steps) == 3 and steps[0] == "data" and steps[1] in ("train", "eval"):
+        if value is not None and tuple(steps[:-1]) in _SOURCES:
             for other in _SOURCE_KINDS.get(last, ()):  # a new source replaces the old one with its details
                 target.pop(other, None)
         target[last] = value
@@ -231,13 +233,17 @@ def _override_value(key: str, text: str) -> Any:
 def _follow_new_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Hold out a tenth of a training source given on the line, unless the line says what to evaluate on.
 
-    The recipe's own held-out set belongs to the recipe's own data: other columns, another task.
+    The recipe's own held-out set and its warm-up on data belong to the recipe's own data: other columns, another task.
     """
     new_source = any(re.match(r"data\.train\.(hub|path|generator)=", override) for override in overrides)
     eval_given = any(re.match(r"data\.(eval|holdout)\b", override) for override in overrides)
     if new_source and not eval_given and raw["data"].get("eval"):
         raw["data"]["eval"] = None
         raw["data"]["holdout"] = 0.1
+    warmup = raw.get("warmup")
+    on_data = isinstance(warmup, dict) and warmup.get("source", "data") == "data"
+    if new_source and on_data and not any(override.startswith("warmup") for override in overrides):
+        raw["warmup"] = None
 
 
 def _descend(target: Any, step: str, override: str, path: str) -> Any:

@@ -113,6 +113,48 @@ class DataSection(_Section):
     max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are dropped, with a message.")
 
 
+class WarmupSection(_Section):
+    """Supervised fine-tuning of the same LoRA before GRPO."""
+
+    source: Literal["data", "self"] = Field(
+        "data",
+        description="data: rows with completions; self: the base's own right completions.",
+    )
+    data: SourceSection | None = Field(None, description="Rows with completions, for source: data.")
+    prompt: str | None = Field(None, description="Template of the prompt over those rows; null: data.prompt.")
+    completion: str = Field(
+        "{completion}", description="Template of the completion over those rows; the end token is added."
+    )
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: as many as `epochs` take.")
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Passes over the rows; null: 1 unless `steps` is given."
+    )
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="linear and cosine fall to 0; each rises over the first 5 % of the steps."
+    )
+    tokens_per_step: int = Field(
+        4096, ge=1, description="Most tokens of an optimizer step, prompts included; at least one row is taken."
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Longer completions are dropped, with a message; null: grpo.max_completion_length."
+    )
+    samples: int = Field(4, ge=1, description="source: self: completions sampled for each training prompt.")
+    keep: int = Field(1, ge=1, description="source: self: most distinct right completions kept of a prompt.")
+    prompts: int | None = Field(None, ge=1, description="source: self: training prompts sampled; null: all.")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="Of the order of rows; null: the recipe's seed.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> WarmupSection:
+        if self.source == "data" and self.data is None:
+            raise ValueError("source: data needs rows with completions: give warmup.data, or source: self")
+        if self.source == "self" and self.data is not None:
+            raise ValueError("source: self samples the training prompts itself, so data is not given with it")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given; give one of them")
+        return self
+
+
 class RewardSection(_Section):
     """One reward function with its weight."""
 
@@ -230,11 +272,14 @@ class Recipe(_Section):
     )
     data: DataSection
     rewards: list[RewardSection] = Field(min_length=1)
+    warmup: WarmupSection | None = Field(
+        None, description="Supervised fine-tuning of the same LoRA before GRPO; null: GRPO starts at once."
+    )
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
     reference: Literal["base", "start"] = Field(
         "base",
         description="What KL (grpo.beta) is measured against. base: the base model; start: the adapter as training "
-        "started, lora.init_from's.",
+        "GRPO started, from lora.init_from or the warm-up.",
     )
     compute: Literal["packed", "plain"] = Field(
         "packed", description="packed: each prompt computed once a group, no padding; plain: TRL's own. Same gradient."
@@ -300,7 +345,8 @@ class Recipe(_Section):
     @property
     def holds_reference(self) -> bool:
         """Whether a frozen copy of the adapter is held for KL; a fresh one would equal the base, and needs none."""
-        fresh = self.init_from is None and self.lora.get("init_lora_weights", True) in (True, "gaussian")
+        plain = self.lora.get("init_lora_weights", True) in (True, "gaussian")
+        fresh = self.init_from is None and self.warmup is None and plain
         return self.reference == "start" and bool(self.grpo.get("beta")) and not fresh
 
     @property
@@ -317,6 +363,11 @@ class Recipe(_Section):
     def max_completion_length(self) -> int:
         """Longest completion, in tokens."""
         return int(self.grpo.get("max_completion_length", GRPO_DEFAULTS["max_completion_length"]))
+
+    @property
+    def warmup_completion_length(self) -> int:
+        """Longest completion of the warm-up, in tokens: `warmup.max_completion_tokens`, or as in training."""
+        return (self.warmup and self.warmup.max_completion_tokens) or self.max_completion_length
 
     @property
     def eval_completion_length(self) -> int:

@@ -42,6 +42,8 @@ class RunDir:
     adapter = property(lambda self: self.path / "adapter")
     report_file = property(lambda self: self.path / "report.html")
     merged = property(lambda self: self.path / "merged")
+    warmup = property(lambda self: self.path / "warmup")  # its checkpoints while it trains, its adapter when it is done
+    warm_adapter = property(lambda self: self.warmup / "adapter")
     evaluation = property(lambda self: self.path / "evaluation")
 
     def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish", "report"]:
@@ -198,7 +200,8 @@ class RunDir:
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
-    since = {"reference": "base"}  # keys that runs of earlier versions lack, with what they trained with
+    # Keys that runs of earlier versions lack, with what they trained with.
+    since: dict[str, Any] = {"reference": "base", "warmup": None}
     free = ("limits", "log", "push_checkpoints")
     return {key: value for key, value in {**since, **recipe}.items() if key not in free}
 

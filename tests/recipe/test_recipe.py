@@ -344,3 +344,29 @@ def test_an_evaluation_is_as_long_as_training_unless_the_recipe_says_otherwise()
         for extra in ([], ["eval.max_new_tokens=60"])
     ]
     assert lengths == [40, 60]
+
+
+@pytest.mark.parametrize(
+    "warmup, expected",
+    [
+        ("{steps: 5}", "needs rows with completions: give warmup.data, or source: self"),
+        ("{source: self, data: {path: x.jsonl}}", "samples the training prompts itself, so data is not given with it"),
+        ("{data: {path: x.jsonl}, steps: 5, epochs: 2}", "steps and epochs are both given"),
+        ("{data: {path: x.jsonl}, rate: 1.0}", "warmup.rate: unknown key"),
+    ],
+)
+def test_a_fault_of_the_warm_up_section_is_named(warmup: str, expected: str) -> None:
+    assert expected in faults_of(MINIMAL + f"warmup: {warmup}\n")
+
+
+def test_a_new_training_source_leaves_out_the_warm_up_on_the_old_data(tmp_path: Path) -> None:
+    file = tmp_path / "warm.yaml"
+    file.write_text(MINIMAL + "warmup: {data: {path: traces.jsonl}}\n")
+    assert load_recipe(str(file)).warmup is not None
+    assert load_recipe(str(file), ["data.train.path=my.jsonl"]).warmup is None
+    both = load_recipe(str(file), ["data.train.path=my.jsonl", "warmup.data.path=mine.jsonl"]).warmup
+    assert both is not None
+    assert both.data is not None
+    assert both.data.path == "mine.jsonl"
+    (tmp_path / "self.yaml").write_text(MINIMAL + "warmup: {source: self}\n")
+    assert load_recipe(str(tmp_path / "self.yaml"), ["data.train.path=my.jsonl"]).warmup is not None
