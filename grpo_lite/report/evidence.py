@@ -15,6 +15,7 @@ from rewards.facts import Reward, named
 FEWEST = 4  # logged steps before the doctor judges a trend
 FLAT = 0.03  # a mean reward that moved by less has not moved
 LATEST_FILES = 8  # files of completions that are read
+WARMUP = "warmup"  # `stage` of the warm-up's records; those of older runs have no stage and are GRPO's
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,13 @@ def read_evidence(run: RunDir) -> Evidence:
 
 
 def read_steps(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl that describe a training step, oldest first."""
-    return [record for record in read_metrics(run) if "reward" in record]
+    """Return the records of metrics.jsonl that describe a step of GRPO, oldest first."""
+    return [record for record in read_metrics(run) if "reward" in record and record.get("stage") != WARMUP]
+
+
+def read_warmup_steps(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl that describe a step of the warm-up, oldest first; empty without one."""
+    return [record for record in read_metrics(run) if record.get("stage") == WARMUP and "loss" in record]
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
