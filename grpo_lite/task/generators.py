@@ -56,6 +56,40 @@ def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int
     ]
 
 
+def addition(seed: int, digits: int = 2, size: int = 1000) -> list[Row]:
+    """Return distinct additions `{question: '47+38', answer: '85', trace: …}` of two numbers, in random order.
+
+    `trace` is a whole completion: the columns from the right with their carries, then the answer,
+    `<think>7+8=15, 4+3+1=8</think><answer>85</answer>`.
+
+    Args:
+        seed: of the problems.
+        digits: of both numbers, 1 to 9; none begins with 0.
+        size: how many.
+    """
+    if not 1 <= digits <= 9:
+        raise ValueError("1 <= digits <= 9 is needed")
+    low = 10 ** (digits - 1)
+    terms = 9 * low
+    if not 1 <= size <= terms**2:
+        raise ValueError(f"there are {terms**2} distinct problems, so size is 1 to {terms**2}")
+    pairs = [divmod(index, terms) for index in random.Random(seed).sample(range(terms**2), size)]
+    return [
+        {"question": f"{low + a}+{low + b}", "answer": str(2 * low + a + b), "trace": _columns(low + a, low + b)}
+        for a, b in pairs
+    ]
+
+
+def _columns(a: int, b: int) -> str:
+    """Write out a column addition of two numbers with as many digits."""
+    steps, carry = [], 0
+    for x, y in zip(map(int, reversed(str(a))), map(int, reversed(str(b))), strict=True):
+        total = x + y + carry
+        steps.append(f"{x}+{y}" + (f"+{carry}" if carry else "") + f"={total}")
+        carry = total // 10
+    return f"<think>{', '.join(steps)}</think><answer>{a + b}</answer>"
+
+
 def countdown(seed: int, size: int = 1000, numbers: int = 3, low: int = 1, high: int = 99) -> list[Row]:
     """Return countdown problems: reach `target` from `nums`, each used at most once, by + − × ÷. All are solvable.
 
@@ -119,6 +153,7 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
 
 GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "sums": sums,
+    "addition": addition,
     "countdown": countdown,
     "reasoning_gym": reasoning_gym,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from grpo_lite.errors import DataError
 from grpo_lite.recipe.load import build_recipe
 from grpo_lite.recipe.recipe import Recipe, SourceSection
-from grpo_lite.task.generators import countdown, generate_rows, sums
+from grpo_lite.task.generators import addition, countdown, generate_rows, sums
 from grpo_lite.task.prompts import Prompts, load_prompts, read_rows
 from grpo_lite.task.tokens import prompt_ids, prompt_text
 
@@ -186,6 +187,31 @@ def test_sums_are_distinct_right_and_complete() -> None:
         assert int(row["answer"]) == a + b
 
 
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_additions_are_distinct_and_their_traces_hold_in_every_column(digits: int) -> None:
+    rows = addition(seed=1, digits=digits, size=81)  # 9 × 9 ordered pairs of one digit
+    assert len({row["question"] for row in rows}) == 81
+    for row in rows:
+        a, b = row["question"].split("+")
+        assert int(row["answer"]) == int(a) + int(b) and len(a) == len(b) == digits
+        match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", row["trace"])
+        assert match, row
+        thought, result = match.groups()
+        steps = [step.split("=") for step in thought.split(", ")]
+        assert [sum(map(int, terms.split("+"))) for terms, _ in steps] == [int(total) for _, total in steps]
+        assert [terms[:3] for terms, _ in steps] == [f"{x}+{y}" for x, y in zip(a[::-1], b[::-1], strict=True)]
+        assert result == row["answer"] == steps[-1][1] + "".join(total[-1] for _, total in steps[-2::-1])
+
+
+def test_the_trace_of_an_addition_names_its_carries() -> None:
+    (row,) = [row for row in addition(seed=1, size=8100) if row["question"] == "47+38"]
+    assert row == {"question": "47+38", "answer": "85", "trace": "<think>7+8=15, 4+3+1=8</think><answer>85</answer>"}
+
+
+def test_additions_repeat_with_their_seed() -> None:
+    assert addition(seed=1, size=50) == addition(seed=1, size=50) != addition(seed=2, size=50)
+
+
 def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
     rows = countdown(seed=3, size=200, numbers=4)
     assert len({(tuple(sorted(row["nums"])), row["target"]) for row in rows}) == 200
@@ -203,6 +229,8 @@ def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
         ("sums", {"low": 5, "high": 2}, "0 <= low <= high is needed"),
         ("sums", {"size": 10**6}, "there are 400 distinct problems"),
         ("sums", {"high": "x"}, "was given"),
+        ("addition", {"digits": 0}, "1 <= digits <= 9"),
+        ("addition", {"digits": 1, "size": 82}, "there are 81 distinct problems"),
         ("countdown", {"numbers": 9}, "2 <= numbers <= 6"),
         ("countdown", {"numbers": 2, "low": 1, "high": 2, "size": 500}, "distinct problems exist"),
     ],
