@@ -193,7 +193,8 @@ def test_additions_are_distinct_and_their_traces_hold_in_every_column(digits: in
     assert len({row["question"] for row in rows}) == 81
     for row in rows:
         a, b = row["question"].split("+")
-        assert int(row["answer"]) == int(a) + int(b) and len(a) == len(b) == digits
+        assert int(row["answer"]) == int(a) + int(b)
+        assert len(a) == len(b) == digits
         match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", row["trace"])
         assert match, row
         thought, result = match.groups()
