@@ -1,4 +1,4 @@
-"""Board: the state of a run in a few lines with sparklines, for the live view, notebooks and `watch`."""
+"""A run's state in a few lines with sparklines, for the live view, notebooks and `watch`; each stage has its board."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.evidence import Finding
@@ -18,14 +18,14 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
-class Board:
-    """The state of a run.
+class Progress:
+    """What the boards of both stages share: steps, speed, time left, findings.
 
     Args:
         recipe: of the run.
         total: number of steps; 0: not known yet.
-        steps: the records of metrics.jsonl with a reward.
-        rows: the latest completions.
+        steps: the stage's records of metrics.jsonl.
+        rows: the latest completions; empty in the warm-up, which generates none.
         findings: the doctor's.
         seconds: since this process started to train.
         begun_at: the step that it started from; above 0 in a resumed run.
@@ -39,6 +39,9 @@ class Board:
     seconds: float = 0.0
     begun_at: int = 0
 
+    counted = "step"  # what the board calls a step
+    logged: ClassVar[str]  # the metric that every record of the stage has
+
     @property
     def step(self) -> int:
         """The last logged step."""
@@ -46,7 +49,7 @@ class Board:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the last step; None before the first step."""
+        """Estimated seconds to the stage's last step; None before the first step."""
         done = self.step - self.begun_at
         return self.seconds / done * (self.total - self.step) if done > 0 and self.total else None
 
@@ -63,6 +66,35 @@ class Board:
         values = [record.get(key) for record in self.steps]
         return [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
 
+    def count(self) -> str:
+        """Return the step out of all, as `step 3/60`."""
+        return f"{self.counted} {self.step}/{self.total or '?'}"
+
+    def line(self) -> str:
+        """Return the run's state as one line, for logs; there is at least one step."""
+        raise NotImplementedError
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return the board's rows: name, latest value, sparkline."""
+        raise NotImplementedError
+
+    def foot(self) -> str:
+        """Return speed and memory."""
+        memory, speed = self.series("memory/peak_gib"), self.tokens_per_second
+        pieces = [f"{speed:.0f} tokens/s" if speed else "", f"peak {size(memory[-1] * 2**30)}" if memory else ""]
+        return " · ".join(piece for piece in pieces if piece)
+
+    def sample(self, width: int = 100) -> list[str]:
+        """Return a prompt with its best and worst completion and the reward of each part."""
+        return describe_sample(self.rows, width).splitlines() if self.rows else []
+
+
+@dataclass
+class Board(Progress):
+    """The state of GRPO."""
+
+    logged = "reward"
+
     def line(self) -> str:
         """Return the run's state as one line, for logs."""
         last = self.steps[-1]
@@ -75,7 +107,7 @@ class Board:
         memory = last.get("memory/peak_gib")
         left = self.seconds_left
         pieces = [
-            f"step {self.step}/{self.total}",
+            self.count(),
             "no reward"  # none of the step's groups could be scored
             if last["reward"] is None
             else f"reward {last['reward']:.3f} ± {last.get('reward_std') or 0.0:.3f}",
@@ -107,15 +139,79 @@ class Board:
             rows.append(("kl", f"{kl[-1]:.3g}", sparkline(kl)))
         return rows
 
-    def foot(self) -> str:
-        """Return speed and memory."""
-        memory, speed = self.series("memory/peak_gib"), self.tokens_per_second
-        pieces = [f"{speed:.0f} tokens/s" if speed else "", f"peak {size(memory[-1] * 2**30)}" if memory else ""]
+
+@dataclass(frozen=True)
+class GRPOAhead:
+    """What follows the warm-up.
+
+    Args:
+        steps: of GRPO.
+        seconds: they take, by the last probe of this very recipe; None: not probed.
+        measured_at: date and time of the probe, UTC.
+    """
+
+    steps: int
+    seconds: float | None = None
+    measured_at: str = ""
+
+    def sentence(self) -> str:
+        """Return it as a piece of a line.
+
+        >>> GRPOAhead(60, 180.0, "2026-11-02T10:20:30Z").sentence(), GRPOAhead(1).sentence()
+        ('then GRPO: 60 steps (about 3 min 00 s, measured 2026-11-02)', 'then GRPO: 1 step')
+        """
+        steps = f"then GRPO: {self.steps} step{'s' * (self.steps != 1)}"
+        return f"{steps} (about {duration(self.seconds)}, measured {self.measured_at[:10]})" if self.seconds else steps
+
+
+@dataclass
+class WarmupBoard(Progress):
+    """The state of the warm-up: losses are means over completion tokens, in nats.
+
+    Args:
+        ahead: GRPO's share of the work; None: none follows, or it is not known.
+    """
+
+    ahead: GRPOAhead | None = None
+
+    counted = "warm-up"
+    logged = "loss"
+
+    @property
+    def seconds_left_in_all(self) -> float | None:
+        """Estimated seconds to the last step of GRPO; None unless both stages' times are known."""
+        left, after = self.seconds_left, self.ahead.seconds if self.ahead else None
+        return None if left is None or after is None else left + after
+
+    def line(self) -> str:
+        last, speed, left = self.steps[-1], self.tokens_per_second, self.seconds_left
+        loss, held = last.get("loss"), last.get("heldout_loss")
+        accuracy, memory = last.get("mean_token_accuracy"), last.get("memory/peak_gib")
+        pieces = [
+            self.count(),
+            f"loss {loss:.3f}" if loss is not None else "",
+            f"held-out loss {held:.3f}" if held is not None else "",
+            f"token accuracy {accuracy:.0%}" if accuracy is not None else "",
+            f"{speed:.0f} tokens/s" if speed else "",
+            f"peak {size(memory * 2**30)}" if memory else "",
+            f"ETA {duration(left)}" if left is not None else "",
+            self.ahead.sentence() if self.ahead else "",
+        ]
         return " · ".join(piece for piece in pieces if piece)
 
-    def sample(self, width: int = 100) -> list[str]:
-        """Return a prompt with its best and worst completion and the reward of each part."""
-        return describe_sample(self.rows, width).splitlines() if self.rows else []
+    def table(self) -> list[tuple[str, str, str]]:
+        names = [("loss", "loss", ".3f"), ("held-out loss", "heldout_loss", ".3f")]
+        names += [("token accuracy", "mean_token_accuracy", ".0%"), ("entropy", "entropy", ".3f")]
+        return [(name, format(v[-1], form), sparkline(v)) for name, key, form in names if (v := self.series(key))]
+
+    def foot(self) -> str:
+        total = self.seconds_left_in_all
+        pieces = [
+            super().foot(),
+            self.ahead.sentence() if self.ahead else "",
+            f"both stages {duration(total)} left" if total is not None else "",
+        ]
+        return " · ".join(piece for piece in pieces if piece)
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:
@@ -175,7 +271,7 @@ def _short(text: str, width: int, tail: bool = False) -> str:
     return printable(json.dumps(shown, ensure_ascii=False))
 
 
-def rendered(board: Board, title: str) -> Any:
+def rendered(board: Progress, title: str) -> Any:
     """Return the board for rich: progress, sparklines, a sample, findings."""
     from rich.console import Group
     from rich.padding import Padding
@@ -185,7 +281,7 @@ def rendered(board: Board, title: str) -> Any:
     from rich.text import Text
 
     left = board.seconds_left
-    head = Text(f"step {board.step}/{board.total or '?'}", style="bold")
+    head = Text(board.count(), style="bold")
     head.append(f"   {duration(board.seconds)} elapsed", style="dim")
     head.append(f" · {duration(left)} left" if left is not None else "", style="dim")
     if budget := board.recipe.limits.max_minutes:

@@ -8,18 +8,34 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from grpo_lite.files.cache import kept_record
+from grpo_lite.memory.report import _settings
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.board import Board, now_s, rendered
+from grpo_lite.report.board import Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
 from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import Show, ignore_closed_screen
 
 ViewKind = Literal["plain", "live", "notebook"]
+Stage = Literal["warmup", "grpo"]
 Latest = Callable[[], list[dict[str, Any]]]
 
 
-def make_view(kind: ViewKind, recipe: Recipe, show: Show) -> View:
-    """Return the view of a kind: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell."""
-    return {"plain": PlainView, "live": LiveView, "notebook": NotebookView}[kind](recipe, show)
+def make_view(kind: ViewKind, recipe: Recipe, show: Show, stage: Stage = "grpo", grpo_steps: int = 0) -> View:
+    """Return the view of a stage: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
+
+    Args:
+        stage: whose trainer it is added to; each stage has a view of its own.
+        grpo_steps: with "warmup", the steps of GRPO that follow in the same command; 0: none.
+    """
+    board = WarmupBoard(recipe, ahead=grpo_ahead(recipe, grpo_steps)) if stage == "warmup" else Board(recipe)
+    return {"plain": PlainView, "live": LiveView, "notebook": NotebookView}[kind](board, show)
+
+
+def grpo_ahead(recipe: Recipe, steps: int) -> GRPOAhead | None:
+    """Return what follows the warm-up, with its time by the last probe of this very recipe; None without steps."""
+    times = kept_record("probes", _settings(recipe)) if steps else {}
+    step_s = times.get("step_s")
+    return GRPOAhead(steps, step_s and step_s * steps, times.get("measured_at", "")) if steps else None
 
 
 class View(TrainerCallback):
@@ -27,9 +43,9 @@ class View(TrainerCallback):
 
     shows_lines = False  # samples are lines of their own, not part of a board
 
-    def __init__(self, recipe: Recipe, show: Show) -> None:
+    def __init__(self, board: Board | WarmupBoard, show: Show) -> None:
         self.show = show
-        self.board = Board(recipe)
+        self.board = board
         self.latest: Latest = list
         self._start_s = 0.0
 
@@ -50,7 +66,7 @@ class View(TrainerCallback):
         self.board = replace(self.board, total=state.max_steps, begun_at=state.global_step, steps=[])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "reward" in logs:
+        if logs and self.board.logged in logs:
             self.board.steps.append({"step": state.global_step, **logs})
             self.board.seconds = now_s() - self._start_s
             self.board.rows = self.latest()
@@ -110,7 +126,7 @@ class NotebookView(View):
             self._handle.update(picture)
 
 
-def as_html(board: Board, width: int = 100) -> str:
+def as_html(board: Progress, width: int = 100) -> str:
     """Return the board as HTML with its colours, everything escaped."""
     import io
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
+from grpo_lite.memory.report import keep_times
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.report.board import Board, describe_sample, rendered, sparkline
+from grpo_lite.report.board import Board, GRPOAhead, describe_sample, rendered, sparkline
 from grpo_lite.report.evidence import Finding
 from grpo_lite.report.follow import read_board, state_of, watch_lines
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.session.views import as_html, make_view
+from grpo_lite.session.views import as_html, grpo_ahead, make_view
 from tests.command_line import ROOT, in_process, kill, start
 from tests.command_server import shared
 from tests.run_files import write_run
@@ -88,6 +90,35 @@ def test_a_notebook_s_board_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch)
         view.draw()
     assert "reward" in shown[0]
     assert shown[1:] == ["update"]
+
+
+def test_a_view_of_the_warmup_follows_its_losses_and_one_of_grpo_its_rewards() -> None:
+    recipe, shown = load_recipe(str(ROOT / "recipes" / "smoke.yaml")), []
+    loss, reward = {"loss": 2.0}, {"loss": 0.1, "reward": 0.5, "reward_std": 0.1}
+    for stage, other, logs in (("warmup", {"train_loss": 1.0}, loss), ("grpo", loss, reward)):
+        view = make_view("plain", recipe, shown.append, stage)  # type: ignore[arg-type]
+        view.on_train_begin(None, TrainerState(max_steps=20), None)
+        view.on_log(None, TrainerState(global_step=1), None, logs=other)
+        view.on_log(None, TrainerState(global_step=1), None, logs=logs)
+    assert [line.split(" · ")[:2] for line in shown] == [
+        ["warm-up 1/20", "loss 2.000"],
+        ["step 1/20", "reward 0.500 ± 0.100"],
+    ]
+
+
+def test_the_time_of_grpo_after_the_warmup_is_that_of_the_last_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
+    recipe = load_recipe(str(ROOT / "recipes" / "smoke.yaml"))
+    assert grpo_ahead(recipe, 60) == GRPOAhead(60)
+    assert grpo_ahead(recipe, 0) is None  # the warm-up alone
+    probe = {"step_s": 3.0, "steps": 50, "eta_s": 150.0, "evaluation_s": 1.0, "tokens_per_s": 9.0}
+    keep_times(recipe, "a CPU", probe)
+    ahead = grpo_ahead(recipe, 60)
+    assert ahead is not None
+    assert ahead.seconds == 180.0  # 60 steps of 3 s
+    assert ahead.sentence().startswith("then GRPO: 60 steps (about 3 min 00 s, measured 20")
 
 
 def test_in_a_terminal_the_board_is_live_and_the_screen_is_left_clean(tmp_path: Path) -> None:
