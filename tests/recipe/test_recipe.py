@@ -30,7 +30,8 @@ rewards: [{function: rewards.accuracy_reward}]
 """
 
 SHIPPED = [
-    *("code", "countdown", "custom", "deepmath", "gsm8k", "math", "quickstart", "smoke"),
+    *("code", "countdown", "countdown-base", "custom", "deepmath"),
+    *("gsm8k", "gsm8k-base", "math", "quickstart", "smoke"),
     *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"),
 ]
 
