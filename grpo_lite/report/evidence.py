@@ -15,7 +15,7 @@ from rewards.facts import Reward, named
 FEWEST = 4  # logged steps before the doctor judges a trend
 FLAT = 0.03  # a mean reward that moved by less has not moved
 LATEST_FILES = 8  # files of completions that are read
-WARMUP = "warmup"  # `stage` of the warm-up's records; those of older runs have no stage and are GRPO's
+WARMUP, GRPO = "warmup", "grpo"  # `stage` of a record; those of older runs have none and are GRPO's
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""watch: follow a run from another terminal. It only reads the run's files."""
+"""watch: follow a run from another terminal, through the warm-up and GRPO. It only reads the run's files."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.report.board import Board, rendered
+from grpo_lite.report.board import Board, GRPOAhead, WarmupBoard, rendered
 from grpo_lite.report.doctor import stated_findings
-from grpo_lite.report.evidence import Finding, read_steps
+from grpo_lite.report.evidence import GRPO, WARMUP, Finding, read_steps, read_warmup_steps
 from grpo_lite.runs.run_dir import RunDir
 
 ENDED = ("finished", "paused", "stopped", "quiet")
@@ -20,21 +21,13 @@ _NOTES = {
 }
 
 
-def read_board(run: RunDir) -> Board:
-    """Return the board of a run as its files are now.
+def read_board(run: RunDir) -> Board | WarmupBoard:
+    """Return the board of the stage that a run is in, as its files are now.
 
     Raises:
         RunDirError: the folder is not a run.
     """
-    recipe, record = run.load_recipe(), run.read_run()
-    steps = read_steps(run)
-    files = sorted((run.path / "completions").glob("step_*.jsonl"))
-    rows = read_json_lines(files[-1]) if files else []
-    findings = {record["key"]: Finding.from_record(record) for record in stated_findings(run)}
-    begun = int(record.get("first_step") or 0)
-    total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
-    seconds = sum(r.get("step_time") or 0.0 for r in steps if r["step"] > begun)
-    return Board(recipe, total, [*steps], rows, list(findings.values())[-3:], seconds, begun)
+    return _warmup_board(run) if _in_warmup(run.read_run()) else _grpo_board(run)
 
 
 def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
@@ -50,7 +43,8 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
     if record.get("finished_at"):
         return "finished"
     begun = max([record.get("started_at") or "", *(record.get("resumed_at") or [])])
-    if (record.get("paused_at") or "") > begun:
+    paused = record["warmup"] if _in_warmup(record) else record
+    if (paused.get("paused_at") or "") > begun:
         return "paused"
     files = (run.recipe_file, run.run_file, run.metrics_file)  # run.json: a resume writes it long before its first step
     still_s = time.time() - max(file.stat().st_mtime for file in files if file.is_file())
@@ -62,21 +56,22 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
 
 
 def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:
-    """Yield a line for every new step and finding, until the run has ended or is quiet."""
-    shown, stated = 0, 0
+    """Yield a line for every new step of either stage and every new finding, until the run has ended or is quiet."""
+    shown = {WARMUP: 0, GRPO: 0}
+    stated = 0
     while True:
         state = state_of(run)
-        board = read_board(run)
-        whole = board.steps
-        for count in range(shown + 1, len(whole) + 1):
-            seconds = sum(r.get("step_time") or 0.0 for r in whole[:count] if r["step"] > board.begun_at)
-            yield Board(board.recipe, board.total, whole[:count], (), (), seconds, board.begun_at).line()
-        shown = max(shown, len(whole)) if len(whole) >= shown else len(whole)  # a resumed run repeats steps
+        for stage, board in ((WARMUP, _warmup_board(run)), (GRPO, _grpo_board(run))):
+            whole = board.steps
+            for count in range(shown[stage] + 1, len(whole) + 1):
+                steps = whole[:count]
+                yield replace(board, steps=steps, rows=(), seconds=_seconds(steps, board.begun_at)).line()
+            shown[stage] = len(whole)  # a resumed run repeats steps
         records = stated_findings(run)
         yield from (Finding.from_record(record).line() for record in records[stated:])
         stated = len(records)
         if state in ENDED:
-            yield f"{run.path}: {state}{_NOTES.get(state, '')}"
+            yield f"{run.path}: {state}{_note(run, state)}"
             return
         sleep(every_s)
 
@@ -92,3 +87,40 @@ def watch_live(run: RunDir, every_s: float = 1.0) -> str:
             time.sleep(every_s)
         live.update(rendered(read_board(run), f"{run.path}: {state}"))
     return state
+
+
+def _in_warmup(record: Mapping[str, Any]) -> bool:
+    warmup = record.get("warmup") or {}
+    return bool(warmup) and not warmup.get("done_at")
+
+
+def _warmup_board(run: RunDir) -> WarmupBoard:
+    warmup, steps = run.read_run().get("warmup") or {}, read_warmup_steps(run)
+    ahead = GRPOAhead(**warmup["ahead"]) if warmup.get("ahead") else None
+    total, seconds = int(warmup.get("max_steps") or 0), _seconds(steps, 0)
+    return WarmupBoard(run.load_recipe(), total, [*steps], (), _findings(run, WARMUP), seconds, ahead=ahead)
+
+
+def _grpo_board(run: RunDir) -> Board:
+    recipe, record, steps = run.load_recipe(), run.read_run(), read_steps(run)
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))
+    rows = read_json_lines(files[-1]) if files else []
+    begun = int(record.get("first_step") or 0)
+    total = int(record.get("max_steps") or recipe.grpo.get("max_steps") or 0)
+    return Board(recipe, total, [*steps], rows, _findings(run, GRPO), _seconds(steps, begun), begun)
+
+
+def _findings(run: RunDir, stage: str) -> list[Finding]:
+    """Return the last three findings of a stage."""
+    records = [record for record in stated_findings(run) if record.get("stage", GRPO) == stage]
+    return [*{record["key"]: Finding.from_record(record) for record in records}.values()][-3:]
+
+
+def _seconds(steps: Sequence[Mapping[str, Any]], begun: int) -> float:
+    return sum(record.get("step_time") or 0.0 for record in steps if record["step"] > begun)
+
+
+def _note(run: RunDir, state: str) -> str:
+    if state == "stopped" and run.warm_adapter.is_dir() and not read_steps(run):
+        return ", its warm-up is complete; `train` continues with GRPO"
+    return _NOTES.get(state, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import GRPOAhead, Progress, WarmupBoard, rendered
 from grpo_lite.report.evidence import read_steps, read_warmup_steps
+from grpo_lite.report.follow import read_board, state_of, watch_lines
+from grpo_lite.runs.run_dir import RunDir
 from tests.run_files import ROOT, write_run
 
 
@@ -63,6 +66,58 @@ def test_the_warmup_s_board_draws_losses_and_the_time_of_both_stages() -> None:
     assert re.search(r"held-out loss +0\.500", text)  # of an earlier step: the latest that is known
     assert "both stages 3 min 30 s left" in text
     assert "warm-up 0/?" in as_text(WarmupBoard(recipe()))
+
+
+def write_warm_run(folder: Path, warm_steps: int = 3, grpo_steps: int = 0, **facts: Any) -> RunDir:
+    """Write a run with a recipe without warm-up whose files say that it had one; `facts` are of run.json's warmup."""
+    run = write_run(folder, steps=max(1, grpo_steps))
+    lines = [json.dumps(warmup_record(step, 2.0 / step)) for step in range(1, warm_steps + 1)]
+    lines += run.metrics_file.read_text().splitlines()[:grpo_steps]
+    run.metrics_file.write_text("".join(line + "\n" for line in lines))
+    record = run.read_run()
+    for key in ("trained_at", "finished_at", *(() if grpo_steps else ("max_steps", "first_step"))):
+        del record[key]
+    warmup = {"began_at": record["started_at"], "done_at": None, "max_steps": 5, **facts}
+    run.run_file.write_text(json.dumps({**record, "warmup": warmup}))
+    return run
+
+
+def test_watch_follows_a_run_from_the_warmup_into_grpo(tmp_path: Path) -> None:
+    run = write_warm_run(tmp_path / "run", ahead={"steps": 2, "seconds": None, "measured_at": ""})
+    warm = run.metrics_file.read_text()
+    rest = write_run(tmp_path / "other", steps=2).metrics_file.read_text()
+    board = read_board(run)
+    assert board.line() == "warm-up 3/5 · loss 0.667 · token accuracy 90% · ETA 4.0 s · then GRPO: 2 steps"
+
+    def later(_: float) -> None:
+        run.metrics_file.write_text(warm + json.dumps(warmup_record(4, 0.5)) + "\n" + rest)
+        run.update_run(warmup={"done_at": "x", "max_steps": 5}, max_steps=2, first_step=0, finished_at="y")
+
+    shown = [line.split(" · ")[0] for line in watch_lines(run, sleep=later)]
+    assert shown == [*(f"warm-up {step}/5" for step in (1, 2, 3, 4)), "step 1/2", "step 2/2", f"{run.path}: finished"]
+    assert read_board(run).line().startswith("step 2/2 · reward ")
+
+
+def test_before_the_first_step_of_grpo_the_board_is_grpo_s(tmp_path: Path) -> None:
+    assert read_board(write_warm_run(tmp_path / "run", done_at="2026-01-01T00:00:30Z")).count() == "step 0/3"
+
+
+def test_a_pause_in_the_warmup_is_a_pause_until_the_run_is_resumed(tmp_path: Path) -> None:
+    run = write_warm_run(tmp_path / "run", paused_at="2026-01-01T00:00:30Z")
+    assert state_of(run) == "paused"
+    run.update_run(warmup={**run.read_run()["warmup"], "paused_at": None})
+    assert state_of(run) == "running"
+
+
+def test_watch_of_a_warmup_that_was_made_alone_says_how_grpo_follows(tmp_path: Path) -> None:
+    run = write_warm_run(tmp_path / "run", done_at="2026-01-01T00:00:30Z")
+    run.warm_adapter.mkdir(parents=True)
+    with run.locked():
+        pass
+    for file in (run.recipe_file, run.run_file, run.metrics_file):
+        os.utime(file, (1e9, 1e9))
+    *_, last = watch_lines(run)
+    assert last == f"{run.path}: stopped, its warm-up is complete; `train` continues with GRPO"
 
 
 def as_text(board: Progress) -> str:
