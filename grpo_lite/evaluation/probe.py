@@ -22,11 +22,10 @@ from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.task.check import weighted_sum
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of
-from grpo_lite.task.rewards import load_rewards
+from grpo_lite.task.rewards import load_rewards, weighted_sum
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import duration
 from rewards import format_reward

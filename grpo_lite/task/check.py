@@ -6,7 +6,6 @@ Needs the tokenizer, not the model.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,12 @@ from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts, columns_of, load_prompts
-from grpo_lite.task.rewards import Reward, load_rewards
-from rewards.testing import Report, check_rewards, score_rows
+from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
+from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
+from rewards.testing import Report, check_rewards
 
 GOLD_ROWS = 64
 MEASURED_PROMPTS = 2000
-_OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
 def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
@@ -43,8 +41,8 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
         yield ""
         yield f"prompt: {prompts.text(row)}"
         yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
-    if tag := _OPENED.search(prompts.lead_in):
-        yield f"the chat template opens <{tag[1]}>, and rewards that accept it get prefilled=True"
+    if tag := opened_tag(prompts.lead_in):
+        yield f"the chat template opens <{tag}>, and rewards that accept it get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
@@ -103,10 +101,10 @@ def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
             f"data.gold_completion: {recipe.data.gold_completion!r} does not fit the rows ({error}). "
             f"Columns: {', '.join(row)}, gold."
         ) from None
-    tag = _OPENED.search(lead_in)
+    tag = opened_tag(lead_in)
     if tag is None:
         return text
-    opening, closing = f"<{tag[1]}>", f"</{tag[1]}>"
+    opening, closing = f"<{tag}>", f"</{tag}>"
     if text.lstrip().startswith(opening):
         return text.lstrip().removeprefix(opening)
     return text if closing in text else f"working\n{closing}\n{text}"
@@ -132,28 +130,12 @@ def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
             rows,
             weighted_sum(functions, weights),
             render_gold=gold,
-            top=_highest_sum(recipe, functions, rows, [gold(row) for row in rows], chat),
+            top=highest_sum(recipe, functions, rows, [gold(row) for row in rows], chat),
             chat=chat,
             skip=recipe.check.skip,
         )
     except ValueError as error:
         raise RewardError(f"check: {error}") from None
-
-
-def _highest_sum(
-    recipe: Recipe, functions: list[Reward], rows: list[dict[str, Any]], golds: list[str], chat: bool
-) -> float | None:
-    """Return what a perfect completion earns: the top that a reward states, else the best that any gold earns.
-
-    So a format that no gold keeps is found, though every gold then earns the same. None without a usable gold.
-    """
-    highest = 0.0
-    for section, function in zip(recipe.rewards, functions, strict=True):
-        usable = [score for score in score_rows(function, rows, golds, chat) if score is not None]
-        if not usable:
-            return None
-        highest += section.weight * (getattr(function, "top", None) or max(usable))  # 0: a penalty may cost golds some
-    return highest
 
 
 def check_rewards_alone(recipe: Recipe) -> tuple[Report, list[str]]:
@@ -194,17 +176,3 @@ def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], No
         + (tail if cheats else "")
     )
     return report
-
-
-def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[..., list[float | None]]:
-    """Return TRL's total reward as one function: Σ weight × reward over the rewards that are not None."""
-
-    def total(completions: list[Any], **columns: Any) -> list[float | None]:
-        parts = [function(completions=completions, **columns) for function in functions]
-        sums: list[float | None] = []
-        for values in zip(*parts, strict=True):
-            terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-            sums.append(None if values[0] is None else sum(terms))
-        return sums
-
-    return total

@@ -13,8 +13,8 @@ from grpo_lite.errors import DataError
 Row = dict[str, Any]
 
 
-def generate_rows(name: str, kwargs: dict[str, Any], seed: int) -> list[Row]:
-    """Return the rows of a named generator.
+def generate_rows(name: str, kwargs: dict[str, Any], seed: int, where: str = "data") -> list[Row]:
+    """Return the rows of a named generator; `where` is the recipe key that names it.
 
     Raises:
         DataError: unknown arguments, or values out of range; with what is allowed.
@@ -24,13 +24,13 @@ def generate_rows(name: str, kwargs: dict[str, Any], seed: int) -> list[Row]:
     unknown = [key for key in kwargs if key not in allowed]
     if unknown and name != "reasoning_gym":
         raise DataError(
-            f"data: the generator {name!r} has no argument {', '.join(map(repr, unknown))}. "
+            f"{where}: the generator {name!r} has no argument {', '.join(map(repr, unknown))}. "
             f"Allowed: {', '.join(allowed)}."
         )
     try:
         return function(seed=seed, **kwargs)
     except (TypeError, ValueError) as error:
-        raise DataError(f"data: the generator {name!r} was given {kwargs!r}: {error}.") from None
+        raise DataError(f"{where}: the generator {name!r} was given {kwargs!r}: {error}.") from None
 
 
 def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int | None = None) -> list[Row]:

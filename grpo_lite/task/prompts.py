@@ -22,6 +22,8 @@ from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text,
 
 __all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", "render_row"]
 
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -109,7 +111,7 @@ def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:
         DataError: missing, unreadable, unreachable or empty.
     """
     if source.generator:
-        rows = generate_rows(source.generator, source.kwargs, seed)
+        rows = generate_rows(source.generator, source.kwargs, seed, where)
     elif source.path:
         rows = _read_file(Path(source.path).expanduser(), where)
     else:
@@ -209,37 +211,35 @@ def _hold_out(rows: list[Row], holdout: float, seed: int) -> tuple[list[Row], li
     return [row for i, row in enumerate(rows) if i not in indices], [rows[i] for i in order[:count]]
 
 
-def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
+def render_row(data: DataSection, row: Row, where: str, index: int, key: str = "data.prompt") -> Row:
     """Return the row with its `prompt` rendered and its gold under `answer`; all other columns are kept.
+
+    Args:
+        data: holds the template of the prompt, and what stands around it.
+        row: as it was read.
+        where: the recipe key of the source, for messages.
+        index: of the row in the source, for messages.
+        key: the recipe key that the template comes from, for messages.
 
     Raises:
         DataError: a column that the template or `answer` names is missing.
     """
     columns = {name: value for name, value in row.items() if name is not None}
-    try:
-        names = [field for _, field, _, _ in string.Formatter().parse(data.prompt) if field is not None]
-    except ValueError as error:
-        raise _no_template(data.prompt, error) from None
-    column_names = names + ([data.answer] if data.answer else [])
+    column_names = fields_of(data.prompt, key) + ([data.answer] if data.answer else [])
     for name in column_names:
-        if name.split(".")[0].split("[")[0] not in columns:
+        if column_of(name) not in columns:
             raise DataError(
                 f"{where}: row {index} has no column {name!r}. It has: {', '.join(map(str, columns))}. "
-                "Correct data.prompt or data.answer."
+                f"Correct {key}{' or data.answer' if data.answer else ''}."
             )
         if name in columns and columns[name] is None and name != data.answer:
-            raise DataError(
-                f"{where}: row {index} has null in the column {name!r}, which data.prompt names. Fill it in."
-            )
+            raise DataError(f"{where}: row {index} has null in the column {name!r}, which {key} names. Fill it in.")
     passthrough = data.prompt == "{prompt}" and isinstance(row.get("prompt"), list)
     if passthrough:
         require_messages(row["prompt"], f"{where}: row {index}")
     if passthrough and data.format != "chat":
         raise DataError(f"{where}: row {index} has chat messages in the column prompt. Set data.format=chat.")
-    try:
-        question = "" if passthrough else data.prompt.format_map(columns)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _no_template(data.prompt, error) from None
+    question = "" if passthrough else fill(data.prompt, columns, key)
     out = {name: value for name, value in columns.items() if name not in ("prompt", "completion")}
     if data.answer:
         out["answer"] = columns[data.answer]
@@ -247,9 +247,38 @@ def render_row(data: DataSection, row: Row, where: str, index: int) -> Row:
     return out
 
 
-def _no_template(template: str, error: Exception) -> DataError:
+def fields_of(template: str, key: str) -> list[str]:
+    """Return what a template names in braces, in order, such as `question` or `messages[0][content]`.
+
+    Raises:
+        DataError: it is no template; the message names the recipe's `key`.
+    """
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise _no_template(template, error, key) from None
+
+
+def column_of(field: str) -> str:
+    """Return the column that a template's field begins at."""
+    return field.split(".")[0].split("[")[0]
+
+
+def fill(template: str, columns: Row, key: str) -> str:
+    """Return a template with a row's columns filled in.
+
+    Raises:
+        DataError: it cannot be; the message names the recipe's `key`.
+    """
+    try:
+        return template.format_map(columns)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _no_template(template, error, key) from None
+
+
+def _no_template(template: str, error: Exception, key: str) -> DataError:
     return DataError(
-        f"data.prompt: {template!r} cannot be filled in: {error}. Expected: text with columns in braces, such as "
+        f"{key}: {template!r} cannot be filled in: {error}. Expected: text with columns in braces, such as "
         "'{question}='; double the braces that are meant as text ('{{' and '}}')."
     )
 
@@ -266,14 +295,15 @@ def _text(data: DataSection, question: str) -> str:
     return (f"{data.system}\n" if data.system else "") + examples + question
 
 
-def _key(row: Row) -> str:
+def prompt_key(row: Row) -> str:
+    """Return what two rows with the same prompt have in common."""
     return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
 
 
 def _without(train: list[Row], held_out: list[Row]) -> tuple[list[Row], list[str]]:
     """Drop training rows whose prompt is also held out: disjoint by construction, and said."""
-    forbidden = {_key(row) for row in held_out}
-    disjoint = [row for row in train if _key(row) not in forbidden]
+    forbidden = {prompt_key(row) for row in held_out}
+    disjoint = [row for row in train if prompt_key(row) not in forbidden]
     dropped = len(train) - len(disjoint)
     return disjoint, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
 
@@ -287,6 +317,12 @@ def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:
     if tokenizer is None or not rows or isinstance(rows[0]["prompt"], str):
         return ""
     return prompt_text(rows[0]["prompt"], tokenizer, recipe.template_kwargs)[-200:]
+
+
+def opened_tag(text: str) -> str | None:
+    """Return the tag that a text ends with, such as `think` where the chat template opens `<think>` in the prompt."""
+    opened = _OPENED.search(text)
+    return opened[1] if opened else None
 
 
 def _short_enough(rows: list[Row], recipe: Recipe, tokenizer: Any, which: str) -> tuple[list[Row], list[str]]:

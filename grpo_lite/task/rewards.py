@@ -70,6 +70,38 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     return functions, [section.weight for section in recipe.rewards]
 
 
+def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[..., list[float | None]]:
+    """Return TRL's total reward as one function: Σ weight × reward over the rewards that are not None."""
+
+    def total(completions: list[Any], **columns: Any) -> list[float | None]:
+        parts = [function(completions=completions, **columns) for function in functions]
+        sums: list[float | None] = []
+        for values in zip(*parts, strict=True):
+            terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+            sums.append(None if values[0] is None else sum(terms))
+        return sums
+
+    return total
+
+
+def highest_sum(
+    recipe: Recipe, functions: list[Reward], rows: list[dict[str, Any]], golds: list[str], chat: bool
+) -> float | None:
+    """Return what a perfect completion earns: the top that a reward states, else the best that any gold earns.
+
+    So a format that no gold keeps is found, though every gold then earns the same. None without a usable gold.
+    """
+    from rewards.testing import score_rows
+
+    highest = 0.0
+    for section, function in zip(recipe.rewards, functions, strict=True):
+        usable = [score for score in score_rows(function, rows, golds, chat) if score is not None]
+        if not usable:
+            return None
+        highest += section.weight * (getattr(function, "top", None) or max(usable))  # 0: a penalty may cost golds some
+    return highest
+
+
 def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
     """Return the reward, logging the mean of its second opinion on the same completions; that is never trained on."""
 

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from grpo_lite.cli import main
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.task.check import check_recipe_rewards, require_paid_gold, weighted_sum
+from grpo_lite.task.check import check_recipe_rewards, require_paid_gold
 from grpo_lite.task.prompts import load_prompts
-from grpo_lite.task.rewards import load_rewards
+from grpo_lite.task.rewards import load_rewards, weighted_sum
 from rewards.gate import Part, composition_margin
 
 

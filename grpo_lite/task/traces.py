@@ -1,0 +1,317 @@
+"""load_traces: rows with completions -> the token ids that the warm-up trains on, and what the rewards pay for them.
+
+Prompts become tokens as GRPO's do, so that both stages see the same ones. A completion ends with the model's end token,
+once. Rows that cannot or must not be trained on are dropped and counted in notes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from grpo_lite.errors import DataError, RewardError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.generators import Row
+from grpo_lite.task.guard import limited
+from grpo_lite.task.prompts import (
+    Prompts,
+    column_of,
+    columns_of,
+    fields_of,
+    fill,
+    opened_tag,
+    prompt_key,
+    read_rows,
+    render_row,
+)
+from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
+from grpo_lite.task.tokens import batch_prompt_ids, encode, require_messages
+
+logger = logging.getLogger(__name__)
+
+WHERE = "warmup.data"
+TRIED_ROWS = 64
+SHOWN_CHARACTERS = 200
+_PROMPT_COLUMNS = ("question", "problem", "prompt", "instruction", "input", "query")
+_COMPLETION_COLUMNS = ("solution", "response", "output", "reasoning", "generation", "trace", "chosen", "answer")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # where some chat messages keep their thoughts
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A row of the warm-up: the loss is on the completion, which ends with the model's end token, once."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The rows of the warm-up, in the order of their source."""
+
+    rows: list[Trace]
+    notes: list[str]  # what was dropped and why, for people
+    sources: list[Row]  # of each row: `prompt` as GRPO renders it, and the columns that rewards get
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rendered row, not yet in tokens."""
+
+    source: Row
+    text: str | None  # of the completion; None: null
+    prompt_keys: set[str]  # by which its prompt is compared with the held-out ones
+
+
+def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
+    """Read, render, filter and tokenise the rows of `warmup.data`.
+
+    Args:
+        recipe: with `warmup.source: data`.
+        prompts: of the recipe, with its tokenizer; rows with a held-out prompt are dropped.
+
+    Raises:
+        DataError: as `load_prompts`, a row brings no completion, or no row is left.
+    """
+    if recipe.warmup is None or recipe.warmup.data is None:
+        raise ValueError("the recipe has no warmup.data")
+    rows, tokenizer = read_rows(recipe.warmup.data, recipe.seed, WHERE), prompts.tokenizer
+    notes: list[str] = []
+    drafts = [_draft(recipe, row, i, prompts) for i, row in enumerate(rows)]
+    held_out = {prompt_key(row) for row in prompts.eval}
+    drafts = _only(drafts, lambda draft: not draft.prompt_keys & held_out, "rows have a held-out prompt", notes)
+    drafts = _only(drafts, lambda draft: draft.text is not None, "completions are null", notes)
+    drafts = _only(drafts, lambda draft: bool((draft.text or "").strip()), "completions are empty", notes)
+    prompt_tokens = batch_prompt_ids([draft.source["prompt"] for draft in drafts], tokenizer, prompts.template_kwargs)
+    completions = completion_ids([draft.text or "" for draft in drafts], tokenizer)
+    pairs = list(zip(drafts, map(Trace, prompt_tokens, completions), strict=True))
+    if longest := recipe.data.max_prompt_tokens:
+        why = f"prompts are over {longest} tokens (data.max_prompt_tokens)"
+        pairs = _only(pairs, lambda pair: len(pair[1].prompt_ids) <= longest, why, notes)
+    cap = recipe.warmup_completion_length
+    why = f"completions are over {cap} tokens with the end token (warmup.max_completion_tokens)"
+    pairs = _only(pairs, lambda pair: len(pair[1].completion_ids) <= cap, why, notes)
+    if not pairs:
+        raise DataError(
+            f"{WHERE}: none of its {len(rows)} rows is left to train on. {' '.join(notes)} "
+            "Give other rows, or raise the limit that drops them."
+        )
+    notes += _note_on_unclosed([draft for draft, _ in pairs], prompts.lead_in)
+    return Traces([trace for _, trace in pairs], notes, [draft.source for draft, _ in pairs])
+
+
+def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of completions, each with the end token at its end and nowhere else.
+
+    A text that holds the end token's letters is spelled out in ordinary tokens, as prompts are.
+    """
+    end, end_id = str(tokenizer.eos_token or ""), tokenizer.eos_token_id
+    if end_id is None:
+        raise DataError("warmup: the model's tokenizer has no end token, so no completion can end. Take another model.")
+    ids = encode(texts, tokenizer)
+    for i, text in enumerate(texts):
+        if end in text:
+            ids[i] = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return [[*tokens, end_id] for tokens in ids]
+
+
+def _only(items: list[_Item], keep: Callable[[_Item], bool], why: str, notes: list[str]) -> list[_Item]:
+    """Return the items to keep, and note how many are dropped."""
+    kept = [item for item in items if keep(item)]
+    if dropped := len(items) - len(kept):
+        notes.append(f"{dropped} of {len(items)} warm-up {why} and were dropped.")
+    return kept
+
+
+def _draft(recipe: Recipe, row: Row, index: int, prompts: Prompts) -> _Draft:
+    """Render the prompt and the completion of one row.
+
+    Without a template for either, chat messages bring both: the last one is the completion.
+    """
+    section = recipe.warmup
+    if section is None:
+        raise ValueError("the recipe has no warmup")
+    columns = {name: value for name, value in row.items() if name is not None}
+    template = section.prompt or recipe.data.prompt
+    if section.completion == "{completion}" and "completion" not in columns and "messages" in columns:
+        before, text = _split(columns["messages"], index)
+        if section.prompt is None:
+            template = "{prompt}"
+            columns["prompt"] = before[1:] if recipe.data.system and before[0].get("role") == "system" else before
+    else:
+        text = _completion(section.completion, columns, index)
+    source = _rendered(recipe, template, columns, index)
+    keys = {prompt_key(source)}
+    if template != recipe.data.prompt:  # the same problem in other words
+        names = map(column_of, fields_of(recipe.data.prompt, "data.prompt"))
+        if all(row.get(name) is not None for name in names):
+            keys.add(prompt_key(_rendered(recipe, recipe.data.prompt, row, index)))
+    if text is not None:
+        text = _without_tag(_without_end(text, prompts.tokenizer), source["prompt"], prompts.lead_in)
+    return _Draft(source, text, keys)
+
+
+def _rendered(recipe: Recipe, template: str, columns: Row, index: int) -> Row:
+    data = recipe.data
+    _require_columns(template, columns, index, "warmup.prompt", _PROMPT_COLUMNS)
+    answer = data.answer if data.answer in columns else None
+    data = data.model_copy(update={"prompt": template, "answer": answer})
+    return render_row(data, columns, WHERE, index, "warmup.prompt")
+
+
+def _completion(template: str, columns: Row, index: int) -> str | None:
+    """Return the text of a completion without its end, or None where a column that it takes is null."""
+    if template == "{completion}" and isinstance(columns.get("completion"), list | dict):
+        messages = columns["completion"]
+        if not isinstance(messages, list) or len(messages) != 1:
+            raise DataError(
+                f"{WHERE}: row {index} has {str(messages)[:SHOWN_CHARACTERS]} in the column 'completion'. Allowed: "
+                "text, or a list with one assistant message. Set warmup.completion to a template over the columns."
+            )
+        return _assistant_text(messages[0], index)
+    names = _require_columns(template, columns, index, "warmup.completion", _COMPLETION_COLUMNS)
+    if any(columns[name] is None for name in names):
+        return None
+    return fill(template, columns, "warmup.completion")
+
+
+def _require_columns(template: str, columns: Row, index: int, key: str, likely: Sequence[str]) -> list[str]:
+    """Return the columns that a template takes.
+
+    Raises:
+        DataError: the row has not all of them; the message shows a template over those that it has.
+    """
+    names = [column_of(field) for field in fields_of(template, key)]
+    missing = next((name for name in names if name not in columns), None)
+    if missing is None:
+        return names
+    best = next((name for word in likely for name in columns if word in str(name).lower()), next(iter(columns), "text"))
+    raise DataError(
+        f"{WHERE}: row {index} has no column {missing!r}. It has: {', '.join(map(str, columns))}. "
+        f"Set {key} to a template over them, for example '{{{best}}}'."
+    )
+
+
+def _split(messages: Any, index: int) -> tuple[list[dict[str, Any]], str | None]:
+    """Split a conversation into the prompt and the text of its last message."""
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(
+            f"{WHERE}: row {index} has {str(messages)[:SHOWN_CHARACTERS]} in the column 'messages'. Allowed: a list of "
+            "chat messages, the last one the assistant's and at least one before it."
+        )
+    require_messages(messages, f"{WHERE}: row {index}")
+    return messages[:-1], _assistant_text(messages[-1], index)
+
+
+def _assistant_text(message: Any, index: int) -> str | None:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        raise DataError(
+            f"{WHERE}: row {index} has {str(message)[:SHOWN_CHARACTERS]} where the completion is expected. Allowed: a "
+            "message with the role 'assistant'. Set warmup.completion to a template over the columns."
+        )
+    if apart := next((name for name in _REASONING if message.get(name)), None):
+        raise DataError(
+            f"{WHERE}: row {index} has the assistant's reasoning under {apart!r}, apart from its content. Join them by "
+            f"templates, such as warmup.completion='<think>{{messages[1][{apart}]}}</think>{{messages[1][content]}}' "
+            "and warmup.prompt='{messages[0][content]}'."
+        )
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return None if content is None else str(content)
+
+
+def _without_end(text: str, tokenizer: Any) -> str:
+    """Return a completion without the end token's text at its end."""
+    end = str(tokenizer.eos_token or "")
+    while end and text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    return text
+
+
+def _without_tag(text: str, prompt: Any, lead_in: str) -> str:
+    """Return a completion without the opening tag that ends its prompt, and without the same gap behind it."""
+    end = prompt if isinstance(prompt, str) else lead_in
+    tag = opened_tag(end)
+    if tag is None or not text.lstrip().startswith(f"<{tag}>"):
+        return text
+    return text.lstrip().removeprefix(f"<{tag}>").removeprefix(end[end.rindex(">") + 1 :])
+
+
+def _note_on_unclosed(drafts: Sequence[_Draft], lead_in: str) -> Iterator[str]:
+    """Yield a note where the prompt opens a tag that completions never close: their answer stands in the thoughts."""
+    tags = [
+        (opened_tag(d.source["prompt"] if isinstance(d.source["prompt"], str) else lead_in), d.text) for d in drafts
+    ]
+    if unclosed := sum(tag is not None and f"</{tag}>" not in (text or "") for tag, text in tags):
+        tag = next(tag for tag, _ in tags if tag)
+        yield f"{unclosed} of {len(drafts)} warm-up completions never close the <{tag}> that their prompt opens."
+
+
+def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED_ROWS) -> dict[str, Any] | None:
+    """Score the first completions by the recipe's own rewards.
+
+    Args:
+        recipe: whose rewards are asked.
+        prompts: its prompts, for the tokenizer and what completions continue.
+        traces: of the warm-up.
+        count: how many are tried.
+
+    Returns:
+        `tried`, `zero` (of them earn nothing), `mean` and `top` (what the rewards pay at most) of the weighted sum, and
+        `example`, a completion that earns nothing, or None. None instead of all where the rows lack a column that a
+        reward needs, or none has a usable gold.
+    """
+    rows, chat = traces.sources[:count], recipe.data.format == "chat"
+    ids = [trace.completion_ids for trace in traces.rows[:count]]
+    texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)  # what a reward sees in training
+    columns = columns_of(rows)
+    try:
+        functions, weights = load_rewards(recipe, columns, prompts.lead_in)
+        functions = [limited(function, recipe.limits.reward_timeout_s, WHERE) for function in functions]
+        totals = weighted_sum(functions, weights)(
+            completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+            prompts=[row["prompt"] for row in rows],
+            completion_ids=ids,
+            **{key: [row.get(key) for row in rows] for key in columns},
+        )
+        top = highest_sum(recipe, functions, rows, texts, chat)
+    except RewardError as error:
+        logger.info("the warm-up's completions are not tried by the rewards: %s", error)
+        return None
+    known = [(total, text) for total, text in zip(totals, texts, strict=True) if total is not None]
+    if not known:
+        return None
+    worthless = [text for total, text in known if total <= 0]
+    return {
+        "tried": len(known),
+        "zero": len(worthless),
+        "mean": statistics.fmean(total for total, _ in known),
+        "top": top,
+        "example": worthless[0][:SHOWN_CHARACTERS] if worthless else None,
+    }
+
+
+def earning_lines(earned: dict[str, Any] | None, traces: Traces) -> Iterator[str]:
+    """Yield what `earning` found, for people."""
+    if earned is None:
+        columns = ", ".join(columns_of(traces.sources[:TRIED_ROWS])) or "none"
+        yield (
+            "the rewards cannot be tried on the warm-up's completions: a reward needs a column that their rows lack "
+            f"(they have: {columns}), or no gold is usable"
+        )
+        return
+    pay = f"{earned['mean']:.3g} on average" + (f" of at most {earned['top']:g}" if earned["top"] is not None else "")
+    if not earned["zero"]:
+        yield f"the warm-up's completions earn {pay} ({earned['tried']} tried)"
+        return
+    yield (
+        f"your traces do not earn your reward: {earned['zero']} of {earned['tried']} earn 0 ({pay}), for example "
+        f"{json.dumps(earned['example'], ensure_ascii=False)}"
+    )
