@@ -4,6 +4,7 @@ Methods, tried in the order given; the first that finds a committed answer decid
 (a correction is legitimate):
 
 - `answer_tag`   the last closed `<answer>…</answer>` (a box inside it is unwrapped)
+- `tag:NAME`     the same for another tag: `tag:SOLUTION` is the last closed `<SOLUTION>…</SOLUTION>`
 - `boxed`        the last `\boxed{…}` or `\fbox{…}`; boxes with nothing but commas, "and", "or" or blanks between them
                  are one list, so `\boxed{41}, \boxed{42}` is not the answer 42
 - `hash`         what follows the last `####` on its line (GSM8K)
@@ -18,13 +19,14 @@ linear in the length of the text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
 DEFAULT_METHODS = ("answer_tag", "boxed", "hash", "phrase")
 Commitment = tuple[str, int]  # the answer's text, and where it ends in the completion
 
-_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_TAG_METHOD = re.compile(r"tag:([A-Za-z][\w-]*)")
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s,;:$&./|*•–—-]|\\[()\[\]]|\\(?:quad|qquad|text)\b|[{}]|\b\d{1,2}[.):]|\([a-z\d]\)"
@@ -87,12 +89,12 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
     ('72', '72')
     >>> extract_answer("15\n4+4=", ["first_line"]), extract_answer(r"\boxed{4") is None
     ('15', True)
+    >>> extract_answer("It is 41. <SOLUTION>42</SOLUTION>", ["tag:SOLUTION"])
+    '42'
     """
-    if not _METHODS.keys() >= set(methods):
-        unknown = next(method for method in methods if method not in _METHODS)
-        raise ValueError(f"extract names {unknown!r}; allowed: a list of {', '.join(_METHODS)}")
-    for index, method in enumerate(methods):
-        commitment = _METHODS[method](text)
+    readers = [_reader(method) for method in methods]
+    for index, reader in enumerate(readers):
+        commitment = reader(text)
         if commitment is None:
             continue
         answer, end = commitment
@@ -104,10 +106,18 @@ def extract_answer(text: str, methods: Sequence[str] = DEFAULT_METHODS) -> str |
     return None
 
 
-def _answer_tag(text: str) -> Commitment | None:
+def _reader(method: str) -> Callable[[str], Commitment | None]:
+    if method in _METHODS:
+        return _METHODS[method]
+    if tag := _TAG_METHOD.fullmatch(str(method)):
+        return functools.partial(_tag, name=tag[1])
+    raise ValueError(f"extract names {method!r}; allowed: a list of {', '.join(_METHODS)}, tag:NAME")
+
+
+def _tag(text: str, name: str) -> Commitment | None:
     start: int | None = None
     commitment: Commitment | None = None
-    for tag in _ANSWER_TAG.finditer(text):
+    for tag in re.finditer(f"<(/?){name}>", text, re.IGNORECASE):
         if not tag.group(1):
             start = tag.end()
         elif start is not None:
@@ -286,7 +296,7 @@ def _last_number(text: str) -> Commitment | None:
 
 
 _METHODS: dict[str, Callable[[str], Commitment | None]] = {
-    "answer_tag": _answer_tag,
+    "answer_tag": functools.partial(_tag, name="answer"),
     "boxed": _boxed,
     "hash": _hash,
     "phrase": _phrase,

@@ -113,10 +113,12 @@ def _last_commitment(text: str, markers: Sequence[str]) -> str | None:
     candidates: list[tuple[int, str]] = []
     if "first_line" in markers:
         return next((line.strip() for line in text.split("\n") if line.strip()), None)
-    if "answer_tag" in markers and (end := lowered.rfind("</answer>")) >= 0:
-        begin = lowered.rfind("<answer>", 0, end)
+    tags = [name.removeprefix("tag:").lower() for name in markers if name.startswith("tag:")]
+    for tag in [*tags, *["answer"][: "answer_tag" in markers]]:
+        end = lowered.rfind(f"</{tag}>")
+        begin = lowered.rfind(f"<{tag}>", 0, end) if end >= 0 else -1
         if begin >= 0:
-            candidates.append((end, text[begin + len("<answer>") : end]))
+            candidates.append((end, text[begin + len(tag) + 2 : end]))
     if "boxed" in markers and (box := _last_box(text)) is not None:
         before = _last_box(text[: box[0]])
         between = None if before is None else text[before[0] + len(before[1]) + len("\\boxed{}") : box[0]]

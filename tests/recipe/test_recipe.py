@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rewards
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.checks import schema_text
 from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, recipe_names
@@ -371,3 +373,40 @@ def test_a_new_training_source_leaves_out_the_warm_up_on_the_old_data(tmp_path: 
     assert both.data.path == "mine.jsonl"
     (tmp_path / "self.yaml").write_text(MINIMAL + "warmup: {source: self}\n")
     assert load_recipe(str(tmp_path / "self.yaml"), ["data.train.path=my.jsonl"]).warmup is not None
+
+
+def paid(recipe: Recipe, completion: str, **columns: list[Any]) -> list[float]:
+    """What each reward of a recipe pays for a completion."""
+    functions = [getattr(rewards, section.function.removeprefix("rewards.")) for section in recipe.rewards]
+    return [f([completion], **columns, **s.kwargs)[0] for f, s in zip(functions, recipe.rewards, strict=True)]
+
+
+WARM_UPS = [name for name in SHIPPED if (warmup := load_recipe(name).warmup) and warmup.data and warmup.data.hub]
+
+
+@pytest.mark.parametrize("name", WARM_UPS)
+def test_the_traces_of_a_warm_up_are_in_the_form_that_its_rewards_pay(name: str) -> None:
+    recipe = load_recipe(name)
+    row = {"generated_solution": "<think>\n40+2\n</think>\nIt is \\boxed{42}.", "expected_answer": "42"}
+    assert recipe.warmup is not None
+    trace = recipe.warmup.completion.format_map(row)
+    assert paid(recipe, trace, answer=["42"]) == [1.0] * len(recipe.rewards)
+    assert paid(recipe, trace, answer=["41"])[0] == 0.0
+    assert paid(recipe, trace[:-8], answer=["42"]) == [0.0] * len(recipe.rewards)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "columns"),
+    [
+        ("gsm8k-base", "40 + 2 = 42. The answer is 42.", {"answer": [42]}),
+        ("gsm8k-base", "She has $42 left.", {"answer": [42]}),
+        ("countdown-base", "40+2</think> <answer>40 + 2</answer>", {"nums": [[40, 2]], "target": [42]}),
+    ],
+)
+def test_a_base_model_is_paid_for_its_last_answer_whatever_the_form(
+    name: str, right: str, columns: dict[str, list[Any]]
+) -> None:
+    recipe = load_recipe(name)
+    assert len(recipe.rewards) == 1
+    assert paid(recipe, right, **columns) == [1.0]
+    assert paid(recipe, f"{right}\n\nQuestion:\n3+4?\nAnswer:\n3 + 4 = 7 <answer>3 + 4</answer>", **columns) == [0.0]

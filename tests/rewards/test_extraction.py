@@ -158,6 +158,29 @@ def test_the_recipe_s_order_decides_between_markers() -> None:
     assert extract_answer(text, ["phrase"]) is None
 
 
+@pytest.mark.parametrize("reward", [accuracy_reward, honest_accuracy])
+def test_a_tag_of_another_name_holds_the_answer_on_request(reward: Any) -> None:
+    texts = {
+        "41 <SOLUTION>42</SOLUTION>": 1.0,
+        "<SOLUTION>41</SOLUTION> no <solution> 42 </solution>": 1.0,
+        "\\boxed{41} <SOLUTION>\\boxed{42}</SOLUTION>": 1.0,
+        "<SOLUTION>41 or 42</SOLUTION>": 0.0,
+        "<SOLUTION>42": 0.0,
+        "42": 0.0,
+        "<answer>42</answer>": 0.0,
+        "<think><SOLUTION>42</SOLUTION></think>": 0.0,
+    }
+    scores = reward(list(texts), [42] * len(texts), extract=["tag:SOLUTION"])
+    assert dict(zip(texts, scores, strict=True)) == texts
+    assert reward(["<SOLUTION>42</SOLUTION>"], [42]) == [0.0]
+
+
+@pytest.mark.parametrize("method", ["tag:", "tag:a b", "tag:<x", "tagged", "Tag:x"])
+def test_a_tag_without_a_plain_name_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="last_number, tag:NAME"):
+        extract_answer("<x>1</x>", [method])
+
+
 def test_a_later_number_in_prose_takes_a_marked_answer_back_and_chatter_does_not() -> None:
     assert extract_answer("\\boxed{42}. No, the answer is 41.") == "41"
     assert extract_answer("\\boxed{42}. So the answer is clear.") == "42"
