@@ -1,11 +1,12 @@
-"""The adapter that a training starts from (`lora.init_from`): found, read, checked against recipe and base, loaded.
+"""Saved adapters: the one that a training starts from (`lora.init_from`), and a run's own that is scored for a while.
 
-It is read and checked before the base's weights are: what a fresh adapter of the recipe would look like is taken from
-the model's config alone. All differences are named in one message.
+The first is checked before the base's weights are read: what a fresh adapter of the recipe would look like is taken
+from the model's config alone. All differences are named in one message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 from grpo_lite.errors import ExportError, ModelError
 from grpo_lite.files.atomic import read_record
 from grpo_lite.files.hub import hub_unreachable
-from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of
+from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, verify_manifest
 from grpo_lite.models.base import Base, is_folder, trusts_remote_code
 from grpo_lite.models.load import lora_config
 from grpo_lite.models.snapshot import fetch_snapshot
@@ -135,6 +136,55 @@ def load_into(model: Any, adapter: SavedAdapter) -> None:
     strangers = list(result.unexpected_keys)
     if strangers:
         raise ModelError(f"{KEY}: {adapter.address}: the model has no place for {strangers[0]}. Use model.backend=hf.")
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """Return the tensors, in float32, of an adapter that this run sealed with a manifest.
+
+    Raises:
+        ModelError: a file is missing or not the one that was sealed.
+    """
+    try:
+        verify_manifest(folder)
+        return _read_tensors(folder)[0]
+    except (ExportError, ModelError) as error:
+        lines = str(error).removeprefix(f"{KEY}: ").splitlines()
+        faults = "; ".join(line.strip() for line in lines[1:-1] or lines[:1])  # the manifest names each file in a line
+        raise ModelError(f"{folder}: the adapter is damaged: {faults}") from None
+
+
+@contextlib.contextmanager
+def other_weights(model: Any, tensors: Mapping[str, Any]) -> Iterator[None]:
+    """Put other weights into the model's adapter for the time of the block, then its own ones back, bit for bit.
+
+    Args:
+        model: a PeftModel whose adapter `default` is active; further adapters are not touched.
+        tensors: as PEFT names them in a saved adapter of the same layout.
+
+    Raises:
+        ModelError: the adapter has other tensors, or other shapes.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    # Embedding layers belong to the base: the adapter's file may hold a copy of them, which is the same.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    other = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name or name in state}
+    odd = [name for name in sorted(state.keys() | other.keys()) if _shape(state, name) != _shape(other, name)]
+    if odd:
+        raise ModelError(
+            f"the adapter in memory and the saved one differ in {len(odd)} tensors, for example {odd[0]}: "
+            f"{_shape(state, odd[0]) or 'none'} in memory, {_shape(other, odd[0]) or 'none'} saved"
+        )
+    own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    try:
+        set_peft_model_state_dict(model, other)
+        yield
+    finally:
+        set_peft_model_state_dict(model, own)
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
 
 
 def _in_folder(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from grpo_lite.errors import ModelError, RecipeError
 from grpo_lite.files.manifest import sha256_of, write_manifest
-from grpo_lite.models.adapter import load_into, read_adapter
+from grpo_lite.models.adapter import load_into, other_weights, read_adapter, read_sealed
 from grpo_lite.models.base import Base, resolve_base
 from grpo_lite.models.load import lora_config
+from grpo_lite.models.reference import hold_reference
 from grpo_lite.models.unsloth import adapter_arguments
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import TINY_MODEL, Recipe, without_paths
@@ -374,3 +376,61 @@ def test_offline_says_how_to_get_it(root: Path) -> None:
     text = one_line("me/adapter")
     assert re.search("me/adapter is no folder here, and as a repository of the Hub it is not in the local cache", text)
     assert "HF_HUB_OFFLINE is set. Connect once" in text
+
+
+# --- a run's own adapter in the place of the trained one ------------------------------------------------------------
+
+
+def bits(model: Any) -> dict[str, bytes]:
+    return {
+        name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("with_reference", [False, True], ids=["alone", "beside ref"])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["norm"]}], ids=str)
+def test_other_weights_are_in_the_model_for_the_block_only(
+    tmp_path: Path, lora: dict[str, Any], with_reference: bool
+) -> None:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
+    if lora.get("modules_to_save"):
+        settings["target_modules"] = ["q_proj", "down_proj"]
+    warm = make_adapter(tmp_path / "warm", **settings)
+    write_manifest(warm)
+    base = AutoModelForCausalLM.from_pretrained(resolve_base(TINY_MODEL))
+    model = get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
+    if with_reference:
+        hold_reference(model)
+    ids = torch.arange(5, 12)[None]
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(resolve_base(TINY_MODEL)), warm)
+    before, trained = bits(model), model(ids).logits
+    with other_weights(model, read_sealed(warm)):
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+        assert not torch.allclose(model(ids).logits, trained)
+    assert bits(model) == before
+    assert model.active_adapter == "default"
+
+
+def test_the_own_weights_come_back_when_the_block_fails(saved: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(resolve_base(TINY_MODEL))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    before = bits(model)
+    with contextlib.suppress(ZeroDivisionError), other_weights(model, load_file(saved / WEIGHTS)):
+        assert bits(model) != before
+        raise ZeroDivisionError
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "changed", "unsealed"])
+def test_a_sealed_adapter_that_is_damaged_is_refused_in_one_line(copied: Path, fault: str) -> None:
+    write_manifest(copied)
+    path, data = copied / WEIGHTS, (copied / WEIGHTS).read_bytes()
+    if fault == "missing":
+        path.unlink()
+    elif fault == "unsealed":
+        (copied / "MANIFEST.sha256").unlink()
+    else:
+        path.write_bytes(data[:-8] if fault == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"^[^\n]*: the adapter is damaged: [^\n]*$") as error:
+        read_sealed(copied)
+    assert ("MANIFEST.sha256" if fault == "unsealed" else WEIGHTS) in str(error.value)
