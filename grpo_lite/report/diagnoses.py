@@ -1,7 +1,7 @@
 """The diagnoses from a run's metrics: one small pure function each, from Evidence to a Finding or None.
 
 A comparison with NaN is false, so a figure that is not known yet never leads to a finding. Signs of reward hacking in
-the completions themselves: hacking.py.
+the completions themselves: hacking.py; what goes wrong in a warm-up: warmup.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import rewards
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
+from grpo_lite.report.warmup import fewer_steps, solved_at_start, warmup_collapse
 
 _LOW_LORA_LR = 5e-6
 _PENALTIES = ("penalty", "punishment")  # in the names of rewards that do not state their top, which is 0
@@ -127,19 +128,20 @@ def equal_groups(e: Evidence) -> Finding | None:
     """Nearly every group has equal rewards, so there is no advantage and no gradient."""
     refilled = e.recipe.sampling.refill > 0
     share = e.late("refill/frac_without_signal" if refilled else "frac_reward_zero_std")
-    if not share >= 0.85 or zero_reward(e):
+    if not share >= 0.85 or zero_reward(e) or warmup_collapse(e):
         return None
-    if _is_solved(e):
+    start = f"In {share:.0%} of the groups all completions have the same reward"
+    if not _is_solved(e):
+        return Finding("equal_groups", f"{start}, so they give no gradient.", twice_the_group(e.recipe))
+    solved = f"{start}, and nearly all have the highest: the prompts are solved"
+    if e.warmup and solved_at_start(e):
         return Finding(
             "equal_groups",
-            f"In {share:.0%} of the groups all completions have the same reward, and nearly all have the highest: the "
-            "prompts are solved, and further steps teach nothing. Train on harder rows.",
+            f"{solved} since GRPO's first steps, so the warm-up left nothing to learn. Warm up with fewer steps, or "
+            "train on harder rows.",
+            fewer_steps(e, e.warmup_total // 2),
         )
-    return Finding(
-        "equal_groups",
-        f"In {share:.0%} of the groups all completions have the same reward, so they give no gradient.",
-        twice_the_group(e.recipe),
-    )
+    return Finding("equal_groups", f"{solved}, and further steps teach nothing. Train on harder rows.")
 
 
 def format_up_accuracy_flat(e: Evidence) -> Finding | None:

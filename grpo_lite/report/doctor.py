@@ -1,7 +1,7 @@
 """The run doctor: a table of diagnoses over a run's metrics and completions, live and afterwards (`doctor RUN`).
 
-    evidence.py         diagnoses.py, hacking.py         here                    session/records.py
-    Evidence, Finding   one small function a diagnosis   the table, `diagnose`   live, once until it changes
+    evidence.py         diagnoses.py, hacking.py, warmup.py   here                    session/records.py
+    Evidence, Finding   one small function a diagnosis        the table, `diagnose`   live, once until it changes
 
 Any stage may report a finding of its own with `state_finding`. docs/troubleshooting.md is written from the table.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.report import diagnoses, hacking
-from grpo_lite.report.evidence import FEWEST, Evidence, Finding, read_evidence
+from grpo_lite.report import diagnoses, hacking, warmup
+from grpo_lite.report.evidence import FEWEST, GRPO, WARMUP, Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 
@@ -30,11 +30,13 @@ class Diagnosis:
         find: takes evidence, and returns a finding whose key is the function's name.
         seen: what a user sees without the doctor.
         means: what it means, and what the override does.
+        stage: whose records it needs; the warm-up is judged before GRPO has begun.
     """
 
     find: Callable[[Evidence], Finding | None]
     seen: str
     means: str
+    stage: str = GRPO
 
     @property
     def key(self) -> str:
@@ -43,6 +45,29 @@ class Diagnosis:
 
 
 TABLE = (
+    Diagnosis(
+        warmup.warmup_earns_little,
+        "The warm-up's loss falls, and the reward after it is low",
+        "The completions of the warm-up are tried on the recipe's own rewards before it trains. Where those pay "
+        "nothing, the completions are wrong or in another format than the rewards look for (another tag, no "
+        "`\\boxed{}`), and GRPO has to train away what the warm-up taught.",
+        WARMUP,
+    ),
+    Diagnosis(
+        warmup.warmup_loss_flat,
+        "The warm-up's `loss` does not fall",
+        "The first quarter of the steps is compared with the last. If the loss rises, the learning rate is too high; "
+        "if it stays, the rate is too low, or the completions do not follow from their prompts. A loss that is low "
+        "from the start, and that of the base's own samples (`source: self`), cannot fall far: the doctor is silent.",
+        WARMUP,
+    ),
+    Diagnosis(
+        warmup.warmup_memorised,
+        "The warm-up's `loss` falls, `heldout_loss` does not",
+        "`heldout_loss` is measured on rows of the warm-up that are not trained on. The adapter then repeats its rows "
+        "instead of learning from them. Take more rows, or stop where the held-out loss was lowest.",
+        WARMUP,
+    ),
     Diagnosis(
         diagnoses.zero_reward,
         "The reward is 0 from the first step on",
@@ -66,8 +91,8 @@ TABLE = (
         "`loss` and `grad_norm` are 0 or nearly, `frac_reward_zero_std` is near 1",
         "The advantage compares the completions of a group; where all have the same reward there is nothing to "
         "compare. A larger group is more likely to contain both right and wrong answers. If nearly all groups are "
-        "wrong, train on easier rows or a stronger model; if nearly all are right, train on harder rows. (A loss near "
-        "0 alone is normal with `beta: 0`.)",
+        "wrong, train on easier rows or a stronger model; if nearly all are right, train on harder rows, or after a "
+        "warm-up take fewer steps of it. (A loss near 0 alone is normal with `beta: 0`.)",
     ),
     Diagnosis(
         diagnoses.format_up_accuracy_flat,
@@ -90,6 +115,12 @@ TABLE = (
         diagnoses.entropy_collapse,
         "All completions of a prompt look alike",
         "The policy has become deterministic too early: it no longer explores. Smaller steps keep the entropy up.",
+    ),
+    Diagnosis(
+        warmup.warmup_collapse,
+        "After a warm-up, all completions of a prompt are the same from the start",
+        "Too many steps of supervised fine-tuning leave one text for each prompt, so GRPO has nothing to compare. A "
+        "shorter warm-up teaches the format and keeps the samples different.",
     ),
     Diagnosis(
         diagnoses.kl_blow_up,
@@ -148,10 +179,14 @@ TABLE = (
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
-    """Return every finding, in the table's order; none before there are a few steps."""
-    if len(evidence.steps) < FEWEST:
-        return []
-    return [finding for row in TABLE if (finding := row.find(evidence))]
+    """Return every finding on both stages, the warm-up's first; none on GRPO before there are a few steps."""
+    rows = [row for row in TABLE if row.stage == GRPO] if len(evidence.steps) >= FEWEST else []
+    return [*diagnose_warmup(evidence), *(finding for row in rows if (finding := row.find(evidence)))]
+
+
+def diagnose_warmup(evidence: Evidence) -> list[Finding]:
+    """Return every finding on the warm-up itself, in the table's order."""
+    return [finding for row in TABLE if row.stage == WARMUP and (finding := row.find(evidence))]
 
 
 def nothing_found(evidence: Evidence) -> str:
@@ -159,7 +194,10 @@ def nothing_found(evidence: Evidence) -> str:
     count = len(evidence.steps)
     if count >= FEWEST:
         return "nothing found wrong in the metrics and the latest completions"
-    return f"{count or 'no'} step{'s' * (count != 1)} logged so far; the doctor needs at least {FEWEST}"
+    steps = f"{count or 'no'} step{'s' * (count != 1)}"
+    if evidence.warmup_step >= FEWEST:
+        return f"nothing found wrong in the warm-up; {steps} of GRPO logged so far, and it needs at least {FEWEST}"
+    return f"{steps} logged so far; the doctor needs at least {FEWEST}"
 
 
 def examine(run: RunDir) -> list[Finding]:
@@ -173,22 +211,22 @@ def examine(run: RunDir) -> list[Finding]:
     return [*diagnose(read_evidence(run)), *map(Finding.from_record, of_stages.values())]
 
 
-def state_finding(run: RunDir, finding: Finding, step: int, show: Show) -> None:
+def state_finding(run: RunDir, finding: Finding, step: int, show: Show, stage: str = GRPO) -> None:
     """Show a finding and append it to findings.jsonl, for the report and for `doctor RUN`."""
     show(finding.line())
-    record = {"step": step, "key": finding.key, "sentence": finding.sentence, "override": finding.override}
+    facts = {"key": finding.key, "sentence": finding.sentence, "override": finding.override}
     with findings_file(run).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"step": step, "stage": stage, **facts}, ensure_ascii=False) + "\n")
 
 
 def stated_findings(run: RunDir) -> list[dict[str, Any]]:
-    """Return what was reported during the run, oldest first: `step`, `key`, `sentence`, `override`."""
+    """Return what was reported during the run, oldest first: `step`, `stage`, `key`, `sentence`, `override`."""
     return read_json_lines(findings_file(run))
 
 
-def forget_findings_after(run: RunDir, step: int) -> None:
-    """Drop the findings of steps after the checkpoint that a run resumes from."""
-    kept = [record for record in stated_findings(run) if record["step"] <= step]
+def forget_findings_after(run: RunDir, step: int, stage: str = GRPO) -> None:
+    """Drop a stage's findings of steps after the checkpoint that it resumes from."""
+    kept = [record for record in stated_findings(run) if record.get("stage", GRPO) != stage or record["step"] <= step]
     if findings_file(run).is_file():
         write_atomic(findings_file(run), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 

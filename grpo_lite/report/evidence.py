@@ -47,6 +47,8 @@ class Evidence:
             `truncated`, `answer`.
         scores: metrics.json; empty while it trains.
         device: run.json's `device`.
+        warmup_steps: the records of metrics.jsonl from the warm-up, oldest first.
+        warmup: run.json's `warmup`; empty without one.
     """
 
     recipe: Recipe
@@ -54,11 +56,26 @@ class Evidence:
     completions: Sequence[Mapping[str, Any]] = ()
     scores: Mapping[str, Any] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
+    warmup_steps: Sequence[Mapping[str, Any]] = ()
+    warmup: Mapping[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> list[float]:
         """Return a metric's finite values, oldest first; empty where it was never logged."""
-        values = [record.get(key) for record in self.steps]
-        return [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        return _finite(self.steps, key)
+
+    def warmup_series(self, key: str) -> list[float]:
+        """Return the finite values of one of the warm-up's metrics, oldest first."""
+        return _finite(self.warmup_steps, key)
+
+    @property
+    def warmup_step(self) -> int:
+        """The last logged step of the warm-up; 0 without any."""
+        return int(self.warmup_steps[-1]["step"]) if self.warmup_steps else 0
+
+    @property
+    def warmup_total(self) -> int:
+        """How many steps the warm-up takes; while that is not known, the last logged step."""
+        return int(self.warmup.get("max_steps") or self.warmup_step)
 
     @property
     def window(self) -> int:
@@ -131,7 +148,9 @@ def read_evidence(run: RunDir) -> Evidence:
     recipe = run.load_recipe()
     files = sorted((run.path / "completions").glob("step_*.jsonl"))[-LATEST_FILES:]
     rows = [row for file in files for row in read_json_lines(file)]
-    return Evidence(recipe, read_steps(run), rows, run.read_scores(), run.read_run().get("device") or {})
+    record, warm = run.read_run(), read_warmup_steps(run)
+    device, warmup = record.get("device") or {}, record.get("warmup") or {}
+    return Evidence(recipe, read_steps(run), rows, run.read_scores(), device, warm, warmup)
 
 
 def read_steps(run: RunDir) -> list[dict[str, Any]]:
@@ -158,3 +177,8 @@ def mean_of(rows: Sequence[Mapping[str, Any]], part: str | None = None) -> float
 def mean(values: Sequence[float]) -> float:
     """Return the values' mean; NaN without any."""
     return sum(values) / len(values) if values else math.nan
+
+
+def _finite(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    values = [record.get(key) for record in records]
+    return [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]

@@ -18,8 +18,15 @@ from grpo_lite.files.atomic import sync, write_atomic
 from grpo_lite.files.hub import hub_message
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import describe_sample
-from grpo_lite.report.doctor import OnceUntilItChanges, diagnose, forget_findings_after, state_finding
-from grpo_lite.report.evidence import LATEST_FILES, Evidence, Finding, read_evidence
+from grpo_lite.report.doctor import (
+    OnceUntilItChanges,
+    diagnose,
+    diagnose_warmup,
+    forget_findings_after,
+    state_finding,
+    stated_findings,
+)
+from grpo_lite.report.evidence import LATEST_FILES, WARMUP, Evidence, Finding, read_evidence, read_warmup_steps
 from grpo_lite.runs.checkpoints import checkpoint_folders, step_of
 from grpo_lite.runs.remote import Remote
 from grpo_lite.runs.run_dir import RunDir
@@ -137,3 +144,37 @@ class RunDoctor(TrainerCallback):
         except Exception:  # an onlooker's fault must not end hours of training
             logger.exception("The run doctor failed and is silent for this step; training continues.")
             return []
+
+
+class WarmupDoctor(TrainerCallback):
+    """Examine the warm-up: what its completions earn before its first step, its losses at every log.
+
+    Comes after MetricsFile, whose records it starts from when a run is resumed.
+    """
+
+    def __init__(self, run: RunDir, recipe: Recipe, view: View) -> None:
+        self.run, self.recipe, self.view = run, recipe, view
+        self._once = OnceUntilItChanges()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        forget_findings_after(self.run, state.global_step, WARMUP)
+        self._once.news(map(Finding.from_record, self._stated()))
+        self._state_news(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._state_news(state.global_step)
+
+    def _stated(self) -> list[dict[str, Any]]:
+        return [record for record in stated_findings(self.run) if record.get("stage") == WARMUP]
+
+    def _state_news(self, step: int) -> None:
+        try:
+            steps, warmup = read_warmup_steps(self.run), self.run.read_run().get("warmup") or {}
+            findings = diagnose_warmup(Evidence(self.recipe, [], warmup_steps=steps, warmup=warmup))
+        except Exception:  # an onlooker's fault must not end the training
+            logger.exception("The run doctor failed and is silent for this step; training continues.")
+            return
+        for finding in self._once.news(findings):
+            state_finding(self.run, finding, step, self.view.show, WARMUP)
+            self.view.add_finding(finding)
