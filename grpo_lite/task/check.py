@@ -1,6 +1,6 @@
-"""Check a recipe before it trains: its prompts and their lengths, and whether its rewards pay the gold and no cheat.
+"""Check a recipe before it trains: its prompts, their lengths, the warm-up's rows, and what its rewards pay.
 
-Needs the tokenizer, not the model.
+Rewards should pay the gold and no cheat. Needs the tokenizer, not the model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from grpo_lite.errors import DataError, GRPOLiteError, RewardError
 from grpo_lite.models.adapter import read_adapter
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
 from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
+from grpo_lite.task.traces import earning, earning_lines, load_traces
 from rewards.testing import Report, check_rewards
 
 GOLD_ROWS = 64
@@ -46,14 +47,45 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
     yield ""
     yield prompt_lengths(recipe, prompts)
     yield from gold_rewards(recipe, prompts)
+    if recipe.warmup:
+        yield ""
+        yield from warmup_lines(recipe, recipe.warmup, prompts)
 
 
 def prompt_lengths(recipe: Recipe, prompts: Prompts) -> str:
     """Return one line of prompt-length percentiles, in tokens, over at most `MEASURED_PROMPTS` training prompts."""
     lengths = sorted(len(prompts.ids(row)) for row in prompts.train[:MEASURED_PROMPTS])
-    percentiles = ", ".join(f"p{p} {_percentile(lengths, p)}" for p in (50, 90, 99))
     of = f" (first {MEASURED_PROMPTS})" if len(prompts.train) > MEASURED_PROMPTS else ""
-    return f"prompt tokens{of}: {percentiles}, longest {lengths[-1]}; completions up to {recipe.max_completion_length}"
+    return f"prompt tokens{of}: {_percentiles(lengths)}; completions up to {recipe.max_completion_length}"
+
+
+def warmup_lines(recipe: Recipe, section: WarmupSection, prompts: Prompts) -> Iterator[str]:
+    """Yield what the warm-up trains on: rows, what is dropped, one of them, lengths, and what the rewards pay for them.
+
+    Raises:
+        DataError: as `load_traces`.
+    """
+    if section.source == "self":
+        count = min(section.prompts or len(prompts.train), len(prompts.train))
+        yield (
+            f"warm-up: the base samples {section.samples} completions of each of {count} training prompts, and learns "
+            f"at most {section.keep} right ones of each"
+        )
+        return
+    traces = load_traces(recipe, prompts)
+    yield f"warm-up: {len(traces.rows)} rows"
+    yield from (f"warm-up: {note}" for note in traces.notes)
+    yield f"warm-up prompt: {prompts.text(traces.sources[0])}"
+    first = prompts.tokenizer.decode(traces.rows[0].completion_ids)
+    yield f"warm-up completion: {json.dumps(first, ensure_ascii=False)}"
+    lengths = sorted(len(trace.completion_ids) for trace in traces.rows)
+    cap = recipe.warmup_completion_length
+    yield f"warm-up completion tokens: {_percentiles(lengths)}; up to {cap} are kept"
+    yield from (f"warm-up: {line}" for line in earning_lines(earning(recipe, prompts, traces), traces))
+
+
+def _percentiles(ordered: Sequence[int]) -> str:
+    return ", ".join(f"p{p} {_percentile(ordered, p)}" for p in (50, 90, 99)) + f", longest {ordered[-1]}"
 
 
 def _percentile(ordered: Sequence[int], percent: int) -> int:

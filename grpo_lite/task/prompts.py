@@ -100,8 +100,8 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the rows' columns that a reward gets, `prompt` aside."""
-    return sorted({key for row in rows for key in row if key != "prompt"})
+    """Return the names of the rows' columns that a reward gets, `prompt` and `completion` aside."""
+    return sorted({key for row in rows for key in row if key not in ("prompt", "completion")})
 
 
 def read_rows(source: SourceSection, seed: int, where: str) -> list[Row]:

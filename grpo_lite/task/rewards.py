@@ -74,14 +74,18 @@ def weighted_sum(functions: list[Reward], weights: list[float]) -> Callable[...,
     """Return TRL's total reward as one function: Σ weight × reward over the rewards that are not None."""
 
     def total(completions: list[Any], **columns: Any) -> list[float | None]:
-        parts = [function(completions=completions, **columns) for function in functions]
-        sums: list[float | None] = []
-        for values in zip(*parts, strict=True):
-            terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-            sums.append(None if values[0] is None else sum(terms))
-        return sums
+        return weighted_scores([function(completions=completions, **columns) for function in functions], weights)
 
     return total
+
+
+def weighted_scores(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float | None]:
+    """Return each completion's Σ weight × score, given the scores of each reward; None where the first has none."""
+    sums: list[float | None] = []
+    for values in zip(*scores, strict=True):
+        terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        sums.append(None if values[0] is None else sum(terms))
+    return sums
 
 
 def highest_sum(

@@ -57,7 +57,7 @@ class Traces:
 
     rows: list[Trace]
     notes: list[str]  # what was dropped and why, for people
-    sources: list[Row]  # of each row: `prompt` as GRPO renders it, and the columns that rewards get
+    sources: list[Row]  # of each row: `prompt` as GRPO renders it, `completion` (text), and the columns for rewards
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
             "Give other rows, or raise the limit that drops them."
         )
     notes += _note_on_unclosed([draft for draft, _ in pairs], prompts.lead_in)
-    return Traces([trace for _, trace in pairs], notes, [draft.source for draft, _ in pairs])
+    sources = [{**draft.source, "completion": draft.text} for draft, _ in pairs]
+    return Traces([trace for _, trace in pairs], notes, sources)
 
 
 def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -125,7 +126,7 @@ def _only(items: list[_Item], keep: Callable[[_Item], bool], why: str, notes: li
     """Return the items to keep, and note how many are dropped."""
     kept = [item for item in items if keep(item)]
     if dropped := len(items) - len(kept):
-        notes.append(f"{dropped} of {len(items)} warm-up {why} and were dropped.")
+        notes.append(f"{dropped} of {len(items)} {why} and were dropped.")
     return kept
 
 
@@ -251,7 +252,7 @@ def _note_on_unclosed(drafts: Sequence[_Draft], lead_in: str) -> Iterator[str]:
     ]
     if unclosed := sum(tag is not None and f"</{tag}>" not in (text or "") for tag, text in tags):
         tag = next(tag for tag, _ in tags if tag)
-        yield f"{unclosed} of {len(drafts)} warm-up completions never close the <{tag}> that their prompt opens."
+        yield f"{unclosed} of {len(drafts)} completions never close the <{tag}> that their prompt opens."
 
 
 def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED_ROWS) -> dict[str, Any] | None:
@@ -283,7 +284,7 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
         )
         top = highest_sum(recipe, functions, rows, texts, chat)
     except RewardError as error:
-        logger.info("the warm-up's completions are not tried by the rewards: %s", error)
+        logger.info("the traces are not tried by the rewards: %s", error)
         return None
     known = [(total, text) for total, text in zip(totals, texts, strict=True) if total is not None]
     if not known:
@@ -303,15 +304,15 @@ def earning_lines(earned: dict[str, Any] | None, traces: Traces) -> Iterator[str
     if earned is None:
         columns = ", ".join(columns_of(traces.sources[:TRIED_ROWS])) or "none"
         yield (
-            "the rewards cannot be tried on the warm-up's completions: a reward needs a column that their rows lack "
+            "the rewards cannot be tried on the traces: a reward needs a column that their rows lack "
             f"(they have: {columns}), or no gold is usable"
         )
         return
     pay = f"{earned['mean']:.3g} on average" + (f" of at most {earned['top']:g}" if earned["top"] is not None else "")
     if not earned["zero"]:
-        yield f"the warm-up's completions earn {pay} ({earned['tried']} tried)"
+        yield f"the traces earn {pay} ({earned['tried']} tried)"
         return
     yield (
-        f"your traces do not earn your reward: {earned['zero']} of {earned['tried']} earn 0 ({pay}), for example "
+        f"your traces do not earn your reward: {earned['zero']} of {earned['tried']} earn nothing ({pay}), for example "
         f"{json.dumps(earned['example'], ensure_ascii=False)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from grpo_lite.cli import main
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.task.check import check_recipe_rewards, require_paid_gold
+from grpo_lite.task.check import check_recipe, check_recipe_rewards, require_paid_gold
 from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.rewards import load_rewards, weighted_sum
 from rewards.gate import Part, composition_margin
@@ -132,3 +133,39 @@ def test_no_sum_of_side_rewards_beats_a_correct_answer(root: Path, name: str) ->
         for i, reward in enumerate(recipe.rewards)
     ]
     assert composition_margin(parts) > 0
+
+
+def warmed_up(*overrides: str) -> list[str]:
+    warmup = (
+        "warmup={data: {generator: addition, kwargs: {size: 40}}, prompt: '{question}=', max_completion_tokens: 64, "
+        "completion: '{trace}'}"
+    )
+    return list(check_recipe(load_recipe("smoke", [warmup, *overrides]), previews=0))
+
+
+def test_the_check_shows_the_warm_up_and_that_its_traces_do_not_earn_the_reward(root: Path) -> None:
+    lines = warmed_up()
+    assert "warm-up: 40 rows" in lines
+    assert any(line.startswith('warm-up completion: "<think>') and line.endswith('<|end|>"') for line in lines)
+    assert any(
+        re.match(r"warm-up completion tokens: p50 \d+, p90 \d+, p99 \d+, longest \d+; up to 64", line) for line in lines
+    )
+    (earned,) = [line for line in lines if "reward" in line and line.startswith("warm-up")]
+    # The reward wants the number alone on the first line; too long a completion costs a tenth.
+    assert earned.startswith(
+        "warm-up: your traces do not earn your reward: 40 of 40 earn nothing (-0.1 on average of at most 0.9), "
+    )
+    assert '"<think>' in earned
+
+
+def test_the_check_shows_that_traces_earn_the_reward(root: Path) -> None:
+    lines = warmed_up("warmup.completion={answer}")
+    assert "warm-up: the traces earn 1 on average of at most 1 (40 tried)" in lines
+
+
+def test_the_check_says_what_a_warm_up_of_the_base_s_own_samples(root: Path) -> None:
+    lines = list(check_recipe(load_recipe("smoke", ["warmup={source: self, samples: 6, keep: 2, prompts: 30}"])))
+    assert lines[-1] == (
+        "warm-up: the base samples 6 completions of each of 30 training prompts, and learns at most 2 right ones "
+        "of each"
+    )

@@ -112,7 +112,7 @@ def test_a_tag_that_the_template_opens_is_not_said_twice(tmp_path: Path) -> None
     trace, answer = traces.rows[0], traces.sources[0]["answer"]
     whole = tokenizer.decode(trace.prompt_ids + trace.completion_ids)
     assert whole.endswith(f"assistant\n<think>\n{int(answer) - 1}</think>{answer}<|im_end|>")
-    assert traces.notes == ["4 of 20 warm-up rows have a held-out prompt and were dropped."]
+    assert traces.notes == ["4 of 20 rows have a held-out prompt and were dropped."]
 
 
 def test_a_tag_that_a_text_prompt_opens_is_not_said_twice(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_completions_that_never_close_the_opened_tag_are_counted(tmp_path: Path)
     tokenizer = opening_template(tokenizer_of("qwen3"))
     rows = [row | {"completion": row["answer"]} for row in WORKED]
     traces, _ = load(tmp_path, rows, tokenizer, data={"format": "chat"})
-    assert "16 of 16 warm-up completions never close the <think> that their prompt opens." in traces.notes
+    assert "16 of 16 completions never close the <think> that their prompt opens." in traces.notes
 
 
 def test_chat_completions_and_conversations_are_read_as_trl_reads_them(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_templates_render_prompt_and_completion(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(traces.rows[0].prompt_ids) == "2+2="
     assert tokenizer.decode(traces.rows[0].completion_ids) == "<think>two and two</think>4<eos>"
-    assert traces.sources[0] == {**rows[0], "prompt": "2+2="}
+    assert traces.sources[0] == {**rows[0], "prompt": "2+2=", "completion": "<think>two and two</think>4"}
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
@@ -176,11 +176,10 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert [source["question"] for source in traces.sources] == ["a", "d"]
     assert [len(trace.completion_ids) for trace in traces.rows] == [5, 8]
     assert traces.notes == [
-        "1 of 6 warm-up completions are null and were dropped.",
-        "1 of 5 warm-up completions are empty and were dropped.",
-        "1 of 4 warm-up prompts are over 10 tokens (data.max_prompt_tokens) and were dropped.",
-        "1 of 3 warm-up completions are over 8 tokens with the end token (warmup.max_completion_tokens) "
-        "and were dropped.",
+        "1 of 6 completions are null and were dropped.",
+        "1 of 5 completions are empty and were dropped.",
+        "1 of 4 prompts are over 10 tokens (data.max_prompt_tokens) and were dropped.",
+        "1 of 3 completions are over 8 tokens with the end token (warmup.max_completion_tokens) and were dropped.",
     ]
 
 
@@ -190,7 +189,7 @@ def test_a_held_out_problem_is_never_warmed_up_on(tmp_path: Path, warmup: dict[s
     held_out = {row["question"] for row in prompts.eval}
     assert len(held_out) == 4
     assert {source["question"] for source in traces.sources} == {row["question"] for row in WORKED} - held_out
-    assert traces.notes == ["4 of 20 warm-up rows have a held-out prompt and were dropped."]
+    assert traces.notes == ["4 of 20 rows have a held-out prompt and were dropped."]
 
 
 def test_a_generator_shares_the_recipe_s_seed_and_no_held_out_row(tmp_path: Path) -> None:
@@ -203,8 +202,8 @@ def test_a_generator_shares_the_recipe_s_seed_and_no_held_out_row(tmp_path: Path
 def test_nothing_left_is_refused_with_the_counts(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"warmup\.data: none of its 20 rows is left to train on\. 4 of 20 warm-up rows have a held-out prompt "
-        r"and were dropped\. 16 of 16 warm-up completions are over 3 tokens with the end token "
+        match=r"warmup\.data: none of its 20 rows is left to train on\. 4 of 20 rows have a held-out prompt "
+        r"and were dropped\. 16 of 16 completions are over 3 tokens with the end token "
         r"\(warmup\.max_completion_tokens\) and were dropped\. Give other rows",
     ):
         load(tmp_path, WORKED, warmup={"max_completion_tokens": 3})
@@ -338,11 +337,12 @@ def test_what_the_traces_earn_is_counted(tmp_path: Path) -> None:
         "example": "no tags",
     }
     assert list(earning_lines(earned, traces)) == [
-        'your traces do not earn your reward: 1 of 8 earn 0 (1.19 on average of at most 1.5), for example "no tags"'
+        "your traces do not earn your reward: 1 of 8 earn nothing (1.19 on average of at most 1.5), for example "
+        '"no tags"'
     ]
     right = dataclasses.replace(traces, rows=traces.rows[2:], sources=traces.sources[2:])
     assert list(earning_lines(earning(loaded, prompts, right), right)) == [
-        "the warm-up's completions earn 1.5 on average of at most 1.5 (6 tried)"
+        "the traces earn 1.5 on average of at most 1.5 (6 tried)"
     ]
 
 
