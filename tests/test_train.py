@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from grpo_lite.runs.run_dir import RunDir
 from tests.command_line import grpo_lite, in_process
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +249,30 @@ def test_gsm8k_runs_on_a_cpu_with_model_and_data_overridden(
     assert record["finished_at"]
     # two steps of a model that solves none of it: merged and verified, or an update too small to merge
     assert record["merge"].get("passed") is True or "skipped" in record["merge"]
+
+
+@pytest.mark.slow
+def test_a_hybrid_with_short_convolutions_trains_and_its_merge_is_proven(root: Path, tmp_path: Path) -> None:
+    model = tiny_model("lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(
+        "def parity(completions, **kwargs):\n    return [float(sum(map(ord, text)) % 2) for text in completions]\n"
+    )
+    text = grpo_lite(
+        *("train", "lfm2.5-1.2b", "--run", str(tmp_path / "run"), "warmup=null", "check.enabled=false"),
+        *(f"model.id={tmp_path / 'model'}", "model.load_in=32bit", "data.format=text", "data.prompt='{question}='"),
+        *("data.train={generator: sums, kwargs: {high: 9}}", "data.holdout=8", "data.answer=answer"),
+        f"rewards=[{{function: '{tmp_path / 'mine.py'}:parity'}}]",
+        *("grpo.max_completion_length=8", "grpo.max_steps=2", "grpo.learning_rate=1e-2", "grpo.optim=adamw_torch"),
+        *("eval.lenient=null", "eval.strict=[]", "eval.samples=0"),
+    )
+    assert "Lfm2ForCausalLM: it has conv layers" in text
+    assert "verified on 8 held-out prompts" in text
+    with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "np") as adapter:
+        weights = {name: abs(adapter.get_tensor(name)).max() for name in adapter.keys()}  # noqa: SIM118
+    kinds = {name.split(".")[-3] for name, largest in weights.items() if "lora_B" in name and largest > 0}
+    assert kinds == {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def tiny_model(
         "mistral": "Mistral",
         "mixtral": "Mixtral",
         "gpt2": "GPT2",
+        "lfm2": "Lfm2",
     }
     if kind == "gpt2":
         settings: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}

@@ -146,8 +146,10 @@ def read_shape(config: dict[str, Any], where: str) -> ModelShape:
     experts = next(
         (name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)), None
     )
-    if missing or experts:
+    kinds = sorted(set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"})
+    if missing or experts or kinds:
         what = f"it lacks {', '.join(missing)}" if missing else f"it is a mixture of experts ({experts})"
+        what = f"it has {', '.join(kinds)} layers" if kinds else what
         raise ModelError(
             f"{where}: no plan for this model ({kind}): {what}. Planned are dense decoder-only models; "
             "train it without a plan: memory.fit=false."

@@ -42,6 +42,10 @@ def attend_to_everything(model: Any) -> Any:
 
 CASES = {
     "learned positions": (lambda: tiny_model("gpt2"), "positions are not rotary"),
+    "short convolutions": (
+        lambda: tiny_model("lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+        "it has conv layers",
+    ),
     "softcap": (lambda: tiny_model("gemma2", attn_implementation="eager"), "eager"),
     "final softcap": (
         lambda: tiny_model("llama", final_logit_softcapping=30.0),
