@@ -19,7 +19,7 @@ from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
 from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
 from grpo_lite.task.traces import earning, earning_lines, load_traces
-from rewards.testing import Report, check_rewards
+from rewards.testing import Report, check_rewards, score_rows
 
 GOLD_ROWS = 64
 MEASURED_PROMPTS = 2000
@@ -156,13 +156,13 @@ def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:
     def gold(row: Mapping[str, Any]) -> str:
         return gold_completion(recipe, dict(row), prompts.lead_in)
 
-    chat = recipe.data.format == "chat"
+    golds, chat = [gold(row) for row in rows], recipe.data.format == "chat"
     try:
         return check_rewards(
             rows,
             weighted_sum(functions, weights),
             render_gold=gold,
-            top=highest_sum(recipe, functions, rows, [gold(row) for row in rows], chat),
+            top=highest_sum(functions, weights, [score_rows(function, rows, golds, chat) for function in functions]),
             chat=chat,
             skip=recipe.check.skip,
         )

@@ -89,20 +89,18 @@ def weighted_scores(scores: Sequence[Sequence[float | None]], weights: Sequence[
 
 
 def highest_sum(
-    recipe: Recipe, functions: list[Reward], rows: list[dict[str, Any]], golds: list[str], chat: bool
+    functions: Sequence[Reward], weights: Sequence[float], scores: Sequence[Sequence[float | None]]
 ) -> float | None:
-    """Return what a perfect completion earns: the top that a reward states, else the best that any gold earns.
+    """Return what a perfect completion earns: the top that a reward states, else the best of its `scores`.
 
-    So a format that no gold keeps is found, though every gold then earns the same. None without a usable gold.
+    So a format that no completion keeps is found, though all then earn the same. None where a reward scores none.
     """
-    from rewards.testing import score_rows
-
     highest = 0.0
-    for section, function in zip(recipe.rewards, functions, strict=True):
-        usable = [score for score in score_rows(function, rows, golds, chat) if score is not None]
+    for function, weight, values in zip(functions, weights, scores, strict=True):
+        usable = [score for score in values if score is not None]
         if not usable:
             return None
-        highest += section.weight * (getattr(function, "top", None) or max(usable))  # 0: a penalty may cost golds some
+        highest += weight * (getattr(function, "top", None) or max(usable))  # 0: a penalty may cost all some
     return highest
 
 

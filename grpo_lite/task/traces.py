@@ -28,7 +28,7 @@ from grpo_lite.task.prompts import (
     read_rows,
     render_row,
 )
-from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
+from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_scores
 from grpo_lite.task.tokens import batch_prompt_ids, encode, require_messages
 
 logger = logging.getLogger(__name__)
@@ -275,17 +275,19 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
     columns = columns_of(rows)
     try:
         functions, weights = load_rewards(recipe, columns, prompts.lead_in)
-        functions = [limited(function, recipe.limits.reward_timeout_s, WHERE) for function in functions]
-        totals = weighted_sum(functions, weights)(
-            completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-            prompts=[row["prompt"] for row in rows],
-            completion_ids=ids,
-            **{key: [row.get(key) for row in rows] for key in columns},
-        )
-        top = highest_sum(recipe, functions, rows, texts, chat)
+        scores = [
+            limited(function, recipe.limits.reward_timeout_s, WHERE)(
+                completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+                prompts=[row["prompt"] for row in rows],
+                completion_ids=ids,
+                **{key: [row.get(key) for row in rows] for key in columns},
+            )
+            for function in functions
+        ]
     except RewardError as error:
         logger.info("the traces are not tried by the rewards: %s", error)
         return None
+    totals = weighted_scores(scores, weights)
     known = [(total, text) for total, text in zip(totals, texts, strict=True) if total is not None]
     if not known:
         return None
@@ -294,7 +296,7 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
         "tried": len(known),
         "zero": len(worthless),
         "mean": statistics.fmean(total for total, _ in known),
-        "top": top,
+        "top": highest_sum(functions, weights, scores),
         "example": worthless[0][:SHOWN_CHARACTERS] if worthless else None,
     }
 

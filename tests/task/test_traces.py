@@ -354,3 +354,18 @@ def test_traces_without_what_a_reward_needs_are_not_tried(tmp_path: Path) -> Non
     assert earning(loaded, prompts, traces) is None
     (line,) = earning_lines(None, traces)
     assert "a reward needs a column that their rows lack (they have: level, question)" in line
+
+
+def test_a_penalty_for_length_counts_tokens(tmp_path: Path) -> None:
+    penalty = {
+        "function": "rewards.soft_overlong_punishment",
+        "weight": 0.1,
+        "kwargs": {"max_completion_length": 30, "cache_length": 5},
+    }
+    loaded = recipe(tmp_path, WORKED, rewards=[{"function": "rewards.accuracy_reward"}, penalty])
+    prompts = load_prompts(loaded, tokenizer_of("smollm2"))
+    traces = load_traces(loaded, prompts)
+    assert max(len(trace.completion_ids) for trace in traces.rows) <= 25 < len(WORKED[0]["completion"])
+    earned = earning(loaded, prompts, traces)
+    assert earned is not None
+    assert (earned["mean"], earned["top"]) == (1.0, 1.0)
