@@ -1,20 +1,24 @@
-"""Evaluate base (adapter disabled) and trained model on the same held-out prompts, leniently and strictly."""
+"""Evaluate a run's models on the same held-out prompts, leniently and strictly: base, warm (after a warm-up), trained.
+
+They are one model in memory: the base with its adapter disabled, with the warm-up's adapter, with the trained one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.engine.out_of_memory import is_out_of_memory
-from grpo_lite.errors import EvaluationError, MemoryBudgetError
+from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
 from grpo_lite.evaluation.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
+from grpo_lite.models.adapter import other_weights, read_sealed
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
@@ -29,9 +33,14 @@ from grpo_lite.task.rewards import Reward, import_function, load_function, load_
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now, size
 
+COLUMNS = ("base", "warm", "trained")
+# What each stage of a run with a warm-up changes: from which column to which, and how its verdict begins.
+STAGES = {"warmup": ("base", "warm", "Warm-up (SFT)"), "grpo": ("warm", "trained", "GRPO alone")}
+Columns = dict[str, list[Row]]  # records of the same rows, by column
+
 
 def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | None = None) -> dict[str, Any]:
-    """Score base and trained model of a run, and write metrics.json and evaluation/records.jsonl.
+    """Score the models of a run, and write metrics.json, evaluation/records.jsonl and, for `eval.also`, also.jsonl.
 
     Args:
         run: a trained run.
@@ -44,26 +53,75 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
 
     Raises:
         EvaluationError: evaluation is switched off, or no held-out answer is usable.
+        ModelError: the warm-up's adapter is damaged.
     """
     recipe = run.load_recipe()
     if not recipe.eval.enabled:
         raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to evaluate.")
+    warm = _warm_weights(run, recipe)
     if prompts is None:
         tell_changes(run, recipe, show)
     if model is None or prompts is None:
         base = Base.resolve(recipe.model)
         prompts = prompts or load_prompts(recipe, load_tokenizer(base))
         model = load_trained(base, recipe.rollout, run.adapter) if model is None else model
-    tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
-    records: dict[str, list[Row]] = {}
-    for name in ("base", "trained"):
-        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            records[name] = score_model(model, tokenizer, recipe, rows, show, name)
-    result = compare(recipe, records["base"], records["trained"])
+    rows = prompts.eval[: recipe.eval.limit]
+    records: Columns = {}
+    also: dict[str, Columns] = {name: {} for name in prompts.also}
+    for name in COLUMNS if warm else ("base", "trained"):
+        with _column(model, name, warm):
+            records[name] = score_model(model, prompts.tokenizer, recipe, rows, show, name)
+            for further, its_rows in prompts.also.items():
+                what = f"{name} on {further}"
+                also[further][name] = score_model(model, prompts.tokenizer, _greedy(recipe), its_rows, show, what)
+    cause = _cause(run, recipe)
+    result = _compared(recipe, records, cause)
+    if also:
+        result["also"] = {name: _compared(_greedy(recipe), columns, cause, name) for name, columns in also.items()}
     run.evaluation.mkdir(exist_ok=True)
-    _write_records(run.evaluation / "records.jsonl", rows, records)
+    _write_records(run.evaluation / "records.jsonl", _lines(rows, records))
+    if also:
+        lines = (line for name, columns in also.items() for line in _lines(prompts.also[name], columns, set=name))
+        _write_records(run.evaluation / "also.jsonl", lines)
     run.write_scores(result)
     return result
+
+
+def _warm_weights(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the weights that GRPO started from, or None where there was no warm-up or it is not complete."""
+    if recipe.warmup is None or not run.warm_adapter.is_dir():
+        return None
+    try:
+        return read_sealed(run.warm_adapter)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. It is the warm-up's, which is scored between base and trained. Restore the folder, or remove "
+            "it: base and trained are then scored alone, and GRPO's own share stays unknown."
+        ) from None
+
+
+@contextlib.contextmanager
+def _column(model: Any, name: str, warm: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let the model be the one that a column is about."""
+    with contextlib.ExitStack() as stack:
+        if name == "base":
+            stack.enter_context(model.disable_adapter())
+        elif name == "warm" and warm:
+            stack.enter_context(other_weights(model, warm))
+        yield
+
+
+def _cause(run: RunDir, recipe: Recipe) -> str:
+    """Return what made the trained model of the base, for its verdict; empty where it was GRPO alone."""
+    if recipe.warmup is None:
+        return ""
+    complete = run.warm_adapter.is_dir() or (run.read_run().get("warmup") or {}).get("done_at")
+    return "Warm-up and GRPO together" if complete else "Warm-up (SFT), paused before its end, without GRPO"
+
+
+def _greedy(recipe: Recipe) -> Recipe:
+    """Return the recipe without sampled completions in its evaluation."""
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
 
 
 def evaluate_merged(run: RunDir, show: Show, prompts: Prompts | None = None) -> dict[str, Any]:
@@ -94,8 +152,7 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
     model = _load_saved(folder)
-    greedy_only = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
-    records = score_model(model, tokenizer, greedy_only, rows, show, name)
+    records = score_model(model, tokenizer, _greedy(recipe), rows, show, name)
     usable = [record for record in records if record["lenient"] is not None]
     rates = {
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
@@ -124,9 +181,9 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     """Generate greedy and sampled completions for held-out rows and score them.
 
     Returns:
-        One record per row: `completion` (greedy); `lenient`, `strict` and, where the first reward states a second
-        opinion, `honest` (bool, None without a usable gold); `samples_right`, how many of `eval.samples` sampled
-        completions are leniently right.
+        One record per row: `completion` (greedy) and whether the cap cut it off (`truncated`); `lenient`, `strict` and,
+        where the first reward states a second opinion, `honest` (bool, None without a usable gold); `samples_right`,
+        how many of `eval.samples` sampled completions are leniently right.
     """
     section = recipe.eval
     ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
@@ -143,9 +200,12 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
     greedy = generate_completions(model, tokenizer, ids, progress=progress("greedy"), **shared)
     lenient, strict = score_completions(tokenizer, recipe, rows, [c[0] for c in greedy])
     records: list[Row] = [
-        {"completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight}
+        {
+            "completion": tokenizer.decode(c[0], skip_special_tokens=True), "lenient": loose, "strict": tight,
+            "truncated": len(c[0]) >= recipe.eval_completion_length,
+        }
         for c, loose, tight in zip(greedy, lenient, strict, strict=True)
-    ]
+    ]  # fmt: skip
     opinions = _second_opinions(tokenizer, recipe, rows, [c[0] for c in greedy])
     for record, opinion in zip(records, opinions or [], strict=False):
         record["honest"] = None if record["lenient"] is None else opinion
@@ -222,46 +282,84 @@ def call_reward(
     return scores
 
 
-def compare(recipe: Recipe, base: list[Row], trained: list[Row]) -> dict[str, Any]:
+def _compared(recipe: Recipe, columns: Columns, cause: str, on: str | None = None) -> dict[str, Any]:
+    return compare(recipe, columns["base"], columns["trained"], columns.get("warm"), cause, on)
+
+
+def compare(
+    recipe: Recipe,
+    base: list[Row],
+    trained: list[Row],
+    warm: list[Row] | None = None,
+    cause: str = "",
+    on: str | None = None,
+) -> dict[str, Any]:
     """Compare paired records: rates with Wilson intervals, paired bootstrap, McNemar, pass@k and a verdict.
+
+    Args:
+        recipe: says how many samples were drawn, and seeds the bootstrap.
+        base: one record a row, as `score_model` returns them.
+        trained: the same rows.
+        warm: the same rows; adds the comparisons base -> warm (`warmup`) and warm -> trained (`grpo`).
+        cause: what the change from base to trained comes from, where that was not GRPO alone.
+        on: name of the set that the rows are of; None: the held-out rows.
 
     Raises:
         EvaluationError: no record has a usable gold.
     """
+    columns: Columns = {"base": base, **({"warm": warm} if warm is not None else {}), "trained": trained}
     usable = [i for i, record in enumerate(base) if record["lenient"] is not None]
     if not usable:
-        raise EvaluationError("eval: no held-out row has a usable gold answer. Check data.answer and eval.lenient.")
+        raise EvaluationError(
+            f"eval{f'.also.{on}' if on else ''}: no held-out row has a usable gold answer. Check data.answer and "
+            "eval.lenient."
+        )
     result: dict[str, Any] = {"n": len(usable), "unusable_golds": len(base) - len(usable), "measured_at": now()}
+    if "truncated" in base[0]:
+        result["truncated"] = {name: _share(row["truncated"] for row in rows) for name, rows in columns.items()}
     for kind in ("lenient", "strict", *(["honest"] if "honest" in base[usable[0]] else [])):
-        before = [bool(base[i][kind]) for i in usable]
-        after = [bool(trained[i][kind]) for i in usable]
-        difference = paired_bootstrap(before, after, seed=recipe.seed)
-        test = mcnemar_exact(before, after)
+        right = {name: [bool(records[i][kind]) for i in usable] for name, records in columns.items()}
+        score = f"{kind} score on {on}" if on else f"held-out {kind} score"
         result[kind] = {
-            "base": dataclasses.asdict(wilson_interval(sum(before), len(before))),
-            "trained": dataclasses.asdict(wilson_interval(sum(after), len(after))),
-            "difference": dataclasses.asdict(difference),
-            "mcnemar": dataclasses.asdict(test),
-            "verdict": dataclasses.asdict(verdict(difference, test, score=f"held-out {kind} score")),
+            **{name: dataclasses.asdict(wilson_interval(sum(r), len(r))) for name, r in right.items()},
+            **_change(right["base"], right["trained"], recipe.seed, score, cause),
         }
+        for stage, (before, after, name) in STAGES.items() if warm is not None else ():
+            result[kind][stage] = _change(right[before], right[after], recipe.seed, score, name)
     if samples := recipe.eval.samples:
         result["pass_at_k"] = {
             f"pass@{k}": {
                 name: mean_pass_at_k([records[i]["samples_right"] for i in usable], samples, k)
-                for name, records in (("base", base), ("trained", trained))
+                for name, records in columns.items()
             }
             for k in _powers_of_two(samples)
         }
     return result
 
 
+def _change(before: list[bool], after: list[bool], seed: int, score: str, cause: str) -> dict[str, Any]:
+    difference, test = paired_bootstrap(before, after, seed=seed), mcnemar_exact(before, after)
+    return {
+        "difference": dataclasses.asdict(difference),
+        "mcnemar": dataclasses.asdict(test),
+        "verdict": dataclasses.asdict(verdict(difference, test, score=score, cause=cause)),
+    }
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values)
+
+
 def _powers_of_two(limit: int) -> list[int]:
     return sorted({1 << i for i in range(limit.bit_length()) if 1 << i <= limit} | {limit})
 
 
-def _write_records(path: Path, rows: list[Row], records: dict[str, list[Row]]) -> None:
-    lines = [
-        json.dumps({**row, "base": before, "trained": after}, ensure_ascii=False, default=str)
-        for row, before, after in zip(rows, records["base"], records["trained"], strict=True)
-    ]
+def _lines(rows: list[Row], records: Columns, **more: str) -> Iterator[str]:
+    for i, row in enumerate(rows):
+        columns = {name: of_column[i] for name, of_column in records.items()}
+        yield json.dumps({**row, **more, **columns}, ensure_ascii=False, default=str)
+
+
+def _write_records(path: Path, lines: Iterable[str]) -> None:
     write_atomic(path, "\n".join(lines) + "\n")

@@ -145,7 +145,7 @@ def probe_recipe(
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
         step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
         steps=recipe.schedule.steps(len(prompts.train)),
-        evaluation_s=_evaluated(recipe, len(prompts.eval)) * sampled.seconds / len(completions),
+        evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(completions),
         notes=() if counts else ("no probed prompt has a usable gold answer",),
         skipped=sampled.skipped,
     )
@@ -254,12 +254,6 @@ def _step_seconds(recipe: Recipe, sampled: _Samples, scores: _Scores, equal: flo
     sampling_s = sampled.round_s / plan.batch + scores.seconds / len(sampled.rows)
     training_s = trained_share * forward_s * training_forwards(recipe)
     return plan.sampled_per_step * sampling_s + plan.trained_per_step * training_s
-
-
-def _evaluated(recipe: Recipe, held_out: int) -> int:
-    """Return how many completions the evaluation of base and trained model generates."""
-    section = recipe.eval
-    return 2 * (1 + section.samples) * min(held_out, section.limit or held_out) if section.enabled else 0
 
 
 def verdict(probe: Probe, recipe: Recipe) -> str:

@@ -183,7 +183,9 @@ def mcnemar_exact(before: Scores, after: Scores) -> McNemar:
     return McNemar(b, c, p_value)
 
 
-def verdict(difference: PairedDifference, test: McNemar | None = None, *, score: str = "held-out score") -> Verdict:
+def verdict(
+    difference: PairedDifference, test: McNemar | None = None, *, score: str = "held-out score", cause: str = ""
+) -> Verdict:
     """Say whether the change is a significant gain, a significant loss, or neither.
 
     Significant means all of: the interval excludes 0; McNemar's p-value, where given, is at most 1 − confidence; and
@@ -194,6 +196,7 @@ def verdict(difference: PairedDifference, test: McNemar | None = None, *, score:
         difference: from `paired_bootstrap`.
         test: from `mcnemar_exact` on the same examples, where the scores are right or wrong.
         score: what was measured, as the sentence names it.
+        cause: what the change comes from where training had several stages; the sentence begins with it.
     """
     alpha = 1.0 - difference.confidence
     doubt = ""
@@ -206,20 +209,21 @@ def verdict(difference: PairedDifference, test: McNemar | None = None, *, score:
         label = "significant gain"
     elif not doubt and difference.high < 0.0:
         label = "significant loss"
-    return Verdict(label, _sentence(label, difference, test, score, doubt))
+    what = f"{cause}: the {score}" if cause else f"The {score}"
+    return Verdict(label, _sentence(label, difference, test, what, doubt))
 
 
-def _sentence(label: VerdictLabel, d: PairedDifference, test: McNemar | None, score: str, doubt: str) -> str:
+def _sentence(label: VerdictLabel, d: PairedDifference, test: McNemar | None, what: str, doubt: str) -> str:
     examples = "1 example" if d.n == 1 else f"{d.n} examples"
     if d.changed == 0:
-        return f"The {score} is {d.before:.3f} before and after, nothing changed in {examples}: {label}."
+        return f"{what} is {d.before:.3f} before and after, nothing changed in {examples}: {label}."
     went = {"significant gain": "rose", "significant loss": "fell", "no significant gain": "went"}[label]
     p_value = ""
     if test is not None:
         p_value = f", McNemar p = {test.p_value:.2g}" if test.p_value >= 1e-12 else ", McNemar p < 1e-12"
     interval = f"{d.confidence * 100:g} % interval {d.low:+z.3f} to {d.high:+z.3f}"
     return (
-        f"The {score} {went} from {d.before:.3f} to {d.after:.3f} "
+        f"{what} {went} from {d.before:.3f} to {d.after:.3f} "
         f"({d.difference:+z.3f}, {interval}{p_value}, {examples}){doubt}: {label}."
     )
 

@@ -233,13 +233,16 @@ def _override_value(key: str, text: str) -> Any:
 def _follow_new_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Hold out a tenth of a training source given on the line, unless the line says what to evaluate on.
 
-    The recipe's own held-out set and its warm-up on data belong to the recipe's own data: other columns, another task.
+    The recipe's own held-out sets and its warm-up on data belong to the recipe's own data: other columns, another task.
     """
     new_source = any(re.match(r"data\.train\.(hub|path|generator)=", override) for override in overrides)
     eval_given = any(re.match(r"data\.(eval|holdout)\b", override) for override in overrides)
     if new_source and not eval_given and raw["data"].get("eval"):
         raw["data"]["eval"] = None
         raw["data"]["holdout"] = 0.1
+    section = raw.get("eval")
+    if new_source and isinstance(section, dict) and not any(line.startswith("eval.also") for line in overrides):
+        section.pop("also", None)
     warmup = raw.get("warmup")
     on_data = isinstance(warmup, dict) and warmup.get("source", "data") == "data"
     if new_source and on_data and not any(override.startswith("warmup") for override in overrides):

@@ -198,6 +198,12 @@ class SamplingSection(_Section):
     refill: int = Field(0, ge=0, description="Most extra groups generated a step to replace groups of equal rewards.")
 
 
+class FurtherSource(SourceSection):
+    """Rows of another difficulty or distribution, scored beside the held-out ones."""
+
+    limit: int = Field(200, ge=1, description="Use the first rows only.")
+
+
 class EvalSection(_Section):
     """Evaluation before and after, on held-out prompts."""
 
@@ -209,6 +215,10 @@ class EvalSection(_Section):
     max_new_tokens: int | None = Field(None, ge=1, description="null: grpo.max_completion_length.")
     every: int = Field(0, ge=0, description="Steps between greedy held-out scores while it trains; 0: never.")
     every_limit: int = Field(64, ge=1, description="Held-out prompts of those scores.")
+    also: dict[str, FurtherSource] = Field(
+        default_factory=dict,
+        description="Further held-out rows by name, scored greedily and apart, such as a harder kind of the task.",
+    )
 
     @model_validator(mode="after")
     def _every_needs_held_out_rows(self) -> EvalSection:
@@ -375,6 +385,18 @@ class Recipe(_Section):
     def eval_completion_length(self) -> int:
         """Longest completion of an evaluation, in tokens: `eval.max_new_tokens`, or as in training."""
         return self.eval.max_new_tokens or self.max_completion_length
+
+    def evaluated_completions(self, held_out: int) -> int:
+        """Return how many completions the evaluation generates, at most: for base, warm (after a warm-up), trained.
+
+        Args:
+            held_out: number of held-out rows that there are.
+        """
+        if not self.eval.enabled:
+            return 0
+        models = 2 if self.warmup is None else 3
+        rows = min(held_out, self.eval.limit or held_out)
+        return models * (rows * (1 + self.eval.samples) + sum(source.limit for source in self.eval.also.values()))
 
 
 def without_paths(recipe: Recipe) -> Recipe:

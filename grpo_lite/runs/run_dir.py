@@ -203,7 +203,9 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     # Keys that runs of earlier versions lack, with what they trained with.
     since: dict[str, Any] = {"reference": "base", "warmup": None}
     free = ("limits", "log", "push_checkpoints")
-    return {key: value for key, value in {**since, **recipe}.items() if key not in free}
+    fixed = {key: value for key, value in {**since, **recipe}.items() if key not in free}
+    fixed["eval"] = {"also": {}, **(fixed.get("eval") or {})}
+    return fixed
 
 
 def dump_recipe(recipe: Recipe) -> str:

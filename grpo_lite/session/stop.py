@@ -65,8 +65,8 @@ class Deadline(TrainerCallback):
         """Return the seconds that evaluation and merge are expected to take: an estimate, from above."""
         evaluation = self.earlier.get("evaluation_seconds")
         if evaluation is None:
-            base_and_trained = 2 * (1 + self.recipe.eval.samples)
-            completions = self.held_out * (base_and_trained + (1 if self.recipe.merge else 0))
+            completions = self.recipe.evaluated_completions(self.held_out)
+            completions += self.held_out if self.recipe.merge else 0
             evaluation = completions * step_s / max(1, self.recipe.schedule.sampled_per_step)
         merge = self.earlier.get("merge_seconds")
         if merge is None:

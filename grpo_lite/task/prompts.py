@@ -9,7 +9,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Prompts:
     lead_in: str = ""  # what a completion continues: the end of a prompt, chat template applied
     tokenizer: Any = None
     template_kwargs: dict[str, Any] | None = None  # what the chat template gets besides the messages
+    also: dict[str, list[Row]] = field(default_factory=dict)  # `eval.also`: further rows that are never trained on
+
+    @property
+    def held_out(self) -> list[Row]:
+        """All rows that are scored and never trained on."""
+        return [*self.eval, *(row for rows in self.also.values() for row in rows)]
 
     def text(self, row: Row) -> str:
         """Return a row's prompt as the model sees it."""
@@ -91,12 +97,39 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         notes += note
         held_out, note = _short_enough(held_out, recipe, tokenizer, "held-out")
         notes += note
+    also: dict[str, list[Row]] = {}
+    if recipe.eval.enabled:
+        also, of_also = _further(recipe, train, tokenizer)
+        notes += of_also
     if not train:
         raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
     if recipe.eval.enabled and not held_out:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
     opening = lead_in(train, recipe, tokenizer)
-    return Prompts(train, held_out, tuple(notes), opening, tokenizer, recipe.template_kwargs)
+    return Prompts(train, held_out, tuple(notes), opening, tokenizer, recipe.template_kwargs, also)
+
+
+def _further(recipe: Recipe, train: list[Row], tokenizer: Any) -> tuple[dict[str, list[Row]], list[str]]:
+    """Return the rows of `eval.also` by name, without those that are also trained on, and what was dropped."""
+    sets: dict[str, list[Row]] = {}
+    notes: list[str] = []
+    trained_on = {prompt_key(row) for row in train}
+    for number, (name, source) in enumerate(recipe.eval.also.items(), start=2):  # data.eval has the seed + 1
+        where = f"eval.also.{name}"
+        rows = [
+            render_row(recipe.data, row, where, i)
+            for i, row in enumerate(read_rows(source, recipe.seed + number, where))
+        ]
+        fresh = [row for row in rows if prompt_key(row) not in trained_on]
+        if len(fresh) < len(rows):
+            notes.append(f"{len(rows) - len(fresh)} rows of {where} have a training prompt and were dropped.")
+        if tokenizer is not None and recipe.data.max_prompt_tokens is not None:
+            fresh, note = _short_enough(fresh, recipe, tokenizer, where)
+            notes += note
+        if not fresh:
+            raise DataError(f"{where}: no rows are left. {' '.join(notes)} Give other rows, or remove the key.")
+        sets[name] = fresh
+    return sets, notes
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -84,7 +84,7 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
     rows, tokenizer = read_rows(recipe.warmup.data, recipe.seed, WHERE), prompts.tokenizer
     notes: list[str] = []
     drafts = [_draft(recipe, row, i, prompts) for i, row in enumerate(rows)]
-    held_out = {prompt_key(row) for row in prompts.eval}
+    held_out = {prompt_key(row) for row in prompts.held_out}
     drafts = _only(drafts, lambda draft: not draft.prompt_keys & held_out, "rows have a held-out prompt", notes)
     drafts = _only(drafts, lambda draft: draft.text is not None, "completions are null", notes)
     drafts = _only(drafts, lambda draft: bool((draft.text or "").strip()), "completions are empty", notes)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from grpo_lite.engine.generate import generate_completions
-from grpo_lite.errors import EvaluationError, MemoryBudgetError
-from grpo_lite.evaluation.evaluate import compare, score_completions, score_model
+from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
+from grpo_lite.evaluation.evaluate import compare, evaluate_run, score_completions, score_model
+from grpo_lite.files.manifest import write_manifest
+from grpo_lite.models.base import Base
+from grpo_lite.models.load import load_tokenizer, load_trained, lora_config
+from grpo_lite.models.reference import hold_reference
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.summary import score_lines
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.rewards import load_rewards
 from tests.overflows import OTHERS, OVERFLOWS
 
@@ -260,3 +270,108 @@ def test_a_single_completion_too_many_says_what_to_lower(tiny_dir: Path, monkeyp
     with pytest.raises(MemoryBudgetError, match=r"a single completion of up to 3 tokens\. Lower grpo\.max_completion"):
         generate_completions(model, tokenizer, [[5, 6], [7]], max_new_tokens=3)
     assert model.training
+
+
+def test_a_warm_up_gets_its_column_and_each_stage_its_own_gain(recipe: Recipe) -> None:
+    base = [record(i < 10, right=0) for i in range(100)]
+    warm = [record(i < 60, right=1) for i in range(100)]
+    trained = [record(i < 62, right=4) for i in range(100)]
+    result = compare(recipe, base, trained, warm, cause="Warm-up and GRPO together")
+    part = result["lenient"]
+    assert [part[name]["successes"] for name in ("base", "warm", "trained")] == [10, 60, 62]
+    assert part["difference"]["difference"] == pytest.approx(0.52)  # base -> trained, as always
+    assert part["warmup"]["difference"]["difference"] == pytest.approx(0.5)
+    assert part["grpo"]["difference"]["difference"] == pytest.approx(0.02)
+    assert part["grpo"]["mcnemar"]["c"] == 2
+    assert part["warmup"]["verdict"]["sentence"].startswith("Warm-up (SFT): the held-out lenient score rose from 0.100")
+    assert part["grpo"]["verdict"]["sentence"].startswith("GRPO alone: the held-out lenient score went from 0.600 to")
+    assert part["grpo"]["verdict"]["label"] == "no significant gain"  # the sum would be one
+    assert part["verdict"]["sentence"].startswith("Warm-up and GRPO together: the held-out lenient score rose from 0.1")
+    assert result["pass_at_k"]["pass@1"] == {"base": 0.0, "warm": 0.25, "trained": 1.0}
+    alone = compare(recipe, base, trained)
+    assert alone["lenient"].keys() == {"base", "trained", "difference", "mcnemar", "verdict"}
+    assert alone["lenient"]["verdict"]["sentence"].startswith("The held-out lenient score rose")
+
+
+def test_completions_cut_off_by_the_cap_are_counted(recipe: Recipe, tiny: tuple[Any, Any]) -> None:
+    rows = [{"prompt": "2+2=", "answer": "4"}]
+    (cut,) = score_model(*tiny, recipe, rows, lambda line: None, "base")
+    assert cut["truncated"] is True  # a random model does not end within 16 tokens
+    ended = {**cut, "truncated": False}
+    assert compare(recipe, [cut, ended], [ended, ended])["truncated"] == {"base": 0.5, "trained": 0.0}
+
+
+@pytest.fixture
+def warmed(root: Path, tmp_path: Path) -> RunDir:
+    """A trained run with a warm-up: two adapters far from zero and from each other."""
+    also = "eval.also={larger: {generator: sums, kwargs: {low: 20, high: 29}, limit: 3}}"
+    recipe = load_recipe("smoke", ["data.holdout=6", "eval.samples=2", "warmup={source: self}", also])
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.recipe_file.write_text(dump_recipe(recipe))
+    for folder, seed in ((run.warm_adapter, 1), (run.adapter, 2)):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(Base.resolve(recipe.model).weights)
+        model = get_peft_model(base, lora_config(recipe))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        write_manifest(folder)
+    return run
+
+
+def test_three_models_are_scored_on_the_same_rows_and_the_trained_one_stays(warmed: RunDir) -> None:
+    result = evaluate_run(warmed, lambda line: None)
+    lines = (warmed.evaluation / "records.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 6
+    for row in rows:
+        assert len({row[name]["completion"] for name in ("base", "warm", "trained")}) == 3
+    assert result["truncated"].keys() == {"base", "warm", "trained"}
+    assert result["also"]["larger"]["n"] == 3
+    assert result["also"]["larger"]["strict"]["grpo"]["verdict"]["sentence"].startswith(
+        "GRPO alone: the strict score on"
+    )
+    assert "pass_at_k" not in result["also"]["larger"]
+    further = [json.loads(line) for line in (warmed.evaluation / "also.jsonl").read_text().splitlines()]
+    assert [row["set"] for row in further] == ["larger"] * 3
+    # Each column is what that adapter alone answers.
+    recipe = warmed.load_recipe()
+    prompts = load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
+    for name, folder in (("warm", warmed.warm_adapter), ("trained", warmed.adapter)):
+        model = load_trained(Base.resolve(recipe.model), recipe.rollout, folder)
+        alone = score_model(model, prompts.tokenizer, recipe, prompts.eval, lambda line: None, name)
+        assert [row[name] for row in rows] == alone
+
+
+def test_the_model_of_the_training_is_as_it_was_after_its_evaluation(warmed: RunDir) -> None:
+    recipe = warmed.load_recipe()
+    base = Base.resolve(recipe.model)
+    model = load_trained(base, recipe.rollout, warmed.adapter)
+    hold_reference(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate_run(warmed, lambda line: None, model, load_prompts(recipe, load_tokenizer(base)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_damaged_warm_up_is_refused_before_anything_is_scored(warmed: RunDir) -> None:
+    weights = warmed.warm_adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    shown: list[str] = []
+    with pytest.raises(ModelError, match=r"warmup/adapter: the adapter is damaged: .*truncated.* It is the warm-up's"):
+        evaluate_run(warmed, shown.append)
+    assert not shown
+    assert not warmed.scores_file.exists()
+
+
+@pytest.mark.parametrize("record, cause", [({"paused_at": "now"}, "Warm-up (SFT), paused before its end, without GRPO"),
+                                           ({"done_at": "then"}, "Warm-up and GRPO together")])  # fmt: skip
+def test_without_the_warm_adapter_the_verdict_says_what_trained_means(
+    warmed: RunDir, record: dict[str, str], cause: str
+) -> None:
+    shutil.rmtree(warmed.warm_adapter)
+    warmed.update_run(warmup=record)
+    part = evaluate_run(warmed, lambda line: None)["lenient"]
+    assert "warm" not in part
+    assert part["verdict"]["sentence"].startswith(f"{cause}: the held-out lenient score ")

@@ -375,6 +375,15 @@ def test_a_new_training_source_leaves_out_the_warm_up_on_the_old_data(tmp_path: 
     assert load_recipe(str(tmp_path / "self.yaml"), ["data.train.path=my.jsonl"]).warmup is not None
 
 
+def test_a_new_training_source_leaves_out_what_the_old_one_was_scored_on(tmp_path: Path) -> None:
+    file = tmp_path / "also.yaml"
+    file.write_text(MINIMAL + "eval: {also: {hard: {path: hard.jsonl}}}\n")
+    assert load_recipe(str(file)).eval.also["hard"].limit == 200
+    assert load_recipe(str(file), ["data.train.path=my.jsonl"]).eval.also == {}
+    mine = load_recipe(str(file), ["data.train.path=my.jsonl", "eval.also.hard.path=mine.jsonl"])
+    assert mine.eval.also["hard"].path == "mine.jsonl"
+
+
 def paid(recipe: Recipe, completion: str, **columns: list[Any]) -> list[float]:
     """What each reward of a recipe pays for a completion."""
     functions = [getattr(rewards, section.function.removeprefix("rewards.")) for section in recipe.rewards]

@@ -60,3 +60,11 @@ def test_the_reserve_counts_every_completion_of_the_evaluation(root: Path, tmp_p
     assert deadline.reserve_s(2.0) == pytest.approx(1.2 * (14 + 32))
     silent = Deadline(recipe(root, "eval.enabled=false", "merge=false"), 0.0, {}, 8, tmp_path, print)
     assert silent.reserve_s(2.0) == 0
+
+
+def test_the_reserve_counts_the_warm_up_s_column_and_further_rows(root: Path, tmp_path: Path) -> None:
+    # 3 models × (8 prompts × (1 + 2 samples) + 20 further rows) + 8 merged = 140 completions at 8 a step of 2 s: 35 s
+    also = "eval.also={large: {generator: sums, kwargs: {low: 20, high: 40}, limit: 20}}"
+    warmed = recipe(root, "limits.max_minutes=10", "warmup={source: self}", also)
+    deadline = Deadline(warmed, 0.0, {}, 8, tmp_path, print)
+    assert deadline.reserve_s(2.0) == pytest.approx(1.2 * (35 + 30))

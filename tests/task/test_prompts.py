@@ -17,7 +17,7 @@ from grpo_lite.task.prompts import Prompts, load_prompts, read_rows
 from grpo_lite.task.tokens import prompt_ids, prompt_text
 
 
-def recipe(**data: Any) -> Recipe:
+def recipe(also: dict[str, Any] | None = None, **data: Any) -> Recipe:
     return build_recipe(
         {
             "name": "t",
@@ -26,6 +26,7 @@ def recipe(**data: Any) -> Recipe:
             "model": {"id": "tiny/random-llama"},
             "rewards": [{"function": "rewards.accuracy_reward"}],
             "data": {"holdout": 1, **data},
+            "eval": {"also": also or {}},
         },
         "t.yaml",
     )
@@ -39,10 +40,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 ROWS = [{"question": f"q{i}", "gold": str(i), "level": i} for i in range(10)]
 
 
-def load(path: Path, **data: Any) -> Prompts:
+def load(path: Path, also: dict[str, Any] | None = None, **data: Any) -> Prompts:
     file = write_rows(path / "rows.jsonl", data.pop("rows", ROWS))
     defaults = {"train": {"path": file}, "prompt": "{question}", "answer": "gold"}
-    return load_prompts(recipe(**{**defaults, **data}))
+    return load_prompts(recipe(also, **{**defaults, **data}))
 
 
 def test_columns_reach_the_rewards_and_the_gold_is_named_answer(tmp_path: Path) -> None:
@@ -72,6 +73,27 @@ def test_a_training_row_with_a_held_out_prompt_is_dropped_and_said(tmp_path: Pat
     prompts = load(tmp_path, eval={"path": held})
     assert len(prompts.train) == 7
     assert prompts.notes == ("3 training rows have a held-out prompt and were dropped.",)
+
+
+def test_further_rows_are_rendered_alike_and_share_no_prompt_with_training(tmp_path: Path) -> None:
+    hard = [*ROWS[:2], *({"question": f"hard {i}", "gold": "x"} for i in range(5))]
+    also = {"hard": {"path": write_rows(tmp_path / "hard.jsonl", hard), "limit": 6}}
+    prompts = load(tmp_path, also, holdout=3)
+    trained = [row["question"] for row in prompts.train]
+    dropped = sum(row["question"] in trained for row in ROWS[:2])
+    assert dropped
+    assert prompts.notes == (f"{dropped} rows of eval.also.hard have a training prompt and were dropped.",)
+    assert len(prompts.also["hard"]) == 6 - dropped
+    row = prompts.also["hard"][-1]
+    assert (row["prompt"], row["answer"]) == ([{"role": "user", "content": "hard 3"}], "x")
+    assert prompts.held_out == [*prompts.eval, *prompts.also["hard"]]
+
+
+def test_further_rows_that_are_all_trained_on_are_refused(tmp_path: Path) -> None:
+    same = write_rows(tmp_path / "same.jsonl", ROWS)
+    held = write_rows(tmp_path / "held.jsonl", [{"question": "z", "gold": "1"}])
+    with pytest.raises(DataError, match=r"eval\.also\.same: no rows are left\. 10 rows of eval\.also\.same have a tr"):
+        load(tmp_path, {"same": {"path": same}}, eval={"path": held})
 
 
 def test_system_prompt_and_examples_come_first_in_a_chat(tmp_path: Path) -> None:

@@ -192,6 +192,13 @@ def test_a_held_out_problem_is_never_warmed_up_on(tmp_path: Path, warmup: dict[s
     assert traces.notes == ["4 of 20 rows have a held-out prompt and were dropped."]
 
 
+def test_a_row_that_is_scored_apart_is_not_warmed_up_on(tmp_path: Path) -> None:
+    hard = [{"question": "hard+1=", "answer": "2", "steps": "two"}]
+    also = {"hard": {"path": write_rows(tmp_path / "hard.jsonl", hard)}}
+    traces, _ = load(tmp_path, [*WORKED, *[{**WORKED[0], **hard[0]}]], eval={"also": also})
+    assert "hard+1=" not in {source["question"] for source in traces.sources}
+
+
 def test_a_generator_shares_the_recipe_s_seed_and_no_held_out_row(tmp_path: Path) -> None:
     source = {"generator": "sums", "kwargs": {"low": 1, "high": 4}}
     warmup = {"data": source, "completion": "{answer}"}
