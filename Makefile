@@ -11,7 +11,7 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-slow test-all lint clean
+.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-slow test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ probe: $(VENV)/.ready  ## Estimate in minutes whether RECIPE can learn: samples 
 
 train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate base and trained model, merge; resumes an interrupted run; GPUS=2
 	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train "$(RECIPE)" --run "$(RUN)" $(ARGS)
+
+warmup: $(VENV)/.ready  ## Run the warm-up of RECIPE alone, into RUN; `make train` on the same RUN continues with GRPO; GPUS=2
+	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) warmup "$(RECIPE)" --run "$(RUN)" $(ARGS)
 
 eval: $(VENV)/.ready  ## Evaluate the base and the trained model of RUN again
 	@$(CLI) eval "$(RUN)"

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from grpo_lite import __version__
 from grpo_lite.engine.out_of_memory import is_out_of_memory
-from grpo_lite.errors import GRPOLiteError
+from grpo_lite.errors import GRPOLiteError, RecipeError
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
 from grpo_lite.screen import printable, quiet_on_broken_pipe, ready_streams
 
@@ -336,10 +336,30 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
 @click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
 def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Train a recipe, or resume its run. Evaluates base and trained model, merges and verifies."""
+    _train(recipe, overrides, run_path, plain)
+
+
+@main.command()
+@recipe_argument
+@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
+@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+def warmup(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
+    """Run the warm-up of a recipe and stop before GRPO. `train` on the same run continues."""
+    _train(recipe, overrides, run_path, plain, warmup_only=True)
+
+
+def _train(
+    recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool, warmup_only: bool = False
+) -> None:
     from grpo_lite.recipe.load import load_recipe
 
     begun = time.monotonic()
     loaded = load_recipe(recipe, overrides)
+    if warmup_only and loaded.warmup is None:
+        raise RecipeError(
+            f"{loaded.name}: has no section `warmup:`, so there is no stage before GRPO. Add one (docs/warm-start.md), "
+            "or train: make train"
+        )
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}\nloading PyTorch and TRL")
     from grpo_lite.models.unsloth import prepare
@@ -350,19 +370,20 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
     if not (resumes and run.read_run().get("trained_at")):  # evaluation and merge need no Unsloth
         prepare(loaded, begun=resumes)
     from grpo_lite.processes import this_process
-    from grpo_lite.report.summary import interrupted_summary, run_summary
+    from grpo_lite.report.summary import interrupted_summary, run_summary, warmup_summary
     from grpo_lite.train import train_run
 
-    result = train_run(loaded, run, click.echo, view="plain" if plain else _view(), begun=begun)
+    view = "plain" if plain else _view()
+    result = train_run(loaded, run, click.echo, view, begun, warmup_only)
     if not this_process().is_first:
         return
     if result.stopped_by:
         say(interrupted_summary(run, result.steps, result.stopped_by))
         sys.exit(INTERRUPTED)
-    say(run_summary(run))
+    say(warmup_summary(run) if warmup_only else run_summary(run))
 
 
-def _view() -> Any:
+def _view() -> Literal["plain", "live", "notebook"]:
     """Return how training is shown: a board in a terminal or a notebook, lines everywhere else."""
     if "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         return "notebook"

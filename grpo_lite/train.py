@@ -20,7 +20,8 @@ from grpo_lite.screen import Show, quiet_on_broken_pipe
 from grpo_lite.session.announce import announce_base, announce_data, announce_weights
 from grpo_lite.session.build import build_trainer, device_line
 from grpo_lite.session.fit import TrainResult, deadline_of, fit
-from grpo_lite.session.views import ViewKind
+from grpo_lite.session.views import ViewKind, make_view
+from grpo_lite.session.warmup import traces_to_learn, warm_up
 from grpo_lite.task.check import require_paid_gold
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.rewards import load_rewards
@@ -28,7 +29,12 @@ from grpo_lite.units import now
 
 
 def train_run(
-    recipe: Recipe, run: RunDir, show: Show, view: ViewKind = "plain", begun: float | None = None
+    recipe: Recipe,
+    run: RunDir,
+    show: Show,
+    view: ViewKind = "plain",
+    begun: float | None = None,
+    warmup_only: bool = False,
 ) -> TrainResult:
     """Train a recipe in a run directory, then evaluate, merge and report; resume if it was interrupted.
 
@@ -36,6 +42,7 @@ def train_run(
         show: called with lines for people.
         view: how training is watched: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
         begun: `time.monotonic()` at the start of the command, from where `limits.max_minutes` counts; None: now.
+        warmup_only: stop when the warm-up is complete; `train` continues with GRPO.
 
     Raises:
         GRPOLiteError: any fault that the user can fix; nothing already saved is lost.
@@ -58,24 +65,17 @@ def train_run(
         prompts = load_prompts(recipe, load_tokenizer(base))
         for note in (*prompts.notes, f"{len(prompts.train)} training prompts, {len(prompts.eval)} held out"):
             show(f"data: {note}")
+        model = None
         if state == "finish":
             show("training has ended; evaluation and merge are done now")
             result = TrainResult(run, run.read_run()["steps"])
+        else:
+            result, model = _train(recipe, run, base, prompts, state, view, begun, warmup_only, show)
+            if result.stopped_by or warmup_only or not process.is_first:
+                return result
+        if model is None:
             announce_weights(base, show)
             model = load_trained(base, recipe.rollout, run.adapter)
-        else:
-            rewards = load_rewards(recipe, prompts.columns, prompts.lead_in)
-            if recipe.check.enabled:
-                require_paid_gold(recipe, prompts, show)
-            if beyond := base.positions_note(recipe, len(prompts.longest)):
-                show(beyond)
-            plan = fit_to_device(recipe, base, len(prompts.longest), show)
-            trainer, watched = build_trainer(recipe, run, base, prompts, rewards, plan, view, state, show)
-            result = fit(run, watched, trainer, deadline_of(recipe, run, base, show, prompts, begun))
-            if result.stopped_by or not process.is_first:
-                return result
-            model = trainer.model
-            del trainer, watched  # the optimizer's memory
         _evaluate(recipe, run, show, model, prompts)
         peak = peak_memory_bytes(base.device)  # before the merge: its proof takes whatever the GPU has free
         del model
@@ -84,6 +84,38 @@ def train_run(
         ended = {"paused_at" if result.paused else "finished_at": now()}
         run.update_run(**ended, peak_memory_bytes=peak)
         return _report(run, result, show)
+
+
+def _train(
+    recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, state: str, view: ViewKind, begun: float,
+    warmup_only: bool, show: Show,
+) -> tuple[TrainResult, Any]:  # fmt: skip
+    """Train the adapter in one stage or two: supervised where the recipe has a warm-up, then by GRPO.
+
+    Returns:
+        How it ended, and the trained model if it is still in memory.
+    """
+    rewards = load_rewards(recipe, prompts.columns, prompts.lead_in)
+    if recipe.check.enabled:
+        require_paid_gold(recipe, prompts, show)
+    if beyond := base.positions_note(recipe, len(prompts.longest)):
+        show(beyond)
+    traces = traces_to_learn(recipe, run, base, prompts, show)
+    plan = fit_to_device(recipe, base, len(prompts.longest), show, traces.longest if traces else None)
+    if traces:
+        ahead = 0 if warmup_only else recipe.schedule.steps(len(prompts.train))
+        board = make_view(view if this_process().is_first else "plain", recipe, show, "warmup", ahead)
+        limit = deadline_of(recipe, run, base, show, prompts, begun, "the warm-up")
+        ended = warm_up(recipe, run, base, prompts, traces, rewards[0], plan, board, state, limit)
+        if ended:
+            return ended, None
+        gc.collect()  # its model and optimizer
+    if warmup_only:
+        return TrainResult(run, 0), None
+    recorded = None if traces else state  # the warm-up recorded this start
+    trainer, watched = build_trainer(recipe, run, base, prompts, rewards, plan, view, recorded, show)
+    result = fit(run, watched, trainer, deadline_of(recipe, run, base, show, prompts, begun))
+    return result, trainer.model
 
 
 def _evaluate(recipe: Recipe, run: RunDir, show: Show, model: Any, prompts: Prompts) -> None:

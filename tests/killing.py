@@ -33,8 +33,11 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "checkpoint: rename": ("grpo_lite.files.atomic:_swap", "before"),
     "checkpoint: renamed": ("grpo_lite.files.atomic:_swap", "after"),
     "checkpoint: older removed": ("grpo_lite.runs.checkpoints:rotate", "before"),
-    "adapter": ("grpo_lite.session.fit:_save_adapter", "before"),
-    "adapter written": ("grpo_lite.session.fit:_save_adapter", "after"),
+    "warm-up: ended": ("grpo_lite.session.warmup:_finish", "before"),
+    "warm-up: adapter": ("grpo_lite.session.warmup:remove", "before"),
+    "warm-up: done": ("grpo_lite.train:build_trainer", "before"),
+    "adapter": ("grpo_lite.session.fit:save_adapter", "before"),
+    "adapter written": ("grpo_lite.session.fit:save_adapter", "after"),
     "run.json": ("grpo_lite.runs.run_dir:RunDir.update_run", "before"),
     "report": ("grpo_lite.report.page:write_report", "before"),
     "evaluation": ("grpo_lite.evaluation.evaluate:score_model", "before"),
@@ -87,6 +90,12 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
         "grpo.save_steps=3", "grpo.logging_steps=2", *ALONE,
     ),
     "scored on the way": ("grpo.max_steps=5", "grpo.save_steps=2", "eval.every=2", "eval.limit=4", "merge=false"),
+    # some seven rows a step; saves in both stages fall between the moments
+    "warm-up": (
+        "warmup={data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}', steps: 5, "
+        "learning_rate: 0.001, tokens_per_step: 200}",
+        "grpo.beta=0.05", "reference=start", "grpo.max_steps=3", "grpo.save_steps=2", "merge=false",
+    ),
     "plain TRL": (
         "compute=plain", "rollout=generate", "grpo.max_steps=5", "grpo.save_steps=2", "data.train.limit=14", *ALONE,
     ),
@@ -110,9 +119,13 @@ def outcome(run: Path) -> dict[str, Any]:
         for key in [key for key in line if key.startswith(("step_time", "time/", "memory/"))]:
             del line[key]  # the clock's and the machine's, not the run's
     completions = {path.name: path.read_text() for path in sorted((run / "completions").glob("*.jsonl"))}
-    merged = run / "merged" / "model.safetensors"
+    merged, warm = run / "merged" / "model.safetensors", run / "warmup" / "adapter" / "adapter_model.safetensors"
     return {
+        "warm-up: ended": ("grpo_lite.session.warmup:_finish", "before"),
+        "warm-up: adapter": ("grpo_lite.session.warmup:remove", "before"),
+        "warm-up: done": ("grpo_lite.train:build_trainer", "before"),
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "warm adapter": warm.read_bytes() if warm.is_file() else None,
         "metrics": [json.dumps(line) for line in lines],
         "completions": completions,
         "merged": merged.read_bytes() if merged.is_file() else None,

@@ -31,7 +31,7 @@ ALLOWED = {
     "memory": "models engine.options engine.out_of_memory recipe files screen",
     "task": "models recipe files screen rewards",
     "report": "runs recipe files screen rewards",
-    "trainer": "engine memory task.tokens runs.checkpoints models.device",
+    "trainer": "engine memory task.tokens task.traces runs.checkpoints models.device",
     "evaluation": "task engine memory models runs recipe files screen rewards",
     "chat": "task engine models runs recipe screen",
     "reproduce": "report runs models recipe screen",

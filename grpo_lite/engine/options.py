@@ -16,6 +16,8 @@ class EngineOptions:
     """`shared`: each prompt is prefilled once per group and finished rows leave the batch. `generate`: TRL's own."""
     rollout_kv_tokens: int | None = None
     """Most tokens whose keys and values are held during a rollout; None generates the whole batch in one wave."""
+    warmup_tokens: int | None = None
+    """Most padded tokens in one forward and backward of the warm-up; None takes a whole step at once."""
     offload_activations: bool = False
     """Whether what is kept for backward waits in main memory; with activation checkpointing, the layers' inputs."""
     refill: int = 0

@@ -48,7 +48,9 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     )
 
 
-def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable[[str], None]) -> Fit:
+def fit_to_device(
+    recipe: Recipe, base: Base, prompt_tokens: int, show: Callable[[str], None], warmup_row: int | None = None
+) -> Fit:
     """Plan a run's memory, choose its budgets, and say so in a line; on a CPU nothing is planned.
 
     Args:
@@ -56,6 +58,7 @@ def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable
         base: its base model, and the device where it runs, whose free memory counts.
         prompt_tokens: the longest prompt.
         show: gets lines for people.
+        warmup_row: tokens of the longest row of a warm-up that is still to come; None: there is none.
 
     Raises:
         MemoryBudgetError: it cannot fit; with the cheapest changes that would.
@@ -66,7 +69,8 @@ def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable
     own = share_of_batch(recipe.grpo, this_process().world)
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
     try:
-        job, _ = recipe_job(recipe, base.shape, prompt=prompt_tokens, bfloat16=device.bfloat16)
+        job, _ = recipe_job(recipe, base.shape, prompt=prompt_tokens, bfloat16=device.bfloat16, warmup_row=warmup_row)
+        job = job if warmup_row else replace(job, warmup_row=0)
     except ModelError as error:  # an architecture that the arithmetic does not know
         show(f"memory: {str(error).splitlines()[0]}")
         return Fit(options)
@@ -79,7 +83,12 @@ def fit_to_device(recipe: Recipe, base: Base, prompt_tokens: int, show: Callable
         line += "; chosen: " + ", ".join(f"{key}={value}" for key, value in plan.chosen.items())
     show(line)
     grpo = {key.removeprefix("grpo."): value for key, value in plan.chosen.items() if key.startswith("grpo.")}
-    options = replace(options, tokens_per_microbatch=job.tokens, rollout_kv_tokens=job.kv_tokens)
+    options = replace(
+        options,
+        tokens_per_microbatch=job.tokens,
+        rollout_kv_tokens=job.kv_tokens,
+        warmup_tokens=job.warmup_tokens,
+    )
     return Fit(options, grpo, advice(plan_memory(job, plan.needed * 85 // 100)))
 
 

@@ -13,7 +13,11 @@ _OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.2, "sgd": 0.0, "lion": 4.0}
 
 
 def recipe_job(
-    recipe: Recipe, shape: ModelShape, prompt: int | None = None, bfloat16: bool = True
+    recipe: Recipe,
+    shape: ModelShape,
+    prompt: int | None = None,
+    bfloat16: bool = True,
+    warmup_row: int | None = None,
 ) -> tuple[Job, tuple[str, ...]]:
     """Return a recipe's job and what was assumed.
 
@@ -22,6 +26,7 @@ def recipe_job(
         shape: its model's.
         prompt: the longest prompt in tokens; None: the recipe's cap, or an assumption.
         bfloat16: whether the card computes in it; on others some models run in float32.
+        warmup_row: tokens of the warm-up's longest row; None: the longest prompt with a completion at its cap.
     """
     notes = []
     if prompt is None:
@@ -61,6 +66,8 @@ def recipe_job(
         eval_rows=_eval_rows(recipe),
         eval_completion=recipe.eval_completion_length,
         eval_while_training=bool(recipe.eval.every),
+        warmup_row=(warmup_row or prompt + recipe.warmup_completion_length) if recipe.warmup else 0,
+        warmup_step=recipe.warmup.tokens_per_step if recipe.warmup else 0,
         vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
     )
     return job, (*notes, *_limits_of(job, recipe))

@@ -57,6 +57,9 @@ class Job:
     eval_rows: int = 0  # completions generated at once in an evaluation; 0: there is none
     eval_completion: int = 256  # their cap
     eval_while_training: bool = False
+    warmup_row: int = 0  # tokens of the warm-up's longest row; 0: there is no warm-up
+    warmup_step: int = 0  # most tokens of one of its optimizer steps
+    warmup_tokens: int | None = None  # most padded tokens that go through the model at once; None: the whole step
 
     @property
     def longest(self) -> int:

@@ -2,7 +2,7 @@
 
 Place in the line: between the device and the model. `phases` counts a `Job` (`job`); here budgets are
 chosen that change no gradient: how many tokens go through the model at once, how many are cached in a rollout, and how
-many completions an evaluation generates at once.
+many completions an evaluation generates at once, and how many tokens of the warm-up go through the model at once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from grpo_lite.memory.phases import (
     training_phase,
     weight_bytes,
 )
+from grpo_lite.memory.warmup import warmup_phase, warmup_tokens
 from grpo_lite.models.config import KNOWN, read_shape
 from grpo_lite.units import gib
 
@@ -56,8 +57,13 @@ class MemoryPlan:
         return evaluation_phase(self.job) if self.job.eval_rows else None
 
     @property
+    def warmup(self) -> PhaseBytes | None:
+        """Supervised fine-tuning before GRPO, if there is one; like the evaluation it takes no more than there is."""
+        return warmup_phase(self.job) if self.job.warmup_row else None
+
+    @property
     def peak(self) -> int:
-        """The largest allocation in either phase: what `torch.cuda.max_memory_allocated` counts."""
+        """The largest allocation in either of GRPO's phases: what `torch.cuda.max_memory_allocated` counts."""
         return max(self.rollout.total, self.training.total)
 
     @property
@@ -69,12 +75,17 @@ class MemoryPlan:
 def needed_bytes(job: Job, memory_bytes: int) -> int:
     """Return what a card must have for a job, in bytes."""
     needed = _with_overhead(job, max(rollout_phase(job).total, training_phase(job).total), memory_bytes)
-    one = replace(job, eval_rows=min(1, job.eval_rows))  # the evaluation is divided down to single completions
-    return max(needed, _evaluation_bytes(one, memory_bytes))
+    # The evaluation is divided down to single completions, the warm-up to single rows.
+    one = replace(job, eval_rows=min(1, job.eval_rows), warmup_tokens=job.warmup_row)
+    return max(needed, _evaluation_bytes(one, memory_bytes), _warmup_bytes(one, memory_bytes))
 
 
 def _evaluation_bytes(job: Job, memory_bytes: int) -> int:
     return _with_overhead(job, evaluation_phase(job).total, memory_bytes) if job.eval_rows else 0
+
+
+def _warmup_bytes(job: Job, memory_bytes: int) -> int:
+    return _with_overhead(job, warmup_phase(job).total, memory_bytes) if job.warmup_row else 0
 
 
 def _with_overhead(job: Job, peak: int, memory_bytes: int) -> int:
@@ -111,6 +122,14 @@ def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> M
         )
         if rows < job.eval_rows:
             job, chosen["eval.batch_size"] = replace(job, eval_rows=rows), rows
+    if job.warmup_row and _warmup_bytes(job, memory_bytes) > memory_bytes:
+        tokens = _largest(
+            job.warmup_row,
+            warmup_tokens(job),
+            lambda n: _warmup_bytes(replace(job, warmup_tokens=n), memory_bytes) <= memory_bytes,
+        )
+        if tokens is not None:
+            job, chosen["warm-up tokens at once"] = replace(job, warmup_tokens=tokens), tokens
     return MemoryPlan(job, memory_bytes, fits(job), chosen if fits(job) else {}, assumed)
 
 
@@ -178,6 +197,9 @@ def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:
     shorter = _largest(STEP, job.eval_completion - 1, lambda n: fits(eval_completion=n)) if job.eval_rows else None
     if shorter is not None:
         yield f"eval.max_new_tokens={shorter}"
+    shorter = _largest(STEP, job.warmup_row - 1, lambda n: fits(warmup_row=n)) if job.warmup_row else None
+    if shorter is not None:
+        yield f"warmup.max_completion_tokens={max(1, shorter - job.prompt)}"
     if job.rank > 8 and fits(rank=8):
         yield f"lora.r=8 lora.lora_alpha=16   (instead of r={job.rank})"
     shorter = _largest(STEP, job.prompt - 1, lambda n: fits(prompt=n))

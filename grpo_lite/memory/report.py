@@ -11,6 +11,7 @@ from grpo_lite.files.cache import keep_record, kept_record
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
+from grpo_lite.memory.warmup import warmup_tokens
 from grpo_lite.models.config import model_shape, too_long
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
@@ -40,6 +41,9 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
         yield f"too long: {fault}"
     rollout, training = plan.rollout, plan.training
     yield ""
+    if plan.warmup:
+        name = f"warm-up, rows up to {job.warmup_row} tokens, {warmup_tokens(job)} tokens at once"
+        yield from _phase(name, plan.warmup)
     yield from _phase("rollout", rollout)
     yield from _phase("training", training)
     if plan.evaluation:
@@ -131,10 +135,15 @@ def keep_times(recipe: Recipe, device: str, probe: dict[str, Any]) -> None:
     keep_record("probes", _settings(recipe), record)
 
 
+def kept_times(recipe: Recipe) -> dict[str, Any]:
+    """Return the figures of the last probe of this very recipe; empty if there is none."""
+    return kept_record("probes", _settings(recipe))
+
+
 def time_line(recipe: Recipe) -> str:
     """Return how long a step and the run take by the last probe of this very recipe, or how to find out."""
     try:
-        times = kept_record("probes", _settings(recipe))
+        times = kept_times(recipe)
         return (
             f"time: a step about {times['step_s']:.3g} s, {times['steps']} steps about {duration(times['eta_s'])}, "
             f"evaluation about {duration(times['evaluation_s'])}; probed on {times['device']} {times['measured_at']}"

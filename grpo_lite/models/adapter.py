@@ -85,6 +85,17 @@ def read_adapter(recipe: Recipe, base: Base) -> SavedAdapter:
     return SavedAdapter(address, sha256, base_id, commit, int(config["r"]), tensors)
 
 
+def read_own_adapter(folder: Path, base: Base) -> SavedAdapter:
+    """Read an adapter that this run has saved itself: it fits recipe and base, but may be damaged since.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    config = _read_config(folder)
+    tensors, sha256 = _read_tensors(folder)
+    return SavedAdapter(str(folder), sha256, base.section.id, base.commit, int(config["r"]), tensors)
+
+
 def find_adapter(address: str) -> Path:
     """Return the folder of an adapter's files: of a run directory, a folder, or fetched from the Hub.
 

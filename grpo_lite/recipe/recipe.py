@@ -340,6 +340,13 @@ class Recipe(_Section):
         return names
 
     @property
+    def sources(self) -> dict[str, SourceSection]:
+        """Where rows come from, by the recipe's key."""
+        named = {"data.train": self.data.train, "data.eval": self.data.eval}
+        named["warmup.data"] = self.warmup.data if self.warmup else None
+        return {key: source for key, source in named.items() if source is not None}
+
+    @property
     def schedule(self) -> Schedule:
         """What the batch keys of `grpo` mean in completions and steps."""
         return Schedule.of({**GRPO_DEFAULTS, **self.grpo})

@@ -66,6 +66,24 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def warmup_summary(run: RunDir) -> str:
+    """Return what the warm-up alone reached, and what comes next."""
+    record = run.read_run().get("warmup") or {}
+    held, seconds = record.get("heldout_loss_last"), record.get("seconds", 0.0)
+    lines = [
+        "",
+        f"warmed up: {record.get('steps')} steps on {record.get('rows')} rows in {duration(seconds)}, "
+        f"loss {_number(record.get('loss_first'))} → {_number(record.get('loss_last'))}"
+        + (f", on rows held out {held:.3f}" if held is not None else ""),
+        "",
+        f"adapter   {run.warm_adapter}",
+        "",
+        "next:",
+        f"  make train RECIPE=… RUN={shlex.quote(str(run.path))}    continue with GRPO (the same recipe and ARGS)",
+    ]
+    return "\n".join(lines)
+
+
 def merge_line(record: Mapping[str, Any]) -> str:
     """Return one line on the merge's verification."""
     if "skipped" in record:
@@ -82,8 +100,10 @@ def merge_line(record: Mapping[str, Any]) -> str:
 def interrupted_summary(run: RunDir, steps: int, signal_name: str) -> str:
     """Return what to type after an interruption."""
     checkpoint = run.last_checkpoint()
-    saved = f"saved {checkpoint}" if checkpoint else "no checkpoint was saved"
+    saved = checkpoint or run.last_of_warmup()
+    stage = " of the warm-up" if saved and not checkpoint else ""
+    where = f"saved {saved}" if saved else "no checkpoint was saved"
     return (
-        f"interrupted by {signal_name} after step {steps}; {saved}.\n"
+        f"interrupted by {signal_name} after step {steps}{stage}; {where}.\n"
         f"To resume from there, give the same command again: RUN={shlex.quote(str(run.path))}"
     )

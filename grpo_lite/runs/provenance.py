@@ -67,9 +67,9 @@ def outside_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
 
     Rewards of this package belong to its commit; of another installed package, to its version.
     """
-    for key, source in (("data.train.path", recipe.data.train), ("data.eval.path", recipe.data.eval)):
-        if source is not None and source.path:
-            yield key, Path(source.path).expanduser()
+    for key, source in recipe.sources.items():
+        if source.path:
+            yield f"{key}.path", Path(source.path).expanduser()
     functions = [(f"rewards[{i}].function", section.function) for i, section in enumerate(recipe.rewards)]
     functions += [("eval.lenient.function", recipe.eval.lenient.function)] if recipe.eval.lenient else []
     functions += [(f"eval.strict[{i}].function", section.function) for i, section in enumerate(recipe.eval.strict)]

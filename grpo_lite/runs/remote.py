@@ -36,13 +36,16 @@ _RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl")  # what a run needs be
 _BEGINNING = (
     "grpo_lite", "git_commit", "python", "platform", "versions", "command", "started_at", "resumed_at", "recipe",
     "seed", "device", "base_revision", "files", "changed_files", "evaluation_seconds", "merge_seconds", "preflight",
-    "sandbox",
+    "sandbox", "warmup",
 )  # fmt: skip
 _FETCHING = ".saving-fetched"
+WARMUP = "warmup"  # the stage whose checkpoints lie in the run directory's folder of this name
 
 
-def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
+def fetch_checkpoint(run: RunDir, address: str, show: Show, has_warmup: bool = False) -> None:
     """Fetch the newest usable copy of this run's checkpoints where the run directory has no checkpoint of its own.
+
+    With a warm-up its newest one too: where GRPO has begun it holds the adapter that GRPO is compared with.
 
     Raises:
         RunDirError: the place does not answer. Training from the beginning would replace the copies there.
@@ -52,6 +55,8 @@ def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
     remote = remote_of(address, run)
     try:
         _fetch(run, remote, show)
+        if has_warmup and not run.last_of_warmup():
+            _fetch(run, remote_of(address, run, WARMUP), show)
     except Exception as error:
         reason = hub_message(error, remote.name) or f"{type(error).__name__}: {error}"
         raise RunDirError(
@@ -60,17 +65,24 @@ def fetch_checkpoint(run: RunDir, address: str, show: Show) -> None:
         ) from None
 
 
-def remote_of(address: str, run: RunDir) -> Remote:
-    """Return the place that `push_checkpoints` names for a run: a path (`/…`, `./…`, `~/…`) or `user/repo`."""
+def remote_of(address: str, run: RunDir, stage: str = "") -> Remote:
+    """Return the place that `push_checkpoints` names for a run.
+
+    Args:
+        address: a path (`/…`, `./…`, `~/…`) or `user/repo`.
+        run: the run.
+        stage: the folder of the stage's checkpoints in the run directory; "": GRPO's lie in it.
+    """
     if address.startswith(("/", ".", "~")):
-        return FolderRemote(Path(address).expanduser() / run.path.resolve().name)
-    return HubRemote(address, run.path.resolve().name)
+        return FolderRemote(Path(address).expanduser() / run.path.resolve().name, stage)
+    return HubRemote(address, run.path.resolve().name, stage)
 
 
 class Remote(Protocol):
-    """A place that keeps the checkpoints of one run."""
+    """A place that keeps the checkpoints of one stage of a run."""
 
     name: str
+    stage: str
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints there."""
@@ -88,14 +100,15 @@ class Remote(Protocol):
 class FolderRemote:
     """A folder, for example on a mounted drive."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, str(folder)
+    def __init__(self, folder: Path, stage: str = "") -> None:
+        self.folder, self.name, self.stage = folder, str(folder), stage
+        self.checkpoints = folder / stage
 
     def steps(self) -> list[int]:
-        return [step_of(path) for path in checkpoint_folders(self.folder)]
+        return [step_of(path) for path in checkpoint_folders(self.checkpoints)]
 
     def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             self._publish(checkpoint)
         except TrainingError:  # the drive is full: remove the copies that are no longer kept here, but the newest
@@ -108,18 +121,18 @@ class FolderRemote:
         self._remove_stale(keep)
 
     def _publish(self, checkpoint: Path) -> None:
-        with publishing(self.folder / checkpoint.name) as scratch:
+        with publishing(self.checkpoints / checkpoint.name) as scratch:
             _copy(checkpoint, scratch)
             verify_manifest(scratch)
 
     def _remove_stale(self, keep: list[int]) -> int:
-        stale = [folder for folder in checkpoint_folders(self.folder) if step_of(folder) not in keep]
+        stale = [folder for folder in checkpoint_folders(self.checkpoints) if step_of(folder) not in keep]
         for folder in stale:
             remove(folder)
         return len(stale)
 
     def fetch(self, step: int, target: Path) -> None:
-        _copy(self.folder / f"{PREFIX}{step}", target)
+        _copy(self.checkpoints / f"{PREFIX}{step}", target)
 
     def read(self, name: str) -> str | None:
         path = self.folder / name
@@ -129,11 +142,12 @@ class FolderRemote:
 class HubRemote:
     """A private repository on the Hub, with one folder for each run."""
 
-    def __init__(self, repo_id: str, folder: str) -> None:
-        self.repo_id, self.folder, self.name = repo_id, folder, f"{repo_id} on the Hub"
+    def __init__(self, repo_id: str, folder: str, stage: str = "") -> None:
+        self.repo_id, self.folder, self.name, self.stage = repo_id, folder, f"{repo_id} on the Hub", stage
+        self.prefix = f"{stage}/{PREFIX}" if stage else PREFIX
 
     def steps(self) -> list[int]:
-        pattern = re.compile(rf"{PREFIX}(\d+)/{re.escape(MANIFEST_NAME)}")
+        pattern = re.compile(rf"{self.prefix}(\d+)/{re.escape(MANIFEST_NAME)}")
         return sorted(int(match[1]) for name in self._files() if (match := pattern.fullmatch(name)))
 
     def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
@@ -148,15 +162,15 @@ class HubRemote:
             repo_id=self.repo_id,
             folder_path=run.path,
             path_in_repo=self.folder,
-            allow_patterns=[f"{checkpoint.name}/*", *_RUN_FILES],
-            delete_patterns=[f"{PREFIX}{step}/*" for step in self.steps() if step not in keep],
+            allow_patterns=[f"{checkpoint.relative_to(run.path).as_posix()}/*", *_RUN_FILES],
+            delete_patterns=[f"{self.prefix}{step}/*" for step in self.steps() if step not in keep],
             commit_message=f"{self.folder}: {checkpoint.name}",
         )
 
     def fetch(self, step: int, target: Path) -> None:
         from huggingface_hub import snapshot_download
 
-        folder = f"{self.folder}/{PREFIX}{step}"
+        folder = f"{self.folder}/{self.prefix}{step}"
         cache = snapshot_download(self.repo_id, allow_patterns=f"{glob.escape(folder)}/*")
         shutil.copytree(Path(cache) / folder, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
@@ -196,9 +210,10 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
             if text is not None:
                 write_atomic(run.path / name, _beginning(text) if name == "run.json" else text)
         seal(folder)
-        publish(folder, run.path / folder.name)
+        (run.path / remote.stage).mkdir(exist_ok=True)
+        publish(folder, run.path / remote.stage / folder.name)
         os.rmdir(scratch)
-        show(f"push_checkpoints: fetched {PREFIX}{step} from {remote.name}")
+        show(f"push_checkpoints: fetched {Path(remote.stage, folder.name)} from {remote.name}")
         return
 
 
@@ -215,6 +230,9 @@ def _beginning(text: str) -> str:
     for key in ("resumed_at", "changed_files"):
         if not isinstance(kept.get(key, []), list) or not all(isinstance(line, str) for line in kept.get(key, [])):
             del kept[key]
+    warmup = kept.get("warmup")
+    if not isinstance(warmup, dict) or not isinstance(warmup.get("metrics_bytes", 0), int):
+        kept.pop("warmup", None)
     for key in ("evaluation_seconds", "merge_seconds"):
         if not isinstance(kept.get(key, 0), int | float):
             del kept[key]

@@ -89,7 +89,7 @@ class RunDir:
                 f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
                 f"another with RUN=…, or remove it: rm -r {self.path}"
             )
-        return "resume" if self.last_checkpoint() else "new"
+        return "resume" if self.last_checkpoint() or self.last_of_warmup() else "new"
 
     def _refuse_strangers(self) -> None:
         strange = sorted(
@@ -125,6 +125,13 @@ class RunDir:
         """Return the newest completed checkpoint, if any; `checkpoints.last_usable` also checks its files."""
         complete = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
         return complete[-1] if complete else None
+
+    def last_of_warmup(self) -> Path | None:
+        """Return what the warm-up saved last: its adapter if it is complete, else its newest checkpoint, if any."""
+        if self.warm_adapter.is_dir():
+            return self.warm_adapter
+        folders = checkpoint_folders(self.warmup)
+        return folders[-1] if folders else None
 
     def read_run(self) -> dict[str, Any]:
         """Return run.json, or an empty mapping before there is one."""

@@ -35,7 +35,7 @@ def open_run(run: RunDir, recipe: Recipe, show: Show) -> tuple[str, Recipe]:
     if process.is_first and recipe.push_checkpoints:
         from grpo_lite.runs.remote import fetch_checkpoint
 
-        fetch_checkpoint(run, recipe.push_checkpoints, show)
+        fetch_checkpoint(run, recipe.push_checkpoints, show, recipe.warmup is not None)
     state = agree(run.prepare(recipe) if process.is_first else None, process)
     if state == "report":
         return state, recipe

@@ -18,8 +18,7 @@ def announce_base(recipe: Recipe, show: Show) -> None:
 
 def announce_data(recipe: Recipe, show: Show) -> None:
     """Say which datasets are read from the Hub, or from its cache."""
-    sources = (recipe.data.train, recipe.data.eval)
-    if names := list(dict.fromkeys(source.hub for source in sources if source and source.hub)):
+    if names := list(dict.fromkeys(source.hub for source in recipe.sources.values() if source.hub)):
         show(f"data: reading {' and '.join(names)} from the Hub or its cache")
 
 

@@ -131,17 +131,7 @@ def grpo_config(recipe: Recipe, run: RunDir, base: Base, weights: list[float], f
     from trl import GRPOConfig
 
     require_trackers(recipe.grpo.get("report_to"), str(run.recipe_file))
-    owned: dict[str, Any] = {
-        "output_dir": str(run.path),
-        "seed": recipe.seed,
-        "reward_weights": weights,
-        "bf16": base.dtype == "bfloat16",
-        "fp16": base.dtype == "float16",
-        "use_cpu": base.device.kind == "cpu",
-        "dataloader_pin_memory": base.device.kind == "cuda",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
+    owned = {"output_dir": str(run.path), "reward_weights": weights, **device_arguments(recipe, base)}
     shared = share_of_batch(recipe.grpo, this_process().world)
     try:
         grpo = with_trl_defaults(recipe.grpo) if uses_unsloth(recipe.model) else recipe.grpo
@@ -149,7 +139,28 @@ def grpo_config(recipe: Recipe, run: RunDir, base: Base, weights: list[float], f
     except Exception as error:  # TRL uses some values without checking them first
         reason = f"{type(error).__name__}: {error}"
         raise GRPOLiteError(f"{run.recipe_file}: grpo: TRL refuses these values together: {reason}") from None
-    if args.n_gpu > 1:  # without a launcher transformers would wrap the model in DataParallel (Kaggle's two T4s)
+    return use_one_device(args)
+
+
+def device_arguments(recipe: Recipe, base: Base) -> dict[str, Any]:
+    """Return the arguments of any trainer that follow from the recipe's seed and the device."""
+    return {
+        "seed": recipe.seed,
+        "bf16": base.dtype == "bfloat16",
+        "fp16": base.dtype == "float16",
+        "use_cpu": base.device.kind == "cpu",
+        "dataloader_pin_memory": base.device.kind == "cuda",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def use_one_device(args: Any) -> Any:
+    """Return a trainer's arguments for one card in this process.
+
+    Without a launcher transformers would wrap the model in DataParallel where it sees two (Kaggle's two T4s).
+    """
+    if args.n_gpu > 1:
         args._n_gpu = 1
     return args
 
@@ -162,7 +173,7 @@ def build_trainer(
     rewards: tuple[list[Reward], list[float]],
     plan: Fit,
     kind: ViewKind,
-    state: str,
+    state: str | None,
     show: Show,
 ) -> tuple[Any, View]:
     """Load the base and return the trainer with its callbacks, the adapter in float32, and the view that follows it.
@@ -174,7 +185,7 @@ def build_trainer(
         rewards: functions and their weights.
         plan: the memory budgets.
         kind: how it is watched.
-        state: "new" or "resume".
+        state: "new" or "resume"; None: the warm-up in this process has recorded the start.
         show: called with lines for people.
 
     Raises:
@@ -211,8 +222,9 @@ def build_trainer(
     if first:
         _add_callbacks(recipe, run, trainer, prompts, view)
         require_room_for(recipe, run, base, trainer)
-        record_start(recipe, run, base, functions, state)
-        if adapter is not None:
+        if state is not None:
+            record_start(recipe, run, base, functions, state)
+        if adapter is not None and recipe.warmup is None:
             run.update_run(init_from=adapter.to_json())
         add_preflight(recipe, run, base.device, trainer, prompts, view.show)
     return trainer, view

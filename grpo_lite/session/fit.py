@@ -53,13 +53,15 @@ def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> N
     require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged, frozen)
 
 
-def deadline_of(recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float) -> Any:
+def deadline_of(
+    recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float, stage: str = "training"
+) -> Any:
     """Return the callback that keeps `limits.max_minutes`, or None without such a limit."""
     from grpo_lite.session.stop import Deadline
 
     if recipe.limits.max_minutes is None:
         return None
-    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base.weights, show)
+    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base.weights, show, stage)
 
 
 def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainResult:
@@ -69,9 +71,43 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         TrainingError: the disk is full, or what was trained is not finite.
     """
     from grpo_lite.report.evidence import read_metrics
+
+    signal_name = train_to_stop(run.path, view, trainer, deadline)
+    steps = trainer.state.global_step
+    paused = bool(deadline and deadline.reached)
+    if signal_name and steps < trainer.state.max_steps:
+        return TrainResult(run, steps, signal_name)
+    if not this_process().is_first:
+        return TrainResult(run, steps)
+    save_adapter(run.adapter, trainer)
+    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
+    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
+    run.update_run(
+        **({} if paused else {"trained_at": now()}), steps=steps,
+        training_seconds=round(trainer.journal.seconds_trained, 1),
+        reward_first=first, reward_last=last, faults=dict(trainer.faults.counts),
+    )  # fmt: skip
+    return TrainResult(run, steps, signal_name, paused=paused)  # a signal in the last step: evaluation can wait
+
+
+def train_to_stop(folder: Path, view: View, trainer: Any, deadline: Any = None) -> str | None:
+    """Train from the folder's last whole checkpoint to the last step, or until a signal or the deadline stops it.
+
+    Args:
+        folder: where the trainer's checkpoints are.
+        view: follows it.
+        trainer: with `journal` and `faults`.
+        deadline: a `Deadline`, or None.
+
+    Returns:
+        The signal's name, if one came.
+
+    Raises:
+        TrainingError: the disk is full, or what was trained is not finite.
+    """
     from grpo_lite.session.stop import StopCleanly
 
-    checkpoint = _common_checkpoint(_last_checkpoint(run, view.show), run)
+    checkpoint = _common_checkpoint(_last_checkpoint(folder, view.show), folder)
     with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
         if deadline:
@@ -83,30 +119,16 @@ def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainRes
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Exception as error:
-            if advice := _advice(error, checkpoint, run):
-                raise TrainingError(f"{run.path}: {advice}") from error
+            if advice := _advice(error, checkpoint, folder):
+                raise TrainingError(f"{folder}: {advice}") from error
             raise
-    steps = trainer.state.global_step
-    paused = bool(deadline and deadline.reached)
-    if stop.signal_name and steps < trainer.state.max_steps:
-        return TrainResult(run, steps, stop.signal_name)
-    if not this_process().is_first:
-        return TrainResult(run, steps)
-    _save_adapter(run, trainer)
-    rewards = [record["reward"] for record in read_metrics(run) if record.get("reward") is not None]
-    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
-    run.update_run(
-        **({} if paused else {"trained_at": now()}), steps=steps,
-        training_seconds=round(trainer.journal.seconds_trained, 1),
-        reward_first=first, reward_last=last, faults=dict(trainer.faults.counts),
-    )  # fmt: skip
-    return TrainResult(run, steps, stop.signal_name, paused=paused)  # a signal in the last step: evaluation can wait
+    return stop.signal_name
 
 
-def _advice(error: Exception, checkpoint: Path | None, run: RunDir) -> str | None:
+def _advice(error: Exception, checkpoint: Path | None, folder: Path) -> str | None:
     """Return what to do about an error of a library below, where that is known."""
-    if is_disk_full(error, run.path) and not isinstance(error, TrainingError):  # metrics, completions, run.json
-        return disk_full(run.path, "training stopped").partition(": ")[2]
+    if is_disk_full(error, folder) and not isinstance(error, TrainingError):  # metrics, completions, run.json
+        return disk_full(folder, "training stopped").partition(": ")[2]
     if this_process().world > 1 and _LOST_PEER.search(str(error)):
         return (
             f"another of the {this_process().world} processes has ended, so this one stops; see its message above. "
@@ -121,9 +143,9 @@ def _advice(error: Exception, checkpoint: Path | None, run: RunDir) -> str | Non
     return None
 
 
-def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
+def _last_checkpoint(folder: Path, show: Show) -> Path | None:
     """Return the newest checkpoint that is whole, and say which ones are passed over."""
-    newest = last_usable(run.path)
+    newest = last_usable(folder)
     for fault in newest.skipped:
         show(f"passed over, damaged: {fault}")
     if newest.folder:
@@ -135,7 +157,7 @@ def _last_checkpoint(run: RunDir, show: Show) -> Path | None:
     return newest.folder
 
 
-def _common_checkpoint(checkpoint: Path | None, run: RunDir) -> Path | None:
+def _common_checkpoint(checkpoint: Path | None, folder: Path) -> Path | None:
     """Return the first process's checkpoint: processes that began at different steps would train apart.
 
     Raises:
@@ -144,19 +166,19 @@ def _common_checkpoint(checkpoint: Path | None, run: RunDir) -> Path | None:
     name = agree(checkpoint.name if checkpoint else None, this_process())
     if name is None:
         return None
-    if not (run.path / name).is_dir():
+    if not (folder / name).is_dir():
         raise RunDirError(
-            f"{run.path}: the first process resumes from {name}, which is not here. With several machines put the run "
+            f"{folder}: the first process resumes from {name}, which is not here. With several machines put the run "
             "directory on a disk that all of them see, or start a new run."
         )
-    return run.path / name
+    return folder / name
 
 
-def _save_adapter(run: RunDir, trainer: Any) -> None:
-    """Write adapter/ whole or not at all, and never with NaN in it."""
+def save_adapter(folder: Path, trainer: Any) -> None:
+    """Write the trained adapter whole or not at all, and never with NaN in it."""
     from grpo_lite.trainer.finite import require_finite_adapter
 
     require_finite_adapter(trainer)
-    with publishing(run.adapter) as folder:
-        trainer.save_model(str(folder))
-        shutil.rmtree(folder / REFERENCE_NAME, ignore_errors=True)  # only the trained adapter is a result
+    with publishing(folder) as scratch:
+        trainer.save_model(str(scratch))
+        shutil.rmtree(scratch / REFERENCE_NAME, ignore_errors=True)  # only the trained adapter is a result

@@ -1,9 +1,11 @@
-"""Which adapter a training starts from (`lora.init_from`): none, unless it begins at step 0."""
+"""Which adapter a stage starts from: `lora.init_from`, GRPO after a warm-up the warm-up's; none where it resumes."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from grpo_lite.errors import ModelError
-from grpo_lite.models.adapter import SavedAdapter, read_adapter
+from grpo_lite.models.adapter import SavedAdapter, read_adapter, read_own_adapter
 from grpo_lite.models.base import Base
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -12,19 +14,27 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 
 
-def adapter_to_start_from(recipe: Recipe, run: RunDir, base: Base, show: Show) -> SavedAdapter | None:
-    """Return the recipe's adapter where training begins at step 0; a run that resumes has its weights in a checkpoint.
+def adapter_to_start_from(
+    recipe: Recipe, run: RunDir, base: Base, show: Show, stage: Literal["warmup", "grpo"] = "grpo"
+) -> SavedAdapter | None:
+    """Return the adapter where a stage begins at its step 0; one that resumes has its weights in a checkpoint.
 
     Raises:
         ModelError: it is missing, damaged or does not fit; or it is another one than the run began with.
     """
     process = this_process()
-    if recipe.init_from is None:
+    after_warmup = stage == "grpo" and recipe.warmup is not None
+    if not after_warmup and recipe.init_from is None:
         if recipe.reference == "start" and not recipe.holds_reference:
             show("reference: start without lora.init_from: a fresh adapter equals the base, so KL is that to the base")
         return None
-    if agree(last_usable(run.path).folder is not None if process.is_first else None, process):
+    folder = run.warmup if stage == "warmup" else run.path
+    if agree(last_usable(folder).folder is not None if process.is_first else None, process):
         return None
+    if after_warmup:
+        adapter = read_own_adapter(run.warm_adapter, base)
+        show(f"GRPO starts from the warm-up's adapter (sha256 {adapter.sha256[:12]})")
+        return adapter
     adapter = read_adapter(recipe, base)
     if agree(adapter.sha256, process) != adapter.sha256:
         raise ModelError(

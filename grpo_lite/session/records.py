@@ -43,7 +43,7 @@ class PushCheckpoints(TrainerCallback):
         self.run, self.remote, self.show = run, remote, show
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folders = checkpoint_folders(self.run.path)
+        folders = checkpoint_folders(self.run.path / self.remote.stage)
         if not folders or step_of(folders[-1]) != state.global_step:
             return
         try:
@@ -54,10 +54,15 @@ class PushCheckpoints(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback, ExportableState):
-    """Append every log record, with TRL's keys, to metrics.jsonl; a resume cuts it to its length at the checkpoint."""
+    """Append every log record, with TRL's keys, to metrics.jsonl; a resume cuts it to its length at the checkpoint.
 
-    def __init__(self, run: RunDir) -> None:
-        self.run, self.path = run, run.metrics_file
+    Args:
+        run: the run.
+        stage: written into every record: "warmup" or "grpo".
+    """
+
+    def __init__(self, run: RunDir, stage: str = "grpo") -> None:
+        self.run, self.path, self.stage = run, run.metrics_file, stage
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the file: its length, once it is on disk."""
@@ -67,11 +72,12 @@ class MetricsFile(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"length_bytes": self.path.stat().st_size}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
+        if self.stage == "grpo":
+            self.run.update_run(max_steps=state.max_steps, first_step=state.global_step)  # for `watch`
         if not self.path.is_file():
             return
         attributes = state.stateful_callbacks.get("MetricsFile", {}).get("attributes", {}) if state.global_step else {}
-        length = int(attributes.get("length_bytes", 0))
+        length = int(attributes.get("length_bytes", self._before()))
         with self.path.open("r+b") as file:
             present = file.read(length)
             if len(present) < length:  # lost with the machine's power: at least no half line is left
@@ -81,10 +87,15 @@ class MetricsFile(TrainerCallback, ExportableState):
             if path.stem.removeprefix("step_").isdecimal() and int(path.stem.removeprefix("step_")) > state.global_step:
                 path.unlink()
 
+    def _before(self) -> int:
+        """Return how many bytes the stage before this one wrote."""
+        warmup = self.run.read_run().get("warmup") or {}
+        return int(warmup.get("metrics_bytes", 0)) if self.stage == "grpo" else 0
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, "stage": self.stage, **logs}) + "\n")
 
 
 class Completions(TrainerCallback):

@@ -30,12 +30,20 @@ class Deadline(TrainerCallback):
         earlier: run.json, which knows how long evaluation and merge took in an earlier session.
         held_out: prompts that will be evaluated.
         base: folder of the 16-bit base, whose size says how long a merge takes.
+        stage: what is trained, for the message.
     """
 
     def __init__(
-        self, recipe: Recipe, begun: float, earlier: dict[str, Any], held_out: int, base: Path, show: Show
+        self,
+        recipe: Recipe,
+        begun: float,
+        earlier: dict[str, Any],
+        held_out: int,
+        base: Path,
+        show: Show,
+        stage: str = "training",
     ) -> None:
-        self.recipe, self.begun, self.earlier, self.show = recipe, begun, earlier, show
+        self.recipe, self.begun, self.earlier, self.show, self.stage = recipe, begun, earlier, show, stage
         self.held_out = min(held_out, recipe.eval.limit or held_out) if recipe.eval.enabled else 0
         self.base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         self.limit_s = (recipe.limits.max_minutes or 0.0) * 60
@@ -57,7 +65,7 @@ class Deadline(TrainerCallback):
         if remaining_s - reserved_s < 1.2 * step_s and state.global_step < state.max_steps:
             self.reached = control.should_save = control.should_training_stop = True
             self.show(
-                f"limits.max_minutes = {self.recipe.limits.max_minutes:g}: training pauses after step "
+                f"limits.max_minutes = {self.recipe.limits.max_minutes:g}: {self.stage} pauses after step "
                 f"{state.global_step} of {state.max_steps}; {reserved_s / 60:.1f} min are kept for evaluation and merge"
             )
 

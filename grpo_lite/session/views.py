@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from grpo_lite.files.cache import kept_record
-from grpo_lite.memory.report import _settings
+from grpo_lite.memory.report import kept_times
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
 from grpo_lite.report.evidence import Finding
@@ -33,7 +32,7 @@ def make_view(kind: ViewKind, recipe: Recipe, show: Show, stage: Stage = "grpo",
 
 def grpo_ahead(recipe: Recipe, steps: int) -> GRPOAhead | None:
     """Return what follows the warm-up, with its time by the last probe of this very recipe; None without steps."""
-    times = kept_record("probes", _settings(recipe)) if steps else {}
+    times = kept_times(recipe) if steps else {}
     step_s = times.get("step_s")
     return GRPOAhead(steps, step_s and step_s * steps, times.get("measured_at", "")) if steps else None
 

@@ -50,6 +50,9 @@ class Trace:
     prompt_ids: list[int]
     completion_ids: list[int]
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
 
 @dataclass(frozen=True)
 class Traces:
@@ -58,6 +61,11 @@ class Traces:
     rows: list[Trace]
     notes: list[str]  # what was dropped and why, for people
     sources: list[Row]  # of each row: `prompt` as GRPO renders it, `completion` (text), and the columns for rewards
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
 
 
 @dataclass(frozen=True)

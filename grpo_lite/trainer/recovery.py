@@ -66,13 +66,13 @@ class Recovery:
         self, prompt_ids: list[list[int]], generate: Callable[[], Result], is_shared: Callable[[], bool]
     ) -> Result:
         """Generate; after an overflow again, in smaller waves and from the same random state."""
-        random_state = _random_state()
+        before = random_state()
 
         def lower(failure: str) -> None:
-            _set_random_state(random_state)
+            set_random_state(before)
             self._lower_wave(prompt_ids, failure, is_shared())
 
-        return _until_it_fits(generate, lower)
+        return until_it_fits(generate, lower)
 
     def scoring(self, model: nn.Module, input_ids: Tensor, score: Callable[[], Result]) -> Result:
         """Score completions without a gradient; after an overflow again, with fewer at once."""
@@ -88,7 +88,7 @@ class Recovery:
                 raise self._hopeless("scoring", failure)
             self._set_budget("scoring", failure, "tokens_per_microbatch", max(width, min(budget, total) // 2))
 
-        return _until_it_fits(score, lower)
+        return until_it_fits(score, lower)
 
     def inputs(self, prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a micro-step's inputs; the same ones when it is repeated."""
@@ -103,7 +103,7 @@ class Recovery:
         if self._rehearsal is not None:
             prompt, self._rehearsal = self._rehearsal, None
             self.rehearse(prompt)
-        loss = _until_it_fits(step, self._lower_microbatch)
+        loss = until_it_fits(step, self._lower_microbatch)
         self._prepared = None
         return loss
 
@@ -118,12 +118,12 @@ class Recovery:
         undo = _Undo(trainer, self._copies)
         round_ids = longest_round(trainer, prompt)
         if trainer.support.can_share_rollout(round_ids[:1]):
-            _until_it_fits(
+            until_it_fits(
                 lambda: rehearse_rollout(trainer, prompt), lambda why: self._lower_wave(round_ids, why, is_shared=True)
             )
         inputs = longest_inputs(trainer, prompt)
         self._prepared = (trainer._step, inputs, undo)
-        _until_it_fits(lambda: rehearse_training(trainer, inputs), self._lower_microbatch)
+        until_it_fits(lambda: rehearse_training(trainer, inputs), self._lower_microbatch)
         self._prepared = None
         trainer.peers.forget()
         undo.restore(trainer)
@@ -284,7 +284,7 @@ class _Undo:
     """The state before an attempt at a micro-step's loss and gradient; the rollout is already done."""
 
     def __init__(self, trainer: Any, copies: GradientCopies) -> None:
-        self.random_state = _random_state()
+        self.random_state = random_state()
         # None at a step's first micro-step.
         self.gradients = copies.take([parameter.grad for parameter in _trainable(trainer)])
         self.metrics = {mode: {k: list(v) for k, v in by_name.items()} for mode, by_name in trainer._metrics.items()}
@@ -300,10 +300,16 @@ class _Undo:
             trainer._metrics[mode].clear()
             trainer._metrics[mode].update({name: list(values) for name, values in by_name.items()})
         trainer.entropy_coef, trainer._last_world_entropy, trainer._entropy_window_stats = self.entropy
-        _set_random_state(self.random_state)
+        set_random_state(self.random_state)
 
 
-def _until_it_fits(run: Callable[[], Result], lower: Callable[[str], None]) -> Result:
+def until_it_fits(run: Callable[[], Result], lower: Callable[[str], None]) -> Result:
+    """Run until memory suffices.
+
+    Args:
+        run: what may run out of memory.
+        lower: undoes a failed attempt and makes the next one smaller; gets the error's first line.
+    """
     while True:
         try:
             return run()
@@ -337,11 +343,11 @@ def _tokens(inputs: dict[str, Any]) -> tuple[int, int]:
     return prompts + sum(batch.completion_lengths), max(rows)
 
 
-def _random_state() -> tuple[Tensor, list[Tensor]]:
+def random_state() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])

@@ -47,6 +47,11 @@ def survives(server: Server, run: Path, configuration: str, expected: dict[str, 
 
 
 KILLS: list[tuple[str, list[tuple[str, int]]]] = [
+    # In the warm-up, before its adapter is written, after that, between the stages, and in GRPO.
+    (
+        "warm-up",
+        [("backward", 4), ("warm-up: ended", 2), ("warm-up: adapter", 1), ("warm-up: done", 1), ("backward", 3)],
+    ),
     ("all at once", [("backward", 17), ("checkpoint: tensors written", 2)]),
     ("to the merge", [("checkpoint: older removed", 3), ("adapter written", 1), ("merge: a block", 5), ("report", 1)]),
 ]

@@ -1,0 +1,344 @@
+"""warm_up: the stage before GRPO, supervised fine-tuning of the adapter that GRPO then trains.
+
+It trains in `warmup/` of the run directory, with checkpoints of its own, and leaves `warmup/adapter`, from which GRPO
+starts. That folder is there when the stage is complete and not before, so a run killed anywhere continues where it was:
+inside the warm-up, between the stages, or in GRPO.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError
+from grpo_lite.evaluation.rejection import read_traces, sample_traces, write_traces
+from grpo_lite.files.manifest import verify_manifest
+from grpo_lite.memory.fit import Fit
+from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME, load_into
+from grpo_lite.models.base import Base
+from grpo_lite.models.load import load_for_sampling, lora_config, lora_to_float32
+from grpo_lite.models.unsloth import uses_unsloth
+from grpo_lite.processes import agree, this_process
+from grpo_lite.recipe.recipe import Recipe, WarmupSection
+from grpo_lite.report.evidence import read_warmup_steps
+from grpo_lite.runs.checkpoints import checkpoint_folders, last_usable, publishing, remove, step_of
+from grpo_lite.runs.remote import WARMUP, remote_of
+from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.screen import Show
+from grpo_lite.session.announce import announce_weights
+from grpo_lite.session.build import device_arguments, load_base, record_start, use_one_device
+from grpo_lite.session.fit import TrainResult, require_room_for, save_adapter, train_to_stop
+from grpo_lite.session.init_from import adapter_to_start_from
+from grpo_lite.session.records import MetricsFile, PushCheckpoints, WarmupDoctor
+from grpo_lite.session.views import View
+from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.rewards import Reward
+from grpo_lite.task.traces import Trace, Traces, earning, earning_lines, load_traces
+from grpo_lite.trainer.warmup import Order, order_rows
+from grpo_lite.units import now
+
+HELD_SHARE, MOST_HELD, LEAST_ROWS = 0.05, 32, 40  # rows whose loss is only measured; none of fewer than LEAST_ROWS
+RISING_SHARE, LEAST_STEPS = 0.05, 40  # of the steps, in which the learning rate rises; none of fewer than LEAST_STEPS
+TRACES_FILE = "traces.jsonl"
+WAIT_S = 2.0
+# Keys of `grpo` that say how any training runs here, so they hold for the warm-up too.
+SHARED_KEYS = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+               "gradient_checkpointing", "gradient_checkpointing_kwargs", "save_steps")  # fmt: skip
+
+
+def is_warm(run: RunDir) -> bool:
+    """Return whether the run's warm-up is complete, or behind it because GRPO has saved a checkpoint.
+
+    Raises:
+        RunDirError: its adapter is damaged, and GRPO has not begun.
+    """
+    process = this_process()
+    return bool(agree(_is_warm(run) if process.is_first else None, process))
+
+
+def _is_warm(run: RunDir) -> bool:
+    if last_usable(run.path).folder is not None:
+        if not run.warm_adapter.is_dir():  # fetched from elsewhere
+            _finish(run)
+        return True
+    if not run.warm_adapter.is_dir():
+        return False
+    for folder in checkpoint_folders(run.warmup):  # left by a kill
+        remove(folder)
+    try:
+        verify_manifest(run.warm_adapter)
+    except ExportError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:-1]) or str(error)
+        raise RunDirError(
+            f"{run.warm_adapter}: the adapter of the warm-up is damaged: {lines}. Remove it to warm up again: "
+            f"rm -r {run.warmup}"
+        ) from None
+    return True
+
+
+def traces_to_learn(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show: Show) -> Traces | None:
+    """Return the rows of the warm-up; None where the recipe has none, or it is complete.
+
+    Raises:
+        GRPOLiteError: the rows are at fault, none is left, or (source: self) the base solves no prompt.
+    """
+    if recipe.warmup is None or is_warm(run):
+        return None
+    traces = (
+        load_traces(recipe, prompts)
+        if recipe.warmup.source == "data"
+        else _own_traces(recipe, run, base, prompts, show)
+    )
+    for note in (*traces.notes, f"{len(traces.rows)} rows"):
+        show(f"warm-up: {note}")
+    earned = earning(recipe, prompts, traces)
+    for line in earning_lines(earned, traces):
+        show(f"warm-up: {line}")
+    if this_process().is_first:
+        note_warmup(run, earning=earned, notes=list(traces.notes))
+    return traces
+
+
+def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show: Show) -> Traces:
+    """Let the first process sample the base's own completions, once for the run; the others read what it keeps."""
+    path = run.warmup / TRACES_FILE
+    if this_process().is_first and not path.is_file():
+        run.warmup.mkdir(exist_ok=True)
+        model = _policy_at_start(recipe, run, base, show)
+        write_traces(path, sample_traces(recipe, model, prompts, show))
+    while not path.is_file():  # not a collective: those give up after minutes
+        time.sleep(WAIT_S)
+    return read_traces(path)
+
+
+def _policy_at_start(recipe: Recipe, run: RunDir, base: Base, show: Show) -> Any:
+    """Return the model that the warm-up starts from, ready for sampling."""
+    announce_weights(base, show)
+    model = load_for_sampling(base, recipe.rollout)
+    if recipe.init_from is None:
+        return model
+    from peft import get_peft_model
+
+    adapter = adapter_to_start_from(recipe, run, base, show, "warmup")
+    model = get_peft_model(model, lora_config(recipe))
+    if adapter is not None:
+        load_into(model, adapter)
+    return model
+
+
+def warm_up(
+    recipe: Recipe,
+    run: RunDir,
+    base: Base,
+    prompts: Prompts,
+    traces: Traces,
+    rewards: list[Reward],
+    plan: Fit,
+    view: View,
+    state: str,
+    deadline: Any,
+) -> TrainResult | None:
+    """Train the adapter on the traces, and leave it as `warmup/adapter`.
+
+    Args:
+        recipe, run, base, prompts, plan: of this training.
+        traces: the rows.
+        rewards: the recipe's, for the record.
+        view: follows it.
+        state: "new" or "resume".
+        deadline: a `Deadline`, or None.
+
+    Returns:
+        None when it is complete; else why it ended before that: a signal, or `limits.max_minutes`, which leaves the
+        adapter as it is then as the run's.
+
+    Raises:
+        GRPOLiteError: upstream refuses the values, the disk is too small or full, or what was trained is not finite.
+    """
+    process = this_process()
+    stage = _stage(recipe, traces.rows)
+    if process.is_first:
+        run.warmup.mkdir(exist_ok=True)
+        ahead = getattr(view.board, "ahead", None)
+        note_warmup(run, ahead=asdict(ahead) if ahead else None)  # for `watch`
+    if not agree(_finish(run, len(stage.order.steps)) if process.is_first else None, process):
+        trainer = _build(recipe, run, base, prompts, stage, plan, view)
+        if process.is_first:
+            _begin(recipe, run, base, rewards, stage, trainer, state)
+        signal_name = train_to_stop(run.warmup, view, trainer, deadline)
+        steps, done = trainer.state.global_step, trainer.state.global_step == len(stage.order.steps)
+        if process.is_first:
+            _record(run, trainer)
+            if not done and not signal_name:
+                save_adapter(run.adapter, trainer)
+                note_warmup(run, paused_at=now())
+                run.update_run(steps=0)
+            elif done:
+                _finish(run, len(stage.order.steps))
+        if not done or signal_name:
+            return TrainResult(run, steps if signal_name else 0, signal_name, paused=not signal_name)
+    agree(None, process)  # the others read the adapter that the first has written
+    return None
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the warm-up trains on, in which order."""
+
+    rows: Sequence[Trace]
+    held: Sequence[Trace]
+    order: Order
+    section: WarmupSection
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
+
+
+def _stage(recipe: Recipe, rows: Sequence[Trace]) -> _Stage:
+    """Hold some rows out, if there are enough, and put the others in order."""
+    section = recipe.warmup
+    assert section is not None
+    seed = recipe.seed if section.seed is None else section.seed
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    count = min(MOST_HELD, int(HELD_SHARE * len(rows))) if len(rows) >= LEAST_ROWS else 0
+    held, trained = shuffled[:count], shuffled[count:]
+    while len(held) > 1 and len(held) * max(map(len, held)) > section.tokens_per_step:
+        held.pop()
+    lengths = [len(row) for row in trained]
+    order = order_rows(lengths, section.tokens_per_step, section.steps, section.epochs, seed, this_process().world)
+    return _Stage(trained, held, order, section)
+
+
+def _build(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, stage: _Stage, plan: Fit, view: View) -> Any:
+    """Load the base and return the trainer with its callbacks, the adapter in float32."""
+    from transformers import PrinterCallback, set_seed
+
+    from grpo_lite.trainer.warmup import StepRows, WarmupTrainer, as_dataset
+
+    first = this_process().is_first
+    arguments = _sft_config(recipe, run, base, stage)
+    adapter = adapter_to_start_from(recipe, run, base, view.show, "warmup")
+    announce_weights(base, view.show)
+    model = load_base(base, recipe, max(len(prompts.longest), stage.longest - recipe.max_completion_length))
+    own = {} if uses_unsloth(recipe.model) else {"peft_config": lora_config(recipe)}
+    set_seed(recipe.seed)
+    try:
+        trainer = WarmupTrainer(
+            model=model, args=arguments, processing_class=prompts.tokenizer,
+            train_dataset=as_dataset(stage.order, stage.rows, this_process().world),
+            data_collator=StepRows(stage.rows, prompts.tokenizer.pad_token_id),
+            callbacks=[MetricsFile(run, "warmup")] if first else [],
+            options=plan.options, show=view.show, advice=plan.advice, recover=recipe.memory.fit, held=stage.held,
+            epochs=stage.order.epochs, **own,
+        )  # fmt: skip
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
+        raise GRPOLiteError(f"{run.recipe_file}: lora or warmup: upstream refuses these values: {error}") from error
+    lora_to_float32(trainer.model)
+    if adapter is not None:
+        load_into(trainer.model, adapter)
+        if first:
+            run.update_run(init_from=adapter.to_json())
+    trainer.remove_callback(PrinterCallback)
+    if first:
+        trainer.add_callback(view)
+        trainer.add_callback(WarmupDoctor(run, recipe, view))
+        if recipe.push_checkpoints:
+            trainer.add_callback(PushCheckpoints(run, remote_of(recipe.push_checkpoints, run, WARMUP), view.show))
+    return trainer
+
+
+def _sft_config(recipe: Recipe, run: RunDir, base: Base, stage: _Stage) -> Any:
+    """Return TRL's SFTConfig; a batch of the trainer is a step of the stage, so it counts as 1.
+
+    Raises:
+        GRPOLiteError: TRL refuses a combination of values.
+    """
+    from trl import SFTConfig
+
+    section, steps = stage.section, len(stage.order.steps)
+    schedule = section.lr_scheduler_type
+    rising = int(RISING_SHARE * steps) if schedule != "constant" and steps >= LEAST_STEPS else 0
+    shared = {key: recipe.grpo[key] for key in SHARED_KEYS if recipe.grpo.get(key) is not None}
+    values: dict[str, Any] = {
+        **shared,
+        **device_arguments(recipe, base),
+        "output_dir": str(run.warmup),
+        "max_steps": steps,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": rising,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "activation_offloading": recipe.memory.offload_activations,
+    }
+    try:
+        return use_one_device(SFTConfig(**values))
+    except Exception as error:  # TRL uses some values without checking them first
+        reason = f"{type(error).__name__}: {error}"
+        raise GRPOLiteError(f"{run.recipe_file}: warmup: TRL refuses these values together: {reason}") from None
+
+
+def _begin(
+    recipe: Recipe, run: RunDir, base: Base, rewards: list[Reward], stage: _Stage, trainer: Any, state: str
+) -> None:
+    """Check the disk, and record what the stage starts with."""
+    require_room_for(recipe, run, base, trainer)
+    record_start(recipe, run, base, rewards, state)
+    begun = (run.read_run().get("warmup") or {}).get("began_at") if state == "resume" else None
+    note_warmup(
+        run, began_at=begun or now(), done_at=None, paused_at=None, max_steps=len(stage.order.steps),
+        rows=len(stage.rows), held=len(stage.held), epochs=round(stage.order.epochs, 3),
+    )  # fmt: skip
+
+
+def _record(run: RunDir, trainer: Any) -> None:
+    """Record what the stage reached."""
+    steps = read_warmup_steps(run)
+    losses = [record["loss"] for record in steps if record.get("loss") is not None]
+    held = [record["heldout_loss"] for record in steps if record.get("heldout_loss") is not None]
+    note_warmup(
+        run, steps=trainer.state.global_step, seconds=round(trainer.journal.seconds_trained, 1),
+        tokens_per_microbatch=trainer.options.warmup_tokens, faults=dict(trainer.faults.counts),
+        loss_first=losses[0] if losses else None, loss_last=losses[-1] if losses else None,
+        heldout_loss_first=held[0] if held else None, heldout_loss_last=held[-1] if held else None,
+    )  # fmt: skip
+
+
+def _finish(run: RunDir, last: int | None = None) -> bool:
+    """Make the last step's checkpoint the stage's adapter; return whether there is that checkpoint.
+
+    A kill leaves the checkpoint or the adapter, so the stage is never trained twice.
+
+    Args:
+        run: the run.
+        last: the last step; None: the newest checkpoint is known to be of it.
+    """
+    checkpoint = last_usable(run.warmup).folder
+    if checkpoint is None or (last is not None and step_of(checkpoint) != last):
+        return False
+    if last is not None:
+        length = run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
+        note_warmup(run, done_at=now(), metrics_bytes=length)
+    with publishing(run.warm_adapter) as folder:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copyfile(checkpoint / name, folder / name)
+    for folder in checkpoint_folders(run.warmup):
+        remove(folder)
+    return True
+
+
+def note_warmup(run: RunDir, **values: Any) -> None:
+    """Merge values into what run.json holds about the warm-up."""
+    run.update_run(warmup={**(run.read_run().get("warmup") or {}), **values})

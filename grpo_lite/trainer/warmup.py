@@ -1,0 +1,291 @@
+"""`WarmupTrainer`: TRL's SFTTrainer on rows whose tokens are known, a step's rows divided to fit the memory.
+
+TRL keeps the loss (over completion tokens, without the logits of a whole row) and its metrics. What is added is what
+every training here has: whole checkpoints, no NaN in the weights, the mean gradient of several processes, and a step
+that runs out of memory is repeated in smaller parts with the same gradient. Read in trl 1.14.0 and 1.16.0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from grpo_lite.engine.lora import shorten_lora
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.out_of_memory import free_memory
+from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.runs.checkpoints import read_facts
+from grpo_lite.task.traces import Trace
+from grpo_lite.trainer.finite import Faults, LossScale
+from grpo_lite.trainer.journal import Journal
+from grpo_lite.trainer.parallel import Peers
+from grpo_lite.trainer.recovery import random_state, set_random_state, until_it_fits
+from grpo_lite.trainer.state import Checkpoints
+
+logger = logging.getLogger(__name__)
+BUDGET = "warmup_tokens"  # of EngineOptions
+IGNORED = -100  # the label of tokens outside the loss
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows each step takes.
+
+    Args:
+        steps: indices of rows, a list for each optimizer step.
+        epochs: passes over the rows that these steps make.
+    """
+
+    steps: list[list[int]]
+    epochs: float
+
+
+def order_rows(
+    lengths: Sequence[int], tokens: int, steps: int | None, epochs: float | None, seed: int, least: int = 1
+) -> Order:
+    """Divide shuffled passes over the rows into steps of at most so many tokens.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: most tokens of a step; at least `least` rows are taken all the same, and no row twice beyond those.
+        steps: how many steps; None: as many as `epochs` take.
+        epochs: passes over the rows; None with `steps`.
+        seed: of the order; each pass has its own.
+        least: fewest rows of a step, the number of processes.
+    """
+    wanted = math.inf if steps is not None else math.ceil((1.0 if epochs is None else epochs) * len(lengths))
+    divided: list[list[int]] = [[]]
+    taken = filled = 0
+    for index in _passes(len(lengths), seed):
+        step = divided[-1]
+        if len(step) >= least and (filled + lengths[index] > tokens or index in step):
+            if len(divided) == steps:
+                break
+            divided.append(step := [])
+            filled = 0
+        step.append(index)
+        filled, taken = filled + lengths[index], taken + 1
+        if taken >= wanted and len(step) >= least:
+            break
+    return Order(divided, taken / len(lengths))
+
+
+def _passes(rows: int, seed: int) -> Iterator[int]:
+    for number in itertools.count():
+        order = list(range(rows))
+        random.Random(f"{seed} {number}").shuffle(order)
+        yield from order
+
+
+class StepRows:
+    """The trainer's collator: turns what the dataset holds of a step into padded tensors.
+
+    Args:
+        rows: all rows, of which a step holds indices.
+        pad: the id of the padding.
+    """
+
+    def __init__(self, rows: Sequence[Trace], pad: int) -> None:
+        self.rows, self.pad = rows, pad
+
+    def __call__(self, steps: list[dict[str, Any]]) -> dict[str, Tensor]:
+        (step,) = steps
+        return self.padded([self.rows[index] for index in step["rows"]])
+
+    def padded(self, rows: Sequence[Trace]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and labels `(rows, longest)`, padded on the right, longest row first."""
+        rows = sorted(rows, key=len, reverse=True)
+        ids = torch.full((len(rows), len(rows[0])), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor([*row.prompt_ids, *row.completion_ids])
+            mask[i, : len(row)] = 1
+            labels[i, len(row.prompt_ids) : len(row)] = torch.tensor(row.completion_ids)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def as_dataset(order: Order, rows: Sequence[Trace], world: int) -> Dataset:
+    """Return a dataset with one row for each step and process, in the order in which the processes take them."""
+    parts: list[dict[str, list[int]]] = []
+    for step in order.steps:
+        by_length = sorted(step, key=lambda index: len(rows[index]), reverse=True)
+        parts += [{"rows": by_length[rank::world]} for rank in range(world)]
+    return Dataset.from_list(parts)
+
+
+def divide(inputs: dict[str, Tensor], tokens: int | None) -> Iterator[dict[str, Tensor]]:
+    """Yield consecutive rows of a padded batch, each part of at most `tokens` padded tokens and without empty columns.
+
+    Args:
+        inputs: tensors `(rows, longest)`, the longest row first.
+        tokens: None: all rows at once; a part has at least one row.
+    """
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    start = 0
+    while start < len(lengths):
+        width = lengths[start]
+        count = len(lengths) if tokens is None else max(1, tokens // width)
+        yield {name: values[start : start + count, :width] for name, values in inputs.items()}
+        start += count
+
+
+class WarmupTrainer(SFTTrainer):
+    """SFTTrainer whose batch is a step.
+
+    Args:
+        options: the switches of the engine, with the budget `warmup_tokens`.
+        show: gets lines for people.
+        advice: shown if a step cannot be divided further; the cheapest changes.
+        recover: whether a step that runs out of memory is repeated in smaller parts.
+        held: rows that are not trained on, whose loss is logged as `heldout_loss`.
+        epochs: passes over the rows that all steps make, for the log.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        options: EngineOptions,
+        show: Callable[[str], None],
+        advice: str | None = None,
+        recover: bool = True,
+        held: Sequence[Trace] = (),
+        epochs: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._total_train_tokens: int = 0  # SFTTrainer's
+        self.options, self.show, self.recover, self.held, self.epochs = options, show, recover, held, epochs
+        self.advice = advice or "Lower warmup.max_completion_tokens, or model.load_in."
+        self.journal = Journal(self)
+        self.peers = Peers(self)
+        self.faults = Faults(self, options.max_skipped_steps, self.peers.all_agree)
+        self.loss_scale = LossScale(self, show)
+        self.checkpoints = Checkpoints(self, self.peers, facts=lambda: {"budget": {BUDGET: self.options.warmup_tokens}})
+        shorten_lora(self.model)
+        if held:
+            self.add_callback(HeldOutLoss(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.journal.start()
+        return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    # A step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model = self.peers.unwrapped(model)
+        before = random_state()
+
+        def lower(failure: str) -> None:
+            model.zero_grad(set_to_none=True)
+            set_random_state(before)
+            self._halve(inputs, failure)
+
+        begun = time.perf_counter()
+        loss = until_it_fits(lambda: self._in_parts(model, inputs, num_items_in_batch), lower)
+        self.journal.log_with_step("step_time", time.perf_counter() - begun)
+        return self.peers.average(self.faults.note_loss(loss))
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], tokens_in_step: Any) -> Tensor:
+        """Return the step's loss, its gradient added up part by part."""
+        model.train()
+        total = torch.zeros((), device=self.accelerator.device)
+        count = int((inputs["labels"] != IGNORED).sum()) if tokens_in_step is None else tokens_in_step
+        for part in divide(self._prepare_inputs(inputs), self.options.warmup_tokens):
+            with self.maybe_activation_offload_context, self.compute_loss_context_manager(), self.peers.silent():
+                loss = self.compute_loss(model, dict(part), num_items_in_batch=count)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _halve(self, inputs: dict[str, Tensor], failure: str) -> None:
+        rows, longest = inputs["input_ids"].shape
+        step = self.state.global_step + 1
+        budget = min(self.options.warmup_tokens or rows * longest, rows * longest)
+        free_memory()
+        if not self.recover or budget <= longest:
+            nothing_left = ", with nothing left to divide" if self.recover else ""
+            where = f"out of memory in step {step} of the warm-up{nothing_left}"
+            raise MemoryBudgetError(f"{where}: {failure}\n{self.advice}")
+        self.options = replace(self.options, warmup_tokens=max(longest, budget // 2))
+        self.show(
+            f"out of memory in step {step} of the warm-up: at most {self.options.warmup_tokens} tokens now go through "
+            f"the model at once, the same step is repeated ({failure})"
+        )
+
+    def held_out_loss(self) -> float:
+        """Return the mean loss of a completion token over the held rows; changes nothing else."""
+        collator = self.data_collator
+        inputs = self._prepare_inputs(collator.padded(self.held))
+        count = (inputs["labels"] != IGNORED).sum()
+        kept = {name: list(values) for name, values in self._metrics["train"].items()}
+        tokens, total = self._total_train_tokens, 0.0
+        model = self.accelerator.unwrap_model(self.model)
+        for part in divide(inputs, self.options.warmup_tokens or inputs["input_ids"].numel()):
+            with torch.no_grad(), self.compute_loss_context_manager(), self.peers.silent():
+                total += float(self.compute_loss(model, dict(part), num_items_in_batch=count))
+        self._metrics["train"].clear()
+        self._metrics["train"].update(kept)
+        self._total_train_tokens = tokens
+        return total / self.accelerator.num_processes if self.args.average_tokens_across_devices else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.state.epoch = self.epochs * self.state.global_step / self.state.max_steps  # of the rows, not the batches
+        self.journal.write_figures()
+        super().log({**logs, **(self.loss_scale.metrics() if "loss" in logs else {})}, start_time)
+
+    # A checkpoint
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.checkpoints.save(partial(super()._save_checkpoint, model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.folder or super()._get_output_dir(trial))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card: `push` writes one from what was measured."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Continue the counts too, and use the smaller of the budgets in the checkpoint and now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.checkpoints.load(Path(checkpoint))
+        budgets = [self.options.warmup_tokens, read_facts(Path(checkpoint)).get("budget", {}).get(BUDGET)]
+        known = [budget for budget in budgets if budget is not None]
+        self.options = replace(self.options, warmup_tokens=min(known, default=None))
+        logged = [record["num_tokens"] for record in self.state.log_history if "num_tokens" in record]
+        self._total_train_tokens = int(logged[-1]) if logged else 0
+
+
+class HeldOutLoss(TrainerCallback):
+    """Logs the loss on held rows four times, the last time at the last step."""
+
+    TIMES = 4
+
+    def __init__(self, trainer: WarmupTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % math.ceil(state.max_steps / self.TIMES) and state.global_step != state.max_steps:
+            return
+        with self.trainer.journal.spending("heldout"):
+            loss = self.trainer.held_out_loss()
+        self.trainer.journal.log_with_step("heldout_loss", loss)

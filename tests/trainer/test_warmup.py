@@ -1,0 +1,255 @@
+"""The warm-up's trainer: which rows a step takes, loss and gradient of plain arithmetic, running out of memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.task.traces import Trace
+from grpo_lite.trainer.warmup import StepRows, WarmupTrainer, as_dataset, divide, order_rows
+from tests.tiny import Gradients, tiny_lora, tiny_model, tiny_tokenizer
+
+END = 2
+
+
+def rows_of(count: int, seed: int = 0) -> list[Trace]:
+    """Return rows of different lengths; every completion ends with the end token."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        prompt, completion = (int(n) for n in torch.randint(1, 12, (2,), generator=generator))
+        ids = torch.randint(3, 250, (prompt + completion,), generator=generator).tolist()
+        rows.append(Trace(ids[:prompt], [*ids[prompt:], END]))
+    return rows
+
+
+# Which rows a step takes
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
+    tokens=st.integers(1, 120),
+    steps=st.integers(1, 12),
+    world=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+def test_a_step_holds_at_most_its_tokens_and_at_least_a_row_for_each_process(
+    lengths: list[int], tokens: int, steps: int, world: int, seed: int
+) -> None:
+    order = order_rows(lengths, tokens, steps, None, seed, world)
+    assert len(order.steps) == steps
+    for step in order.steps:
+        assert len(step) >= world
+        assert sum(lengths[i] for i in step) <= tokens or len(step) == world
+        assert len(set(step)) == len(step) or len(step) == world
+    flat = [i for step in order.steps for i in step]
+    assert order.epochs == pytest.approx(len(flat) / len(lengths))
+    for start in range(0, len(flat), len(lengths)):  # a pass takes every row once before any comes again
+        assert max(Counter(flat[start : start + len(lengths)]).values()) == 1
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
+    tokens=st.integers(1, 120),
+    epochs=st.sampled_from([0.5, 1.0, 2.0]),
+)
+def test_epochs_are_passes_over_all_rows(lengths: list[int], tokens: int, epochs: float) -> None:
+    order = order_rows(lengths, tokens, None, epochs, seed=3)
+    assert sum(map(len, order.steps)) == -(-int(epochs * 2) * len(lengths) // 2)
+
+
+def test_each_pass_has_an_order_of_its_own_and_the_seed_decides_it() -> None:
+    flat = [i for step in order_rows([5] * 20, 25, None, 2, seed=1).steps for i in step]
+    assert flat[:20] != flat[20:]
+    assert flat == [i for step in order_rows([5] * 20, 25, None, 2, seed=1).steps for i in step]
+    assert flat != [i for step in order_rows([5] * 20, 25, None, 2, seed=2).steps for i in step]
+
+
+def test_the_loss_is_on_the_completion_and_its_end_token_only() -> None:
+    batch = StepRows([Trace([5, 6, 7], [8, END]), Trace([9], [10, 11, 12, END])], pad=0)([{"rows": [0, 1]}])
+    assert batch["labels"].tolist() == [[-100, -100, -100, 8, END], [-100, 10, 11, 12, END]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, END], [9, 10, 11, 12, END]]
+    short = StepRows([Trace([5, 6], [END]), Trace([9], [10, 11, 12, END])], pad=0)([{"rows": [0, 1]}])
+    assert short["labels"].tolist() == [[-100, 10, 11, 12, END], [-100, -100, END, -100, -100]]
+    assert short["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+
+
+@given(count=st.integers(1, 9), tokens=st.one_of(st.none(), st.integers(1, 90)), seed=st.integers(0, 5))
+@settings(deadline=None)
+def test_the_parts_of_a_step_are_its_rows_without_their_padding(count: int, tokens: int | None, seed: int) -> None:
+    rows = rows_of(count, seed)
+    whole = StepRows(rows, pad=0).padded(rows)
+    parts = list(divide(whole, tokens))
+    read = [
+        ids[mask.bool()].tolist()
+        for part in parts
+        for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+    ]
+    assert read == [[*row.prompt_ids, *row.completion_ids] for row in sorted(rows, key=len, reverse=True)]
+    for part in parts:
+        assert part["attention_mask"].any(dim=0).all(), "an empty column"
+        assert tokens is None or part["input_ids"].numel() <= max(tokens, part["input_ids"].shape[1])
+
+
+def test_each_process_gets_its_share_of_every_step() -> None:
+    rows = rows_of(11)
+    order = order_rows([len(row) for row in rows], 60, 4, None, 0, least=2)
+    parts = as_dataset(order, rows, 2)["rows"]
+    for i, step in enumerate(order.steps):
+        assert sorted(parts[2 * i] + parts[2 * i + 1]) == sorted(step)
+        assert abs(len(parts[2 * i]) - len(parts[2 * i + 1])) <= 1
+
+
+# Loss and gradient
+
+
+def trainer_of(folder: Path, rows: list[Trace], budget: int | None = None, **arguments: Any) -> WarmupTrainer:
+    order = order_rows([len(row) for row in rows], 10**6, 1, None, 0)
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=1, learning_rate=1e-3, per_device_train_batch_size=1, report_to="none",
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=True, bf16=False, logging_steps=1,
+        remove_unused_columns=False, disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
+        gradient_checkpointing=arguments.pop("checkpointing", False),
+    )  # fmt: skip
+    return WarmupTrainer(
+        model=tiny_lora(tiny_model()), args=args, processing_class=tiny_tokenizer(),
+        train_dataset=as_dataset(order, rows, 1), data_collator=StepRows(rows, 0),
+        options=EngineOptions(warmup_tokens=budget), **{"show": lambda line: None, **arguments},
+    )  # fmt: skip
+
+
+def trained(trainer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the gradients of the one step, and its log."""
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return gradients.steps[0], trainer.state.log_history[0]
+
+
+def in_float64(rows: list[Trace]) -> tuple[dict[str, Tensor], float]:
+    """Return gradients and the mean loss of a completion token, row by row without padding."""
+    model = tiny_lora(tiny_model()).double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        logits = model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0]
+        logs = torch.log_softmax(logits[len(row.prompt_ids) - 1 : -1], dim=-1)
+        total = total - logs[range(len(row.completion_ids)), row.completion_ids].sum()
+        count += len(row.completion_ids)
+    loss = total / count
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return gradients, loss.item()
+
+
+@pytest.mark.parametrize("budget, checkpointing", [(None, False), (60, True), (1, False)])
+def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
+    tmp_path: Path, budget: int | None, checkpointing: bool
+) -> None:
+    rows = rows_of(7)
+    gradients, log = trained(trainer_of(tmp_path, rows, budget, checkpointing=checkpointing))
+    expected, loss = in_float64(rows)
+    assert log["loss"] == pytest.approx(loss, abs=2e-4)  # transformers rounds it to four digits
+    assert log["num_tokens"] == sum(map(len, rows))
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_plain_trl_has_the_same_gradient(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = rows_of(7)
+    whole = [{"input_ids": [*r.prompt_ids, *r.completion_ids], "labels": [-100] * len(r.prompt_ids) + r.completion_ids}
+             for r in rows]  # fmt: skip
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=7, report_to="none", use_cpu=True,
+        bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=False, max_grad_norm=0.0, logging_steps=1,
+    )  # fmt: skip
+    theirs, log = trained(
+        SFTTrainer(
+            tiny_lora(tiny_model()), args, train_dataset=Dataset.from_list(whole), processing_class=tiny_tokenizer()
+        )
+    )
+    ours, our_log = trained(trainer_of(tmp_path, rows, 40))
+    assert our_log["loss"] == pytest.approx(log["loss"], abs=2e-4)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_held_rows_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+    rows, held = rows_of(6), rows_of(4, seed=9)
+    gradients, log = trained(trainer_of(tmp_path, rows, 50, held=held))
+    plain, plain_log = trained(trainer_of(tmp_path, rows, 50))
+    model = trainer_of(tmp_path, rows, 50, held=held)
+    model.train()
+    assert "heldout_loss" in log
+    assert "heldout_loss" not in plain_log
+    for key in ("loss", "num_tokens", "mean_token_accuracy", "entropy"):
+        assert log[key] == plain_log[key], key
+    for name, gradient in plain.items():
+        assert torch.equal(gradients[name], gradient)
+
+
+def test_the_loss_of_held_rows_is_their_mean_loss_of_a_completion_token(tmp_path: Path) -> None:
+    held = rows_of(5, seed=9)
+    trainer = trainer_of(tmp_path, rows_of(3), 30, held=held)
+    assert trainer.held_out_loss() == pytest.approx(in_float64(held)[1], rel=1e-5)
+
+
+# Running out of memory
+
+
+class OutOfMemory:
+    """Stands in for the model's forward: raises while more than so many tokens go through at once."""
+
+    def __init__(self, trainer: WarmupTrainer, tokens: int) -> None:
+        self.real, self.tokens, self.sizes = trainer.compute_loss, tokens, list[int]()
+
+    def __call__(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        self.sizes.append(inputs["input_ids"].numel())
+        loss: Tensor = self.real(model, inputs, *args, **kwargs)
+        if len(self.sizes) > 1 and inputs["input_ids"].numel() > self.tokens:  # after some of the step has been done
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return loss
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts_with_the_same_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, lines = rows_of(12, seed=3), list[str]()
+    longest = max(map(len, rows))
+    trainer = trainer_of(tmp_path, rows, 4 * longest, show=lines.append)
+    monkeypatch.setattr(trainer, "compute_loss", OutOfMemory(trainer, longest))
+    gradients, log = trained(trainer)
+    expected, loss = in_float64(rows)
+    assert any(line.startswith("out of memory in step 1 of the warm-up: at most ") for line in lines)
+    assert trainer.options.warmup_tokens is not None
+    assert trainer.options.warmup_tokens < 2 * longest
+    assert log["loss"] == pytest.approx(loss, abs=2e-4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recover, expected", [(True, "with nothing left to divide"), (False, "warm-up: CUDA")])
+def test_a_row_that_alone_does_not_fit_ends_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recover: bool, expected: str
+) -> None:
+    trainer = trainer_of(tmp_path, rows_of(4), None, recover=recover, advice="Lower this.")
+
+    def never(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(trainer, "compute_loss", never)
+    with pytest.raises(MemoryBudgetError, match=f"{expected}.*\nLower this."):
+        trainer.train()
