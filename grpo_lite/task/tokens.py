@@ -55,8 +55,8 @@ def require_messages(prompt: list[Any], where: str) -> None:
         good = good and all(isinstance(part, dict) and "type" in part for part in parts)
         if not (role and isinstance(role, str) and good):
             raise DataError(
-                f"{where}: {str(message)[:200] if prompt else 'an empty list'} is no chat message. Expected in the "
-                "column prompt: text, or messages such as {'role': 'user', 'content': '1+1='}, at least one."
+                f"{where}: {str(message)[:200] if prompt else 'an empty list'} is no chat message. Expected: "
+                "text, or messages such as {'role': 'user', 'content': '1+1='}, at least one."
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from grpo_lite.errors import DataError
@@ -311,6 +312,17 @@ def test_a_source_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, source
     filled = {key: value.format(folder=tmp_path) if key == "path" else value for key, value in source.items()}
     with pytest.raises(DataError, match=message):
         load(tmp_path, WORKED, warmup={"data": filled})
+
+
+def test_a_tokenizer_that_begins_texts_begins_text_prompts_only() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
+    prompts: list[Any] = ["2+2=", [USER]]
+    assert [ids.count(1) for ids in batch_prompt_ids(prompts, tokenizer)] == [1, 1]
+    assert batch_prompt_ids(prompts, tokenizer) == [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    assert completion_ids(["a<eos>b", "a"], tokenizer)[1] == [*tokenizer("a", add_special_tokens=False)["input_ids"], 2]
+    assert [ids.count(1) for ids in completion_ids(["a<eos>b", "a"], tokenizer)] == [0, 0]
 
 
 def test_batched_prompts_have_the_tokens_of_single_ones() -> None:
