@@ -7,6 +7,7 @@ from typing import Any
 
 from grpo_lite.errors import ModelError, RunDirError
 from grpo_lite.report.evidence import read_steps
+from grpo_lite.report.scores import rates_text
 from grpo_lite.runs.provenance import changed_files, environment_record, file_sums
 from grpo_lite.runs.run_dir import RunDir
 
@@ -86,7 +87,7 @@ def result_lines(run: RunDir, again: RunDir) -> list[str]:
     old, new = (r.read_scores() for r in (run, again))
     for kind in ("lenient", "strict"):
         if kind in old and kind in new:
-            before, after = (f"{s[kind]['base']['rate']:.3f} → {s[kind]['trained']['rate']:.3f}" for s in (old, new))
+            before, after = (rates_text(s[kind]) for s in (old, new))
             same = "the same" if before == after else "differs"
             lines.append(f"held-out {kind}: {before} then, {after} now: {same}")
     return lines

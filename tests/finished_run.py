@@ -66,13 +66,22 @@ def make_base(
     return folder
 
 
-def make_run(folder: Path, after: int = 15, **base_config: Any) -> RunDir:
-    """Lay out a finished run; of 20 held-out prompts the base solved 5, the trained model `after`."""
+def make_run(folder: Path, after: int = 15, warm: int | None = None, **base_config: Any) -> RunDir:
+    """Lay out a finished run; of 20 held-out prompts the base solved 5, the trained model `after`.
+
+    Args:
+        folder: of base and run.
+        after: prompts that the trained model solved.
+        warm: prompts that the warm-up's adapter solved; None: there was no warm-up.
+        base_config: of the base.
+    """
     base = make_base(folder / "base-model", **base_config)
     (base / "README.md").write_text("---\nlicense: mit\n---\n# A base\n")
     run = RunDir(folder / "run")
     run.path.mkdir(parents=True)
     recipe = make_recipe(base)
+    if warm is not None:
+        recipe = Recipe.model_validate({**recipe.model_dump(), "warmup": {"source": "self"}})
     run.recipe_file.write_text(dump_recipe(recipe))
     torch.manual_seed(1)
     model = get_peft_model(
@@ -84,9 +93,9 @@ def make_run(folder: Path, after: int = 15, **base_config: Any) -> RunDir:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(run.adapter)
     merge_adapter(base, run.adapter, run.merged)
-    before_rows = [{"lenient": i < 5, "strict": i < 5, "samples_right": 1} for i in range(20)]
-    after_rows = [{"lenient": i < after, "strict": i < after, "samples_right": 1} for i in range(20)]
-    run.scores_file.write_text(json.dumps(compare(recipe, before_rows, after_rows)))
+    before_rows, after_rows = _records(5), _records(after)
+    warm_rows = None if warm is None else _records(warm)
+    run.scores_file.write_text(json.dumps(compare(recipe, before_rows, after_rows, warm_rows)))
     run.update_run(
         steps=3, seed=42, peak_memory_bytes=5 << 30, training_seconds=90.0, trained_at="2026-01-01T00:00:00Z",
         finished_at="2026-01-01T00:01:00Z", versions={"torch": "2.13.0", "trl": "1.16.0"}, device={"name": "a CPU"},
@@ -96,6 +105,10 @@ def make_run(folder: Path, after: int = 15, **base_config: Any) -> RunDir:
         },
     )  # fmt: skip
     return run
+
+
+def _records(right: int) -> list[dict[str, Any]]:
+    return [{"lenient": i < right, "strict": i < right, "samples_right": 1, "truncated": i == 0} for i in range(20)]
 
 
 def make_recipe(base: Path, **data: Any) -> Recipe:

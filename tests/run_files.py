@@ -16,19 +16,29 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"
 
 
 def write_run(
-    folder: Path, steps: int = 12, group: int = 8, solved: tuple[int, int] = (5, 15), overrides: tuple[str, ...] = ()
+    folder: Path,
+    steps: int = 12,
+    group: int = 8,
+    solved: tuple[int, ...] = (5, 15),
+    overrides: tuple[str, ...] = (),
+    also: bool = False,
 ) -> RunDir:
     """Write a run of sums that learns; of 20 held-out prompts `solved` are right before and after.
 
+    Three numbers of `solved` are those of base, warm and trained: the run had a warm-up.
+
     Args:
         group: completions a step.
+        also: score a further set of rows, where one more is right with each model.
     """
     rng = random.Random(0)
-    recipe = load_recipe(str(ROOT / "recipes" / "smoke.yaml"), ["data.holdout=20", *overrides])
+    warmed = len(solved) == 3
+    own = ["data.holdout=20", *(["warmup={source: self}"] if warmed else [])]
+    recipe = load_recipe(str(ROOT / "recipes" / "smoke.yaml"), [*own, *overrides])
     run = RunDir(folder)
     (run.path / "completions").mkdir(parents=True)
     run.recipe_file.write_text(dump_recipe(recipe))
-    lines = []
+    lines = [_warmup_metrics(step) for step in range(1, 7)] if warmed else []
     for step in range(1, steps + 1):
         rate = step / steps
         rows = [_row(step, i, rng.random() < rate, rng) for i in range(group)]
@@ -36,7 +46,14 @@ def write_run(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         lines.append(_metrics(step, rows))
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _write_evaluation(run, recipe, solved)
+    _write_evaluation(run, recipe, solved, also)
+    if warmed:
+        run.update_run(
+            warmup={
+                "began_at": "2026-01-01T00:00:00Z", "done_at": "2026-01-01T00:00:20Z", "steps": 6, "max_steps": 6,
+                "rows": 40, "seconds": 20.0, "loss_first": 2.0, "loss_last": 0.5,
+            }
+        )  # fmt: skip
     run.update_run(
         steps=steps, seed=42, versions={"torch": "2.13.0", "trl": "1.16.0"}, python="3.11.7", training_seconds=30.0,
         evaluation_seconds=5.0, merge_seconds=3.0, peak_memory_bytes=3 << 30, max_steps=steps, first_step=0,
@@ -70,19 +87,36 @@ def _metrics(step: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_evaluation(run: RunDir, recipe: Any, solved: tuple[int, int]) -> None:
+def _warmup_metrics(step: int) -> dict[str, Any]:
+    held = {"heldout_loss": 2.5 / step} if step % 3 == 0 else {}
+    return {
+        "step": step, "stage": "warmup", "loss": 2.0 - 0.3 * (step - 1), "mean_token_accuracy": 0.5 + step / 20,
+        "entropy": 1.0, "num_tokens": 400.0 * step, "grad_norm": 1.0, "learning_rate": 1e-3, "step_time": 3.0, **held,
+    }  # fmt: skip
+
+
+def _write_evaluation(run: RunDir, recipe: Any, solved: tuple[int, ...], also: bool) -> None:
     def records(count: int) -> list[dict[str, Any]]:
         return [
             {"lenient": i < count, "strict": i < count, "honest": i < count, "samples_right": int(i < count),
-             "completion": str(i) if i < count else HOSTILE}
+             "truncated": i == 19, "completion": str(i) if i < count else HOSTILE}
             for i in range(20)
         ]  # fmt: skip
 
-    before, after = records(solved[0]), records(solved[1])
-    run.scores_file.write_text(json.dumps(compare(recipe, before, after)))
+    names = ("base", "warm", "trained") if len(solved) == 3 else ("base", "trained")
+    columns = {name: records(count) for name, count in zip(names, solved, strict=True)}
+    cause = "Warm-up and GRPO together" if len(solved) == 3 else ""
+    scores = compare(recipe, columns["base"], columns["trained"], columns.get("warm"), cause)
+    if also:
+        further = [records(i + 1) for i in range(len(names))]
+        greedy = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
+        warm = further[1] if len(names) == 3 else None
+        scores["also"] = {"three digits": compare(greedy, further[0], further[-1], warm, cause, "three digits")}
+    run.scores_file.write_text(json.dumps(scores))
     run.evaluation.mkdir()
     rows = [
-        {"prompt": [{"role": "user", "content": f"held out {i}"}], "answer": str(i), "base": b, "trained": t}
-        for i, (b, t) in enumerate(zip(before, after, strict=True))
+        {"prompt": [{"role": "user", "content": f"held out {i}"}], "answer": str(i)}
+        | {name: of_column[i] for name, of_column in columns.items()}
+        for i in range(20)
     ]
     (run.evaluation / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.report.evidence import Evidence
+from grpo_lite.report.scores import columns_of, distinct_scores, gain_text, own_gain
 
 # Every colour of a chart. On a page each becomes a CSS variable, so that it follows the reader's light or dark scheme.
 COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#8a56c8", "#b8891f", "#c2417c")
-_GRID, _TEXT, _PAPER = "#e6e8ec", "#5b6270", "#ffffff"
+_GRID, _TEXT, _INK, _PAPER = "#e6e8ec", "#5b6270", "#20242c", "#ffffff"
 _VARIABLES = {**{c: f"var(--line{i})" for i, c in enumerate(COLOURS)}, _GRID: "var(--grid)", _TEXT: "var(--soft)"}
 _SIZE_INCHES = (3.8, 2.25)
 _STYLES = ("-", "--", ":")  # of lines beyond the last colour
@@ -53,9 +54,11 @@ def charts(e: Evidence) -> list[Chart]:
     parts = [_line(e, f"rewards/{part}/mean", part) for part in e.parts] if len(e.parts) > 1 else []
     held = [_line(e, "heldout/lenient", "lenient"), _line(e, "heldout/strict", "strict")]
     lengths = _line(e, "completions/mean_length", "mean")
+    warmup = [_plain(e.warmup_steps, "loss", "training"), _plain(e.warmup_steps, "heldout_loss", "rows not trained on")]
     candidates = [
         Chart("reward", "Reward", "mean of the batch; the band is one standard deviation", [_reward(e)]),
         Chart("heldout", "Held-out score", "greedy, on prompts never trained on", held, 1.0),
+        Chart("warmup", "Loss of the warm-up", "nats a completion token, over the warm-up's steps", warmup),
         Chart("parts", "Reward parts", "mean of each reward, before weights", parts),
         Chart(
             "groups",
@@ -79,29 +82,33 @@ def charts(e: Evidence) -> list[Chart]:
     return result
 
 
-def _points(e: Evidence, *keys: str) -> list[tuple[float, ...]]:
-    rows = [(record["step"], *(record.get(key) for key in keys)) for record in e.steps]
+def _points(records: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[float, ...]]:
+    rows = [(record["step"], *(record.get(key) for key in keys)) for record in records]
     return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
 
 
 def _line(e: Evidence, key: str, name: str) -> Line:
-    points = _points(e, key)
+    return _plain(e.steps, key, name)
+
+
+def _plain(records: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
+    points = _points(records, key)
     return Line(name, [x for x, _ in points], [y for _, y in points])
 
 
 def _reward(e: Evidence) -> Line:
-    points = _points(e, "reward", "reward_std")
+    points = _points(e.steps, "reward", "reward_std")
     low, high = [r - s for _, r, s in points], [r + s for _, r, s in points]
     return Line("reward", [step for step, _, _ in points], [r for _, r, _ in points], low, high)
 
 
 def _banded(e: Evidence, line: Line) -> Line:
-    points = _points(e, "completions/mean_length", "completions/min_length", "completions/max_length")
+    points = _points(e.steps, "completions/mean_length", "completions/min_length", "completions/max_length")
     return Line("length", line.x, line.y, [p[2] for p in points], [p[3] for p in points])
 
 
 def _speed(e: Evidence) -> Line:
-    points = _points(e, "num_tokens", "step_time")
+    points = _points(e.steps, "num_tokens", "step_time")
     rates = [(b[0], (b[1] - a[1]) / b[2]) for a, b in itertools.pairwise(points) if b[2] > 0]
     rates = [(step, rate) for step, rate in rates if rate > 0]  # a resume may count from 0 again
     return Line("", [step for step, _ in rates], [rate for _, rate in rates])
@@ -182,12 +189,71 @@ def write_png(run_charts: Sequence[Chart], path: Path, title: str = "") -> None:
         if title:
             place = {"x": 0.2 / width, "y": 1 - 0.15 / height, "ha": "left", "va": "top"}
             title = textwrap.shorten(_drawable(title), int(13 * width), placeholder=" …")
-            figure.suptitle(title, fontsize=11, fontweight="bold", color="#20242c", **place)
+            figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK, **place)
         for index, chart in enumerate(run_charts):
             axes = figure.add_subplot(rows, columns, index + 1)
-            axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold", color="#20242c")
+            axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold", color=_INK)
             draw(axes, chart)
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def write_scores_png(scores: Mapping[str, Any], path: Path, title: str = "") -> None:
+    """Draw the held-out scores of base, warm and trained model with their intervals; an unscored run gets no file.
+
+    Args:
+        scores: metrics.json.
+        path: of the PNG.
+        title: a line above.
+    """
+    blocks = list(distinct_scores(scores))
+    blocks += [
+        (f"{further}: {name}", part)
+        for further, its_scores in scores.get("also", {}).items()
+        for name, part in distinct_scores(its_scores)
+    ]
+    if not blocks:
+        return
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = sum(1.3 + len(columns_of(part)) for _, part in blocks)
+    with rc_context({**_style(), "axes.grid.axis": "x"}), _any_script():
+        width, height = 8.8, 0.26 * rows + 0.95  # inches
+        figure = Figure(figsize=(width, height), facecolor=_PAPER)
+        axes = figure.add_axes((0.09, 0.4 / height, 0.48, 1 - 0.95 / height))
+        if title:
+            text = textwrap.shorten(_drawable(title), 100, placeholder=" …")
+            figure.text(0.02, 1 - 0.15 / height, text, fontsize=11, fontweight="bold", color=_INK, va="top")
+        y = 0.0
+        for name, part in blocks:
+            y = _draw_block(axes, y, f"{name}, {part['base']['n']} prompts", part)
+        axes.set(xlim=(0, 1), ylim=(y, -0.9), yticks=[])
+        figure.text(0.98, 0.12 / height, "bars and brackets: 95 % intervals", color=_TEXT, fontsize=8.5, ha="right")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+
+
+_COLUMN_COLOURS = {"base": "#8b93a3", "warm": COLOURS[1], "trained": COLOURS[0]}
+
+
+def _draw_block(axes: Any, y: float, name: str, part: Mapping[str, Any]) -> float:
+    """Draw a score's columns, one row each from y downward, and return where the next block begins."""
+    left, right = axes.get_yaxis_transform(), {"va": "center", "transform": axes.get_yaxis_transform()}
+    axes.text(-0.145, y - 0.1, _drawable(name), fontweight="bold", color=_INK, va="center", transform=left)
+    gains = {
+        "warm": ("warm-up", part.get("warmup")),
+        "trained": ("GRPO alone" if "grpo" in part else "gain", own_gain(part)),
+    }
+    for column in columns_of(part):
+        y += 1
+        rate, colour = part[column], _COLUMN_COLOURS[column]
+        axes.plot([rate["low"], rate["high"]], [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+        axes.plot([rate["rate"]], [y], "o", color=colour, markersize=7, clip_on=False)
+        axes.text(-0.02, y, column, ha="right", color=_TEXT, **right)
+        stage, change = gains.get(column, ("", None))
+        gain = f"   {stage} {gain_text(change)}" if change else ""
+        axes.text(1.03, y, f"{rate['rate']:.1%}{gain}", color=_INK if column == "trained" else _TEXT, **right)
+    return y + 1.3
 
 
 def draw(axes: Any, chart: Chart) -> None:

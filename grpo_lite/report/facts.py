@@ -12,6 +12,7 @@ from grpo_lite.files.records import read_json_lines
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.doctor import examine, stated_findings
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
+from grpo_lite.report.scores import columns_of, gain_text, own_gain
 from grpo_lite.runs.provenance import starts_from
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
@@ -19,6 +20,7 @@ from grpo_lite.units import duration, size
 MOST_ROWS = 2000  # most completions on the page; it says so if a run has more
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
 PHASES = {
+    "warmup": "warm-up (SFT)",
     "rollout": "generating completions",
     "reward": "computing rewards",
     "update": "forward, backward, optimizer",
@@ -52,57 +54,37 @@ def read_page(run: RunDir) -> RunPage:
 
 
 def headline(page: RunPage) -> dict[str, Any]:
-    """Return the verdict: `label`, `sentence`, `tone` (good, bad, flat, none) and, once measured, both rates."""
+    """Return the verdict: `label`, `sentence`, `tone` (good, bad, flat, none) and, once measured, the rates.
+
+    After a warm-up the verdict is GRPO's own; `warmup` then says what the warm-up gained.
+    """
     if not page.scores:
-        done = page.evidence.last_step
-        so_far = f"not finished: {done} step{'s' * (done != 1)} so far"
-        state = "trained, not evaluated" if page.record.get("trained_at") else so_far
-        return {"label": state, "sentence": "There is no held-out score before and after.", "tone": "none"}
+        sentence = "There is no held-out score before and after."
+        return {"label": _progress(page), "sentence": sentence, "tone": "none"}
     part = page.scores["lenient"]
-    label = part["verdict"]["label"]
-    low, high = part["difference"]["low"], part["difference"]["high"]
-    tone = "good" if "gain" in label and low > 0 else "bad" if high < 0 else "flat"
-    rates = [{"name": name, **part[side]} for name, side in (("before", "base"), ("after", "trained"))]
-    return {"label": label, "sentence": part["verdict"]["sentence"], "tone": tone, "rates": rates, **_difference(part)}
+    change, columns = own_gain(part), columns_of(part)
+    d, label, sentence = change["difference"], change["verdict"]["label"], change["verdict"]["sentence"]
+    tone = "good" if "gain" in label and d["low"] > 0 else "bad" if d["high"] < 0 else "flat"
+    names = {"base": "before", "trained": "after"} if len(columns) == 2 else {}
+    rates = [{"name": names.get(column, column), **part[column]} for column in columns]
+    warmup = ""
+    if "warmup" in part:
+        label = f"GRPO alone: {label}"
+        warmup = f"warm-up (SFT): {gain_text(part['warmup'])}, {part['warmup']['verdict']['label']}"
+        sentence = f"{sentence} {part['warmup']['verdict']['sentence']}"
+    elif page.recipe.warmup is not None:
+        label = f"{sentence.partition(': ')[0]}: {label}"  # the verdict says what it is about
+    figures = {key: d[key] for key in ("difference", "low", "high", "n")}
+    return {"label": label, "sentence": sentence, "tone": tone, "rates": rates, "warmup": warmup, **figures}
 
 
-def _difference(part: Mapping[str, Any]) -> dict[str, Any]:
-    d = part["difference"]
-    return {"difference": d["difference"], "low": d["low"], "high": d["high"], "n": d["n"]}
-
-
-def score_rows(page: RunPage) -> list[dict[str, str]]:
-    """Return the table of held-out scores as text: what, base, trained, difference."""
-    rows = []
-    names = {
-        "lenient": "right answer",
-        "strict": "right answer in the required form",
-        "honest": "second, independent judge",
-    }
-    for kind, name in names.items():
-        if part := page.scores.get(kind):
-            d = part["difference"]
-            rows.append(
-                {
-                    "name": name, "base": _rate(part["base"]), "trained": _rate(part["trained"]),
-                    "difference": f"{_points(d['difference'])} points ({_points(d['low'])} to {_points(d['high'])})",
-                }
-            )  # fmt: skip
-    for name, rates in page.scores.get("pass_at_k", {}).items():
-        base, trained = rates["base"], rates["trained"]
-        rows.append({"name": f"{name}, sampled", "base": f"{base:.1%}", "trained": f"{trained:.1%}",
-                     "difference": f"{_points(trained - base)} points"})  # fmt: skip
-    if merged := page.scores.get("merged"):
-        rows.append({"name": "merged 16-bit model", "base": "", "trained": _rate(merged["lenient"]), "difference": ""})
-    return rows
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
-
-
-def _rate(rate: Mapping[str, Any]) -> str:
-    return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
+def _progress(page: RunPage) -> str:
+    """Return how far a run without scores is."""
+    if page.record.get("trained_at"):
+        return "trained, not evaluated"
+    e = page.evidence
+    done, of_warmup = (e.last_step, "") if e.last_step or not e.warmup_steps else (e.warmup_step, " of the warm-up")
+    return f"not finished: {done} step{'s' * (done != 1)}{of_warmup} so far"
 
 
 def tiles(page: RunPage) -> list[tuple[str, str]]:
@@ -110,6 +92,7 @@ def tiles(page: RunPage) -> list[tuple[str, str]]:
     e, record = page.evidence, page.record
     rewards = e.series("reward")
     figures: list[tuple[str, str | None]] = [
+        ("warm-up", _warmup_tile(page.evidence)),
         ("steps", str(record["steps"]) if record.get("steps") else str(len(rewards)) if rewards else None),
         ("reward, first → last", f"{rewards[0]:.2f} → {rewards[-1]:.2f}" if rewards else None),
         ("training time", duration(record.get("training_seconds"))),
@@ -118,6 +101,11 @@ def tiles(page: RunPage) -> list[tuple[str, str]]:
         ("device", (record.get("device") or {}).get("name")),
     ]
     return [(name, value) for name, value in figures if value]
+
+
+def _warmup_tile(e: Evidence) -> str | None:
+    losses = e.warmup_series("loss")
+    return f"{e.warmup_step} steps, loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else None
 
 
 def _speed(e: Evidence) -> str | None:
@@ -132,13 +120,16 @@ def phases(page: RunPage) -> list[dict[str, Any]]:
     e, record = page.evidence, page.record
     rollout, reward = (total_of(e.series(f"time/{name}_s")) for name in ("rollout", "reward"))
     stepped = sum(e.series("step_time"))
-    seconds: dict[str, float] = {"rollout": rollout, "reward": reward, "update": max(0.0, stepped - rollout - reward)}
+    seconds: dict[str, float] = {
+        "warmup": float(e.warmup.get("seconds") or 0.0), "rollout": rollout, "reward": reward,
+        "update": max(0.0, stepped - rollout - reward),
+    }  # fmt: skip
     held_out = total_of(e.series("time/heldout_s"))  # between steps
     seconds["other"] = max(0.0, float(record.get("training_seconds") or 0.0) - stepped - held_out)
     seconds |= {name: float(record.get(f"{name}_seconds") or 0.0) for name in ("evaluation", "merge")}
     seconds["evaluation"] += held_out
     if not rollout:
-        seconds = {"update": stepped} | {k: v for k, v in seconds.items() if k not in ("rollout", "reward", "update")}
+        seconds |= {"rollout": 0.0, "reward": 0.0, "update": stepped}
     whole = sum(seconds.values())
     what = PHASES if rollout else PHASES | {"update": "training steps"}
     return [
@@ -161,7 +152,13 @@ def not_measured(page: RunPage) -> list[str]:
     """Return what this run did not measure, as sentences."""
     recipe, scores = page.recipe, page.scores
     lines = [] if scores else ["The task itself: there is no score before or after."]
-    if page.record.get("paused_at") and not page.record.get("finished_at"):
+    if page.evidence.warmup and not page.evidence.warmup.get("done_at"):
+        e = page.evidence
+        lines.append(
+            f"GRPO: the run paused in its warm-up, after step {e.warmup_step} of {e.warmup_total}. What is called "
+            "trained is what the warm-up had reached; the same command resumes it."
+        )
+    elif page.record.get("paused_at") and not page.record.get("finished_at"):
         done, total = page.evidence.last_step, page.record.get("max_steps")
         lines.append(f"The rest of the run: it paused after step {done} of {total}; the same command resumes it.")
     if scores and not recipe.eval.strict:
@@ -219,13 +216,13 @@ def _finite(value: float | None) -> float | None:
 
 
 def held_out_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
-    """Return base and trained answers to the held-out prompts, at most MOST_ROWS, and how many there are in all."""
+    """Return each model's answers to the held-out prompts, at most MOST_ROWS, and how many there are in all."""
     records = read_json_lines(run.evaluation / "records.jsonl")
     rows = [
         {
             "prompt": prompt_text(row["prompt"]), "answer": _gold(row),
             **{side: {"text": shortened(row[side]["completion"]), "right": row[side]["lenient"],
-                      "strict": row[side]["strict"]} for side in ("base", "trained")},
+                      "strict": row[side]["strict"]} for side in columns_of(row)},
         }
         for row in records[:MOST_ROWS]
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import rewards
 from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean, mean_of
+from grpo_lite.report.scores import own_gain
 from grpo_lite.screen import printable
 
 SUSPICIOUS = 0.25  # share of the best completions that must show a sign
@@ -191,7 +192,7 @@ def reward_without_progress(e: Evidence) -> Finding | None:
     if e.series("honest_accuracy"):
         checks.append(("a second, independent judge", e.early("honest_accuracy"), e.late("honest_accuracy")))
     for kind, name in (("honest", "the second judge of held-out answers"), ("lenient", "the held-out score")):
-        difference: Mapping[str, Any] = e.scores.get(kind, {}).get("difference", {})
+        difference: Mapping[str, Any] = own_gain(e.scores.get(kind, {})).get("difference", {})
         if difference:
             checks.append((name, difference["before"], difference["after"]))
     for name, before, after in checks:

@@ -14,7 +14,7 @@ from typing import Any
 from grpo_lite.errors import RunDirError
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.recipe.recipe import without_paths
-from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png
+from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png, write_scores_png
 from grpo_lite.report.doctor import OnceUntilItChanges, examine, nothing_found, state_finding, stated_findings
 from grpo_lite.report.evidence import Finding
 from grpo_lite.report.facts import (
@@ -26,10 +26,10 @@ from grpo_lite.report.facts import (
     not_measured,
     phases,
     read_page,
-    score_rows,
     tiles,
     versions,
 )
+from grpo_lite.report.scores import COLUMNS, table_rows
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.screen import Show
 from grpo_lite.units import duration, size
@@ -40,21 +40,23 @@ _PAGE = Path(__file__).resolve().parent / "html"
 
 
 def write_report(run: RunDir) -> Path:
-    """Write a run's report.html and curves.png, finished or not, and return the page's path.
+    """Write a run's report.html, curves.png and, once it is scored, scores.png; return the page's path.
 
     Raises:
         RunDirError: the folder is not a run.
     """
     page = read_page(run)
     run_charts = charts(page.evidence)
-    write_png(run_charts, run.path / "curves.png", f"{page.name}: {page.recipe.description}")
+    title = f"{page.name}: {page.recipe.description}"
+    write_png(run_charts, run.path / "curves.png", title)
+    write_scores_png(page.scores, run.path / "scores.png", title)
     (rows, count), (held_out, held_out_count) = completion_rows(run), held_out_rows(run)
     data = {"charts": {chart.key: placement(chart) for chart in run_charts}, "completions": rows, "heldout": held_out}
     recipe = without_paths(page.recipe)
     html = _template("report.html").render(
         page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
-        charts=_drawn(run_charts), phases=phases(page), scores=score_rows(page), completions=len(rows), count=count,
-        held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
+        charts=_drawn(run_charts), phases=phases(page), scores=table_rows(page.scores), completions=len(rows),
+        count=count, held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
         versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
         data=_safe(for_script(data)),
     )  # fmt: skip
@@ -144,11 +146,13 @@ def comparison_table(pages: Sequence[RunPage]) -> list[tuple[str, list[str]]]:
 
 def _figures(page: RunPage) -> dict[str, str]:
     figures: dict[str, str] = {}
-    for row in score_rows(page):
-        before, after = (row[side].partition(" (")[0] for side in ("base", "trained"))
-        figures[row["name"]] = f"{before} → {after}".removeprefix(" → ")
+    for row in table_rows(page.scores):
+        rates = [row[column].partition(" (")[0] for column in COLUMNS if row[column]]
+        figures[row["name"]] = " → ".join(rates)
         if "(" in row["difference"]:  # with its interval
-            figures[f"{row['name']}: gain"] = row["difference"]
+            figures[f"{row['name']}: gain"] = row["difference"] + (" by GRPO alone" if row["warmup"] else "")
+        if "(" in row["warmup"]:
+            figures[f"{row['name']}: gain of the warm-up"] = row["warmup"]
     figures |= dict(tiles(page))
     record = page.record
     extra = {

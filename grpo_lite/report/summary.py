@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_lite.report.scores import named_scores, own_gain, rates_text
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
 
@@ -13,12 +14,15 @@ from grpo_lite.units import duration, size
 def run_summary(run: RunDir) -> str:
     """Return the end-of-run summary."""
     record = run.read_run()
-    lines = [
-        "",
-        f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
-        f"{size(record.get('peak_memory_bytes')) or 'unknown'}",
-        f"mean reward {_number(record.get('reward_first'))} (first step) → {_number(record.get('reward_last'))} (last)",
-    ]
+    warmup = record.get("warmup") or {}
+    lines = ["", *_warmup_lines(warmup)]
+    if warmup.get("done_at") or not warmup:
+        rewards = (_number(record.get(key)) for key in ("reward_first", "reward_last"))
+        lines += [
+            f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
+            f"{size(record.get('peak_memory_bytes')) or 'unknown'}",
+            "mean reward {} (first step) → {} (last)".format(*rewards),
+        ]
     if scores := run.read_scores():
         lines += score_lines(scores)
     if record.get("merge"):
@@ -40,18 +44,31 @@ def run_summary(run: RunDir) -> str:
     return "\n".join(lines)
 
 
+def _warmup_lines(warmup: Mapping[str, Any]) -> list[str]:
+    if not warmup.get("steps"):
+        return []
+    paused = "" if warmup.get("done_at") else f"; paused before its end ({warmup.get('max_steps')} steps), without GRPO"
+    return [
+        f"warm-up (SFT): {warmup['steps']} steps in {duration(warmup.get('seconds', 0.0))}, loss "
+        f"{_number(warmup.get('loss_first'))} → {_number(warmup.get('loss_last'))}{paused}"
+    ]
+
+
 def _number(value: Any) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
-    """Return the held-out scores as lines: verdict first."""
-    lines = [scores["lenient"]["verdict"]["sentence"]]
-    if scores["strict"]["difference"] != scores["lenient"]["difference"]:
-        lines.append(scores["strict"]["verdict"]["sentence"])
-    if "honest" in scores:
-        honest = scores["honest"]["difference"]
-        lines.append(f"by a second, independent judge: {honest['before']:.3f} → {honest['after']:.3f}")
+    """Return the held-out scores as lines: the verdict first, GRPO's own and then the warm-up's where there was one."""
+    lenient, strict = scores["lenient"], scores["strict"]
+    lines = [own_gain(lenient)["verdict"]["sentence"]]
+    if own_gain(strict)["difference"] != own_gain(lenient)["difference"]:
+        lines.append(own_gain(strict)["verdict"]["sentence"])
+    if "warmup" in lenient:
+        lines += [lenient["warmup"]["verdict"]["sentence"], *_table(scores)]
+    else:
+        lines += [further["lenient"]["verdict"]["sentence"] for further in scores.get("also", {}).values()]
+        lines += [f"by a second, independent judge: {rates_text(scores['honest'])}"] if "honest" in scores else []
     if "merged" in scores:
         rate = scores["merged"]["lenient"]
         lines.append(
@@ -60,10 +77,23 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     if "merged_nf4" in scores:
         lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():
-        lines.append(f"{name} (sampled): {rates['base']:.3f} → {rates['trained']:.3f}")
+        lines.append(f"{name} (sampled): {rates_text(rates)}")
     if scores.get("unusable_golds"):
         lines.append(f"{scores['unusable_golds']} held-out rows have no usable gold answer and were left out")
     return lines
+
+
+def _table(scores: Mapping[str, Any]) -> list[str]:
+    """Return base, warm and trained in columns, each rate with its interval."""
+    rows: list[tuple[str, ...]] = [("", "base", "warm", "trained")]
+    for name, part in named_scores(scores):
+        cells = (f"{r['rate']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in map(part.__getitem__, rows[0][1:]))
+        rows.append((name, *cells))
+    if cut := scores.get("truncated"):
+        rows.append(("cut off by the cap", *(f"{cut[column]:.1%}" for column in rows[0][1:])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return [f"  {line}" for line in lines]
 
 
 def warmup_summary(run: RunDir) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,38 @@ def test_the_adapter_it_started_from_is_named_without_its_folder(tmp_path: Path)
         assert "secret place" not in body
     set_recipe(run, recipe)
     assert "starts from" not in card(run)[1]
+
+
+def test_after_a_warm_up_the_card_claims_grpo_s_own_gain(tmp_path: Path) -> None:
+    run = make_run(tmp_path, warm=13)
+    header, body = card(run)
+    measured = body.partition("## Measured")[2].partition("## Use")[0]
+    first, second = re.findall(r"^(GRPO alone|Warm-up \(SFT\)): the held-out lenient score (.*?) \(", measured, re.M)
+    assert first == ("GRPO alone", "went from 0.650 to 0.750")  # 13 and 15 of 20
+    assert second == ("Warm-up (SFT)", "rose from 0.250 to 0.650")
+    assert "| held-out, greedy | base | warm | trained | gain of the warm-up (SFT) | gain of GRPO alone |" in measured
+    row = next(line for line in measured.splitlines() if line.startswith("| lenient |"))
+    assert [cell.split()[0] for cell in row.strip("|").split("|")] == [
+        "lenient",
+        *["0.250", "0.650", "0.750", "+0.400", "+0.100"],
+    ]
+    assert "+0.500" not in body  # both stages together
+    assert "Greedy completions cut off by the cap of 8 tokens: base 5.0%, warm 5.0%, trained 5.0%." in measured
+    assert "trained with a supervised warm-up and then GRPO, on one LoRA adapter, by grpo_lite" in body
+    assert "sft" in header["tags"]
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [0.25, 0.65, 0.75] * 2
+    assert metrics[1]["name"].startswith("greedy lenient accuracy after the warm-up (SFT) (95% interval")
+
+
+def test_without_a_warm_up_the_card_s_table_has_one_difference(run: RunDir) -> None:
+    header, body = card(run)
+    assert "| held-out, greedy | base | trained | difference |\n|---|---|---|---|\n| lenient | 0.250 (" in body
+    assert "sft" not in header["tags"]
+
+
+def test_a_further_set_has_its_rows_in_the_card(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    scores = json.loads(run.scores_file.read_text())
+    run.scores_file.write_text(json.dumps(scores | {"also": {"three | digits": scores}}))
+    assert "| lenient, three \\| digits | 0.250 (" in card(run)[1]

@@ -21,7 +21,7 @@ from grpo_lite.units import duration, size
 # "quantized" would list it as a copy of the base itself.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
-_SIDES = (("base", "before"), ("trained", "after"))
+_COLUMNS = {"base": "before training", "warm": "after the warm-up (SFT)", "trained": "after training"}
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
@@ -57,11 +57,11 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
     title = repo_id.rpartition("/")[2]
     of = f"[{base.name}](https://huggingface.co/{base.hub_id})" if base.hub_id else base.name
     revision = f" at revision `{base.revision}`" if base.revision else ""
+    how = "a supervised warm-up and then GRPO, on one LoRA adapter," if recipe.warmup else "GRPO and LoRA"
     parts = [
         f"---\n{_metadata(facts, title, what)}---\n",
         f"# {title}\n",
-        f"{_article(what)} {of}{revision}, trained with GRPO and LoRA by "
-        f"grpo_lite: {recipe.description.rstrip('.')}.\n",
+        f"{_article(what)} {of}{revision}, trained with {how} by grpo_lite: {recipe.description.rstrip('.')}.\n",
         f"The base is {base.note}.\n" if base.note else "",
         "".join(f"> **Pushed despite this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
@@ -84,19 +84,20 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
     metadata: dict[str, Any] = {
         "library_name": _LIBRARIES[what],
         "pipeline_tag": "text-generation",
-        "tags": ["grpo", "lora", "trl", "grpo_lite", "reinforcement-learning"],
+        "tags": ["grpo", "lora", "trl", "grpo_lite", "reinforcement-learning", *(["sft"] if recipe.warmup else [])],
     }
     if base.licence:
         metadata |= {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
     if base.hub_id:
         metadata |= {"base_model": base.hub_id, "base_model_relation": RELATIONS[what]}
-    sources = [source for source in (recipe.data.train, recipe.data.eval) if source]
+    warmup = recipe.warmup.data if recipe.warmup else None
+    sources = [source for source in (recipe.data.train, recipe.data.eval, warmup) if source]
     if hubs := list(dict.fromkeys(source.hub for source in sources if source.hub)):
         metadata["datasets"] = hubs
     results = []
     source = recipe.data.eval or recipe.data.train
     for kind in ("lenient", "strict") if facts.scores else ():
-        rates = [(facts.scores[kind][side], f"{when} training") for side, when in _SIDES]
+        rates = [(facts.scores[kind][name], when) for name, when in _COLUMNS.items() if name in facts.scores[kind]]
         if what != "adapter" and "merged" in facts.scores:
             rates.append((facts.scores["merged"][kind], "after training, merged 16-bit model"))
         for rate, when in rates:
@@ -131,23 +132,11 @@ def _measured(facts: RunFacts) -> str:
     scores = facts.scores
     if not scores:
         return "## Measured\n\nNothing: this run was not evaluated.\n"
-    lines = ["## Measured", "", scores["lenient"]["verdict"]["sentence"], ""]
-    lines += ["| held-out, greedy | base | trained | difference |", "|---|---|---|---|"]
-    for kind in ("lenient", "strict"):
-        part = scores[kind]
-        d = part["difference"]
-        cells = [f"{part[side]['rate']:.3f} ({_interval(part[side])})" for side in ("base", "trained")]
-        lines.append(
-            f"| {kind} | {cells[0]} | {cells[1]} | {d['difference']:+.3f} "
-            f"({d['confidence']:.0%} interval {d['low']:+.3f} to {d['high']:+.3f}) |"
-        )
-    if merged := scores.get("merged"):
-        lines.append(
-            f"| lenient, merged 16-bit model | | {merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])}) | |"
-        )
-    for name, rates in scores.get("pass_at_k", {}).items():
-        lines.append(f"| {name}, sampled | {rates['base']:.3f} | {rates['trained']:.3f} | |")
+    lines = ["## Measured", "", *_verdicts(facts), "", *_table(scores)]
     lines += ["", f"{scores['n']} held-out prompts; lenient: the answer is right; strict: and has the required form."]
+    if cut := scores.get("truncated"):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in cut.items())
+        lines += [f"Greedy completions cut off by the cap of {facts.recipe.eval_completion_length} tokens: {shares}."]
     if merge := facts.merge:
         lines += ["", _merge_sentence(merge)]
     for record in facts.gguf:
@@ -155,6 +144,44 @@ def _measured(facts: RunFacts) -> str:
         if proof:
             lines += ["", f"`{record['file']}`: {_proof_sentence(proof)}"]
     return "\n".join(lines) + "\n"
+
+
+def _verdicts(facts: RunFacts) -> list[str]:
+    """Return the verdict, GRPO's own first and then the warm-up's where there was one."""
+    lenient = facts.scores["lenient"]
+    if "grpo" not in lenient:
+        return [lenient["verdict"]["sentence"]]
+    return [lenient["grpo"]["verdict"]["sentence"], "", lenient["warmup"]["verdict"]["sentence"]]
+
+
+def _table(scores: Mapping[str, Any]) -> list[str]:
+    columns = [name for name in _COLUMNS if name in scores["lenient"]]
+    stages = {"warmup": "gain of the warm-up (SFT)", "grpo": "gain of GRPO alone"} if "warm" in columns else {}
+    head = ["held-out, greedy", *columns, *(stages.values() or ["difference"])]
+    rows = [head]
+    named = [(kind, scores[kind]) for kind in ("lenient", "strict")]
+    for further, its_scores in scores.get("also", {}).items():
+        named += [(f"{kind}, {_cell(further)}", its_scores[kind]) for kind in ("lenient", "strict")]
+    for name, part in named:
+        cells = [f"{part[column]['rate']:.3f} ({_interval(part[column])})" for column in columns]
+        rows.append([name, *cells, *(_gain(part[stage] if stages else part) for stage in stages or ("",))])
+    if merged := scores.get("merged"):
+        rate = f"{merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])})"
+        rows.append(["lenient, merged 16-bit model", *[""] * (len(columns) - 1), rate, *[""] * max(1, len(stages))])
+    for name, rates in scores.get("pass_at_k", {}).items():
+        cells = [f"{rates[column]:.3f}" for column in columns]
+        rows.append([f"{name}, sampled", *cells, *[""] * max(1, len(stages))])
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _gain(part: Mapping[str, Any]) -> str:
+    d = part["difference"]
+    return f"{d['difference']:+.3f} ({d['confidence']:.0%} interval {d['low']:+.3f} to {d['high']:+.3f})"
 
 
 def _merge_sentence(merge: Mapping[str, Any]) -> str:

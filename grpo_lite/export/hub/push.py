@@ -229,6 +229,8 @@ def _doubts_by_scores(run: RunDir, what: What, scores: Mapping[str, Any], merged
         yield "the trained model is worse than its base: " + verdict["sentence"]
     elif scores["trained"]["rate"] < before:
         yield "the trained model scored below its base: " + verdict["sentence"]
+    if scores.get("grpo", {}).get("verdict", {}).get("label") == "significant loss":
+        yield "GRPO made the model worse than its warm-up had made it: " + scores["grpo"]["verdict"]["sentence"]
     if what != "adapter" and merged and merged["rate"] < before:
         yield f"the merged 16-bit model scored {merged['rate']:.3f}, below the base's {before:.3f}"
 

@@ -118,16 +118,16 @@
       select(form) {
         const text = form.text.value.trim().toLowerCase(), kind = form.kind.value;
         const is = { all: () => true, improved: (b, t) => b === false && t, worse: (b, t) => b && t === false, both: (b, t) => b && t, none: (b, t) => b === false && t === false };
-        return data.heldout.filter((row) => is[kind](row.base.right, row.trained.right) &&
-          found(text, row.prompt, row.answer, row.base.text, row.trained.text));
+        return data.heldout.filter((row) => is[kind]((row.warm || row.base).right, row.trained.right) &&
+          found(text, row.prompt, row.answer, row.base.text, row.warm ? row.warm.text : "", row.trained.text));
       },
       draw(row, browser) {
         const card = make("article", "card item"), meta = make("div", "meta"), pair = make("div", "sidepair");
         if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
-        for (const [side, name] of [["base", "base"], ["trained", "trained"]]) {
+        for (const side of ["base", "warm", "trained"].filter((name) => row[name])) {
           const right = row[side].right, box = make("div", right ? "right" : "wrong");
           const form = right && !row[side].strict ? ", not in the required form" : "";
-          box.append(make("small", "", name + " · " + (right === null ? "no usable gold answer" : right ? "right" + form : "wrong")));
+          box.append(make("small", "", side + " · " + (right === null ? "no usable gold answer" : right ? "right" + form : "wrong")));
           box.append(make("pre", "", shown(row[side].text)));
           pair.append(box);
         }
