@@ -127,6 +127,10 @@ class WarmupSection(_Section):
     completion: str = Field(
         "{completion}", description="Template of the completion over those rows; the end token is added."
     )
+    answer: str | None = Field(
+        None, description="Column of the gold answer in those rows, for the rewards; null: data.answer."
+    )
+    only_right: bool = Field(False, description="Drop rows whose completion the first reward does not pay in full.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; null: as many as `epochs` take.")
     epochs: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Passes over the rows; null: 1 unless `steps` is given."

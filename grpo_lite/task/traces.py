@@ -6,6 +6,7 @@ once. Rows that cannot or must not be trained on are dropped and counted in note
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import statistics
@@ -28,7 +29,7 @@ from grpo_lite.task.prompts import (
     read_rows,
     render_row,
 )
-from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_scores
+from grpo_lite.task.rewards import Reward, highest_sum, load_rewards, weighted_scores
 from grpo_lite.task.tokens import batch_prompt_ids, encode, require_messages
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,63 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
         )
     notes += _note_on_unclosed([draft for draft, _ in pairs], prompts.lead_in)
     sources = [{**draft.source, "completion": draft.text} for draft, _ in pairs]
-    return Traces([trace for _, trace in pairs], notes, sources)
+    traces = Traces([trace for _, trace in pairs], notes, sources)
+    return _only_right(recipe, prompts, traces) if recipe.warmup.only_right else traces
+
+
+def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
+    """Return the traces that the first reward pays in full.
+
+    Raises:
+        DataError: it cannot be asked about these rows, or pays none of them.
+    """
+    try:
+        functions, _, scores = _scores(recipe, prompts, traces)
+    except RewardError as error:
+        raise DataError(f"warmup.only_right: true is given, but the rewards cannot be asked: {error}") from None
+    top = getattr(functions[0], "top", None) or 1.0
+    right = [score is not None and score >= top for score in scores[0]]
+    dropped = len(right) - sum(right)
+    if dropped == len(right):
+        raise DataError(
+            f"warmup.only_right: true is given, and the first reward pays none of the {dropped} traces in full. See "
+            f"one with `grpo-lite check {recipe.name} warmup.only_right=false`. Then correct warmup.completion, "
+            "warmup.answer or the reward."
+        )
+    notes = [f"{dropped} of {len(right)} traces do not earn the first reward in full and were dropped."]
+    return Traces(
+        list(itertools.compress(traces.rows, right)),
+        [*traces.notes, *(notes if dropped else [])],
+        list(itertools.compress(traces.sources, right)),
+    )
+
+
+def _scores(
+    recipe: Recipe, prompts: Prompts, traces: Traces
+) -> tuple[list[Reward], list[float], list[list[float | None]]]:
+    """Return the recipe's rewards, their weights, and what each pays for the traces, as in training.
+
+    Raises:
+        RewardError: the rows lack a column that a reward needs, or a reward fails.
+    """
+    rows, columns, texts = traces.sources, columns_of(traces.sources), _seen_by_rewards(prompts, traces)
+    chat = recipe.data.format == "chat"
+    functions, weights = load_rewards(recipe, columns, prompts.lead_in)
+    scores = [
+        limited(function, recipe.limits.reward_timeout_s, WHERE)(
+            completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+            prompts=[row["prompt"] for row in rows],
+            completion_ids=[trace.completion_ids for trace in traces.rows],
+            **{key: [row.get(key) for row in rows] for key in columns},
+        )
+        for function in functions
+    ]
+    return functions, weights, scores
+
+
+def _seen_by_rewards(prompts: Prompts, traces: Traces) -> list[str]:
+    ids = [trace.completion_ids for trace in traces.rows]
+    return list(prompts.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -169,7 +226,8 @@ def _draft(recipe: Recipe, row: Row, index: int, prompts: Prompts) -> _Draft:
 def _rendered(recipe: Recipe, template: str, columns: Row, index: int) -> Row:
     data = recipe.data
     _require_columns(template, columns, index, "warmup.prompt", _PROMPT_COLUMNS)
-    answer = data.answer if data.answer in columns else None
+    gold = (recipe.warmup and recipe.warmup.answer) or data.answer
+    answer = gold if gold in columns else None
     data = data.model_copy(update={"prompt": template, "answer": answer})
     return render_row(data, columns, WHERE, index, "warmup.prompt")
 
@@ -277,24 +335,13 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
         `example`, a completion that earns nothing, or None. None instead of all where the rows lack a column that a
         reward needs, or none has a usable gold.
     """
-    rows, chat = traces.sources[:count], recipe.data.format == "chat"
-    ids = [trace.completion_ids for trace in traces.rows[:count]]
-    texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)  # what a reward sees in training
-    columns = columns_of(rows)
+    traces = Traces(traces.rows[:count], [], traces.sources[:count])
     try:
-        functions, weights = load_rewards(recipe, columns, prompts.lead_in)
-        scores = [
-            limited(function, recipe.limits.reward_timeout_s, WHERE)(
-                completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-                prompts=[row["prompt"] for row in rows],
-                completion_ids=ids,
-                **{key: [row.get(key) for row in rows] for key in columns},
-            )
-            for function in functions
-        ]
+        functions, weights, scores = _scores(recipe, prompts, traces)
     except RewardError as error:
         logger.info("the traces are not tried by the rewards: %s", error)
         return None
+    texts = _seen_by_rewards(prompts, traces)
     totals = weighted_scores(scores, weights)
     known = [(total, text) for total, text in zip(totals, texts, strict=True) if total is not None]
     if not known:

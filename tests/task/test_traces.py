@@ -365,6 +365,30 @@ def test_what_the_traces_earn_is_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_only_right_traces_stay_where_the_recipe_says_so(tmp_path: Path) -> None:
+    wrong = [
+        {**WORKED[3], "completion": "<think>next</think><answer>0</answer>"},
+        {**WORKED[4], "completion": "no tags"},
+    ]
+    loaded = recipe(tmp_path, [*wrong, *WORKED[5:8]], {"only_right": True}, data={"holdout": 1})
+    prompts = load_prompts(loaded, tiny_tokenizer())
+    traces = load_traces(loaded, prompts)
+    assert {source["completion"] for source in traces.sources} <= {row["completion"] for row in WORKED[5:8]}
+    assert "2 of 5 traces do not earn the first reward in full and were dropped." in traces.notes
+    loaded = recipe(tmp_path, wrong, {"only_right": True}, data={"holdout": 1})
+    with pytest.raises(DataError, match="the first reward pays none of the 2 traces in full"):
+        load_traces(loaded, load_prompts(loaded, tiny_tokenizer()))
+
+
+def test_the_gold_of_a_trace_may_have_a_column_of_its_own_name(tmp_path: Path) -> None:
+    rows = [{"question": "a", "completion": "<answer>7</answer>", "expected": "7"}]
+    loaded = recipe(tmp_path, rows, {"answer": "expected"})
+    prompts = load_prompts(loaded, tiny_tokenizer())
+    earned = earning(loaded, prompts, load_traces(loaded, prompts))
+    assert earned is not None
+    assert earned["mean"] == 1.0
+
+
 def test_traces_without_what_a_reward_needs_are_not_tried(tmp_path: Path) -> None:
     rows = [{"question": "a", "completion": "fine", "level": 1}]
     loaded = recipe(tmp_path, rows)
