@@ -348,6 +348,7 @@ class Recipe(_Section):
         """Where rows come from, by the recipe's key."""
         named = {"data.train": self.data.train, "data.eval": self.data.eval}
         named["warmup.data"] = self.warmup.data if self.warmup else None
+        named |= {f"eval.also.{name}": source for name, source in self.eval.also.items()}
         return {key: source for key, source in named.items() if source is not None}
 
     @property

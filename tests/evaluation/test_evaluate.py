@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
-from grpo_lite.evaluation.evaluate import compare, evaluate_run, score_completions, score_model
-from grpo_lite.files.manifest import write_manifest
+from grpo_lite.evaluation.evaluate import COLUMNS, compare, evaluate_run, score_completions, score_model
+from grpo_lite.files.manifest import sha256_of, write_manifest
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer, load_trained, lora_config
 from grpo_lite.models.reference import hold_reference
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.summary import score_lines
+from grpo_lite.report.summary import run_summary, score_lines
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.rewards import load_rewards
+from grpo_lite.train import train_run
 from tests.overflows import OTHERS, OVERFLOWS
 
 
@@ -375,3 +376,23 @@ def test_without_the_warm_adapter_the_verdict_says_what_trained_means(
     part = evaluate_run(warmed, lambda line: None)["lenient"]
     assert "warm" not in part
     assert part["verdict"]["sentence"].startswith(f"{cause}: the held-out lenient score ")
+
+
+def test_a_run_of_both_stages_scores_from_disk_as_it_did_after_training(root: Path, tmp_path: Path) -> None:
+    data = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
+    settings = [f"warmup={{{data}, steps: 2, learning_rate: 0.003, tokens_per_step: 200}}", "grpo.max_steps=2"]
+    rates = ["grpo.learning_rate=0.003", "eval.samples=2", "reference=start", "grpo.beta=0.01", "merge=false"]
+    reward = tmp_path / "reward.py"  # random completions differ in it, so that there is a gradient
+    reward.write_text("def odd(completions, **kwargs): return [float(len(str(c)) % 2) for c in completions]\n")
+    recipe = load_recipe(
+        "smoke", [*settings, *rates, f"rewards=[{{function: '{reward}:odd'}}]", "check.enabled=false", "eval.limit=4"]
+    )
+    run = RunDir(tmp_path / "run")
+    train_run(recipe, run, lambda line: None)
+    first = (run.evaluation / "records.jsonl").read_text()
+    assert all(row.keys() >= set(COLUMNS) for row in map(json.loads, first.splitlines()))
+    warm, trained = (sha256_of(folder / "adapter_model.safetensors") for folder in (run.warm_adapter, run.adapter))
+    assert warm != trained
+    evaluate_run(run, lambda line: None)
+    assert (run.evaluation / "records.jsonl").read_text() == first
+    assert "GRPO alone: the held-out lenient score" in run_summary(run)

@@ -379,6 +379,7 @@ def test_a_new_training_source_leaves_out_what_the_old_one_was_scored_on(tmp_pat
     file = tmp_path / "also.yaml"
     file.write_text(MINIMAL + "eval: {also: {hard: {path: hard.jsonl}}}\n")
     assert load_recipe(str(file)).eval.also["hard"].limit == 200
+    assert load_recipe(str(file)).sources["eval.also.hard"].path == "hard.jsonl"
     assert load_recipe(str(file), ["data.train.path=my.jsonl"]).eval.also == {}
     mine = load_recipe(str(file), ["data.train.path=my.jsonl", "eval.also.hard.path=mine.jsonl"])
     assert mine.eval.also["hard"].path == "mine.jsonl"

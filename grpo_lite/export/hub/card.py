@@ -90,9 +90,7 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
         metadata |= {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
     if base.hub_id:
         metadata |= {"base_model": base.hub_id, "base_model_relation": RELATIONS[what]}
-    warmup = recipe.warmup.data if recipe.warmup else None
-    sources = [source for source in (recipe.data.train, recipe.data.eval, warmup) if source]
-    if hubs := list(dict.fromkeys(source.hub for source in sources if source.hub)):
+    if hubs := list(dict.fromkeys(source.hub for source in recipe.sources.values() if source.hub)):
         metadata["datasets"] = hubs
     results = []
     source = recipe.data.eval or recipe.data.train
