@@ -265,6 +265,12 @@ def test_run_a_little_below_its_base_is_refused_too(tmp_path: Path) -> None:
         push(worse, "adapter")
 
 
+def test_grpo_that_lost_what_the_warm_up_had_gained_is_refused(tmp_path: Path) -> None:
+    worse = make_run(tmp_path, warm=18, after=8)  # above the base's 5 of 20
+    with pytest.raises(ExportError, match=r"GRPO made the model worse than its warm-up had .*0\.900 to 0\.400"):
+        push(worse, "adapter")
+
+
 def test_merge_that_scores_below_the_base_is_refused_and_the_adapter_is_not(run: RunDir, server: Hub) -> None:
     scores = json.loads(run.scores_file.read_text())
     low = scores["lenient"]["base"] | {"rate": 0.2}

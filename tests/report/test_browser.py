@@ -41,6 +41,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "report": write_report(good),
         "sick": write_report(sick),
+        "warm": write_report(write_run(folder / "warm", solved=(2, 9, 15), also=True)),
         "compare": write_comparison([good, sick], folder / "compare.html"),
     }
 
@@ -81,7 +82,7 @@ def fill(browser: Any, form: str, name: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("name", ["report", "sick", "compare"])
+@pytest.mark.parametrize("name", ["report", "sick", "warm", "compare"])
 def test_it_loads_without_errors_fetches_nothing_and_fits_the_screen(
     browser: Any, pages: dict[str, Path], name: str, size: tuple[int, int, bool]
 ) -> None:
@@ -138,6 +139,18 @@ def test_base_and_trained_answers_are_filtered_by_what_became_of_them(browser: A
     fill(browser, "heldout", "kind", "improved")
     assert "base · wrong" in texts(browser, "[data-rows=heldout] .item")[0]
     assert "trained · right" in texts(browser, "[data-rows=heldout] .item")[0]
+
+
+def test_after_a_warm_up_three_answers_are_filtered_by_what_grpo_changed(browser: Any, pages: dict[str, Path]) -> None:
+    visit(browser, pages["warm"])
+    for kind, expected in (("all", 20), ("improved", 6), ("worse", 0), ("both", 9), ("none", 5)):  # 9 -> 15 of 20
+        fill(browser, "heldout", "kind", kind)
+        assert texts(browser, "[data-browser=heldout] output") == [f"{expected} of 20"], kind
+    fill(browser, "heldout", "kind", "improved")
+    first = texts(browser, "[data-rows=heldout] .item")[0]
+    assert re.findall(r"(base|warm|trained) · (right|wrong)", first) == [
+        ("base", "wrong"), ("warm", "wrong"), ("trained", "right"),
+    ]  # fmt: skip
 
 
 def test_a_pointer_over_a_curve_says_its_values(browser: Any, pages: dict[str, Path]) -> None:
