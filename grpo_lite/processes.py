@@ -19,11 +19,17 @@ class Ranks:
     rank: int = 0
     local: int = 0  # on this machine: the number of its card
     world: int = 1
+    here: int = 1  # of them, those on this machine
 
     @property
     def is_first(self) -> bool:
         """Whether this process owns the run directory."""
         return self.rank == 0
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether all processes run on this machine."""
+        return self.here == self.world
 
     def shown(self, show: Callable[[str], None]) -> Callable[[str], None]:
         """Return what this process shows: all of it in the first one, else only what that one cannot know."""
@@ -38,7 +44,11 @@ class Ranks:
 def this_process() -> Ranks:
     """Return who this process is, as the launcher says."""
     given = os.environ
-    return Ranks(int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0)), int(given.get("WORLD_SIZE", 1)))
+    rank, local, world, here = (
+        int(given.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+    return Ranks(rank, local, world, here)
 
 
 def agree(value: Any, ranks: Ranks) -> Any:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from grpo_lite.task.traces import Trace
+
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
 VOCABULARY = 320
 # What our trainer logs beside TRL's metrics (trainer_timing.py).
@@ -108,6 +110,17 @@ def fixed_completions(rows: int, longest: int, seed: int, lengths: list[int] | N
         ids = torch.randint(3, 250, (size,), generator=generator).tolist()
         made.append(ids if size == longest else [*ids[:-1], 2])
     return made
+
+
+def traces(count: int, seed: int = 0) -> list[Trace]:
+    """Return rows of a warm-up, of different lengths; every completion ends with the end token, 2."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        prompt, completion = (int(n) for n in torch.randint(1, 12, (2,), generator=generator))
+        ids = torch.randint(3, 250, (prompt + completion,), generator=generator).tolist()
+        rows.append(Trace(ids[:prompt], [*ids[prompt:], 2]))
+    return rows
 
 
 def parity_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -6,6 +6,7 @@ what it leaves null is chosen so that nothing about the gradient changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from grpo_lite.memory.evaluation import evaluation_items, most_rows
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, WORKSPACE_BYTES, Job
 from grpo_lite.memory.plan import advice, plan_memory, require_fit
+from grpo_lite.memory.warmup import padded_step, warmup_parts, warmup_tokens
 from grpo_lite.models.base import Base
 from grpo_lite.models.config import read_shape
 from grpo_lite.models.unsloth import uses_unsloth
@@ -40,12 +42,20 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     return EngineOptions(
         compute=recipe.compute,
         tokens_per_microbatch=recipe.memory.tokens_per_microbatch,
+        warmup_tokens=_warmup_budget(recipe),
         rollout=recipe.rollout,
         rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
         refill=recipe.sampling.refill,
         offload_activations=recipe.memory.offload_activations,
         max_skipped_steps=recipe.limits.skipped_steps,
     )
+
+
+def _warmup_budget(recipe: Recipe) -> int | None:
+    if recipe.warmup is None:
+        return None
+    step, most = padded_step(recipe.warmup.tokens_per_step), recipe.memory.tokens_per_microbatch
+    return step if most is None else min(step, most)
 
 
 def fit_to_device(
@@ -70,7 +80,8 @@ def fit_to_device(
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, **own}})
     try:
         job, _ = recipe_job(recipe, base.shape, prompt=prompt_tokens, bfloat16=device.bfloat16, warmup_row=warmup_row)
-        job = job if warmup_row else replace(job, warmup_row=0)
+        share = math.ceil(job.warmup_step / this_process().world) + job.warmup_row  # rows are dealt out, longest first
+        job = replace(job, warmup_step=min(job.warmup_step, share)) if warmup_row else replace(job, warmup_row=0)
     except ModelError as error:  # an architecture that the arithmetic does not know
         show(f"memory: {str(error).splitlines()[0]}")
         return Fit(options)
@@ -81,13 +92,15 @@ def fit_to_device(
     line = f"memory: {plan.needed / GIB:.1f} of {gib(available)} planned"
     if plan.chosen:
         line += "; chosen: " + ", ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    if job.warmup_row and warmup_parts(job) > 1:
+        line += f"; a step of the warm-up in {warmup_parts(job)} parts of at most {warmup_tokens(job)} tokens"
     show(line)
     grpo = {key.removeprefix("grpo."): value for key, value in plan.chosen.items() if key.startswith("grpo.")}
     options = replace(
         options,
         tokens_per_microbatch=job.tokens,
         rollout_kv_tokens=job.kv_tokens,
-        warmup_tokens=job.warmup_tokens,
+        warmup_tokens=warmup_tokens(job) if job.warmup_row else None,
     )
     return Fit(options, grpo, advice(plan_memory(job, plan.needed * 85 // 100)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grpo_lite.memory.phases import Job
+from grpo_lite.memory.warmup import padded_step
 from grpo_lite.models.config import ModelShape
 from grpo_lite.recipe.recipe import Recipe
 
@@ -60,6 +61,7 @@ def recipe_job(
         compute=recipe.compute,
         rollout="vllm" if grpo.get("use_vllm") else recipe.rollout,
         tokens=recipe.memory.tokens_per_microbatch,
+        warmup_tokens=recipe.memory.tokens_per_microbatch,
         kv_tokens=recipe.memory.rollout_kv_tokens,
         checkpointing=bool(grpo.get("gradient_checkpointing", True)),
         offload=recipe.memory.offload_activations,
@@ -67,7 +69,7 @@ def recipe_job(
         eval_completion=recipe.eval_completion_length,
         eval_while_training=bool(recipe.eval.every),
         warmup_row=(warmup_row or prompt + recipe.warmup_completion_length) if recipe.warmup else 0,
-        warmup_step=recipe.warmup.tokens_per_step if recipe.warmup else 0,
+        warmup_step=padded_step(recipe.warmup.tokens_per_step) if recipe.warmup else 0,
         vllm_share=0.0 if grpo.get("vllm_mode") == "server" else float(grpo.get("vllm_gpu_memory_utilization") or 0.3),
     )
     return job, (*notes, *_limits_of(job, recipe))

@@ -58,7 +58,7 @@ class Job:
     eval_completion: int = 256  # their cap
     eval_while_training: bool = False
     warmup_row: int = 0  # tokens of the warm-up's longest row; 0: there is no warm-up
-    warmup_step: int = 0  # most tokens of one of its optimizer steps
+    warmup_step: int = 0  # most tokens of one of its optimizer steps that go through the model at once, with padding
     warmup_tokens: int | None = None  # most padded tokens that go through the model at once; None: the whole step
 
     @property

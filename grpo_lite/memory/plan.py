@@ -1,8 +1,8 @@
 """plan_memory: does a recipe fit a card, with which budgets, and if not, which changes would make it. Torch-free.
 
 Place in the line: between the device and the model. `phases` counts a `Job` (`job`); here budgets are
-chosen that change no gradient: how many tokens go through the model at once, how many are cached in a rollout, and how
-many completions an evaluation generates at once, and how many tokens of the warm-up go through the model at once.
+chosen that change no gradient: how many tokens go through the model at once, in the warm-up and in GRPO, how many are
+cached in a rollout, and how many completions an evaluation generates at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MemoryPlan:
     job: Job
     memory_bytes: int  # of the card
     fits: bool
-    chosen: dict[str, Any]  # recipe keys that the plan sets, with their values
+    chosen: dict[str, Any]  # recipe keys that the plan sets, with their values; the warm-up's budget is not one
     assumed: tuple[str, ...] = ()
 
     @property
@@ -129,7 +129,7 @@ def plan_memory(job: Job, memory_bytes: int, assumed: tuple[str, ...] = ()) -> M
             lambda n: _warmup_bytes(replace(job, warmup_tokens=n), memory_bytes) <= memory_bytes,
         )
         if tokens is not None:
-            job, chosen["warm-up tokens at once"] = replace(job, warmup_tokens=tokens), tokens
+            job = replace(job, warmup_tokens=tokens)
     return MemoryPlan(job, memory_bytes, fits(job), chosen if fits(job) else {}, assumed)
 
 

@@ -11,7 +11,7 @@ from grpo_lite.files.cache import keep_record, kept_record
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
-from grpo_lite.memory.warmup import warmup_tokens
+from grpo_lite.memory.warmup import warmup_parts, warmup_tokens
 from grpo_lite.models.config import model_shape, too_long
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
@@ -65,6 +65,8 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
         return
     pieces = -(-job.step_tokens // job.microbatch_tokens)
     yield f"one micro-batch: {job.microbatch_tokens} tokens ({pieces} a micro-step)"
+    if plan.warmup:
+        yield f"one micro-batch of the warm-up: {warmup_tokens(job)} tokens ({warmup_parts(job)} a step)"
     for key, value in plan.chosen.items():
         yield f"chosen: {key}={str(value).lower() if isinstance(value, bool) else value}"
     if (

@@ -189,7 +189,9 @@ class MemorySection(_Section):
     )
 
     tokens_per_microbatch: int | None = Field(
-        None, ge=1, description="Most tokens in one forward and backward; null: per_device_train_batch_size rows."
+        None,
+        ge=1,
+        description="Most tokens in one forward and backward, of the warm-up too; null: what a step has, if it fits.",
     )
     rollout_kv_tokens: int | None = Field(
         None, ge=1, description="Most tokens whose keys and values a rollout holds at once; null: the whole batch."

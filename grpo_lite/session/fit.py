@@ -130,10 +130,7 @@ def _advice(error: Exception, checkpoint: Path | None, folder: Path) -> str | No
     if is_disk_full(error, folder) and not isinstance(error, TrainingError):  # metrics, completions, run.json
         return disk_full(folder, "training stopped").partition(": ")[2]
     if this_process().world > 1 and _LOST_PEER.search(str(error)):
-        return (
-            f"another of the {this_process().world} processes has ended, so this one stops; see its message above. "
-            "What was saved is kept: the same command resumes from there."
-        )
+        return lost_peer()
     if type(error).__name__ == "UnpicklingError" and checkpoint:
         first = str(error).strip().partition("\n")[0]
         return (
@@ -141,6 +138,14 @@ def _advice(error: Exception, checkpoint: Path | None, folder: Path) -> str | No
             f"({first}) Remove {checkpoint} to resume from the one before, and find out who wrote it."
         )
     return None
+
+
+def lost_peer() -> str:
+    """Return what a process says when it stops because another one has."""
+    return (
+        f"another of the {this_process().world} processes has ended, so this one stops; see its message above. "
+        "What was saved is kept: the same command resumes from there."
+    )
 
 
 def _last_checkpoint(folder: Path, show: Show) -> Path | None:

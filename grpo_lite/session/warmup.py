@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError
+from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError, TrainingError
 from grpo_lite.evaluation.rejection import read_traces, sample_traces, write_traces
 from grpo_lite.files.manifest import verify_manifest
 from grpo_lite.memory.fit import Fit
@@ -31,7 +31,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.session.announce import announce_weights
 from grpo_lite.session.build import device_arguments, load_base, record_start, use_one_device
-from grpo_lite.session.fit import TrainResult, require_room_for, save_adapter, train_to_stop
+from grpo_lite.session.fit import TrainResult, lost_peer, require_room_for, save_adapter, train_to_stop
 from grpo_lite.session.init_from import adapter_to_start_from
 from grpo_lite.session.records import MetricsFile, PushCheckpoints, WarmupDoctor
 from grpo_lite.session.views import View
@@ -111,8 +111,15 @@ def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show:
         model = _policy_at_start(recipe, run, base, show)
         write_traces(path, sample_traces(recipe, model, prompts, show))
     while not path.is_file():  # not a collective: those give up after minutes
+        if _first_has_ended(run) and not path.is_file():
+            raise TrainingError(f"{run.path}: {lost_peer()}")
         time.sleep(WAIT_S)
     return read_traces(path)
+
+
+def _first_has_ended(run: RunDir) -> bool:
+    """Return whether the first process has given up the run's lock; between machines locks are not relied on."""
+    return this_process().is_on_one_machine and run.in_use() is False
 
 
 def _policy_at_start(recipe: Recipe, run: RunDir, base: Base, show: Show) -> Any:
@@ -281,7 +288,7 @@ def _sft_config(recipe: Recipe, run: RunDir, base: Base, stage: _Stage) -> Any:
         "report_to": "none",
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "activation_offloading": recipe.memory.offload_activations,
+        "activation_offloading": recipe.memory.offload_activations and base.device.kind == "cuda",  # TRL's needs one
     }
     try:
         return use_one_device(SFTConfig(**values))

@@ -1,11 +1,11 @@
-"""The seam to TRL: one subclass of GRPOTrainer (`trainer.py`) and the parts to which it delegates.
+"""The seam to TRL: one subclass of GRPOTrainer (`trainer.py`), one of SFTTrainer (`warmup.py`), and their parts.
 
-Other rooms use `trainer.PackedGRPOTrainer`, and `sealed.sealed` for the backend unsloth. Both have a `journal` and
-`faults`. `INTERNALS` lists what each part reads and writes of TRL's and transformers' trainer, as read in trl 1.14.0
-and 1.16.0; `tests/trainer/test_contract.py` compares it with the code and with the installed version.
+Other rooms use `trainer.PackedGRPOTrainer`, `warmup.WarmupTrainer`, and `sealed.sealed` for the backend unsloth. All
+have a `journal` and `faults`. `INTERNALS` lists what each part reads and writes of TRL's and transformers' trainers, as
+read in trl 1.14.0 and 1.16.0; `tests/trainer/test_contract.py` compares it with the code and the installed version.
 """
 
-# Part -> the attributes and methods of GRPOTrainer that it uses. Names that it writes end in "=".
+# Part -> the attributes and methods of GRPOTrainer (warmup: SFTTrainer) that it uses. Names that it writes end in "=".
 INTERNALS: dict[str, str] = {
     "trainer": "_load_from_checkpoint accelerator args aux_loss_enabled model state= use_vllm",
     "support": "accelerator args generation_config max_completion_length model temperature "
@@ -26,4 +26,6 @@ INTERNALS: dict[str, str] = {
     "num_iterations state",
     "journal": "_log_completion_extra _logs _metrics _tokenizer model reward_func_names reward_weights state",
     "sealed": "",
+    "warmup": "_metrics= _prepare_inputs _total_train_tokens= accelerator add_callback args compute_loss "
+    "compute_loss_context_manager data_collator maybe_activation_offload_context model state train_dataset",
 }

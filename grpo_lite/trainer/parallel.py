@@ -51,6 +51,14 @@ class Peers:
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         return bool(finite)
 
+    def sums(self, numbers: list[float]) -> list[float]:
+        """Return the sums over the processes of numbers that each of them has."""
+        if not self.are_there:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.trainer.accelerator.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
     def average(self, loss: Tensor) -> Tensor:
         """Average the gradients after a step's last micro-step, and return the loss."""
         if self.are_there and self.trainer.accelerator.sync_gradients:

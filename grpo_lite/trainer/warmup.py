@@ -12,7 +12,9 @@ import logging
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from grpo_lite.trainer.state import Checkpoints
 
 logger = logging.getLogger(__name__)
 BUDGET = "warmup_tokens"  # of EngineOptions
+SCORED, READ = "tokens scored", "tokens read"  # in a step's figures: those in the loss, and all
 IGNORED = -100  # the label of tokens outside the loss
 
 
@@ -73,7 +76,8 @@ def order_rows(
     taken = filled = 0
     for index in _passes(len(lengths), seed):
         step = divided[-1]
-        if len(step) >= least and (filled + lengths[index] > tokens or index in step):
+        is_twice = index in step or len(set(step)) < len(step)
+        if len(step) >= least and (filled + lengths[index] > tokens or is_twice):
             if len(divided) == steps:
                 break
             divided.append(step := [])
@@ -169,6 +173,7 @@ class WarmupTrainer(SFTTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._total_train_tokens: int = 0  # SFTTrainer's
+        self._metrics: dict[str, dict[str, list[float]]]  # SFTTrainer's
         self.options, self.show, self.recover, self.held, self.epochs = options, show, recover, held, epochs
         self.advice = advice or "Lower warmup.max_completion_tokens, or model.load_in."
         self.journal = Journal(self)
@@ -198,22 +203,51 @@ class WarmupTrainer(SFTTrainer):
             set_random_state(before)
             self._halve(inputs, failure)
 
-        begun = time.perf_counter()
-        loss = until_it_fits(lambda: self._in_parts(model, inputs, num_items_in_batch), lower)
+        begun, count = time.perf_counter(), num_items_in_batch  # of all processes
+        if count is None:
+            count = int(self.peers.sums([float((inputs["labels"] != IGNORED).sum())])[0])
+        loss, figures = until_it_fits(lambda: self._in_parts(model, inputs, count), lower)
         self.journal.log_with_step("step_time", time.perf_counter() - begun)
+        self._log_figures(figures)
         return self.peers.average(self.faults.note_loss(loss))
 
-    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], tokens_in_step: Any) -> Tensor:
-        """Return the step's loss, its gradient added up part by part."""
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], count: Any) -> tuple[Tensor, dict[str, float]]:
+        """Return the step's loss, its gradient added up part by part, and its figures, summed over tokens."""
         model.train()
-        total = torch.zeros((), device=self.accelerator.device)
-        count = int((inputs["labels"] != IGNORED).sum()) if tokens_in_step is None else tokens_in_step
+        total, figures = torch.zeros((), device=self.accelerator.device), defaultdict[str, float](float)
         for part in divide(self._prepare_inputs(inputs), self.options.warmup_tokens):
-            with self.maybe_activation_offload_context, self.compute_loss_context_manager(), self.peers.silent():
+            scored = int((part["labels"] != IGNORED).sum())
+            with self.maybe_activation_offload_context, self.compute_loss_context_manager(), self._unlogged() as log:
                 loss = self.compute_loss(model, dict(part), num_items_in_batch=count)
             self.accelerator.backward(loss)
             total += loss.detach()
-        return total
+            means = {name: scored * values[-1] for name, values in log.items()}
+            for name, value in {**means, SCORED: scored, READ: int(part["attention_mask"].sum())}.items():
+                figures[name] += value
+        return total, figures
+
+    @contextmanager
+    def _unlogged(self) -> Iterator[dict[str, list[float]]]:
+        """Let TRL's loss leave its metrics, which are of one part in one process, in the dictionary yielded."""
+        metrics, tokens = self._metrics, self._total_train_tokens
+        log: dict[str, list[float]] = defaultdict(list)
+        self._metrics = {"train": log, "eval": defaultdict(list)}
+        try:
+            with self.peers.silent():
+                yield log
+        finally:
+            self._metrics, self._total_train_tokens = metrics, tokens
+            log.pop("num_tokens", None)
+
+    def _log_figures(self, figures: dict[str, float]) -> None:
+        """Log TRL's metrics as means over the scored tokens of the step, of all its parts and processes."""
+        names = sorted(figures)
+        sums = dict(zip(names, self.peers.sums([figures[name] for name in names]), strict=True))
+        scored = sums.pop(SCORED)
+        self._total_train_tokens += int(sums.pop(READ))
+        for name, value in sums.items():
+            self.journal.log_with_step(name, value / max(1.0, scored))
+        self.journal.log_with_step("num_tokens", self._total_train_tokens)
 
     def _halve(self, inputs: dict[str, Tensor], failure: str) -> None:
         rows, longest = inputs["input_ids"].shape
@@ -235,15 +269,11 @@ class WarmupTrainer(SFTTrainer):
         collator = self.data_collator
         inputs = self._prepare_inputs(collator.padded(self.held))
         count = (inputs["labels"] != IGNORED).sum()
-        kept = {name: list(values) for name, values in self._metrics["train"].items()}
-        tokens, total = self._total_train_tokens, 0.0
+        total = 0.0
         model = self.accelerator.unwrap_model(self.model)
         for part in divide(inputs, self.options.warmup_tokens or inputs["input_ids"].numel()):
-            with torch.no_grad(), self.compute_loss_context_manager(), self.peers.silent():
+            with torch.no_grad(), self.compute_loss_context_manager(), self._unlogged():
                 total += float(self.compute_loss(model, dict(part), num_items_in_batch=count))
-        self._metrics["train"].clear()
-        self._metrics["train"].update(kept)
-        self._total_train_tokens = tokens
         return total / self.accelerator.num_processes if self.args.average_tokens_across_devices else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -108,6 +108,38 @@ def trace_plain_training(
         )
 
 
+def trace_warmup(
+    config: dict[str, Any],
+    prompt: int,
+    completion: int,
+    rows: int,
+    *,
+    load_in: str = "4bit",
+    rank: int = 16,
+    checkpointing: bool = True,
+) -> Traced:
+    """Count a part of a warm-up's step, as SFTTrainer computes it: `rows` rows of one length, in bfloat16 autocast."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
+    model.get_base_model().config._attn_implementation = "sdpa"
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    with contextlib.ExitStack() as stack:
+        for context in (FakeTensorMode(allow_non_fake_inputs=True), live := LiveBytes(), pretend_cuda()):
+            stack.enter_context(context)
+        stack.enter_context(pretend_triton())
+        stack.enter_context(_ScoredOnly(rows * completion))
+        static = static_bytes(model, live)
+        ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+
+        def forward() -> tuple[Any, ...]:
+            with torch.autocast("cpu", torch.bfloat16):
+                return (model(**inputs, use_cache=False, fused_lm_head=True).log_probs,)
+
+        return trace_passes(live, static, forward)
+
+
 def trace_generate(
     config: dict[str, Any], prompt: int, completion: int, rows: int, *, sampling: bool = True, rank: int = 16
 ) -> int:

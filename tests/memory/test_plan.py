@@ -36,14 +36,23 @@ from grpo_lite.memory.phases import (
     wave,
     weight_bytes,
 )
-from grpo_lite.memory.plan import advice, cheapest_changes, largest_completion, needed_bytes, plan_memory, require_fit
+from grpo_lite.memory.plan import (
+    _warmup_bytes,
+    advice,
+    cheapest_changes,
+    largest_completion,
+    needed_bytes,
+    plan_memory,
+    require_fit,
+)
 from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
+from grpo_lite.memory.warmup import warmup_parts, warmup_phase, warmup_tokens
 from grpo_lite.models.config import KNOWN, ModelShape, known_config, model_shape, read_shape
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
 from tests.memory.known_models import job_of, known_base
 from tests.memory.memory_trace import trace_evaluation, trace_rollout, trace_training
-from tests.memory.plain_trace import trace_generate, trace_plain_training
+from tests.memory.plain_trace import trace_generate, trace_plain_training, trace_warmup
 
 # As the models' cards on the Hub count them.
 PUBLISHED = {
@@ -179,6 +188,72 @@ def test_the_tile_of_trl_s_head_is_the_one_that_is_planned() -> None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     assert (PLAIN_TOKENS, PLAIN_VOCABULARY) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+
+
+@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
+@pytest.mark.parametrize(
+    "name, prompt, completion, rows, settings",
+    [
+        ("qwen2.5-0.5b", 36, 28, 16, {}),
+        ("qwen2.5-1.5b", 100, 900, 4, {"checkpointing": False}),
+        pytest.param("qwen3-4b", 100, 900, 4, {"load_in": "16bit"}, marks=pytest.mark.slow),
+        pytest.param("llama-3.2-1b", 500, 500, 8, {}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_warm_up_is_planned_as_counted(
+    name: str, prompt: int, completion: int, rows: int, settings: dict[str, Any]
+) -> None:
+    config, row = shallow(name), prompt + completion
+    traced = trace_warmup(config, prompt, completion, rows, **settings)
+    planned = Job(read_shape(config, "x"), warmup_row=row, warmup_step=rows * row, **settings)
+    uncounted = WORKSPACE_BYTES + int(8 * trained_parameters(planned))
+    counted = traced.static + max(traced.forward, traced.backward)
+    assert 0.97 <= (warmup_phase(planned).total - uncounted) / counted <= 1.10
+
+
+def test_a_warm_up_takes_more_the_more_goes_through_at_once() -> None:
+    planned = Job(shape("qwen3-4b"), warmup_row=700, warmup_step=5000)
+    sizes = [warmup_phase(replace(planned, warmup_tokens=tokens)).total for tokens in range(700, 5001, 50)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_a_step_of_a_warm_up_is_divided_until_it_fits() -> None:
+    planned = job_of(load_recipe("unsloth-qwen3-4b", ["memory.tokens_per_microbatch=3000", "model.backend=hf"]))
+    assert planned.warmup_tokens == 3000  # an upper bound for both stages
+    small = next(size for size in range(4 * GIB, 16 * GIB, GIB // 4) if plan_memory(planned, size).fits)
+    plan = plan_memory(planned, small)
+    assert plan.warmup is not None
+    assert warmup_tokens(plan.job) < 3000
+    assert _warmup_bytes(plan.job, small) <= small
+    assert not any("warm" in key for key in plan.chosen), "not a key that a recipe has"
+
+
+def test_the_plan_of_a_warm_up_is_shown_in_the_words_of_the_other_stage() -> None:
+    recipe, card = load_recipe("unsloth-qwen3-4b"), find_card("t4")
+    plan = plan_recipe(recipe, card)
+    lines = list(report_lines(recipe, card, plan))
+    assert plan.fits
+    assert any(line.startswith("warm-up, rows up to ") for line in lines)
+    tokens = warmup_tokens(plan.job)
+    assert f"one micro-batch of the warm-up: {tokens} tokens ({warmup_parts(plan.job)} a step)" in lines
+
+
+def test_a_run_divides_a_step_of_the_warm_up_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_lite.memory import fit as budgets
+    from grpo_lite.models.device import Device
+
+    monkeypatch.setattr(budgets, "free_bytes", lambda: 5 * GIB // 2)
+    device = Device("cuda", "a small card", 3 * GIB, bfloat16=False, compute_capability=(7, 5))
+    recipe = load_recipe("gsm8k", ["warmup={source: self, tokens_per_step: 8000}", "eval.enabled=false"])
+    lines: list[str] = []
+    fit = budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, lines.append, warmup_row=600)
+    assert fit.options.warmup_tokens is not None
+    assert 600 <= fit.options.warmup_tokens < 8000
+    assert f" parts of at most {fit.options.warmup_tokens} tokens" in lines[0]
+    whole = budgets.engine_options(load_recipe("gsm8k", ["warmup={source: self, tokens_per_step: 8000}"]))
+    assert whole.warmup_tokens == 10_000  # where nothing is planned, a step with a quarter of padding
 
 
 def compare_generate(config: dict[str, Any], prompt: int, completion: int, rows: int, sampling: bool) -> float:

@@ -14,18 +14,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from grpo_lite.errors import DataError, ModelError, RunDirError
+from grpo_lite.errors import DataError, ModelError, RunDirError, TrainingError
+from grpo_lite.evaluation.rejection import write_traces
+from grpo_lite.processes import Ranks
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import checkpoint_folders
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import warmup
+from grpo_lite.task.traces import Trace, Traces
 from grpo_lite.train import train_run
 from grpo_lite.trainer.warmup import WarmupTrainer
 from tests.killing import ALONE, FAST
 
 DATA = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
 WARMUP = f"warmup={{{DATA}, steps: 5, learning_rate: 0.01, tokens_per_step: 200}}"
+
+
+SAMPLED = Traces([Trace([3, 4], [5, 2])], ["1 of 1"], [{"prompt": "x", "completion": "y"}])
 
 
 def recipe_of(*overrides: str, warmup: str = WARMUP) -> Recipe:
@@ -212,9 +218,30 @@ def test_running_out_of_memory_in_the_warm_up_lowers_what_goes_through_at_once_f
     assert run.read_run()["warmup"]["tokens_per_microbatch"] == facts["budget"]["warmup_tokens"]
 
 
+def test_a_process_that_waits_for_the_first_one_s_samples_ends_when_that_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = load_recipe("smoke", [*FAST, *ALONE, "warmup={source: self, steps: 1}"]), RunDir(tmp_path / "run")
+    monkeypatch.setattr(warmup, "this_process", lambda: Ranks(rank=1, local=1, world=2, here=2))
+    with run.locked():
+        pass  # and the first one ends, without the file
+    nothing: Any = None
+    with pytest.raises(TrainingError, match=r"another of the .* processes has ended, so this one stops"):
+        warmup._own_traces(recipe, run, nothing, nothing, print)
+    naps = iter([lambda: None, lambda: write_traces(run.warmup / "traces.jsonl", SAMPLED)])
+    run.warmup.mkdir()
+    monkeypatch.setattr(warmup.time, "sleep", lambda seconds: next(naps)())
+    with run.locked():
+        assert warmup._own_traces(recipe, run, nothing, nothing, print).rows == SAMPLED.rows
+
+
+def test_activations_that_would_wait_in_main_memory_are_there_already_on_a_cpu(root: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    train(recipe_of("memory.offload_activations=true"), run, warmup_only=True)
+    assert run.warm_adapter.is_dir()
+
+
 def test_few_rows_are_all_trained_on(root: Path) -> None:
     recipe = recipe_of()
-    from grpo_lite.task.traces import Trace
-
     rows = [Trace([3, 4], [5, 2]) for _ in range(warmup.LEAST_ROWS - 1)]
     assert warmup._stage(recipe, rows).held == []

@@ -1,4 +1,4 @@
-"""What `trainer.py` relies on in TRL, transformers and PEFT: fails loudly, by name, when one of them moves."""
+"""What our trainers rely on in TRL, transformers and PEFT: fails loudly, by name, when one of them moves."""
 
 import ast
 import hashlib
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import trl
-from trl import GRPOTrainer
+from datasets import Dataset
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import split_tensor_dict
 
 import grpo_lite.trainer
@@ -17,7 +18,7 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.trainer import INTERNALS
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
-from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, train_fixed
+from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, tiny_tokenizer, train_fixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
@@ -40,6 +41,14 @@ READ = {
 }
 
 
+# The same of SFTTrainer, for the warm-up.
+SAME = {"training_step": "bba41f264647", "log": "0d4c8e5d64f8", "_save_checkpoint": "b6ee0a370c26"}
+READ_OF_SFT = {
+    "1.14.0": {"compute_loss": "87485cdebc7e", **SAME},
+    "1.16.0": {"compute_loss": "ca448211ff65", **SAME},
+}
+
+
 def digest(function: Any) -> str:
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
 
@@ -53,6 +62,13 @@ def test_method_is_as_it_was_read(name: str):
             f"trl {trl.__version__} was never read: compare GRPOTrainer.{name} with {max(READ)}, then add it to READ"
         )
     assert digest(getattr(GRPOTrainer, name)) == READ[trl.__version__][name], f"GRPOTrainer.{name} has changed"
+
+
+@pytest.mark.parametrize("name", READ_OF_SFT["1.16.0"])
+def test_method_of_the_warm_up_is_as_it_was_read(name: str):
+    if trl.__version__ not in READ_OF_SFT:
+        pytest.fail(f"trl {trl.__version__} was never read: compare SFTTrainer.{name}, then add it to READ_OF_SFT")
+    assert digest(getattr(SFTTrainer, name)) == READ_OF_SFT[trl.__version__][name], f"SFTTrainer.{name} has changed"
 
 
 def test_scoring_method_has_the_arguments_we_pass_on():
@@ -137,14 +153,17 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_weights(reentrant: boo
 
 
 def used_of_the_trainer(module: str) -> set[str]:
-    """Return what a part's code uses of `trainer` or `self.trainer`, and of `self` in trainer.py; "=": it writes it."""
+    """Return what a part's code uses of `trainer` or `self.trainer`, and a trainer of `self`; "=": it writes it."""
     path = Path(grpo_lite.trainer.__file__).with_name(f"{module}.py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    trainers = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer")]
+    own = {id(node) for trainer in trainers for node in ast.walk(trainer)}
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value
-        is_trainer = isinstance(owner, ast.Name) and owner.id == ("self" if module == "trainer" else "trainer")
+        is_trainer = isinstance(owner, ast.Name) and owner.id == ("self" if id(node) in own else "trainer")
         is_trainer |= isinstance(owner, ast.Attribute) and owner.attr == "trainer"
         if is_trainer:
             names.add(node.attr + ("=" if isinstance(node.ctx, ast.Store) else ""))
@@ -153,11 +172,14 @@ def used_of_the_trainer(module: str) -> set[str]:
 
 OURS = {"options", "journal", "peers", "faults", "support", "order", "rollouts", "gradients", "recovery", "loss_scale"}
 OURS |= {"exact", "checkpoints", "_was_the_last"}
+OURS_IN_THE_WARM_UP = {"options", "journal", "peers", "faults", "loss_scale", "checkpoints", "show", "recover", "held"}
+OURS_IN_THE_WARM_UP |= {"advice", "epochs", "held_out_loss", "_halve", "_in_parts", "_unlogged", "_log_figures"}
 
 
 @pytest.mark.parametrize("part", INTERNALS)
 def test_what_a_part_uses_of_trl_is_declared(part: str):
-    used = {name for name in used_of_the_trainer(part) if name.removesuffix("=") not in OURS}
+    ours = OURS_IN_THE_WARM_UP if part == "warmup" else OURS
+    used = {name for name in used_of_the_trainer(part) if name.removesuffix("=") not in ours}
     assert sorted(used) == sorted(INTERNALS[part].split())
 
 
@@ -169,9 +191,47 @@ def test_every_part_is_in_the_table():
 def test_what_is_declared_is_there_and_our_names_are_free(tmp_path: Path):
     args = tiny_args(tmp_path, max_steps=1)
     plain, _ = train_fixed(GRPOTrainer, tiny_lora(tiny_model()), args)
-    names = {name.removesuffix("=") for line in INTERNALS.values() for name in line.split()}
+    parts = {part: line for part, line in INTERNALS.items() if part != "warmup"}
+    names = {name.removesuffix("=") for line in parts.values() for name in line.split()}
     assert {name for name in names if not hasattr(plain, name)} == set()
     assert {name for name in OURS if hasattr(plain, name)} == set()
+
+
+# What the warm-up's trainer and the parts that it shares with GRPO's use of SFTTrainer.
+SHARED = "parallel: accelerator= args model; state: accelerator args state; journal: _metrics model state; "
+SHARED += "finite: _metrics accelerator add_callback args model state"
+
+
+def test_what_the_warm_up_uses_is_there_and_its_names_are_free(tmp_path: Path):
+    plain = sft_trainer(tmp_path)
+    shared = [part.partition(":")[2] for part in SHARED.split(";")]
+    names = {name.removesuffix("=") for line in [INTERNALS["warmup"], *shared] for name in line.split()}
+    assert {name for name in names if not hasattr(plain, name)} == set()
+    assert {name for name in OURS_IN_THE_WARM_UP if hasattr(plain, name)} == set()
+    assert all(hasattr(SFTTrainer, name) for name in READ_OF_SFT["1.16.0"])
+
+
+def test_the_warm_up_is_given_what_it_asks_for(tmp_path: Path):
+    """No row is prepared, cut or dropped by TRL, and its own collator's tensors reach the loss."""
+    plain = sft_trainer(tmp_path)
+    assert plain.args.max_length is None
+    assert plain.train_dataset[0] == {"rows": [0, 1]}
+    (batch,) = plain.get_train_dataloader()
+    assert batch == "collated"
+    assert not plain.padding_free
+    assert "num_items_in_batch" in inspect.signature(plain.compute_loss).parameters
+    assert plain.model_accepts_loss_kwargs, "the step's tokens would not be counted over all processes"
+
+
+def sft_trainer(folder: Path) -> Any:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=1, report_to="none", max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=True, bf16=False, remove_unused_columns=False,
+    )  # fmt: skip
+    return SFTTrainer(
+        tiny_lora(tiny_model()), args, train_dataset=Dataset.from_list([{"rows": [0, 1]}]),
+        processing_class=tiny_tokenizer(), data_collator=lambda rows: "collated",
+    )  # fmt: skip
 
 
 def test_a_subclass_may_still_override_the_loss(tmp_path: Path):

@@ -17,20 +17,9 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.task.traces import Trace
 from grpo_lite.trainer.warmup import StepRows, WarmupTrainer, as_dataset, divide, order_rows
-from tests.tiny import Gradients, tiny_lora, tiny_model, tiny_tokenizer
+from tests.tiny import Gradients, tiny_lora, tiny_model, tiny_tokenizer, traces
 
 END = 2
-
-
-def rows_of(count: int, seed: int = 0) -> list[Trace]:
-    """Return rows of different lengths; every completion ends with the end token."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        prompt, completion = (int(n) for n in torch.randint(1, 12, (2,), generator=generator))
-        ids = torch.randint(3, 250, (prompt + completion,), generator=generator).tolist()
-        rows.append(Trace(ids[:prompt], [*ids[prompt:], END]))
-    return rows
 
 
 # Which rows a step takes
@@ -87,7 +76,7 @@ def test_the_loss_is_on_the_completion_and_its_end_token_only() -> None:
 @given(count=st.integers(1, 9), tokens=st.one_of(st.none(), st.integers(1, 90)), seed=st.integers(0, 5))
 @settings(deadline=None)
 def test_the_parts_of_a_step_are_its_rows_without_their_padding(count: int, tokens: int | None, seed: int) -> None:
-    rows = rows_of(count, seed)
+    rows = traces(count, seed)
     whole = StepRows(rows, pad=0).padded(rows)
     parts = list(divide(whole, tokens))
     read = [
@@ -102,7 +91,7 @@ def test_the_parts_of_a_step_are_its_rows_without_their_padding(count: int, toke
 
 
 def test_each_process_gets_its_share_of_every_step() -> None:
-    rows = rows_of(11)
+    rows = traces(11)
     order = order_rows([len(row) for row in rows], 60, 4, None, 0, least=2)
     parts = as_dataset(order, rows, 2)["rows"]
     for i, step in enumerate(order.steps):
@@ -155,7 +144,7 @@ def in_float64(rows: list[Trace]) -> tuple[dict[str, Tensor], float]:
 def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
     tmp_path: Path, budget: int | None, checkpointing: bool
 ) -> None:
-    rows = rows_of(7)
+    rows = traces(7)
     gradients, log = trained(trainer_of(tmp_path, rows, budget, checkpointing=checkpointing))
     expected, loss = in_float64(rows)
     assert log["loss"] == pytest.approx(loss, abs=2e-4)  # transformers rounds it to four digits
@@ -165,10 +154,10 @@ def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
         torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_plain_trl_has_the_same_gradient(tmp_path: Path) -> None:
+def test_plain_trl_has_the_same_gradient_and_figures(tmp_path: Path) -> None:
     from datasets import Dataset
 
-    rows = rows_of(7)
+    rows = traces(7)
     whole = [{"input_ids": [*r.prompt_ids, *r.completion_ids], "labels": [-100] * len(r.prompt_ids) + r.completion_ids}
              for r in rows]  # fmt: skip
     args = SFTConfig(
@@ -183,12 +172,14 @@ def test_plain_trl_has_the_same_gradient(tmp_path: Path) -> None:
     )
     ours, our_log = trained(trainer_of(tmp_path, rows, 40))
     assert our_log["loss"] == pytest.approx(log["loss"], abs=2e-4)
+    for key in ("mean_token_accuracy", "entropy", "num_tokens"):  # of the step, however it is divided
+        assert our_log[key] == pytest.approx(log[key], rel=1e-5), key
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_of_held_rows_is_logged_and_changes_nothing(tmp_path: Path) -> None:
-    rows, held = rows_of(6), rows_of(4, seed=9)
+    rows, held = traces(6), traces(4, seed=9)
     gradients, log = trained(trainer_of(tmp_path, rows, 50, held=held))
     plain, plain_log = trained(trainer_of(tmp_path, rows, 50))
     model = trainer_of(tmp_path, rows, 50, held=held)
@@ -202,8 +193,8 @@ def test_the_loss_of_held_rows_is_logged_and_changes_nothing(tmp_path: Path) -> 
 
 
 def test_the_loss_of_held_rows_is_their_mean_loss_of_a_completion_token(tmp_path: Path) -> None:
-    held = rows_of(5, seed=9)
-    trainer = trainer_of(tmp_path, rows_of(3), 30, held=held)
+    held = traces(5, seed=9)
+    trainer = trainer_of(tmp_path, traces(3), 30, held=held)
     assert trainer.held_out_loss() == pytest.approx(in_float64(held)[1], rel=1e-5)
 
 
@@ -227,7 +218,7 @@ class OutOfMemory:
 def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts_with_the_same_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, lines = rows_of(12, seed=3), list[str]()
+    rows, lines = traces(12, seed=3), list[str]()
     longest = max(map(len, rows))
     trainer = trainer_of(tmp_path, rows, 4 * longest, show=lines.append)
     monkeypatch.setattr(trainer, "compute_loss", OutOfMemory(trainer, longest))
@@ -237,6 +228,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts_with_the_sa
     assert trainer.options.warmup_tokens is not None
     assert trainer.options.warmup_tokens < 2 * longest
     assert log["loss"] == pytest.approx(loss, abs=2e-4)
+    assert log["num_tokens"] == sum(map(len, rows))  # the failed attempts count nothing
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
 
@@ -245,7 +237,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts_with_the_sa
 def test_a_row_that_alone_does_not_fit_ends_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recover: bool, expected: str
 ) -> None:
-    trainer = trainer_of(tmp_path, rows_of(4), None, recover=recover, advice="Lower this.")
+    trainer = trainer_of(tmp_path, traces(4), None, recover=recover, advice="Lower this.")
 
     def never(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
