@@ -223,12 +223,28 @@ def test_additions_are_distinct_and_their_traces_hold_in_every_column(digits: in
         steps = [step.split("=") for step in thought.split(", ")]
         assert [sum(map(int, terms.split("+"))) for terms, _ in steps] == [int(total) for _, total in steps]
         assert [terms[:3] for terms, _ in steps] == [f"{x}+{y}" for x, y in zip(a[::-1], b[::-1], strict=True)]
-        assert result == row["answer"] == steps[-1][1] + "".join(total[-1] for _, total in steps[-2::-1])
+        assert result == row["answer"] == str(int(steps[-1][1] + "".join(total[-1] for _, total in steps[-2::-1])))
 
 
-def test_the_trace_of_an_addition_names_its_carries() -> None:
-    (row,) = [row for row in addition(seed=1, size=8100) if row["question"] == "47+38"]
-    assert row == {"question": "47+38", "answer": "85", "trace": "<think>7+8=15, 4+3+1=8</think><answer>85</answer>"}
+@pytest.mark.parametrize(
+    "question, trace",
+    [
+        ("47+38", "<think>7+8=15, 4+3+1=08</think><answer>85</answer>"),
+        ("12+34", "<think>2+4=06, 1+3+0=04</think><answer>46</answer>"),
+        ("99+99", "<think>9+9=18, 9+9+1=19</think><answer>198</answer>"),
+    ],
+)
+def test_the_trace_of_an_addition_writes_each_carry(question: str, trace: str) -> None:
+    (row,) = [row for row in addition(seed=1, size=8100) if row["question"] == question]
+    assert row["trace"] == trace
+
+
+def test_a_share_of_the_traces_answers_directly() -> None:
+    rows = addition(seed=1, size=1000, direct=0.5)
+    direct = [row for row in rows if row["trace"] == f"<answer>{row['answer']}</answer>"]
+    assert 450 < len(direct) < 550  # 500 ± 3 standard deviations of 16
+    assert all(row["trace"].startswith("<think>") for row in rows if row not in direct)
+    assert [row["question"] for row in rows] == [row["question"] for row in addition(seed=1, size=1000)]
 
 
 def test_additions_repeat_with_their_seed() -> None:
@@ -253,6 +269,7 @@ def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
         ("sums", {"size": 10**6}, "there are 400 distinct problems"),
         ("sums", {"high": "x"}, "was given"),
         ("addition", {"digits": 0}, "1 <= digits <= 9"),
+        ("addition", {"direct": 1.5}, "0 <= direct <= 1"),
         ("addition", {"digits": 1, "size": 82}, "there are 81 distinct problems"),
         ("countdown", {"numbers": 9}, "2 <= numbers <= 6"),
         ("countdown", {"numbers": 2, "low": 1, "high": 2, "size": 500}, "distinct problems exist"),
