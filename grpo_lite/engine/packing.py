@@ -152,6 +152,29 @@ def pack(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> PackedBatch:
     )
 
 
+def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedBatch:
+    """Lay out rows that share no prompt as one flat row.
+
+    Args:
+        input_ids: `(B, L)`, padded on the right.
+        attention_mask: `(B, L)`, 1 on real tokens.
+        labels: `(B, L)`, the token where it is to be scored, -100 elsewhere; in each row the scored tokens end it, and
+            at least one token stands before them.
+    """
+    mask = attention_mask.bool()
+    lengths, scored = mask.sum(1).tolist(), (labels != -100).sum(1).tolist()
+    flat_labels = labels[mask]
+    places = (flat_labels != -100).nonzero().squeeze(1)
+    return PackedBatch(
+        input_ids=input_ids[mask].unsqueeze(0),
+        position_ids=(mask.cumsum(1) - 1)[mask].unsqueeze(0),
+        segments=tuple((length - count, (count,)) for length, count in zip(lengths, scored, strict=True)),
+        predictors=places - 1,
+        targets=flat_labels[places],
+        scatter=(labels != -100).reshape(-1).nonzero().squeeze(1),
+    )
+
+
 def unpack(values: Tensor, packed: PackedBatch, out: Tensor) -> Tensor:
     """Return `out` `(B, C)` with the packed tokens' `values` `(N,)` put in their places; differentiable in both."""
     return out.reshape(-1).index_put((packed.scatter,), values).view(out.shape)

@@ -51,7 +51,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def score(
-    model: nn.Module, packed: PackedBatch, scoring: Scoring, autocast: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module,
+    packed: PackedBatch,
+    scoring: Scoring,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    top1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities `(N,)` and entropies `(N,)` (or None) of a packed batch's completion tokens.
 
@@ -60,6 +64,7 @@ def score(
         packed: The batch.
         scoring: Temperature and what to return.
         autocast: Makes the context to run the model in.
+        top1: As for `selected_logprobs`.
     """
     inner = base_model(model)
     device = packed.input_ids.device
@@ -86,7 +91,7 @@ def score(
         chosen = chosen.to(torch.get_autocast_dtype(device.type))
     with context:
         return selected_logprobs(
-            chosen, head, packed.targets, scoring.temperature, scoring.entropy, scoring.entropy_grad
+            chosen, head, packed.targets, scoring.temperature, scoring.entropy, scoring.entropy_grad, top1
         )
 
 
@@ -155,6 +160,7 @@ def selected_logprobs(
     temperature: float,
     entropy: bool = False,
     entropy_grad: bool = False,
+    top1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Score `targets` under `softmax(head(hidden) / temperature)`.
 
@@ -165,6 +171,7 @@ def selected_logprobs(
         temperature: Of the sampling distribution.
         entropy: Whether to return entropies.
         entropy_grad: Whether the entropies must be differentiable.
+        top1: `(N,)` of truth values, gets whether each target is the most probable token; None: nobody asks.
 
     Returns:
         Log-probabilities `(N,)` and entropies `(N,)` (or None), both fp32 (fp64 for fp64 inputs).
@@ -174,8 +181,8 @@ def selected_logprobs(
     needs_head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     inverse = 1.0 / temperature
     if torch.is_grad_enabled() and needs_head_grad:
-        return _recomputed(hidden, weight, bias, targets, inverse, entropy)
-    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, targets, inverse, entropy, entropy_grad)
+        return _recomputed(hidden, weight, bias, targets, inverse, entropy, top1)
+    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, targets, inverse, entropy, entropy_grad, top1)
     if entropies is not None and not entropy_grad:
         entropies = entropies.detach()
     return logps, entropies
@@ -204,6 +211,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         inverse_temperature: float,
         entropy: bool,
         entropy_grad: bool,
+        top1: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -218,6 +226,8 @@ class _SelectedLogProbs(torch.autograd.Function):
             log_p = torch.log_softmax(_logits(hidden[part], head, bias, inverse_temperature), dim=-1)  # (n, V)
             target = targets[part].unsqueeze(1)
             logps[part] = log_p.gather(1, target).squeeze(1)
+            if top1 is not None:
+                top1[part] = logps[part] >= log_p.amax(dim=-1)
             if not entropy and jacobian is None:
                 continue
             p = log_p.exp()
@@ -247,18 +257,25 @@ class _SelectedLogProbs(torch.autograd.Function):
             grad = extra if grad is None else grad + extra
         if grad is not None:
             grad = grad.to(jacobian.dtype)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 def _recomputed(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, inverse_temperature: float, entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse_temperature: float,
+    entropy: bool,
+    top1: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Score chunk by chunk under activation checkpointing: for a head that is trained itself."""
 
-    def score(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def score(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_p = torch.log_softmax(_logits(part, weight, bias, inverse_temperature), dim=-1)
         entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(log_p.size(0))
-        return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropies
+        logps = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+        return logps, entropies, (logps >= log_p.amax(dim=-1)).detach()
 
     rows = chunk_rows(weight)
     parts = [
@@ -266,6 +283,8 @@ def _recomputed(
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     logps = torch.cat([part[0] for part in parts])
+    if top1 is not None:
+        top1.copy_(torch.cat([part[2] for part in parts]))
     return logps, torch.cat([part[1] for part in parts]) if entropy else None
 
 

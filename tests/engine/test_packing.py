@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_lite.engine.attention import PackedLayout, packed_attention
-from grpo_lite.engine.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.engine.packing import PaddedBatch, pack, pack_rows, plan_microbatches, read_padded_batch, unpack
 
 
 @st.composite
@@ -156,3 +156,23 @@ def test_the_attention_mask_of_long_rows_does_not_grow_with_the_square_of_the_ro
     layout = layout_of(((150, (1000, 1000, 1000, 1000)),), dense=False)
     mask = layout.causal_mask(1000, 150, torch.float32)
     assert mask.untyped_storage().nbytes() == 4 * 1000 * 1150  # against 4 * 4150**2 for the whole row
+
+
+def test_rows_of_their_own_prompts_are_laid_out_as_groups_of_one():
+    """Prompts of 3, 1 and 2 tokens, completions of 2, 4 and 1, once padded on both sides and once on the right."""
+    prompts, completions = [[11, 12, 13], [21], [31, 32]], [[14, 15], [22, 23, 24, 25], [33]]
+    ids, mask, labels = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 5), torch.full((3, 5), -100)
+    both, both_mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        ids[i, :end], mask[i, :end] = torch.tensor(prompt + completion), 1
+        labels[i, len(prompt) : end] = torch.tensor(completion)
+        both[i, 3 - len(prompt) : 3 + len(completion)] = torch.tensor(prompt + completion)
+        both_mask[i, 3 - len(prompt) : 3 + len(completion)] = 1
+    batch = read_padded_batch(both, both_mask, 4)
+    assert batch is not None
+    expected, packed = pack(batch, [[0], [1], [2]]), pack_rows(ids, mask, labels)
+    for name in ("input_ids", "position_ids", "predictors", "targets"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), name
+    assert packed.segments == expected.segments
+    assert torch.equal(unpack(packed.targets, packed, torch.full((3, 5), -100)), labels)

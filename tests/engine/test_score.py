@@ -73,3 +73,14 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
     with Largest() as mode:
         selected_logprobs(hidden, head, torch.zeros(200, dtype=torch.long), 1.0, entropy=True)[0].sum().backward()
     assert mode.elements == 16 * 1000  # against 200,000
+
+
+@pytest.mark.parametrize("head_is_trained", [False, True])
+def test_whether_a_target_is_the_most_probable_token_is_told_on_request(head_is_trained: bool):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 40, bias=False).requires_grad_(head_is_trained)
+    hidden, targets = torch.randn(60, 8, requires_grad=True), torch.randint(40, (60,))
+    targets[::2] = head(hidden[::2]).argmax(-1)
+    top1 = torch.zeros(60, dtype=torch.bool)
+    selected_logprobs(hidden, head, targets, temperature=0.7, top1=top1)
+    assert torch.equal(top1, head(hidden).argmax(-1) == targets)
