@@ -21,7 +21,7 @@ from grpo_lite.engine.attention import PackedLayout, packed_attention
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SHAPES = {  # groups, prompt, completions of a group
-    "quickstart: 8 groups, 29 + 8 x 3": (8, 29, [3] * 8),
+    "sums: 8 groups, 29 + 8 x 3": (8, 29, [3] * 8),
     "2 groups, 60 + 8 x 16": (2, 60, [16] * 8),
     "2 groups, 100 + 8 x 40": (2, 100, [40] * 8),
     "gsm8k: 1 group, 150 + 8 x 200": (1, 150, [120, 150, 180, 200, 200, 220, 250, 280]),

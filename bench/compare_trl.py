@@ -1,6 +1,6 @@
 """Compare plain TRL with grpo_lite's engine, side by side in one process: seconds, tokens and peak memory of a step.
 
-    python bench/compare_trl.py --model DIR [--shapes quickstart gsm8k long] [--repeats 3] [--curves] [--json FILE]
+    python bench/compare_trl.py --model DIR [--shapes sums gsm8k long] [--repeats 3] [--curves] [--json FILE]
 
 Both train the same 4-bit model with the same LoRA, settings and completions, in turns. Lengths are drawn afresh for
 each turn, as in training, so that what a kernel costs at a length it has not seen is part of the time; they are forced
@@ -59,7 +59,7 @@ class Shape:
 
 
 SHAPES = {
-    "quickstart": Shape("quickstart", 16, 8, 29, ("uniform", 1.5, 4.5), 4, 64),
+    "sums": Shape("sums", 16, 8, 29, ("uniform", 1.5, 4.5), 4, 64),
     "gsm8k": Shape("gsm8k", 4, 8, 150, ("lognormal", 200, 0.45), 512, 8),
     "long": Shape("long", 2, 4, 150, ("uniform", 700, 1024), 1024, 4),
 }

@@ -1,6 +1,6 @@
 """Compare a run's GGUF files with its merged model, by kind: next tokens, greedy answers, held-out score.
 
-    python bench/gguf_agreement.py runs/quickstart [--kinds f16 q8_0 q4_k_m] [--rows 150]
+    python bench/gguf_agreement.py runs/sums [--kinds f16 q8_0 q4_k_m] [--rows 150]
 
 The evidence for the limits in grpo_lite/export/gguf/proof.py. Each kind is written to a folder, run by llama.cpp
 (llama-cpp-python; K-quants need llama-quantize). Two controls follow: files that must fail, made of the base instead of

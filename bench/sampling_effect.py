@@ -1,6 +1,6 @@
-"""Measure what refilling does for quickstart: held-out accuracy by step and by second.
+"""Measure what refilling does for sums: held-out accuracy by step and by second.
 
-    python bench/sampling_effect.py [--recipe quickstart] [--seeds 42 43 44] [--every 2] [--json FILE] [KEY=VALUE ...]
+    python bench/sampling_effect.py [--recipe sums] [--seeds 42 43 44] [--every 2] [--json FILE] [KEY=VALUE ...]
 
 Each setting trains from the same base with the same seeds; every few steps the held-out prompts are answered
 greedily; the seconds do not include that. They do include the extra rollouts of refilled groups.
@@ -53,7 +53,7 @@ def main() -> None:
     """Train every setting with every seed and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--recipe", default="sums")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[42, 43, 44])
     parser.add_argument("--every", type=int, default=2)

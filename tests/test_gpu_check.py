@@ -91,10 +91,10 @@ def test_the_first_round(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_second_round(root: Path, tmp_path: Path) -> None:
-    done = script(root, tmp_path, "quickstart trl peers unsloth")
+    done = script(root, tmp_path, "sums trl peers unsloth")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = recorded(tmp_path)
-    assert record["quickstart"]["result"]["median_step_s"] > 0
+    assert record["sums"]["result"]["median_step_s"] > 0
     norms = record["trl"]["result"]["grad_norm"]
     assert norms["plain"] == pytest.approx(norms["grpo_lite"], rel=0.1)
     assert set(record["peers"]["result"]["variants"]) == {"graph", "batching", "vllm"}
@@ -191,7 +191,7 @@ def test_a_missing_package_is_named_before_anything_runs(root: Path, tmp_path: P
         "u.find_spec = lambda name, *rest: None if name == 'gguf' else real(name, *rest)\n",
         encoding="utf-8",
     )
-    done = script(root, tmp_path, "quickstart", PYTHONPATH=f"{tmp_path}:{root}")
+    done = script(root, tmp_path, "sums", PYTHONPATH=f"{tmp_path}:{root}")
     assert done.returncode == 1
     assert done.stderr == "missing here: gguf\n"
     assert done.stdout == ""

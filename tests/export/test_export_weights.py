@@ -1,4 +1,4 @@
-"""The quickstart's run, a few steps of it, exported to every form that the command line offers; each proves itself."""
+"""The run of `sums`, a few steps of it, exported to every form that the command line offers; each proves itself."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ KINDS = ["f16", "bf16", "q8_0", *K_QUANTS]
 
 @pytest.fixture(scope="module")
 def run(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart recipe as it is, but 3 steps and 32 held-out prompts, trained by the command line."""
-    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    """The recipe `sums` as it is, but 3 steps and 32 held-out prompts, trained by the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "sums"
     short = ["grpo.max_steps=3", "eval.limit=32", "eval.samples=0"]
-    grpo_lite("train", "quickstart", "--run", str(folder), *short)
+    grpo_lite("train", "sums", "--run", str(folder), *short)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_each_gguf_is_proven_against_the_merged_model(exported: tuple[Path, str]
         assert proof["decided_agreement"] == 1
         assert proof["stopped"] == proof["stopped_merged"]
     modelfile = (folder / "Modelfile").read_text()
-    assert f"FROM ./quickstart-{kind}.gguf" in modelfile
+    assert f"FROM ./sums-{kind}.gguf" in modelfile
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     assert "9+8=17" in modelfile  # the recipe's examples come before the question
     assert "files intact" in grpo_lite("verify", str(folder))

@@ -116,14 +116,14 @@ def test_models_in_the_built_in_table_have_positions_and_qwen_math_has_its_own()
 
 @pytest.mark.parametrize("prompt, longest", [(200, 7992), (8191, 1), (8192, None), (9000, None), (8150, 42)])
 def test_the_longest_completion_ends_where_the_positions_end(prompt: int, longest: int | None) -> None:
-    job = job_of(load_recipe("quickstart"), prompt=prompt)
+    job = job_of(load_recipe("sums"), prompt=prompt)
     assert job.shape.positions == 8192
     assert largest_completion(job, 10**15, whole_groups=False) == longest
     assert largest_completion(job, 10**15, whole_groups=True) == longest
 
 
 def test_the_report_says_what_bounds_the_length() -> None:
-    recipe = load_recipe("quickstart")
+    recipe = load_recipe("sums")
 
     def line(card: str) -> str:
         lines = report_lines(recipe, find_card(card), plan_recipe(recipe, find_card(card), 192))
@@ -136,7 +136,7 @@ def test_the_report_says_what_bounds_the_length() -> None:
 
 @pytest.mark.parametrize("card", list(CARDS))
 def test_no_card_is_offered_more_than_the_model_has(card: str) -> None:
-    for name in ("gsm8k", "quickstart", "math"):
+    for name in ("gsm8k", "sums", "math"):
         job = job_of(load_recipe(name))
         for whole in (True, False):
             longest = largest_completion(job, CARDS[card].memory_bytes, whole)
@@ -145,7 +145,7 @@ def test_no_card_is_offered_more_than_the_model_has(card: str) -> None:
 
 
 def test_a_recipe_beyond_the_positions_is_told_with_what_to_change() -> None:
-    recipe = load_recipe("quickstart", ["grpo.max_completion_length=9000"])
+    recipe = load_recipe("sums", ["grpo.max_completion_length=9000"])
     text = "\n".join(report_lines(recipe, find_card("h100"), plan_recipe(recipe, find_card("h100"), 200)))
     assert "too long: embedded/SmolLM2-135M-Instruct was made for 8192 positions" in text
     assert "need 9200; paste: grpo.max_completion_length=7992" in text

@@ -33,7 +33,7 @@ rewards: [{function: rewards.accuracy_reward}]
 
 SHIPPED = [
     *("code", "countdown", "countdown-base", "custom", "deepmath"),
-    *("gsm8k", "gsm8k-base", "lfm2.5-1.2b", "math", "quickstart", "smoke"),
+    *("gsm8k", "gsm8k-base", "lfm2.5-1.2b", "math", "quickstart", "smoke", "sums"),
     *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"),
 ]
 

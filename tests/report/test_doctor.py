@@ -304,7 +304,7 @@ def test_float16_steps_left_out_by_a_real_grad_scaler_are_counted() -> None:
 
 
 def test_truncation_that_costs_no_reward_is_left_alone() -> None:
-    # the quickstart: four tokens of few-shot text, always cut off, and paid all the same
+    # the recipe sums: four tokens of few-shot text, always cut off, and paid all the same
     part = "rewards__accuracy_reward__mean"
     paid = steps(8, reward=lambda i: i / 8, completions__clipped_ratio=lambda i: 1.0, **{part: lambda i: i / 8})
     assert diagnose(replace(sums(), steps=paid)) == []

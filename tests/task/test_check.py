@@ -17,7 +17,7 @@ from grpo_lite.task.rewards import load_rewards, weighted_sum
 from rewards.gate import Part, composition_margin
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smoke", "countdown"])
+@pytest.mark.parametrize("name", ["quickstart", "sums", "smoke", "countdown"])
 def test_a_generated_recipe_pays_gold_and_no_cheat(root: Path, name: str) -> None:
     recipe = load_recipe(name)
     report = check_recipe_rewards(recipe, load_prompts(recipe))
