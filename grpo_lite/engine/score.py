@@ -130,7 +130,7 @@ def self_check(
             if unbuilt is None:
                 raise
             logger.warning(f"Packed compute is on and needs no Triton, but plain TRL compute would fail: {unbuilt}")
-            expected, shifted = padded(partial(_scores_from_logits, model, autocast, scoring.temperature))
+            expected, shifted = padded(partial(scores_from_logits, model, autocast, scoring.temperature))
         try:
             packed = pack(batch, plan_microbatches(batch, range(6), None)[0])
             values, _ = score(model, packed, scoring._replace(entropy=False), autocast)
@@ -306,7 +306,7 @@ def _random_groups(vocabulary: int, device: torch.device) -> tuple[Tensor, Tenso
     return torch.cat([prompts, completions], dim=1).to(device), mask.to(device), longest
 
 
-def _scores_from_logits(
+def scores_from_logits(
     model: nn.Module,
     autocast: Callable[[], AbstractContextManager[Any]],
     temperature: float,

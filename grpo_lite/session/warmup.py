@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError, TrainingError
@@ -242,7 +242,8 @@ def _build(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, stage: _St
             train_dataset=as_dataset(stage.order, stage.rows, this_process().world),
             data_collator=StepRows(stage.rows, prompts.tokenizer.pad_token_id),
             callbacks=[MetricsFile(run, "warmup")] if first else [],
-            options=plan.options, show=view.show, advice=plan.advice, recover=recipe.memory.fit, held=stage.held,
+            options=replace(plan.options, compute="plain") if uses_unsloth(recipe.model) else plan.options,
+            show=view.show, advice=plan.advice, recover=recipe.memory.fit, held=stage.held,
             epochs=stage.order.epochs, **own,
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals

@@ -1,8 +1,10 @@
 """`WarmupTrainer`: TRL's SFTTrainer on rows whose tokens are known, a step's rows divided to fit the memory.
 
-TRL keeps the loss (over completion tokens, without the logits of a whole row) and its metrics. What is added is what
-every training here has: whole checkpoints, no NaN in the weights, the mean gradient of several processes, and a step
-that runs out of memory is repeated in smaller parts with the same gradient. Read in trl 1.14.0 and 1.16.0.
+TRL keeps the training: batches, optimizer, schedule, logs. The log-probabilities come from the packed engine that GRPO
+uses, where it serves the model: no padding, only completion tokens scored. Elsewhere TRL's own loss is taken; they are
+the same number. What is added is what every training here has: whole checkpoints, no NaN in the weights, the mean
+gradient of several processes, and a step that runs out of memory is repeated in smaller parts with the same gradient.
+Read in trl 1.14.0 and 1.16.0.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from trl import SFTTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
+from grpo_lite.engine import attention
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
+from grpo_lite.engine.packing import pack_rows
+from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, score, scores_from_logits, self_check
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.runs.checkpoints import read_facts
 from grpo_lite.task.traces import Trace
@@ -181,12 +187,14 @@ class WarmupTrainer(SFTTrainer):
         self.faults = Faults(self, options.max_skipped_steps, self.peers.all_agree)
         self.loss_scale = LossScale(self, show)
         self.checkpoints = Checkpoints(self, self.peers, facts=lambda: {"budget": {BUDGET: self.options.warmup_tokens}})
+        self._packable: bool | None = None  # decided before the first loss
         shorten_lora(self.model)
         if held:
             self.add_callback(HeldOutLoss(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.journal.start()
+        self._is_packable()
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -225,6 +233,49 @@ class WarmupTrainer(SFTTrainer):
             for name, value in {**means, SCORED: scored, READ: int(part["attention_mask"].sum())}.items():
                 figures[name] += value
         return total, figures
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return a part's share of the mean loss of the step's completion tokens: packed, or TRL's own."""
+        if return_outputs or num_items_in_batch is None or not self._is_packable():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        packed = pack_rows(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        top1 = torch.zeros_like(packed.targets, dtype=torch.bool)
+        logps, entropies = score(model, packed, Scoring(temperature=1.0), self.accelerator.autocast, top1)
+        assert entropies is not None
+        self._metrics["train"]["entropy"].append(float(entropies.mean()))
+        self._metrics["train"]["mean_token_accuracy"].append(float(top1.float().mean()))
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return -logps.sum() / num_items_in_batch * processes
+
+    def _is_packable(self) -> bool:
+        """Return whether the packed engine serves the model and its rows; the first call checks it against logits."""
+        if self._packable is None:
+            reason = self._obstacle() if self.options.compute == "packed" else "compute: plain"
+            if reason and self.options.compute == "packed":
+                logger.warning("Packed compute is off in the warm-up, TRL's own is used: %s.", reason)
+            self._packable = reason is None
+        return self._packable
+
+    def _obstacle(self) -> str | None:
+        model = self.accelerator.unwrap_model(self.model)
+        inner = base_model(model)
+        if len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
+            return "a model split over devices"
+        if reason := attention.obstacle(inner):
+            return f"{type(inner).__name__}: {reason}"
+        window, longest = attention.sliding_window(inner), max(map(len, self.data_collator.rows), default=0)
+        if window is not None and window < max(longest, SELF_CHECK_TOKENS):
+            return f"{type(inner).__name__} has a window of {window} tokens, and rows are longer"
+        previous = inner.config._attn_implementation
+        attention.install(inner)
+        scoring, autocast = Scoring(temperature=1.0), self.accelerator.autocast
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+            reason = self_check(model, scoring, autocast, partial(scores_from_logits, model, autocast, 1.0))
+        if reason:
+            inner.config._attn_implementation = previous
+        return reason
 
     @contextmanager
     def _unlogged(self) -> Iterator[dict[str, list[float]]]:

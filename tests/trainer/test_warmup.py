@@ -102,7 +102,9 @@ def test_each_process_gets_its_share_of_every_step() -> None:
 # Loss and gradient
 
 
-def trainer_of(folder: Path, rows: list[Trace], budget: int | None = None, **arguments: Any) -> WarmupTrainer:
+def trainer_of(
+    folder: Path, rows: list[Trace], budget: int | None = None, compute: Any = "packed", **arguments: Any
+) -> WarmupTrainer:
     order = order_rows([len(row) for row in rows], 10**6, 1, None, 0)
     args = SFTConfig(
         output_dir=str(folder), max_steps=1, learning_rate=1e-3, per_device_train_batch_size=1, report_to="none",
@@ -111,9 +113,9 @@ def trainer_of(folder: Path, rows: list[Trace], budget: int | None = None, **arg
         gradient_checkpointing=arguments.pop("checkpointing", False),
     )  # fmt: skip
     return WarmupTrainer(
-        model=tiny_lora(tiny_model()), args=args, processing_class=tiny_tokenizer(),
-        train_dataset=as_dataset(order, rows, 1), data_collator=StepRows(rows, 0),
-        options=EngineOptions(warmup_tokens=budget), **{"show": lambda line: None, **arguments},
+        args=args, processing_class=tiny_tokenizer(), train_dataset=as_dataset(order, rows, 1),
+        data_collator=StepRows(rows, 0), options=EngineOptions(compute, warmup_tokens=budget),
+        **{"show": lambda line: None, "model": tiny_lora(tiny_model()), **arguments},
     )  # fmt: skip
 
 
@@ -140,12 +142,15 @@ def in_float64(rows: list[Trace]) -> tuple[dict[str, Tensor], float]:
     return gradients, loss.item()
 
 
+@pytest.mark.parametrize("compute", ["packed", "plain"])
 @pytest.mark.parametrize("budget, checkpointing", [(None, False), (60, True), (1, False)])
 def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
-    tmp_path: Path, budget: int | None, checkpointing: bool
+    tmp_path: Path, budget: int | None, checkpointing: bool, compute: str
 ) -> None:
     rows = traces(7)
-    gradients, log = trained(trainer_of(tmp_path, rows, budget, checkpointing=checkpointing))
+    trainer = trainer_of(tmp_path, rows, budget, compute, checkpointing=checkpointing)
+    gradients, log = trained(trainer)
+    assert trainer._packable == (compute == "packed")
     expected, loss = in_float64(rows)
     assert log["loss"] == pytest.approx(loss, abs=2e-4)  # transformers rounds it to four digits
     assert log["num_tokens"] == sum(map(len, rows))
@@ -176,6 +181,14 @@ def test_plain_trl_has_the_same_gradient_and_figures(tmp_path: Path) -> None:
         assert our_log[key] == pytest.approx(log[key], rel=1e-5), key
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_beyond_the_attention_window_take_trl_s_own_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = traces(4)
+    trainer = trainer_of(tmp_path, rows, model=tiny_lora(tiny_model("mistral", sliding_window=14)))
+    trainer.train()
+    assert not trainer._packable
+    assert "MistralForCausalLM has a window of 14 tokens, and rows are longer" in caplog.text
 
 
 def test_the_loss_of_held_rows_is_logged_and_changes_nothing(tmp_path: Path) -> None:
