@@ -105,7 +105,7 @@ def _train(
     if traces:
         ahead = 0 if warmup_only else recipe.schedule.steps(len(prompts.train))
         board = make_view(view if this_process().is_first else "plain", recipe, show, "warmup", ahead)
-        limit = deadline_of(recipe, run, base, show, prompts, begun, "the warm-up")
+        limit = deadline_of(recipe, run, base, show, prompts, begun, traces)
         ended = warm_up(recipe, run, base, prompts, traces, rewards[0], plan, board, state, limit)
         if ended:
             return ended, None

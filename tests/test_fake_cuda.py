@@ -29,6 +29,10 @@ SLOW = (
     "planted_faults",
     "whole_smoke_fp16",
     "whole_smoke_bf16",
+    "warm_up_fp16",
+    "warm_up_bf16",
+    "warm_up_resumed",
+    "memory_runs_out_in_the_warm_up",
     "notebook_order",
 )
 

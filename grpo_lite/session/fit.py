@@ -26,6 +26,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.session.views import View
 from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.traces import Traces
 from grpo_lite.units import now
 
 _LOST_PEER = re.compile("Connection (closed|reset) by peer|remote process has terminated|NCCL.*(remote|abort)", re.I)
@@ -54,14 +55,24 @@ def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> N
 
 
 def deadline_of(
-    recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float, stage: str = "training"
+    recipe: Recipe, run: RunDir, base: Base, show: Show, prompts: Prompts, begun: float, traces: Traces | None = None
 ) -> Any:
-    """Return the callback that keeps `limits.max_minutes`, or None without such a limit."""
-    from grpo_lite.session.stop import Deadline
+    """Return the callback that keeps `limits.max_minutes`, or None without such a limit.
+
+    Args:
+        recipe, run, base, prompts: of this training.
+        show: gets the line when training pauses.
+        begun: `time.monotonic()` when the time began to count.
+        traces: rows of the warm-up, where that is trained.
+    """
+    from grpo_lite.session.stop import Deadline, sampled_per_warmup_step
 
     if recipe.limits.max_minutes is None:
         return None
-    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base.weights, show, stage)
+    stage: dict[str, Any] = {}
+    if traces is not None:
+        stage = {"stage": "the warm-up", "sampled_per_step": sampled_per_warmup_step(recipe, traces.rows)}
+    return Deadline(recipe, begun, run.read_run(), len(prompts.eval), base.weights, show, **stage)
 
 
 def fit(run: RunDir, view: View, trainer: Any, deadline: Any = None) -> TrainResult:

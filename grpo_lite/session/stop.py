@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,11 +15,14 @@ from transformers import TrainerCallback
 
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show
+from grpo_lite.task.traces import Trace
 
 # Reading, rounding, writing and twice verifying a merge, on a slow machine; measured ones of the run itself are used
 # as soon as there are any.
 MERGE_BYTES_PER_S = 25e6
 MERGE_SETUP_S = 30.0
+# Generating a token of an evaluation takes no longer than training on so many.
+TRAINED_PER_GENERATED = 3.0
 MOST_RESERVED = 0.5  # share of the time: a short limit must still train
 
 
@@ -31,6 +35,7 @@ class Deadline(TrainerCallback):
         held_out: prompts that will be evaluated.
         base: folder of the 16-bit base, whose size says how long a merge takes.
         stage: what is trained, for the message.
+        sampled_per_step: completions of the evaluation's length whose generation takes as long as a step.
     """
 
     def __init__(
@@ -42,11 +47,13 @@ class Deadline(TrainerCallback):
         base: Path,
         show: Show,
         stage: str = "training",
+        sampled_per_step: float | None = None,
     ) -> None:
         self.recipe, self.begun, self.earlier, self.show, self.stage = recipe, begun, earlier, show, stage
         self.held_out = min(held_out, recipe.eval.limit or held_out) if recipe.eval.enabled else 0
         self.base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         self.limit_s = (recipe.limits.max_minutes or 0.0) * 60
+        self.sampled_per_step = recipe.schedule.sampled_per_step if sampled_per_step is None else sampled_per_step
         self.reached = False
         self._first_step_at = 0.0
         self._last_step_at = 0.0
@@ -75,11 +82,21 @@ class Deadline(TrainerCallback):
         if evaluation is None:
             completions = self.recipe.evaluated_completions(self.held_out)
             completions += self.held_out if self.recipe.merge else 0
-            evaluation = completions * step_s / max(1, self.recipe.schedule.sampled_per_step)
+            evaluation = completions * step_s / self.sampled_per_step
         merge = self.earlier.get("merge_seconds")
         if merge is None:
             merge = MERGE_SETUP_S + self.base_bytes / MERGE_BYTES_PER_S
         return 1.2 * ((evaluation if self.recipe.eval.enabled else 0.0) + (merge if self.recipe.merge else 0.0))
+
+
+def sampled_per_warmup_step(recipe: Recipe, rows: Sequence[Trace]) -> float:
+    """Return how many completions of the evaluation's cap are generated in the time of a warm-up step, from below.
+
+    A step of the warm-up generates nothing, so the time is estimated from the tokens that it trains on.
+    """
+    assert recipe.warmup is not None
+    trained = min(recipe.warmup.tokens_per_step, sum(map(len, rows))) or 1
+    return trained / (TRAINED_PER_GENERATED * recipe.eval_completion_length)
 
 
 class StopCleanly(TrainerCallback):

@@ -21,7 +21,7 @@ from grpo_lite.memory.fit import Fit
 from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME, load_into
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_for_sampling, lora_config, lora_to_float32
-from grpo_lite.models.unsloth import uses_unsloth
+from grpo_lite.models.unsloth import TRL_DEFAULTS, uses_unsloth
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.report.evidence import read_warmup_steps
@@ -234,7 +234,8 @@ def _build(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, stage: _St
     adapter = adapter_to_start_from(recipe, run, base, view.show, "warmup")
     announce_weights(base, view.show)
     model = load_base(base, recipe, max(len(prompts.longest), stage.longest - recipe.max_completion_length))
-    own = {} if uses_unsloth(recipe.model) else {"peft_config": lora_config(recipe)}
+    is_ours = not uses_unsloth(recipe.model)  # else the adapter is on the base, in the dtypes that Unsloth computes in
+    own = {"peft_config": lora_config(recipe)} if is_ours else {}
     set_seed(recipe.seed)
     try:
         trainer = WarmupTrainer(
@@ -242,13 +243,14 @@ def _build(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, stage: _St
             train_dataset=as_dataset(stage.order, stage.rows, this_process().world),
             data_collator=StepRows(stage.rows, prompts.tokenizer.pad_token_id),
             callbacks=[MetricsFile(run, "warmup")] if first else [],
-            options=replace(plan.options, compute="plain") if uses_unsloth(recipe.model) else plan.options,
+            options=plan.options if is_ours else replace(plan.options, compute="plain"),
             show=view.show, advice=plan.advice, recover=recipe.memory.fit, held=stage.held,
-            epochs=stage.order.epochs, **own,
+            epochs=stage.order.epochs, own_layers=is_ours, **own,
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or warmup: upstream refuses these values: {error}") from error
-    lora_to_float32(trainer.model)
+    if is_ours:
+        lora_to_float32(trainer.model)
     if adapter is not None:
         load_into(trainer.model, adapter)
         if first:
@@ -274,6 +276,8 @@ def _sft_config(recipe: Recipe, run: RunDir, base: Base, stage: _Stage) -> Any:
     schedule = section.lr_scheduler_type
     rising = int(RISING_SHARE * steps) if schedule != "constant" and steps >= LEAST_STEPS else 0
     shared = {key: recipe.grpo[key] for key in SHARED_KEYS if recipe.grpo.get(key) is not None}
+    if uses_unsloth(recipe.model):
+        shared = {**{key: value for key, value in TRL_DEFAULTS.items() if key in SHARED_KEYS}, **shared}
     values: dict[str, Any] = {
         **shared,
         **device_arguments(recipe, base),

@@ -27,5 +27,5 @@ INTERNALS: dict[str, str] = {
     "journal": "_log_completion_extra _logs _metrics _tokenizer model reward_func_names reward_weights state",
     "sealed": "",
     "warmup": "_metrics= _prepare_inputs _total_train_tokens= accelerator add_callback args compute_loss "
-    "compute_loss_context_manager data_collator maybe_activation_offload_context model state train_dataset",
+    "compute_loss_context_manager data_collator model state train_dataset",
 }

@@ -163,6 +163,7 @@ class WarmupTrainer(SFTTrainer):
         advice: shown if a step cannot be divided further; the cheapest changes.
         recover: whether a step that runs out of memory is repeated in smaller parts.
         held: rows that are not trained on, whose loss is logged as `heldout_loss`.
+        own_layers: whether the LoRA layers compute as ours do; not where another library has replaced them (Unsloth).
         epochs: passes over the rows that all steps make, for the log.
     """
 
@@ -175,6 +176,7 @@ class WarmupTrainer(SFTTrainer):
         recover: bool = True,
         held: Sequence[Trace] = (),
         epochs: float = 1.0,
+        own_layers: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -188,7 +190,8 @@ class WarmupTrainer(SFTTrainer):
         self.loss_scale = LossScale(self, show)
         self.checkpoints = Checkpoints(self, self.peers, facts=lambda: {"budget": {BUDGET: self.options.warmup_tokens}})
         self._packable: bool | None = None  # decided before the first loss
-        shorten_lora(self.model)
+        if own_layers:
+            shorten_lora(self.model)
         if held:
             self.add_callback(HeldOutLoss(self))
 
@@ -220,15 +223,15 @@ class WarmupTrainer(SFTTrainer):
         return self.peers.average(self.faults.note_loss(loss))
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor], count: Any) -> tuple[Tensor, dict[str, float]]:
-        """Return the step's loss, its gradient added up part by part, and its figures, summed over tokens."""
-        model.train()
+        """Return the step's loss, its gradient added up part by part, and its figures, summed over tokens.
+
+        A part is a micro-step of transformers' own, so what patches that (Unsloth) holds here too.
+        """
         total, figures = torch.zeros((), device=self.accelerator.device), defaultdict[str, float](float)
         for part in divide(self._prepare_inputs(inputs), self.options.warmup_tokens):
             scored = int((part["labels"] != IGNORED).sum())
-            with self.maybe_activation_offload_context, self.compute_loss_context_manager(), self._unlogged() as log:
-                loss = self.compute_loss(model, dict(part), num_items_in_batch=count)
-            self.accelerator.backward(loss)
-            total += loss.detach()
+            with self._unlogged() as log:
+                total += super().training_step(model, dict(part), num_items_in_batch=count)
             means = {name: scored * values[-1] for name, values in log.items()}
             for name, value in {**means, SCORED: scored, READ: int(part["attention_mask"].sum())}.items():
                 figures[name] += value

@@ -5,8 +5,9 @@ and GradScaler are on, CUDA has a random state of its own, kernel launches and w
 counted, and CUDA graphs are recorded and replayed: during a capture nothing runs, whatever a graph cannot hold is an
 error, and a replay repeats the recorded kernels on the same storage, none of the Python around them.
 
-It cannot see which kernel a card would choose, cuDNN, memory, Triton, asynchronous faults or the overflow of tensor
-cores. Written against torch 2.13, transformers 5.23 and bitsandbytes 0.50.2.
+It counts the bytes of live tensors, and memory runs out beyond a limit that a scenario sets. It cannot see which kernel
+a card would choose or what that takes for itself, cuDNN, Triton, asynchronous faults or the overflow of tensor cores.
+Written against torch 2.13, transformers 5.23 and bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import tempfile
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,7 @@ FUSED = {scaled_dot_product_attention: "attention", rms_norm: "rms_norm"}  # one
 waits: collections.Counter[tuple[str, str]] = collections.Counter()  # (operator, "file:line" of grpo_lite)
 launches: collections.Counter[str] = collections.Counter()
 failures: dict[str, int] = {}  # operator -> after how many of its launches memory runs out, once
+memory = {"now": 0, "peak": 0, "limit": 1 << 62}  # bytes of the tensors that lie there, and beyond which it runs out
 
 _on_the_way: list[tuple[Tensor, Tensor]] = []  # copies to the host that nobody waited for
 _random_state = torch.Generator().manual_seed(0).get_state()
@@ -86,6 +89,7 @@ class OnCuda(Tensor):
             device=torch.device("cuda", 0),
         )
         made.host = host.detach()
+        _allocate(made.host.untyped_storage())
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -106,6 +110,22 @@ class OnCuda(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+_allocated: dict[int, int] = {}  # storage -> bytes
+
+
+def _allocate(storage: Any) -> None:
+    key, size = storage._cdata, storage.nbytes()
+    if key not in _allocated:
+        _allocated[key] = size
+        weakref.finalize(storage, _free, key)
+        memory["now"] += size
+        memory["peak"] = max(memory["peak"], memory["now"])
+
+
+def _free(key: int) -> None:
+    memory["now"] -= _allocated.pop(key)
 
 
 class FakeCuda(TorchDispatchMode):
@@ -223,6 +243,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OnCuda)]
     device = next((torch.device(x) for x in [*args, *kwargs.values()] if isinstance(x, torch.device)), None)
+    if name == "_pin_memory" or func is torch.ops.aten.pin_memory.default:
+        return args[0]
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     if not ours and (device is None or device.type != "cuda"):
@@ -266,6 +288,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         made = out if leaves else tree_map(on_cuda, out)
     if _recording is not None and is_kernel:
         _recording.kernels.append((func, args, kwargs, made))
+    if memory["now"] > memory["limit"]:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. {name} takes {memory['now']} bytes. (make-believe)")
     return made
 
 
@@ -323,8 +347,8 @@ def move(module: nn.Module) -> nn.Module:
     return module
 
 
-def install(capability: tuple[int, int] = (7, 5), memory: int = int(14.56 * 2**30)) -> FakeCuda:
-    """Make torch believe in one card of this compute capability and memory (bytes); returns the entered mode."""
+def install(capability: tuple[int, int] = (7, 5), size: int = int(14.56 * 2**30)) -> FakeCuda:
+    """Make torch believe in one card of this compute capability and size (bytes); returns the entered mode."""
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
@@ -344,23 +368,23 @@ def install(capability: tuple[int, int] = (7, 5), memory: int = int(14.56 * 2**3
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     name = f"make-believe sm_{capability[0]}{capability[1]}"
     card = types.SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], total_memory=memory, multi_processor_count=40
+        name=name, major=capability[0], minor=capability[1], total_memory=size, multi_processor_count=40
     )
-    stream = types.SimpleNamespace(wait_stream=nothing, synchronize=nothing)
-    stand_ins: dict[str, Any] = dict.fromkeys(
-        ("_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), nothing
+    stream = types.SimpleNamespace(
+        **dict.fromkeys(("wait_stream", "synchronize", "record_event", "wait_event"), nothing)
     )
-    stand_ins |= dict.fromkeys(
-        ("current_device", "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"),
-        lambda *_, **__: 0,
-    )
+    stand_ins: dict[str, Any] = dict.fromkeys(("_lazy_init", "set_device", "empty_cache", "ipc_collect"), nothing)
+    stand_ins |= dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *_, **__: memory["now"])
+    stand_ins |= dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda *_, **__: memory["peak"])
     stand_ins |= {
+        "current_device": lambda: 0,
+        "reset_peak_memory_stats": lambda *_: memory.update(peak=memory["now"]),
         "synchronize": lambda *_: arrive(),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
         "is_bf16_supported": lambda *_: True,
-        "mem_get_info": lambda device=None: (memory - 2**29, memory),
+        "mem_get_info": lambda device=None: (size - 2**29 - memory["now"], size),
         "get_device_properties": lambda device=None: card,
         "get_device_capability": lambda device=None: capability,
         "get_device_name": lambda device=None: name,

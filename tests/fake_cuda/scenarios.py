@@ -7,6 +7,7 @@ rows on, graphs on.
 from __future__ import annotations
 
 import collections
+import json
 import logging
 import os
 import sys
@@ -517,8 +518,9 @@ def _commands(capability: tuple[int, int], *commands: list[str]) -> str:
     import contextlib
     import io
 
-    device.install(capability)
-    _load_models_there()
+    if not device.is_installed():
+        device.install(capability)
+        _load_models_there()
     from grpo_lite.cli import main
 
     printed = io.StringIO()
@@ -538,8 +540,6 @@ def _whole_smoke(capability: tuple[int, int], dtype: str) -> None:
     train = ["train", "smoke", "--run", run, "--plain"]
     text = _commands(capability, train, ["eval", run], ["chat", run, "What is 2 + 2?"])
     assert dtype in text, text
-    import json
-
     record = json.loads((Path(run) / "run.json").read_text())
     assert record["device"]["kind"] == "cuda"
     assert (Path(run) / "merged").is_dir()
@@ -554,6 +554,115 @@ def whole_smoke_fp16() -> None:
 @scenario
 def whole_smoke_bf16() -> None:
     _whole_smoke((8, 6), "bfloat16")
+
+
+WARM_UP = (
+    "{data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}', tokens_per_step: 600, steps: %d}"
+)
+PART = ["eval.enabled=false", "merge=false", "check.enabled=false", "memory.offload_activations=true"]
+
+
+def _warmed(capability: tuple[int, int], *overrides: str, run: Path | None = None, steps: int = 6) -> tuple[Path, str]:
+    """Train `smoke` with a warm-up; return its directory and what is printed."""
+    run = run or Path(tempfile.mkdtemp()) / "run"
+    warm_up = [
+        "log.sample_every=0",
+        "grpo.max_steps=2",
+        "grpo.gradient_checkpointing=true",
+        "warmup=" + WARM_UP % steps,
+    ]
+    text = _commands(capability, ["train", "smoke", "--run", str(run), "--plain", *warm_up, *overrides])
+    return run, text
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with device.off():
+        return load_file(folder / "adapter_model.safetensors")
+
+
+def _between_stages(seen: list[int]) -> None:
+    """Note what lies on the device when GRPO's trainer is about to be built."""
+    import grpo_lite.train as line
+
+    build = line.build_trainer
+
+    def build_trainer(*args: Any, **kwargs: Any) -> Any:
+        seen.append(device.memory["now"])
+        return build(*args, **kwargs)
+
+    line.build_trainer = build_trainer
+
+
+def _warm_up_and_grpo(capability: tuple[int, int], dtype: str) -> None:
+    seen: list[int] = []
+    _between_stages(seen)
+    run, text = _warmed(capability)
+    assert dtype in text, text
+    assert "warm-up 6/6" in text, text
+    assert "GRPO starts from the warm-up's adapter" in text, text
+    assert (run / "merged").is_dir()
+    assert seen == [0], f"the warm-up leaves {seen} bytes on the card"
+    record = json.loads((run / "run.json").read_text())
+    assert record["warmup"]["steps"] == 6
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["warmup"] * 6 + ["grpo"] * 2
+    assert lines[5]["loss"] < lines[0]["loss"]
+    assert ("loss_scale" in lines[0]) == (dtype == "float16")
+    assert all(line["memory/peak_gib"] > 0 for line in lines)
+
+
+@scenario
+def warm_up_fp16() -> None:
+    """Both stages on a card like a T4: NF4 base, float32 adapter, GradScaler; the card is empty between them."""
+    _warm_up_and_grpo((7, 5), "float16")
+
+
+@scenario
+def warm_up_bf16() -> None:
+    _warm_up_and_grpo((8, 6), "bfloat16")
+
+
+@scenario
+def warm_up_resumed() -> None:
+    """Paused in the warm-up by a clock, on a card with a grad scaler: the same adapter to the bit."""
+    whole, _ = _warmed((7, 5), *PART)
+    paused, text = _warmed((7, 5), *PART, "limits.max_minutes=0.0001")
+    assert "the warm-up pauses after step 1 of 6" in text, text
+    torch.cuda.manual_seed(77)
+    _, text = _warmed((7, 5), *PART, run=paused)
+    assert "resuming from step 1" in text, text
+    for folder in ("warmup/adapter", "adapter"):
+        expected, found = _weights(whole / folder), _weights(paused / folder)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder
+
+
+@scenario
+def memory_runs_out_in_the_warm_up() -> None:
+    """On a card that holds less than the plan took it to hold: the step is repeated in parts, to the same adapter."""
+    from grpo_lite.trainer.warmup import WarmupTrainer
+
+    train, peaks = WarmupTrainer.train, []
+
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = device.memory["peak"] = device.memory["now"]
+        device.memory["limit"] = kept + int(0.7 * (peaks[0] - kept)) if peaks else 1 << 62
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            peaks.append(device.memory["peak"])
+            device.memory["limit"] = 1 << 62
+
+    WarmupTrainer.train = limited  # type: ignore[method-assign]
+    one, text = _warmed((7, 5), *PART)
+    assert "out of memory" not in text, text
+    two, text = _warmed((7, 5), *PART)
+    assert "out of memory in step 1 of the warm-up: at most " in text, text
+    assert peaks[1] < peaks[0], peaks
+    expected, found = _weights(one / "warmup" / "adapter"), _weights(two / "warmup" / "adapter")
+    difference = max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())
+    assert difference < 2e-3, difference  # other kernels' order of summing, in float16
 
 
 @scenario

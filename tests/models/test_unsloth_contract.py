@@ -112,6 +112,43 @@ def test_no_default_of_its_own_changes_what_a_recipe_means(source: Path) -> None
         assert not left, f"{name}: unsloth would decide {sorted(left)}"
 
 
+def test_no_default_of_its_own_changes_what_a_warm_up_means(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from grpo_lite.runs.run_dir import RunDir
+    from grpo_lite.session import warmup
+    from grpo_lite.task.traces import Trace
+
+    recipe = load_recipe("unsloth-qwen3-4b")
+    monkeypatch.setattr(warmup, "uses_unsloth", lambda section: True)
+    monkeypatch.setattr("trl.SFTConfig", lambda **values: SimpleNamespace(n_gpu=1, values=values))
+    device: Any = SimpleNamespace(kind="cuda")
+    base: Any = SimpleNamespace(dtype="float16", device=device)
+    stage = warmup._stage(recipe, [Trace([3], [4, 2])] * 50)
+    values = warmup._sft_config(recipe, RunDir(Path("x")), base, stage).values
+    of_grpo = {
+        "loss_type",
+        "num_generations",
+        "beta",
+        "mask_truncated_completions",
+        "vllm_importance_sampling_correction",
+    }
+    left = set(replaced_defaults(source)) - HARMLESS - {"warmup_ratio", "router_aux_loss_coef"} - of_grpo - set(values)
+    assert not left, f"unsloth would decide {sorted(left)}"
+
+
+def test_a_warm_up_s_own_rows_reach_its_loss(source: Path) -> None:
+    """It would pack rows, cut them, or change the base's embeddings after reading them, and here it does not."""
+    trainer = (source / "trainer.py").read_text(encoding="utf-8")
+    blocked = trainer[trainer.index("        blocked = (") :]
+    assert "(data_collator is not None)" in blocked[: blocked.index(")\n        requested_pack")]
+    rewritten = (source / "models" / "rl_replacements.py").read_text(encoding="utf-8")
+    assert "def sft_trainer_compute_loss(" in rewritten
+    loss = rewritten[rewritten.index("def sft_trainer_compute_loss(") :]
+    assert "outputs = super().compute_loss(" in loss[: loss.index("RL_FUNCTIONS")]
+    assert 'replacements = {"loss_type": "nll"}' in (source / "models" / "rl.py").read_text(encoding="utf-8")
+
+
 def test_what_it_overrides_by_loss_type_is_said_too(source: Path) -> None:
     text = (source / "models" / "rl.py").read_text(encoding="utf-8")
     for statement in ("epsilon_high = 0.28", "mask_truncated_completions = True", "scale_rewards = False"):

@@ -11,7 +11,8 @@ import pytest
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.session import stop as limits
-from grpo_lite.session.stop import Deadline
+from grpo_lite.session.stop import Deadline, sampled_per_warmup_step
+from grpo_lite.task.traces import Trace
 
 
 def recipe(root: Path, *overrides: str) -> Recipe:
@@ -60,6 +61,19 @@ def test_the_reserve_counts_every_completion_of_the_evaluation(root: Path, tmp_p
     assert deadline.reserve_s(2.0) == pytest.approx(1.2 * (14 + 32))
     silent = Deadline(recipe(root, "eval.enabled=false", "merge=false"), 0.0, {}, 8, tmp_path, print)
     assert silent.reserve_s(2.0) == 0
+
+
+def test_a_step_of_the_warm_up_tells_what_generating_takes_by_its_tokens(root: Path, tmp_path: Path) -> None:
+    warmed = recipe(
+        root, "limits.max_minutes=10", "warmup={source: self, tokens_per_step: 600}", "eval.max_new_tokens=10"
+    )
+    rows = [Trace([3] * 10, [4] * 10) for _ in range(100)]
+    # A generated token as long as 3 trained ones: 600 / 3 = 200 generated tokens a step, 20 completions.
+    assert sampled_per_warmup_step(warmed, rows) == pytest.approx(20)
+    assert sampled_per_warmup_step(warmed, rows[:3]) == pytest.approx(2)  # 60 tokens are all there are
+    deadline = Deadline(warmed, 0.0, {}, 8, tmp_path, print, "the warm-up", 20.0)
+    # 3 models × 8 prompts × (1 + 2 samples) + 8 merged = 80 completions at 20 a step of 2 s: 8 s; merge 30 s
+    assert deadline.reserve_s(2.0) == pytest.approx(1.2 * (8 + 30))
 
 
 def test_the_reserve_counts_the_warm_up_s_column_and_further_rows(root: Path, tmp_path: Path) -> None:

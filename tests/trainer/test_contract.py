@@ -173,7 +173,18 @@ def used_of_the_trainer(module: str) -> set[str]:
 OURS = {"options", "journal", "peers", "faults", "support", "order", "rollouts", "gradients", "recovery", "loss_scale"}
 OURS |= {"exact", "checkpoints", "_was_the_last"}
 OURS_IN_THE_WARM_UP = {"options", "journal", "peers", "faults", "loss_scale", "checkpoints", "show", "recover", "held"}
-OURS_IN_THE_WARM_UP |= {"advice", "epochs", "held_out_loss", "_halve", "_in_parts", "_unlogged", "_log_figures"}
+OURS_IN_THE_WARM_UP |= {
+    "_packable",
+    "_is_packable",
+    "_obstacle",
+    "advice",
+    "epochs",
+    "held_out_loss",
+    "_halve",
+    "_in_parts",
+    "_unlogged",
+    "_log_figures",
+}
 
 
 @pytest.mark.parametrize("part", INTERNALS)

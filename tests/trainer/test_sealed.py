@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOTrainer
+from transformers import Trainer
+from trl import GRPOTrainer, SFTTrainer
 
 from grpo_lite.errors import TrainingError
 from grpo_lite.models.base import Base
@@ -73,6 +74,31 @@ def test_held_out_scores_on_the_way_are_logged_with_their_time(root: Path, tmp_p
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     assert [record["step"] for record in records if "heldout/lenient" in record] == [1, 2]
     assert all(record["time/heldout_s"] > 0 for record in records)
+
+
+def test_a_warm_up_by_the_backend_s_loss_goes_on_with_grpo(
+    root: Path, tmp_path: Path, as_unsloth: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unsloth gives SFTTrainer transformers' loss back, which leaves no metrics; layers and dtypes stay its own."""
+    built = engine.load_base  # the stand-in, with the adapter on it
+    monkeypatch.setattr("grpo_lite.session.warmup.uses_unsloth", lambda section: True)
+    monkeypatch.setattr("grpo_lite.session.warmup.load_base", built)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", Trainer.compute_loss)
+    layers: list[bool] = []
+    monkeypatch.setattr("grpo_lite.trainer.warmup.shorten_lora", lambda model: layers.append(True))
+    data = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
+    warmup = f"warmup={{{data}, steps: 4, learning_rate: 0.01, tokens_per_step: 200}}"
+    short = ["model.load_in=32bit", "eval.enabled=false", "check.enabled=false", "merge=false", "grpo.max_steps=1"]
+    run = RunDir(tmp_path / "run")
+    train_run(load_recipe("smoke", [*short, warmup]), run, lambda line: None)
+    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    assert [record["stage"] for record in records] == ["warmup"] * 4 + ["grpo"]
+    assert records[3]["loss"] < records[0]["loss"]
+    assert 0 < records[0]["num_tokens"] < records[3]["num_tokens"]
+    assert "heldout_loss" in records[3]
+    assert not layers
+    assert run.warm_adapter.is_dir()
+    assert (run.adapter / "adapter_model.safetensors").is_file()
 
 
 class Accelerator:
