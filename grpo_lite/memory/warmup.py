@@ -1,4 +1,4 @@
-"""What the warm-up takes: one forward and backward of padded rows, as TRL's SFTTrainer computes them. Torch-free.
+"""What the warm-up takes: forward and backward of rows that share no prompt, packed or as TRL pads them. Torch-free.
 
 Place in the line: beside `phases`, whose other phases it does not overlap: the warm-up is over, and its optimizer gone,
 before the first rollout. How many tokens go through the model at once changes no gradient, so a step is divided until
@@ -36,10 +36,8 @@ def warmup_phase(job: Job) -> PhaseBytes:
 
 
 def _rows(job: Job, rows: int) -> PhaseBytes:
-    padded = replace(
-        job, compute="plain", rollout="generate", prompt=0, completion=job.warmup_row, rows=rows, holds_reference=False
-    )
-    return training_phase(padded)
+    alone = replace(job, prompt=0, completion=job.warmup_row, rows=rows, group=1, tokens=None)
+    return training_phase(replace(alone, rollout="generate", holds_reference=False))
 
 
 def warmup_tokens(job: Job) -> int:

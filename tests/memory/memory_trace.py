@@ -26,7 +26,7 @@ from grpo_lite.engine.decode import Sampling
 from grpo_lite.engine.decoding_layers import DecodingLayers
 from grpo_lite.engine.graphs import Switch
 from grpo_lite.engine.lora import shorten_lora
-from grpo_lite.engine.packing import PaddedBatch, pack
+from grpo_lite.engine.packing import PackedBatch, PaddedBatch, pack
 from grpo_lite.engine.score import Scoring, score
 from grpo_lite.engine.static_decode import Batch, Job, _Kept, _Slot
 
@@ -195,6 +195,32 @@ def trace_training(
         packed = pack(PaddedBatch(ids, [prompt] * rows, [completion] * rows, prompt, groups), groups)
         return trace_passes(
             live, static, lambda: score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16))
+        )
+
+
+def trace_packed_warmup(
+    config: dict[str, Any],
+    prompt: int,
+    completion: int,
+    rows: int,
+    *,
+    load_in: str = "4bit",
+    rank: int = 16,
+    checkpointing: bool = True,
+) -> Traced:
+    """Count a part of a warm-up's step: `rows` rows that share no prompt, laid out as `pack_rows` does."""
+    model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
+        static = static_bytes(model, live)
+        ids, scored = torch.zeros((1, rows * (prompt + completion)), dtype=torch.long), rows * completion
+        places = torch.zeros(scored, dtype=torch.long)
+        segments = tuple((prompt, (completion,)) for _ in range(rows))
+        packed = PackedBatch(ids, ids, segments, predictors=places, targets=places, scatter=places)
+        top1 = torch.zeros(scored, dtype=torch.bool)
+        return trace_passes(
+            live,
+            static,
+            lambda: score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16), top1),
         )
 
 

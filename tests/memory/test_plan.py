@@ -51,7 +51,7 @@ from grpo_lite.models.config import KNOWN, ModelShape, known_config, model_shape
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
 from tests.memory.known_models import job_of, known_base
-from tests.memory.memory_trace import trace_evaluation, trace_rollout, trace_training
+from tests.memory.memory_trace import trace_evaluation, trace_packed_warmup, trace_rollout, trace_training
 from tests.memory.plain_trace import trace_generate, trace_plain_training, trace_warmup
 
 # As the models' cards on the Hub count them.
@@ -198,6 +198,10 @@ def test_the_tile_of_trl_s_head_is_the_one_that_is_planned() -> None:
         ("qwen2.5-1.5b", 100, 900, 4, {"checkpointing": False}),
         pytest.param("qwen3-4b", 100, 900, 4, {"load_in": "16bit"}, marks=pytest.mark.slow),
         pytest.param("llama-3.2-1b", 500, 500, 8, {}, marks=pytest.mark.slow),
+        ("qwen2.5-0.5b", 36, 28, 16, {"compute": "plain"}),
+        ("qwen2.5-1.5b", 100, 900, 4, {"compute": "plain", "checkpointing": False}),
+        pytest.param("qwen3-4b", 100, 900, 4, {"compute": "plain", "load_in": "16bit"}, marks=pytest.mark.slow),
+        pytest.param("llama-3.2-1b", 500, 500, 8, {"compute": "plain"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -205,7 +209,8 @@ def test_a_warm_up_is_planned_as_counted(
     name: str, prompt: int, completion: int, rows: int, settings: dict[str, Any]
 ) -> None:
     config, row = shallow(name), prompt + completion
-    traced = trace_warmup(config, prompt, completion, rows, **settings)
+    trace = trace_warmup if settings.get("compute") == "plain" else trace_packed_warmup
+    traced = trace(config, prompt, completion, rows, **{k: v for k, v in settings.items() if k != "compute"})
     planned = Job(read_shape(config, "x"), warmup_row=row, warmup_step=rows * row, **settings)
     uncounted = WORKSPACE_BYTES + int(8 * trained_parameters(planned))
     counted = traced.static + max(traced.forward, traced.backward)
