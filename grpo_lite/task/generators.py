@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_lite.errors import DataError
@@ -96,6 +96,42 @@ def _columns(a: int, b: int) -> list[str]:
     return steps
 
 
+def chain(seed: int, terms: int = 4, low: int = 1, high: int = 9, size: int = 1000, direct: float = 0.0) -> list[Row]:
+    """Return distinct sums of several numbers `{question: '4+7+8+9', answer: '28', trace: …}`, in random order.
+
+    `trace` is a whole completion. It adds one number after the other:
+    `<think>4+7=11, 11+8=19, 19+9=28</think><answer>28</answer>`. Or it answers directly: `<answer>28</answer>`.
+
+    Args:
+        seed: of the problems.
+        terms: how many numbers each, 2 to 20.
+        low: smallest number.
+        high: largest number.
+        size: how many, all distinct.
+        direct: share of the rows whose trace answers directly, 0 to 1.
+    """
+    if not 2 <= terms <= 20 or not 0 <= low <= high or not 0 <= direct <= 1:
+        raise ValueError("2 <= terms <= 20, 0 <= low <= high and 0 <= direct <= 1 are needed")
+    count = (high - low + 1) ** terms
+    if not 1 <= size <= count:
+        raise ValueError(f"there are {count} distinct problems, so size is 1 to {count}")
+    rng = random.Random(seed)
+    rows: dict[tuple[int, ...], Row] = {}
+    while len(rows) < size:
+        numbers = tuple(rng.randint(low, high) for _ in range(terms))
+        if numbers not in rows:
+            rows[numbers] = _chain_row(numbers, shows_working=rng.random() >= direct)
+    return list(rows.values())
+
+
+def _chain_row(numbers: Sequence[int], shows_working: bool) -> Row:
+    totals = list(itertools.accumulate(numbers))
+    steps = [f"{a}+{b}={total}" for a, b, total in zip(totals, numbers[1:], totals[1:], strict=False)]
+    working = f"<think>{', '.join(steps)}</think>" if shows_working else ""
+    answer = str(totals[-1])
+    return {"question": "+".join(map(str, numbers)), "answer": answer, "trace": f"{working}<answer>{answer}</answer>"}
+
+
 def countdown(seed: int, size: int = 1000, numbers: int = 3, low: int = 1, high: int = 99) -> list[Row]:
     """Return countdown problems: reach `target` from `nums`, each used at most once, by + − × ÷. All are solvable.
 
@@ -160,6 +196,7 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
 GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "sums": sums,
     "addition": addition,
+    "chain": chain,
     "countdown": countdown,
     "reasoning_gym": reasoning_gym,
 }

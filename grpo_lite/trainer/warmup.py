@@ -35,6 +35,7 @@ from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.packing import pack_rows
+from grpo_lite.engine.quantised import keep_weights_unpacked
 from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, score, scores_from_logits, self_check
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.runs.checkpoints import read_facts
@@ -190,6 +191,7 @@ class WarmupTrainer(SFTTrainer):
         self.loss_scale = LossScale(self, show)
         self.checkpoints = Checkpoints(self, self.peers, facts=lambda: {"budget": {BUDGET: self.options.warmup_tokens}})
         self._packable: bool | None = None  # decided before the first loss
+        keep_weights_unpacked(self.model)
         if own_layers:
             shorten_lora(self.model)
         if held:

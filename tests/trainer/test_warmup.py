@@ -17,7 +17,7 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.task.traces import Trace
 from grpo_lite.trainer.warmup import StepRows, WarmupTrainer, as_dataset, divide, order_rows
-from tests.tiny import Gradients, tiny_lora, tiny_model, tiny_tokenizer, traces
+from tests.tiny import Gradients, relative_difference, tiny_lora, tiny_model, tiny_tokenizer, traces
 
 END = 2
 
@@ -181,6 +181,24 @@ def test_plain_trl_has_the_same_gradient_and_figures(tmp_path: Path) -> None:
         assert our_log[key] == pytest.approx(log[key], rel=1e-5), key
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_check_before_the_first_step_does_not_cut_the_gradient_of_a_4_bit_base(tmp_path: Path) -> None:
+    """On CPUs with AVX512-BF16 a forward in eval mode repacks 4-bit weights for a kernel without a backward."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(
+        tmp_path / "base"
+    )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    rows, found = traces(7), []
+    for compute in ("plain", "packed"):  # TRL's own loss needs no check
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.bfloat16)
+        found.append(trained(trainer_of(tmp_path, rows, compute=compute, model=tiny_lora(base)))[0])
+    assert relative_difference(found[1], found[0]) < 0.05
 
 
 def test_rows_beyond_the_attention_window_take_trl_s_own_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
