@@ -6,6 +6,7 @@ import gc
 import time
 from typing import Any
 
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.errors import NothingToMerge
 from grpo_lite.memory.fit import fit_to_device
 from grpo_lite.models.base import Base
@@ -109,7 +110,7 @@ def _train(
         ended = warm_up(recipe, run, base, prompts, traces, rewards[0], plan, board, state, limit)
         if ended:
             return ended, None
-        gc.collect()  # its model and optimizer
+        free_memory()  # its model and optimizer
     if warmup_only:
         return TrainResult(run, 0), None
     recorded = None if traces else state  # the warm-up recorded this start

@@ -12,7 +12,7 @@
 # `/kaggle/working`: with *Persistence → Files*, run all cells again after a disconnect, and training resumes.
 
 # %% [markdown] tags=["quickstart"]
-# # GRPO on a laptop's CPU: SmolLM2-135M learns sums
+# # GRPO on a laptop's CPU: SmolLM2-135M learns to think before it answers
 # Every cell below ran as shown on two CPU cores without a GPU; the outputs are from that run.
 
 # %% [markdown]
@@ -52,7 +52,7 @@ SOURCE = ".."  # folder of the project
 RECIPE = "quickstart"
 RUN = "runs/notebook"
 OVERRIDES = []  # a time budget: ["limits.max_minutes=30"]
-QUESTION = "11+7="
+QUESTION = "4+7+8+9"
 GGUF = ""  # such as "q8_0"
 REPO_ID = ""  # user/name on the Hub; empty: a dry run that sends nothing
 

@@ -149,6 +149,17 @@ def test_the_walk_through_of_ones_own_task_runs_as_written(workplace: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_warm_start_run_one_after_the_other(workplace: Path) -> None:
+    """On the tiny model, which the page's traces do not teach in two steps."""
+    tiny = "model.id=tiny/random-llama warmup.steps=2 grpo.max_steps=1 eval.limit=4 eval.also={} merge=false"
+    for command in commands(ROOT / "docs" / "warm-start.md"):
+        assert "ARGS" not in command
+        shell(workplace, f'{command} ARGS="{tiny}"')
+    assert (workplace / "runs" / "warm" / "warmup" / "adapter" / "adapter_model.safetensors").is_file()
+    assert '"warm"' in (workplace / "runs" / "warm" / "metrics.json").read_text()
+
+
+@pytest.mark.slow
 def test_the_commands_of_the_results_and_of_choosing_a_recipe_run(workplace: Path) -> None:
     tiny = "model.id=tiny/random-llama grpo.max_steps=1 eval.limit=4 eval.samples=0 merge=false"
     for name in ("choosing-a-recipe", "results"):

@@ -37,7 +37,7 @@ ALLOWED = {
     "reproduce": "report runs models recipe screen",
     "session": "trainer evaluation report memory task models runs recipe files screen rewards",
     "export": "evaluation task engine memory.fit models runs recipe files screen",
-    "train": "session export evaluation report memory task models runs recipe screen",
+    "train": "engine.out_of_memory session export evaluation report memory task models runs recipe screen",
     "cli": "train session export evaluation report memory task models runs recipe files screen engine chat reproduce "
     "rewards",
 }

@@ -80,7 +80,7 @@ def test_the_readme_fits_two_screens() -> None:
 
 def test_every_command_of_the_page_is_one_that_runs_below() -> None:
     looks = "recipes|check|check-rewards|doctor|watch|report|compare|reproduce|show|plan|probe"
-    known = rf"make (train|eval|merge|export|push|verify|chat|{looks})\b"
+    known = rf"make (train|warmup|eval|merge|export|push|verify|chat|{looks})\b"
     for command in commands(COMMANDS):
         assert re.match(known, command), command
 

@@ -56,46 +56,6 @@ def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int
     ]
 
 
-def addition(seed: int, digits: int = 2, size: int = 1000, direct: float = 0.0) -> list[Row]:
-    """Return distinct additions `{question: '47+38', answer: '85', trace: …}` of two numbers, in random order.
-
-    `trace` is a whole completion. It shows the working, the columns from the right, each with the carry it takes in and
-    a total of two digits: `<think>7+8=15, 4+3+1=08</think><answer>85</answer>`. Or it answers directly:
-    `<answer>85</answer>`.
-
-    Args:
-        seed: of the problems.
-        digits: of both numbers, 1 to 9; none begins with 0.
-        size: how many.
-        direct: share of the rows whose trace answers directly, 0 to 1.
-    """
-    if not 1 <= digits <= 9 or not 0 <= direct <= 1:
-        raise ValueError("1 <= digits <= 9 and 0 <= direct <= 1 are needed")
-    low = 10 ** (digits - 1)
-    terms = 9 * low
-    if not 1 <= size <= terms**2:
-        raise ValueError(f"there are {terms**2} distinct problems, so size is 1 to {terms**2}")
-    rng = random.Random(seed)
-    pairs = [divmod(index, terms) for index in rng.sample(range(terms**2), size)]
-    return [_addition_row(low + a, low + b, shows_working=rng.random() >= direct) for a, b in pairs]
-
-
-def _addition_row(a: int, b: int, shows_working: bool) -> Row:
-    working = f"<think>{', '.join(_columns(a, b))}</think>" if shows_working else ""
-    return {"question": f"{a}+{b}", "answer": str(a + b), "trace": f"{working}<answer>{a + b}</answer>"}
-
-
-def _columns(a: int, b: int) -> list[str]:
-    """Return the steps of a column addition of two numbers with as many digits, from the right."""
-    steps: list[str] = []
-    carry = 0
-    for x, y in zip(map(int, reversed(str(a))), map(int, reversed(str(b))), strict=True):
-        total = x + y + carry
-        steps.append(f"{x}+{y}" + (f"+{carry}" if steps else "") + f"={total:02d}")
-        carry = total // 10
-    return steps
-
-
 def chain(seed: int, terms: int = 4, low: int = 1, high: int = 9, size: int = 1000, direct: float = 0.0) -> list[Row]:
     """Return distinct sums of several numbers `{question: '4+7+8+9', answer: '28', trace: …}`, in random order.
 
@@ -195,7 +155,6 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
 
 GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "sums": sums,
-    "addition": addition,
     "chain": chain,
     "countdown": countdown,
     "reasoning_gym": reasoning_gym,

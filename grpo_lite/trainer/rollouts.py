@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_lite.engine.decode import Rollout
 from grpo_lite.engine.lora import shorten_lora
+from grpo_lite.engine.out_of_memory import trim_heap
 from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder
@@ -61,6 +62,8 @@ class Rollouts:
             del inner.__dict__["generate"]
             if previous is not None:
                 inner.generate = previous
+        if inner.device.type == "cpu":
+            trim_heap()  # the dequantized weights
         if [len(ids) for ids in generated[0]] == [len(row) for row in decoder.rollout.entropies]:
             self.last = decoder.rollout
         return generated

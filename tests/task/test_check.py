@@ -137,7 +137,7 @@ def test_no_sum_of_side_rewards_beats_a_correct_answer(root: Path, name: str) ->
 
 def warmed_up(*overrides: str) -> list[str]:
     warmup = (
-        "warmup={data: {generator: addition, kwargs: {size: 40}}, prompt: '{question}=', max_completion_tokens: 64, "
+        "warmup={data: {generator: chain, kwargs: {size: 40}}, prompt: '{question}=', max_completion_tokens: 64, "
         "completion: '{trace}'}"
     )
     return list(check_recipe(load_recipe("smoke", [warmup, *overrides]), previews=0))

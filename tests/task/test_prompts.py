@@ -12,7 +12,7 @@ import pytest
 from grpo_lite.errors import DataError
 from grpo_lite.recipe.load import build_recipe
 from grpo_lite.recipe.recipe import Recipe, SourceSection
-from grpo_lite.task.generators import addition, countdown, generate_rows, sums
+from grpo_lite.task.generators import chain, countdown, generate_rows, sums
 from grpo_lite.task.prompts import Prompts, load_prompts, read_rows
 from grpo_lite.task.tokens import prompt_ids, prompt_text
 
@@ -209,46 +209,34 @@ def test_sums_are_distinct_right_and_complete() -> None:
         assert int(row["answer"]) == a + b
 
 
-@pytest.mark.parametrize("digits", [1, 2, 3])
-def test_additions_are_distinct_and_their_traces_hold_in_every_column(digits: int) -> None:
-    rows = addition(seed=1, digits=digits, size=81)  # 9 × 9 ordered pairs of one digit
+@pytest.mark.parametrize("terms", [2, 4, 7])
+def test_chains_are_distinct_and_every_step_of_their_traces_holds(terms: int) -> None:
+    rows = chain(seed=1, terms=terms, size=81)  # 9 × 9 ordered pairs of one digit
     assert len({row["question"] for row in rows}) == 81
     for row in rows:
-        a, b = row["question"].split("+")
-        assert int(row["answer"]) == int(a) + int(b)
-        assert len(a) == len(b) == digits
+        numbers = list(map(int, row["question"].split("+")))
+        assert (len(numbers), row["answer"]) == (terms, str(sum(numbers)))
         match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", row["trace"])
         assert match, row
-        thought, result = match.groups()
-        steps = [step.split("=") for step in thought.split(", ")]
-        assert [sum(map(int, terms.split("+"))) for terms, _ in steps] == [int(total) for _, total in steps]
-        assert [terms[:3] for terms, _ in steps] == [f"{x}+{y}" for x, y in zip(a[::-1], b[::-1], strict=True)]
-        assert result == row["answer"] == str(int(steps[-1][1] + "".join(total[-1] for _, total in steps[-2::-1])))
-
-
-@pytest.mark.parametrize(
-    "question, trace",
-    [
-        ("47+38", "<think>7+8=15, 4+3+1=08</think><answer>85</answer>"),
-        ("12+34", "<think>2+4=06, 1+3+0=04</think><answer>46</answer>"),
-        ("99+99", "<think>9+9=18, 9+9+1=19</think><answer>198</answer>"),
-    ],
-)
-def test_the_trace_of_an_addition_writes_each_carry(question: str, trace: str) -> None:
-    (row,) = [row for row in addition(seed=1, size=8100) if row["question"] == question]
-    assert row["trace"] == trace
+        steps = [re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step) for step in match[1].split(", ")]
+        total = numbers[0]
+        for step, number in zip(steps, numbers[1:], strict=True):
+            assert step, row
+            assert [int(part) for part in step.groups()] == [total, number, total + number]
+            total += number
+        assert match[2] == row["answer"]
 
 
 def test_a_share_of_the_traces_answers_directly() -> None:
-    rows = addition(seed=1, size=1000, direct=0.5)
+    rows = chain(seed=1, size=1000, direct=0.5)
     direct = [row for row in rows if row["trace"] == f"<answer>{row['answer']}</answer>"]
     assert 450 < len(direct) < 550  # 500 ± 3 standard deviations of 16
     assert all(row["trace"].startswith("<think>") for row in rows if row not in direct)
-    assert [row["question"] for row in rows] == [row["question"] for row in addition(seed=1, size=1000)]
+    assert [row["question"] for row in rows] == [row["question"] for row in chain(seed=1, size=1000)]
 
 
-def test_additions_repeat_with_their_seed() -> None:
-    assert addition(seed=1, size=50) == addition(seed=1, size=50) != addition(seed=2, size=50)
+def test_chains_repeat_with_their_seed() -> None:
+    assert chain(seed=1, size=50) == chain(seed=1, size=50) != chain(seed=2, size=50)
 
 
 def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
@@ -268,9 +256,9 @@ def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
         ("sums", {"low": 5, "high": 2}, "0 <= low <= high is needed"),
         ("sums", {"size": 10**6}, "there are 400 distinct problems"),
         ("sums", {"high": "x"}, "was given"),
-        ("addition", {"digits": 0}, "1 <= digits <= 9"),
-        ("addition", {"direct": 1.5}, "0 <= direct <= 1"),
-        ("addition", {"digits": 1, "size": 82}, "there are 81 distinct problems"),
+        ("chain", {"terms": 1}, "2 <= terms <= 20"),
+        ("chain", {"direct": 1.5}, "0 <= direct <= 1"),
+        ("chain", {"terms": 2, "size": 82}, "there are 81 distinct problems"),
         ("countdown", {"numbers": 9}, "2 <= numbers <= 6"),
         ("countdown", {"numbers": 2, "low": 1, "high": 2, "size": 500}, "distinct problems exist"),
     ],
