@@ -55,6 +55,9 @@ def train_run(
         state, recipe = open_run(run, recipe, show)
         if state in ("finish", "report") and not process.is_first:
             return TrainResult(run, 0)
+        if warmup_only and state in ("finish", "report"):
+            show("the run's training has ended: there is no warm-up left to run")
+            return TrainResult(run, 0)
         if state == "report":
             show("the run is finished; its report is written now")
             return _report(run, TrainResult(run, run.read_run()["steps"]), show)

@@ -296,8 +296,8 @@ class Recipe(_Section):
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
     reference: Literal["base", "start"] = Field(
         "base",
-        description="What KL (grpo.beta) is measured against. base: the base model; start: the adapter as training "
-        "GRPO started, from lora.init_from or the warm-up.",
+        description="What KL (grpo.beta) is measured against. base: the base model; start: the adapter as it was when "
+        "GRPO started: from lora.init_from or the warm-up.",
     )
     compute: Literal["packed", "plain"] = Field(
         "packed", description="packed: each prompt computed once a group, no padding; plain: TRL's own. Same gradient."

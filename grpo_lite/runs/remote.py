@@ -32,7 +32,8 @@ from grpo_lite.runs.checkpoints import (
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 
-_RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl")  # what a run needs beside its checkpoint
+# What a run needs beside its checkpoint; the last where the base samples the warm-up's rows itself.
+_RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "warmup/traces.jsonl")
 _BEGINNING = (
     "grpo_lite", "git_commit", "python", "platform", "versions", "command", "started_at", "resumed_at", "recipe",
     "seed", "device", "base_revision", "files", "changed_files", "evaluation_seconds", "merge_seconds", "preflight",
@@ -50,11 +51,13 @@ def fetch_checkpoint(run: RunDir, address: str, show: Show, has_warmup: bool = F
     Raises:
         RunDirError: the place does not answer. Training from the beginning would replace the copies there.
     """
-    if last_usable(run.path).folder or run.read_run().get("trained_at"):
+    has_grpo = last_usable(run.path).folder is not None
+    if run.read_run().get("trained_at") or (has_grpo and (not has_warmup or run.last_of_warmup())):
         return
     remote = remote_of(address, run)
     try:
-        _fetch(run, remote, show)
+        if not has_grpo:
+            _fetch(run, remote, show)
         if has_warmup and not run.last_of_warmup():
             _fetch(run, remote_of(address, run, WARMUP), show)
     except Exception as error:
@@ -117,6 +120,7 @@ class FolderRemote:
             self._publish(checkpoint)
         for name in _RUN_FILES:
             if (run.path / name).is_file():
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 write_atomic(self.folder / name, (run.path / name).read_text(encoding="utf-8"))
         self._remove_stale(keep)
 
@@ -208,6 +212,7 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
         for name in _RUN_FILES:  # recipe.yaml first: after a kill from here on, the run asks again
             text = remote.read(name)
             if text is not None:
+                (run.path / name).parent.mkdir(exist_ok=True)
                 write_atomic(run.path / name, _beginning(text) if name == "run.json" else text)
         seal(folder)
         (run.path / remote.stage).mkdir(exist_ok=True)
@@ -230,15 +235,30 @@ def _beginning(text: str) -> str:
     for key in ("resumed_at", "changed_files"):
         if not isinstance(kept.get(key, []), list) or not all(isinstance(line, str) for line in kept.get(key, [])):
             del kept[key]
-    warmup = kept.get("warmup")
-    if not isinstance(warmup, dict) or not isinstance(warmup.get("metrics_bytes", 0), int):
-        kept.pop("warmup", None)
+    if "warmup" in kept:
+        kept["warmup"] = _plain_warmup(kept["warmup"])
     for key in ("evaluation_seconds", "merge_seconds"):
         if not isinstance(kept.get(key, 0), int | float):
             del kept[key]
     if not re.fullmatch(r"[0-9a-f]{7,64}", str(kept.get("base_revision"))):
         kept.pop("base_revision", None)
     return json.dumps(kept, indent=2) + "\n"
+
+
+def _plain_warmup(record: object) -> dict[str, object]:
+    """Return the figures and times of a fetched record of the warm-up, of the kinds that are written here."""
+    items = record.items() if isinstance(record, dict) else ()
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("steps", "max_steps", "rows", "held", "metrics_bytes"), (int,)),
+        **dict.fromkeys(("seconds", "epochs", "loss_first", "loss_last"), (int, float)),
+        **dict.fromkeys(("heldout_loss_first", "heldout_loss_last"), (int, float)),
+        **dict.fromkeys(("began_at", "done_at", "traces_of"), (str,)),
+    }
+    return {
+        key: value
+        for key, value in items
+        if type(value) in kinds.get(key, ()) and not (key == "metrics_bytes" and value < 0)
+    }
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -19,6 +19,8 @@ from grpo_lite.files.redact import planted_secret, redact, secret_in
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import checkpoint_folders
 
+FREE_KEYS = ("limits", "log", "push_checkpoints")  # of a recipe, which a resumed run may change
+
 
 class RunDir:
     """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
@@ -209,8 +211,7 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
     # Keys that runs of earlier versions lack, with what they trained with.
     since: dict[str, Any] = {"reference": "base", "warmup": None}
-    free = ("limits", "log", "push_checkpoints")
-    fixed = {key: value for key, value in {**since, **recipe}.items() if key not in free}
+    fixed = {key: value for key, value in {**since, **recipe}.items() if key not in FREE_KEYS}
     fixed["eval"] = {"also": {}, **(fixed.get("eval") or {})}
     return fixed
 

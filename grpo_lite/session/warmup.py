@@ -7,6 +7,8 @@ inside the warm-up, between the stages, or in GRPO.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 import time
@@ -18,16 +20,17 @@ from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError, TrainingEr
 from grpo_lite.evaluation.rejection import read_traces, sample_traces, write_traces
 from grpo_lite.files.manifest import verify_manifest
 from grpo_lite.memory.fit import Fit
-from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME, load_into
+from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, load_into
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_for_sampling, lora_config, lora_to_float32
 from grpo_lite.models.unsloth import TRL_DEFAULTS, uses_unsloth
 from grpo_lite.processes import agree, this_process
+from grpo_lite.recipe.load import read_yaml
 from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.report.evidence import read_warmup_steps
-from grpo_lite.runs.checkpoints import checkpoint_folders, last_usable, publishing, remove, step_of
+from grpo_lite.runs.checkpoints import checkpoint_folders, last_usable, publishing, read_facts, remove, step_of
 from grpo_lite.runs.remote import WARMUP, remote_of
-from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.run_dir import FREE_KEYS, RunDir
 from grpo_lite.screen import Show
 from grpo_lite.session.announce import announce_weights
 from grpo_lite.session.build import device_arguments, load_base, record_start, use_one_device
@@ -62,8 +65,10 @@ def is_warm(run: RunDir) -> bool:
 
 def _is_warm(run: RunDir) -> bool:
     if last_usable(run.path).folder is not None:
-        if not run.warm_adapter.is_dir():  # fetched from elsewhere
-            _finish(run)
+        if (
+            not run.warm_adapter.is_dir()
+        ):  # fetched from elsewhere; an earlier step's adapter is not what GRPO began with
+            _finish(run, (run.read_run().get("warmup") or {}).get("max_steps"), has_grpo=True)
         return True
     if not run.warm_adapter.is_dir():
         return False
@@ -104,12 +109,29 @@ def traces_to_learn(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, s
 
 
 def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show: Show) -> Traces:
-    """Let the first process sample the base's own completions, once for the run; the others read what it keeps."""
-    path = run.warmup / TRACES_FILE
-    if this_process().is_first and not path.is_file():
+    """Let the first process sample the base's own completions, once for the run; the others read what it keeps.
+
+    Raises:
+        RunDirError: they are gone, and the warm-up has begun to train on them.
+    """
+    process, path = this_process(), run.warmup / TRACES_FILE
+    adapter = adapter_to_start_from(recipe, run, base, lambda line: None, "warmup") if recipe.init_from else None
+    if (
+        process.is_first
+        and path.is_file()
+        and (run.read_run().get("warmup") or {}).get("traces_of") != _recipe_sum(run)
+    ):
+        path.unlink()  # sampled for another recipe, which was refused before it trained
+    agree(None, process)
+    if process.is_first and not path.is_file():
+        if checkpoint_folders(run.warmup):
+            raise RunDirError(
+                f"{path}: the completions that the warm-up trains on are missing, and it has begun. Restore the file, "
+                f"or warm up again: rm -r {run.warmup}"
+            )
         run.warmup.mkdir(exist_ok=True)
-        model = _policy_at_start(recipe, run, base, show)
-        write_traces(path, sample_traces(recipe, model, prompts, show))
+        note_warmup(run, traces_of=_recipe_sum(run))
+        write_traces(path, sample_traces(recipe, _policy_at_start(recipe, base, adapter, show), prompts, show))
     while not path.is_file():  # not a collective: those give up after minutes
         if _first_has_ended(run) and not path.is_file():
             raise TrainingError(f"{run.path}: {lost_peer()}")
@@ -117,23 +139,27 @@ def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show:
     return read_traces(path)
 
 
+def _recipe_sum(run: RunDir) -> str:
+    """Return a sum of the run's recipe, without the keys that a session may change."""
+    fixed = {key: value for key, value in read_yaml(run.recipe_file).items() if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _first_has_ended(run: RunDir) -> bool:
     """Return whether the first process has given up the run's lock; between machines locks are not relied on."""
     return this_process().is_on_one_machine and run.in_use() is False
 
 
-def _policy_at_start(recipe: Recipe, run: RunDir, base: Base, show: Show) -> Any:
+def _policy_at_start(recipe: Recipe, base: Base, adapter: SavedAdapter | None, show: Show) -> Any:
     """Return the model that the warm-up starts from, ready for sampling."""
     announce_weights(base, show)
     model = load_for_sampling(base, recipe.rollout)
-    if recipe.init_from is None:
+    if adapter is None:
         return model
     from peft import get_peft_model
 
-    adapter = adapter_to_start_from(recipe, run, base, show, "warmup")
     model = get_peft_model(model, lora_config(recipe))
-    if adapter is not None:
-        load_into(model, adapter)
+    load_into(model, adapter)
     return model
 
 
@@ -172,7 +198,11 @@ def warm_up(
         run.warmup.mkdir(exist_ok=True)
         ahead = getattr(view.board, "ahead", None)
         note_warmup(run, ahead=asdict(ahead) if ahead else None)  # for `watch`
-    if not agree(_finish(run, len(stage.order.steps)) if process.is_first else None, process):
+        _require_same_rows(run, len(stage.order.steps))
+    if agree(_finish(run, len(stage.order.steps)) if process.is_first else None, process):
+        if process.is_first:
+            record_start(recipe, run, base, rewards, state)
+    else:
         trainer = _build(recipe, run, base, prompts, stage, plan, view)
         if process.is_first:
             _begin(recipe, run, base, rewards, stage, trainer, state)
@@ -302,6 +332,20 @@ def _sft_config(recipe: Recipe, run: RunDir, base: Base, stage: _Stage) -> Any:
         raise GRPOLiteError(f"{run.recipe_file}: warmup: TRL refuses these values together: {reason}") from None
 
 
+def _require_same_rows(run: RunDir, steps: int) -> None:
+    """Refuse a checkpoint of a step that the rows do not make.
+
+    Raises:
+        RunDirError: the rows have changed since.
+    """
+    newest = last_usable(run.warmup).folder
+    if newest is not None and step_of(newest) > steps:
+        raise RunDirError(
+            f"{newest}: the warm-up was at step {step_of(newest)}, and its rows make {steps} steps now: they have "
+            f"changed. Restore them, or warm up again: rm -r {run.warmup}"
+        )
+
+
 def _begin(
     recipe: Recipe, run: RunDir, base: Base, rewards: list[Reward], stage: _Stage, trainer: Any, state: str
 ) -> None:
@@ -317,32 +361,42 @@ def _begin(
 
 def _record(run: RunDir, trainer: Any) -> None:
     """Record what the stage reached."""
-    steps = read_warmup_steps(run)
-    losses = [record["loss"] for record in steps if record.get("loss") is not None]
-    held = [record["heldout_loss"] for record in steps if record.get("heldout_loss") is not None]
     note_warmup(
         run, steps=trainer.state.global_step, seconds=round(trainer.journal.seconds_trained, 1),
-        tokens_per_microbatch=trainer.options.warmup_tokens, faults=dict(trainer.faults.counts),
-        loss_first=losses[0] if losses else None, loss_last=losses[-1] if losses else None,
-        heldout_loss_first=held[0] if held else None, heldout_loss_last=held[-1] if held else None,
+        tokens_per_microbatch=trainer.options.warmup_tokens, faults=dict(trainer.faults.counts), **_losses(run),
     )  # fmt: skip
 
 
-def _finish(run: RunDir, last: int | None = None) -> bool:
+def _losses(run: RunDir) -> dict[str, float | None]:
+    """Return the first and last losses among the warm-up's records."""
+    steps = read_warmup_steps(run)
+    found: dict[str, float | None] = {}
+    for name, key in (("loss", "loss"), ("heldout_loss", "heldout_loss")):
+        values = [record[key] for record in steps if record.get(key) is not None]
+        found |= {f"{name}_first": values[0] if values else None, f"{name}_last": values[-1] if values else None}
+    return found
+
+
+def _finish(run: RunDir, last: int | None, has_grpo: bool = False) -> bool:
     """Make the last step's checkpoint the stage's adapter; return whether there is that checkpoint.
 
     A kill leaves the checkpoint or the adapter, so the stage is never trained twice.
 
     Args:
         run: the run.
-        last: the last step; None: the newest checkpoint is known to be of it.
+        last: the last step; None: it is not known.
+        has_grpo: whether metrics.jsonl has records of GRPO already.
     """
     checkpoint = last_usable(run.warmup).folder
-    if checkpoint is None or (last is not None and step_of(checkpoint) != last):
+    if checkpoint is None or step_of(checkpoint) != last:
         return False
-    if last is not None:
+    if not has_grpo:
         length = run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
-        note_warmup(run, done_at=now(), metrics_bytes=length)
+        facts = read_facts(checkpoint)
+        note_warmup(
+            run, done_at=now(), metrics_bytes=length, steps=last, seconds=facts.get("seconds_trained", 0.0),
+            faults=facts.get("faults", {}), **_losses(run),
+        )  # fmt: skip
     with publishing(run.warm_adapter) as folder:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(checkpoint / name, folder / name)

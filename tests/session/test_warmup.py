@@ -19,7 +19,7 @@ from grpo_lite.evaluation.rejection import write_traces
 from grpo_lite.processes import Ranks
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.runs.checkpoints import checkpoint_folders
+from grpo_lite.runs.checkpoints import Found, checkpoint_folders
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import warmup
 from grpo_lite.task.traces import Trace, Traces
@@ -239,6 +239,61 @@ def test_activations_that_would_wait_in_main_memory_are_there_already_on_a_cpu(r
     run = RunDir(tmp_path / "run")
     train(recipe_of("memory.offload_activations=true"), run, warmup_only=True)
     assert run.warm_adapter.is_dir()
+
+
+SELF = "warmup={source: self, samples: 8, steps: 2, tokens_per_step: 100}"
+
+
+def test_completions_that_were_sampled_for_another_recipe_are_sampled_again(root: Path, tmp_path: Path) -> None:
+    """A recipe that was refused after sampling may be changed; its completions are of the old one."""
+    run, same = RunDir(tmp_path / "run"), RunDir(tmp_path / "same")
+    for place in (run, same):
+        train(recipe_of(warmup=SELF), place, warmup_only=True)
+    kept = (same.warmup / "traces.jsonl").read_text()
+    assert (run.warmup / "traces.jsonl").read_text() == kept
+    other = RunDir(tmp_path / "other")
+    other.prepare(recipe_of(warmup=SELF))
+    other.warmup.mkdir()
+    (other.warmup / "traces.jsonl").write_text("of another recipe\n")
+    train(recipe_of(warmup=SELF), other, warmup_only=True)
+    assert (other.warmup / "traces.jsonl").read_text() == kept
+
+
+def test_rows_that_have_changed_under_a_checkpoint_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) for i in range(30)]
+    file, run = tmp_path / "rows.jsonl", RunDir(tmp_path / "run")
+    file.write_text("\n".join(rows))
+    recipe = recipe_of(warmup=f"warmup={{data: {{path: {file}}}, completion: '{{answer}}', tokens_per_step: 40}}")
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(recipe, run)
+    file.write_text("\n".join(rows[:4]))
+    with pytest.raises(RunDirError, match=r"was at step 3, and its rows make \d steps now: they have changed"):
+        train(recipe, run)
+
+
+def test_a_checkpoint_before_the_last_step_is_not_taken_for_what_grpo_began_with(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(recipe_of(), run)
+    (run.path / "checkpoint-1").mkdir()
+    monkeypatch.setattr(warmup, "last_usable", lambda folder: Found(next(folder.glob("checkpoint-*")), ()))
+    assert warmup.is_warm(run)
+    assert not run.warm_adapter.exists()
+
+
+def test_a_run_that_has_ended_has_no_warm_up_left_to_run(root: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    train(recipe_of("eval.enabled=true"), run)
+    run.report_file.unlink()
+    _, lines = train(recipe_of("eval.enabled=true"), run, warmup_only=True)
+    assert lines == ["the run's training has ended: there is no warm-up left to run"]
+    assert not run.report_file.exists()
 
 
 def test_few_rows_are_all_trained_on(root: Path) -> None:
