@@ -24,9 +24,10 @@ from trl import SFTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.compare_trl import load, peak_bytes, release_memory, reset_peak, versions
+from bench.compare_trl import load, peak_bytes, reset_peak, versions
 from grpo_lite.engine.attention import IMPLEMENTATION
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.models.load import lora_to_float32
 from grpo_lite.task.traces import Trace
 from grpo_lite.trainer.warmup import IGNORED, StepRows, WarmupTrainer
@@ -70,7 +71,7 @@ def one_step(trainer: Any, inputs: dict[str, Any], plain: bool) -> dict[str, flo
     model = trainer.model
     model.zero_grad(set_to_none=True)
     model.train()
-    release_memory()
+    free_memory()
     reset_peak()
     count = (inputs["labels"] != IGNORED).sum()
     model.get_base_model().config._attn_implementation = "sdpa" if plain else IMPLEMENTATION

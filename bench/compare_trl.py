@@ -10,8 +10,6 @@ zero-advantage rows comes on top. On CPU the memory is the process's peak reside
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
 import random
@@ -29,6 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.score import base_model
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 
@@ -90,7 +89,7 @@ class Clock:
 
     def run(self, phase: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Measure a call as (part of) a phase."""
-        release_memory()
+        free_memory()
         reset_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         result = call(*args, **kwargs)
@@ -117,15 +116,6 @@ def peak_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system, so that one engine's peak is not another's floor."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def load(path: str) -> Any:
@@ -244,7 +234,7 @@ def compare(model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, re
     runs: dict[str, list[dict[str, Any]]] = {"plain": [], "grpo_lite": []}
     for turn in range(repeats + 1):  # the first turn warms up kernels and is not counted
         for engine in runs:
-            release_memory()
+            free_memory()
             result = one_step(engine, model, tokenizer, shape, options, seed=turn)
             if turn > 0 or repeats == 0:
                 runs[engine].append(result)

@@ -161,6 +161,10 @@ def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
+_new_run_option = click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
+_plain_option = click.option(
+    "--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal."
+)
 
 
 def _run_dir(path: str) -> RunDir:
@@ -332,8 +336,8 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
 
 @main.command()
 @recipe_argument
-@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
-@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+@_new_run_option
+@_plain_option
 def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Train a recipe, or resume its run. Evaluates base and trained model, merges and verifies."""
     _train(recipe, overrides, run_path, plain)
@@ -341,8 +345,8 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
 
 @main.command()
 @recipe_argument
-@click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
-@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+@_new_run_option
+@_plain_option
 def warmup(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Run the warm-up of a recipe and stop before GRPO. `train` on the same run continues."""
     _train(recipe, overrides, run_path, plain, warmup_only=True)
@@ -392,7 +396,7 @@ def _view() -> Literal["plain", "live", "notebook"]:
 
 @main.command()
 @_run_argument
-@click.option("--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal.")
+@_plain_option
 def watch(run_path: str, plain: bool) -> None:
     """Follow RUN from another terminal. Shows progress, reward parts, samples and findings."""
     from grpo_lite.report.follow import watch_lines, watch_live

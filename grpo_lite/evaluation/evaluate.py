@@ -29,7 +29,7 @@ from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, lead_in, load_prompts
-from grpo_lite.task.rewards import Reward, import_function, load_function, load_second_opinion
+from grpo_lite.task.rewards import Reward, import_function, load_function, load_second_opinion, top_of
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now, size
 
@@ -73,11 +73,11 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
             records[name] = score_model(model, prompts.tokenizer, recipe, rows, show, name)
             for further, its_rows in prompts.also.items():
                 what = f"{name} on {further}"
-                also[further][name] = score_model(model, prompts.tokenizer, _greedy(recipe), its_rows, show, what)
+                also[further][name] = score_model(model, prompts.tokenizer, greedy_only(recipe), its_rows, show, what)
     cause = _cause(run, recipe)
     result = _compared(recipe, records, cause)
     if also:
-        result["also"] = {name: _compared(_greedy(recipe), columns, cause, name) for name, columns in also.items()}
+        result["also"] = {name: _compared(greedy_only(recipe), columns, cause, name) for name, columns in also.items()}
     run.evaluation.mkdir(exist_ok=True)
     _write_records(run.evaluation / "records.jsonl", _lines(rows, records))
     if also:
@@ -115,11 +115,11 @@ def _cause(run: RunDir, recipe: Recipe) -> str:
     """Return what made the trained model of the base, for its verdict; empty where it was GRPO alone."""
     if recipe.warmup is None:
         return ""
-    complete = run.warm_adapter.is_dir() or (run.read_run().get("warmup") or {}).get("done_at")
+    complete = run.warm_adapter.is_dir() or run.read_warmup().get("done_at")
     return "Warm-up and GRPO together" if complete else "Warm-up (SFT), paused before its end, without GRPO"
 
 
-def _greedy(recipe: Recipe) -> Recipe:
+def greedy_only(recipe: Recipe) -> Recipe:
     """Return the recipe without sampled completions in its evaluation."""
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
 
@@ -152,7 +152,7 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
     model = _load_saved(folder)
-    records = score_model(model, tokenizer, _greedy(recipe), rows, show, name)
+    records = score_model(model, tokenizer, greedy_only(recipe), rows, show, name)
     usable = [record for record in records if record["lenient"] is not None]
     rates = {
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
@@ -248,7 +248,7 @@ def _second_opinions(
     opinion = load_second_opinion(reward, section, where, columns, opened)
     if opinion is None:
         return None
-    top = getattr(opinion, "top", None) or 1.0
+    top = top_of(opinion)
     opinion = limited(opinion, recipe.limits.reward_timeout_s, where)
     scores = call_reward(opinion, tokenizer, recipe, rows, completions)
     return [score is not None and score >= top for score in scores]

@@ -22,7 +22,7 @@ from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of
-from grpo_lite.task.rewards import load_rewards, weighted_scores
+from grpo_lite.task.rewards import load_rewards, top_of, weighted_scores
 from grpo_lite.task.tokens import batch_prompt_ids
 from grpo_lite.task.traces import Trace, Traces
 
@@ -113,7 +113,7 @@ def _score(recipe: Recipe, prompts: Prompts, rows: Sequence[Row], groups: list[l
     functions, weights = load_rewards(recipe, columns_of(rows), prompts.lead_in)
     functions = [limited(function, recipe.limits.reward_timeout_s, "warmup") for function in functions]
     scores = [call_reward(function, prompts.tokenizer, recipe, repeated, completions) for function in functions]
-    top = getattr(functions[0], "top", None) or 1.0
+    top = top_of(functions[0])
     texts = prompts.tokenizer.batch_decode(completions, skip_special_tokens=True)
     samples = [
         _Sample(ids, text, first is not None and first >= top, len(ids) < recipe.warmup_completion_length, total or 0.0)

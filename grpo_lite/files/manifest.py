@@ -90,6 +90,16 @@ def verify_manifest(folder: Path) -> int:
     return len(entries)
 
 
+def fault_in(folder: Path) -> str | None:
+    """Return in one line what is wrong with a folder's files by its manifest, or None."""
+    try:
+        verify_manifest(folder)
+    except (ExportError, OSError) as error:
+        lines = str(error).splitlines()
+        return "; ".join(line.strip() for line in lines[1:-1] or lines[:1])  # each faulty file has a line of its own
+    return None
+
+
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
     """Return the manifest's entries by relative name.
 

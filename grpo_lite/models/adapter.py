@@ -17,7 +17,7 @@ from typing import Any
 from grpo_lite.errors import ExportError, ModelError
 from grpo_lite.files.atomic import read_record
 from grpo_lite.files.hub import hub_unreachable
-from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, verify_manifest
+from grpo_lite.files.manifest import MANIFEST_NAME, fault_in, read_manifest, sha256_of
 from grpo_lite.models.base import Base, is_folder, trusts_remote_code
 from grpo_lite.models.load import lora_config
 from grpo_lite.models.snapshot import fetch_snapshot
@@ -155,13 +155,13 @@ def read_sealed(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: a file is missing or not the one that was sealed.
     """
+    fault = fault_in(folder)
     try:
-        verify_manifest(folder)
-        return _read_tensors(folder)[0]
-    except (ExportError, ModelError) as error:
-        lines = str(error).removeprefix(f"{KEY}: ").splitlines()
-        faults = "; ".join(line.strip() for line in lines[1:-1] or lines[:1])  # the manifest names each file in a line
-        raise ModelError(f"{folder}: the adapter is damaged: {faults}") from None
+        if fault is None:
+            return _read_tensors(folder)[0]
+    except ModelError as error:
+        fault = str(error).removeprefix(f"{KEY}: ").splitlines()[0]
+    raise ModelError(f"{folder}: the adapter is damaged: {fault}")
 
 
 @contextlib.contextmanager

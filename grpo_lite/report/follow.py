@@ -95,7 +95,7 @@ def _in_warmup(record: Mapping[str, Any]) -> bool:
 
 
 def _warmup_board(run: RunDir) -> WarmupBoard:
-    warmup, steps = run.read_run().get("warmup") or {}, read_warmup_steps(run)
+    warmup, steps = run.read_warmup(), read_warmup_steps(run)
     ahead = GRPOAhead(**warmup["ahead"]) if warmup.get("ahead") else None
     total, seconds = int(warmup.get("max_steps") or 0), _seconds(steps, 0)
     return WarmupBoard(run.load_recipe(), total, [*steps], (), _findings(run, WARMUP), seconds, ahead=ahead)

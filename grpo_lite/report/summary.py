@@ -98,7 +98,7 @@ def _table(scores: Mapping[str, Any]) -> list[str]:
 
 def warmup_summary(run: RunDir) -> str:
     """Return what the warm-up alone reached, and what comes next."""
-    record = run.read_run().get("warmup") or {}
+    record = run.read_warmup()
     if not run.warm_adapter.is_dir():
         return "\nthe warm-up is not complete (limits.max_minutes); to resume, give the same command again"
     held, seconds = record.get("heldout_loss_last"), record.get("seconds", 0.0)

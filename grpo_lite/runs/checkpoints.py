@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.errors import ExportError, TrainingError
+from grpo_lite.errors import TrainingError
 from grpo_lite.files.atomic import ASIDE, publish, restore
-from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
+from grpo_lite.files.manifest import MANIFEST_NAME, fault_in, write_manifest
 from grpo_lite.units import gib
 
 PREFIX = "checkpoint-"
@@ -67,14 +67,10 @@ def fault_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     if not (folder / MANIFEST_NAME).is_file():
         return f"it has no {MANIFEST_NAME}, so it was never completed"
-    try:
-        verify_manifest(folder)
-        facts = read_facts(folder)
-    except (ExportError, OSError) as error:
-        lines = str(error).splitlines()
-        return "; ".join(line.strip() for line in (lines[1:-1] if len(lines) > 2 else lines[:1]))
-    if facts.get("step") != step_of(folder):
-        return f"it holds step {facts.get('step')}: it was renamed or copied"
+    if fault := fault_in(folder):
+        return fault
+    if (step := read_facts(folder).get("step")) != step_of(folder):
+        return f"it holds step {step}: it was renamed or copied"
     return None
 
 

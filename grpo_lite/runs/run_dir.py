@@ -19,8 +19,6 @@ from grpo_lite.files.redact import planted_secret, redact, secret_in
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import checkpoint_folders
 
-FREE_KEYS = ("limits", "log", "push_checkpoints")  # of a recipe, which a resumed run may change
-
 
 class RunDir:
     """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
@@ -113,7 +111,7 @@ class RunDir:
         if old == new:
             return
         never_began = not self.read_run().get("started_at") and not self.last_checkpoint()  # it was refused
-        if never_began or _fixed(first) == _fixed(yaml.safe_load(new)):
+        if never_began or fixed_keys(first) == fixed_keys(yaml.safe_load(new)):
             write_atomic(self.recipe_file, new)  # the next session may be longer, and log less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
@@ -146,6 +144,10 @@ class RunDir:
         if not isinstance(record, dict):
             raise RunDirError(f"{self.run_file}: holds a {type(record).__name__}, not an object. Restore or remove it.")
         return record
+
+    def read_warmup(self) -> dict[str, Any]:
+        """Return what run.json holds about the warm-up, or an empty mapping."""
+        return self.read_run().get("warmup") or {}
 
     def read_scores(self) -> dict[str, Any]:
         """Return metrics.json, the held-out scores, or an empty mapping where the run is not scored."""
@@ -207,11 +209,12 @@ class RunDir:
         return lock.in_use(self.path)
 
 
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+def fixed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
     # Keys that runs of earlier versions lack, with what they trained with.
     since: dict[str, Any] = {"reference": "base", "warmup": None}
-    fixed = {key: value for key, value in {**since, **recipe}.items() if key not in FREE_KEYS}
+    free = ("limits", "log", "push_checkpoints")
+    fixed = {key: value for key, value in {**since, **recipe}.items() if key not in free}
     fixed["eval"] = {"also": {}, **(fixed.get("eval") or {})}
     return fixed
 

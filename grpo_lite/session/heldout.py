@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from grpo_lite.errors import RewardError
-from grpo_lite.evaluation.evaluate import score_model
+from grpo_lite.evaluation.evaluate import greedy_only, score_model
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.prompts import Prompts
 
@@ -23,7 +23,7 @@ class HeldOutScore(TrainerCallback):
     """
 
     def __init__(self, recipe: Recipe, prompts: Prompts, trainer: Any, show: Callable[[str], None]) -> None:
-        self.recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
+        self.recipe = greedy_only(recipe)
         self.tokenizer, self.trainer, self.show = prompts.tokenizer, trainer, show
         self.rows = prompts.eval[: recipe.eval.every_limit]
 

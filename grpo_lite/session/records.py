@@ -89,8 +89,7 @@ class MetricsFile(TrainerCallback, ExportableState):
 
     def _before(self) -> int:
         """Return how many bytes the stage before this one wrote."""
-        warmup = self.run.read_run().get("warmup") or {}
-        return int(warmup.get("metrics_bytes", 0)) if self.stage == "grpo" else 0
+        return int(self.run.read_warmup().get("metrics_bytes", 0)) if self.stage == "grpo" else 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "train_runtime" not in logs:
@@ -164,16 +163,21 @@ class WarmupDoctor(TrainerCallback):
     """
 
     def __init__(self, run: RunDir, recipe: Recipe, view: View) -> None:
-        self.run, self.recipe, self.view = run, recipe, view
+        self.run, self.view = run, view
+        self._evidence = Evidence(recipe, [])
         self._once = OnceUntilItChanges()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         forget_findings_after(self.run, state.global_step, WARMUP)
+        steps, warmup = read_warmup_steps(self.run), self.run.read_warmup()
+        self._evidence = replace(self._evidence, warmup_steps=steps, warmup=warmup)
         self._once.news(map(Finding.from_record, self._stated()))
         self._state_news(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            steps = [*self._evidence.warmup_steps, {"step": state.global_step, **logs}]
+            self._evidence = replace(self._evidence, warmup_steps=steps)
             self._state_news(state.global_step)
 
     def _stated(self) -> list[dict[str, Any]]:
@@ -181,8 +185,7 @@ class WarmupDoctor(TrainerCallback):
 
     def _state_news(self, step: int) -> None:
         try:
-            steps, warmup = read_warmup_steps(self.run), self.run.read_run().get("warmup") or {}
-            findings = diagnose_warmup(Evidence(self.recipe, [], warmup_steps=steps, warmup=warmup))
+            findings = diagnose_warmup(self._evidence)
         except Exception:  # an onlooker's fault must not end the training
             logger.exception("The run doctor failed and is silent for this step; training continues.")
             return

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from grpo_lite.errors import ExportError, GRPOLiteError, RunDirError, TrainingError
+from grpo_lite.errors import GRPOLiteError, RunDirError, TrainingError
 from grpo_lite.evaluation.rejection import read_traces, sample_traces, write_traces
-from grpo_lite.files.manifest import verify_manifest
+from grpo_lite.files.manifest import fault_in
 from grpo_lite.memory.fit import Fit
 from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, load_into
 from grpo_lite.models.base import Base
@@ -30,7 +30,7 @@ from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.report.evidence import read_warmup_steps
 from grpo_lite.runs.checkpoints import checkpoint_folders, last_usable, publishing, read_facts, remove, step_of
 from grpo_lite.runs.remote import WARMUP, remote_of
-from grpo_lite.runs.run_dir import FREE_KEYS, RunDir
+from grpo_lite.runs.run_dir import RunDir, fixed_keys
 from grpo_lite.screen import Show
 from grpo_lite.session.announce import announce_weights
 from grpo_lite.session.build import device_arguments, load_base, record_start, use_one_device
@@ -41,7 +41,7 @@ from grpo_lite.session.views import View
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward
 from grpo_lite.task.traces import Trace, Traces, earning, earning_lines, load_traces
-from grpo_lite.trainer.warmup import Order, order_rows
+from grpo_lite.trainer.warmup import BUDGET, Order, order_rows
 from grpo_lite.units import now
 
 HELD_SHARE, MOST_HELD, LEAST_ROWS = 0.05, 32, 40  # rows whose loss is only measured; none of fewer than LEAST_ROWS
@@ -65,23 +65,18 @@ def is_warm(run: RunDir) -> bool:
 
 def _is_warm(run: RunDir) -> bool:
     if last_usable(run.path).folder is not None:
-        if (
-            not run.warm_adapter.is_dir()
-        ):  # fetched from elsewhere; an earlier step's adapter is not what GRPO began with
-            _finish(run, (run.read_run().get("warmup") or {}).get("max_steps"), has_grpo=True)
+        if not run.warm_adapter.is_dir():  # fetched; an earlier step's adapter is not what GRPO began with
+            _finish(run, run.read_warmup().get("max_steps"), has_grpo=True)
         return True
     if not run.warm_adapter.is_dir():
         return False
     for folder in checkpoint_folders(run.warmup):  # left by a kill
         remove(folder)
-    try:
-        verify_manifest(run.warm_adapter)
-    except ExportError as error:
-        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:-1]) or str(error)
+    if fault := fault_in(run.warm_adapter):
         raise RunDirError(
-            f"{run.warm_adapter}: the adapter of the warm-up is damaged: {lines}. Remove it to warm up again: "
+            f"{run.warm_adapter}: the adapter of the warm-up is damaged: {fault}. Remove it to warm up again: "
             f"rm -r {run.warmup}"
-        ) from None
+        )
     return True
 
 
@@ -93,11 +88,10 @@ def traces_to_learn(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, s
     """
     if recipe.warmup is None or is_warm(run):
         return None
-    traces = (
-        load_traces(recipe, prompts)
-        if recipe.warmup.source == "data"
-        else _own_traces(recipe, run, base, prompts, show)
-    )
+    if recipe.warmup.source == "data":
+        traces = load_traces(recipe, prompts)
+    else:
+        traces = _own_traces(recipe, run, base, prompts, show)
     for note in (*traces.notes, f"{len(traces.rows)} rows"):
         show(f"warm-up: {note}")
     earned = earning(recipe, prompts, traces)
@@ -116,12 +110,8 @@ def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show:
     """
     process, path = this_process(), run.warmup / TRACES_FILE
     adapter = adapter_to_start_from(recipe, run, base, lambda line: None, "warmup") if recipe.init_from else None
-    if (
-        process.is_first
-        and path.is_file()
-        and (run.read_run().get("warmup") or {}).get("traces_of") != _recipe_sum(run)
-    ):
-        path.unlink()  # sampled for another recipe, which was refused before it trained
+    if process.is_first and run.read_warmup().get("traces_of") != _recipe_sum(run):
+        path.unlink(missing_ok=True)  # sampled for another recipe, which was refused before it trained
     agree(None, process)
     if process.is_first and not path.is_file():
         if checkpoint_folders(run.warmup):
@@ -141,8 +131,8 @@ def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show:
 
 def _recipe_sum(run: RunDir) -> str:
     """Return a sum of the run's recipe, without the keys that a session may change."""
-    fixed = {key: value for key, value in read_yaml(run.recipe_file).items() if key not in FREE_KEYS}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
+    fixed = json.dumps(fixed_keys(read_yaml(run.recipe_file)), sort_keys=True, default=str)
+    return hashlib.sha256(fixed.encode()).hexdigest()
 
 
 def _first_has_ended(run: RunDir) -> bool:
@@ -208,14 +198,14 @@ def warm_up(
             _begin(recipe, run, base, rewards, stage, trainer, state)
         signal_name = train_to_stop(run.warmup, view, trainer, deadline)
         steps, done = trainer.state.global_step, trainer.state.global_step == len(stage.order.steps)
-        if process.is_first:
+        if process.is_first and done:
+            _finish(run, len(stage.order.steps))
+        elif process.is_first:
             _record(run, trainer)
-            if not done and not signal_name:
+            if not signal_name:
                 save_adapter(run.adapter, trainer)
                 note_warmup(run, paused_at=now())
                 run.update_run(steps=0)
-            elif done:
-                _finish(run, len(stage.order.steps))
         if not done or signal_name:
             return TrainResult(run, steps if signal_name else 0, signal_name, paused=not signal_name)
     agree(None, process)  # the others read the adapter that the first has written
@@ -352,7 +342,7 @@ def _begin(
     """Check the disk, and record what the stage starts with."""
     require_room_for(recipe, run, base, trainer)
     record_start(recipe, run, base, rewards, state)
-    begun = (run.read_run().get("warmup") or {}).get("began_at") if state == "resume" else None
+    begun = run.read_warmup().get("began_at") if state == "resume" else None
     note_warmup(
         run, began_at=begun or now(), done_at=None, paused_at=None, max_steps=len(stage.order.steps),
         rows=len(stage.rows), held=len(stage.held), epochs=round(stage.order.epochs, 3),
@@ -360,7 +350,7 @@ def _begin(
 
 
 def _record(run: RunDir, trainer: Any) -> None:
-    """Record what the stage reached."""
+    """Record what the stage reached before its end."""
     note_warmup(
         run, steps=trainer.state.global_step, seconds=round(trainer.journal.seconds_trained, 1),
         tokens_per_microbatch=trainer.options.warmup_tokens, faults=dict(trainer.faults.counts), **_losses(run),
@@ -371,8 +361,8 @@ def _losses(run: RunDir) -> dict[str, float | None]:
     """Return the first and last losses among the warm-up's records."""
     steps = read_warmup_steps(run)
     found: dict[str, float | None] = {}
-    for name, key in (("loss", "loss"), ("heldout_loss", "heldout_loss")):
-        values = [record[key] for record in steps if record.get(key) is not None]
+    for name in ("loss", "heldout_loss"):
+        values = [record[name] for record in steps if record.get(name) is not None]
         found |= {f"{name}_first": values[0] if values else None, f"{name}_last": values[-1] if values else None}
     return found
 
@@ -395,7 +385,7 @@ def _finish(run: RunDir, last: int | None, has_grpo: bool = False) -> bool:
         facts = read_facts(checkpoint)
         note_warmup(
             run, done_at=now(), metrics_bytes=length, steps=last, seconds=facts.get("seconds_trained", 0.0),
-            faults=facts.get("faults", {}), **_losses(run),
+            tokens_per_microbatch=facts.get("budget", {}).get(BUDGET), faults=facts.get("faults", {}), **_losses(run),
         )  # fmt: skip
     with publishing(run.warm_adapter) as folder:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -407,4 +397,4 @@ def _finish(run: RunDir, last: int | None, has_grpo: bool = False) -> bool:
 
 def note_warmup(run: RunDir, **values: Any) -> None:
     """Merge values into what run.json holds about the warm-up."""
-    run.update_run(warmup={**(run.read_run().get("warmup") or {}), **values})
+    run.update_run(warmup={**run.read_warmup(), **values})

@@ -88,6 +88,11 @@ def weighted_scores(scores: Sequence[Sequence[float | None]], weights: Sequence[
     return sums
 
 
+def top_of(function: Any) -> float:
+    """Return the highest score of a reward or a second opinion: what it states, else 1."""
+    return float(getattr(function, "top", None) or 1.0)
+
+
 def highest_sum(
     functions: Sequence[Reward], weights: Sequence[float], scores: Sequence[Sequence[float | None]]
 ) -> float | None:

@@ -29,7 +29,7 @@ from grpo_lite.task.prompts import (
     read_rows,
     render_row,
 )
-from grpo_lite.task.rewards import Reward, highest_sum, load_rewards, weighted_scores
+from grpo_lite.task.rewards import Reward, highest_sum, load_rewards, top_of, weighted_scores
 from grpo_lite.task.tokens import batch_prompt_ids, encode, require_messages
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
         functions, _, scores = _scores(recipe, prompts, traces)
     except RewardError as error:
         raise DataError(f"warmup.only_right: true is given, but the rewards cannot be asked: {error}") from None
-    top = getattr(functions[0], "top", None) or 1.0
+    top = top_of(functions[0])
     right = [score is not None and score >= top for score in scores[0]]
     dropped = len(right) - sum(right)
     if dropped == len(right):

@@ -12,7 +12,7 @@ behind full buffers, one forward and backward of the largest micro-batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.engine.packing import read_padded_batch
 from grpo_lite.engine.score import base_model
@@ -190,11 +191,17 @@ class Recovery:
 
     def load(self, checkpoint: Path) -> None:
         """Use the smaller of the budgets in a checkpoint and the present ones."""
-        for name, saved in read_facts(checkpoint).get("budget", {}).items():
-            now = getattr(self.trainer.options, name, None)
-            budgets = [tokens for tokens in (now, saved) if tokens is not None]
-            if name in BUDGETS and budgets:
-                self.trainer.options = replace(self.trainer.options, **{name: min(budgets)})
+        self.trainer.options = smaller_budgets(self.trainer.options, checkpoint, BUDGETS)
+
+
+def smaller_budgets(options: EngineOptions, checkpoint: Path, names: Sequence[str]) -> EngineOptions:
+    """Return the options with the smaller of each budget now and in a checkpoint; None is no limit."""
+    saved = read_facts(checkpoint).get("budget", {})
+    smaller: dict[str, Any] = {}
+    for name in names:
+        budgets = [tokens for tokens in (getattr(options, name), saved.get(name)) if tokens is not None]
+        smaller[name] = min(budgets, default=None)
+    return replace(options, **smaller)
 
 
 def longest_round(trainer: Any, prompt: list[int]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import decoding_obstacle
-from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, self_check
+from grpo_lite.engine.score import SELF_CHECK_TOKENS, PlainScores, Scoring, base_model, self_check
 
 logger = logging.getLogger(__name__)
 
@@ -75,39 +76,54 @@ class Support:
         return disable_gradient_checkpointing(unwrapped, self.trainer.args.gradient_checkpointing_kwargs)
 
     def _obstacle(self, model: nn.Module) -> str | None:
-        trainer, inner = self.trainer, base_model(model)
+        trainer = self.trainer
         alone = trainer.accelerator.num_processes == 1 and trainer.accelerator.distributed_type == DistributedType.NO
         if not alone and not trainer.peers.can_average_gradients():
             return "more than one process"
-        if hasattr(model, "_orig_mod"):
-            return "a compiled model"
-        if len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
-            return "a model split over devices"
-        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-            return "the adapter is a prompt-learning one"
-        reason = attention.obstacle(inner)
-        window = attention.sliding_window(inner) if reason is None else None
-        if reason:
-            return f"{type(inner).__name__}: {reason}"
+        if reason := model_obstacle(model):
+            return reason
+        window = attention.sliding_window(base_model(model))
         if window is not None and window < SELF_CHECK_TOKENS:
-            return f"{type(inner).__name__} has a window of {window} tokens"
-        return self._failed_self_check(model)
-
-    def _failed_self_check(self, model: nn.Module) -> str | None:
-        """Let the model's attention be packed, unless it then computes something else."""
-        trainer, inner = self.trainer, base_model(model)
-        previous = inner.config._attn_implementation
-        attention.install(inner)
+            return f"{type(base_model(model)).__name__} has a window of {window} tokens"
         scoring = Scoring(trainer.temperature, trainer.args.cast_lm_head_to_fp32)
         plain = partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer)
         with self.no_checkpointing(model):
-            reason = self_check(model, scoring, trainer.accelerator.autocast, lambda *batch: plain(model, *batch)[0])
-        if reason is None:
-            return None
-        inner.config._attn_implementation = previous
-        return f"{type(inner).__name__}: {reason}"
+            return pack_attention(model, scoring, trainer.accelerator.autocast, lambda *batch: plain(model, *batch)[0])
 
     def _show_once(self, line: str) -> None:
         if line not in self._shown:
             self._shown.add(line)
             logger.warning(line)
+
+
+def model_obstacle(model: nn.Module) -> str | None:
+    """Return what a model with its adapter has that packed compute does not serve, or None."""
+    inner = base_model(model)
+    if hasattr(model, "_orig_mod"):
+        return "a compiled model"
+    if len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
+        return "a model split over devices"
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        return "the adapter is a prompt-learning one"
+    if reason := attention.obstacle(inner):
+        return f"{type(inner).__name__}: {reason}"
+    return None
+
+
+def pack_attention(
+    model: nn.Module, scoring: Scoring, autocast: Callable[[], AbstractContextManager[Any]], plain: PlainScores
+) -> str | None:
+    """Let the model's attention be packed, unless it then computes something else; return what is wrong then.
+
+    Args:
+        model: with its adapter, activation checkpointing off.
+        scoring, autocast, plain: as for `engine.score.self_check`.
+    """
+    inner = base_model(model)
+    previous = inner.config._attn_implementation
+    attention.install(inner)
+    reason = self_check(model, scoring, autocast, plain)
+    if reason is None:
+        return None
+    inner.config._attn_implementation = previous
+    return f"{type(inner).__name__}: {reason}"

@@ -36,15 +36,15 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.packing import pack_rows
 from grpo_lite.engine.quantised import keep_weights_unpacked
-from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, score, scores_from_logits, self_check
+from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, score, scores_from_logits
 from grpo_lite.errors import MemoryBudgetError
-from grpo_lite.runs.checkpoints import read_facts
 from grpo_lite.task.traces import Trace
 from grpo_lite.trainer.finite import Faults, LossScale
 from grpo_lite.trainer.journal import Journal
 from grpo_lite.trainer.parallel import Peers
-from grpo_lite.trainer.recovery import random_state, set_random_state, until_it_fits
+from grpo_lite.trainer.recovery import random_state, set_random_state, smaller_budgets, until_it_fits
 from grpo_lite.trainer.state import Checkpoints
+from grpo_lite.trainer.support import model_obstacle, pack_attention
 
 logger = logging.getLogger(__name__)
 BUDGET = "warmup_tokens"  # of EngineOptions
@@ -264,23 +264,16 @@ class WarmupTrainer(SFTTrainer):
         return self._packable
 
     def _obstacle(self) -> str | None:
-        model = self.accelerator.unwrap_model(self.model)
+        model, autocast = self.accelerator.unwrap_model(self.model), self.accelerator.autocast
+        if reason := model_obstacle(model):
+            return reason
         inner = base_model(model)
-        if len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
-            return "a model split over devices"
-        if reason := attention.obstacle(inner):
-            return f"{type(inner).__name__}: {reason}"
         window, longest = attention.sliding_window(inner), max(map(len, self.data_collator.rows), default=0)
         if window is not None and window < max(longest, SELF_CHECK_TOKENS):
             return f"{type(inner).__name__} has a window of {window} tokens, and rows are longer"
-        previous = inner.config._attn_implementation
-        attention.install(inner)
-        scoring, autocast = Scoring(temperature=1.0), self.accelerator.autocast
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
-            reason = self_check(model, scoring, autocast, partial(scores_from_logits, model, autocast, 1.0))
-        if reason:
-            inner.config._attn_implementation = previous
-        return reason
+            plain = partial(scores_from_logits, model, autocast, 1.0)
+            return pack_attention(model, Scoring(temperature=1.0), autocast, plain)
 
     @contextmanager
     def _unlogged(self) -> Iterator[dict[str, list[float]]]:
@@ -354,9 +347,7 @@ class WarmupTrainer(SFTTrainer):
         if checkpoint is None:
             return
         self.checkpoints.load(Path(checkpoint))
-        budgets = [self.options.warmup_tokens, read_facts(Path(checkpoint)).get("budget", {}).get(BUDGET)]
-        known = [budget for budget in budgets if budget is not None]
-        self.options = replace(self.options, warmup_tokens=min(known, default=None))
+        self.options = smaller_budgets(self.options, Path(checkpoint), (BUDGET,))
         logged = [record["num_tokens"] for record in self.state.log_history if "num_tokens" in record]
         self._total_train_tokens = int(logged[-1]) if logged else 0
 

@@ -74,6 +74,24 @@ def pretend_triton() -> Iterator[None]:
             setattr(module, name, value)
 
 
+@contextlib.contextmanager
+def plain_model(
+    config: dict[str, Any], load_in: str, rank: int, checkpointing: bool, outputs: tuple[str, ...], scored: int
+) -> Iterator[tuple[Any, LiveBytes, int]]:
+    """Yield a model as TRL trains it, of whose tokens `scored` go through the head, what counts, and its own bytes."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
+    model.get_base_model().config._attn_implementation = "sdpa"
+    add_fused_lm_head(model.get_base_model(), outputs=outputs)
+    with contextlib.ExitStack() as stack:
+        for context in (FakeTensorMode(allow_non_fake_inputs=True), live := LiveBytes(), pretend_cuda()):
+            stack.enter_context(context)
+        stack.enter_context(pretend_triton())
+        stack.enter_context(_ScoredOnly(scored))
+        yield model, live, static_bytes(model, live)
+
+
 def trace_plain_training(
     config: dict[str, Any],
     prompt: int,
@@ -85,21 +103,12 @@ def trace_plain_training(
     checkpointing: bool = True,
 ) -> Traced:
     """Count one of TRL's micro-batches: `rows` padded rows, forward and backward, in bfloat16 autocast."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
-    model.get_base_model().config._attn_implementation = "sdpa"
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
     trainer = types.SimpleNamespace(
         accelerator=types.SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     )
     score = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__  # without its timer
-    with contextlib.ExitStack() as stack:
-        for context in (FakeTensorMode(allow_non_fake_inputs=True), live := LiveBytes(), pretend_cuda()):
-            stack.enter_context(context)
-        stack.enter_context(pretend_triton())
-        stack.enter_context(_ScoredOnly(rows * completion))
-        static = static_bytes(model, live)
+    outputs = ("log_probs", "entropy")
+    with plain_model(config, load_in, rank, checkpointing, outputs, rows * completion) as (model, live, static):
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
         return trace_passes(
             live,
@@ -119,17 +128,8 @@ def trace_warmup(
     checkpointing: bool = True,
 ) -> Traced:
     """Count a part of a warm-up's step, as SFTTrainer computes it: `rows` rows of one length, in bfloat16 autocast."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
-    model.get_base_model().config._attn_implementation = "sdpa"
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    with contextlib.ExitStack() as stack:
-        for context in (FakeTensorMode(allow_non_fake_inputs=True), live := LiveBytes(), pretend_cuda()):
-            stack.enter_context(context)
-        stack.enter_context(pretend_triton())
-        stack.enter_context(_ScoredOnly(rows * completion))
-        static = static_bytes(model, live)
+    outputs = ("log_probs", "entropy", "is_top1")
+    with plain_model(config, load_in, rank, checkpointing, outputs, rows * completion) as (model, live, static):
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
 

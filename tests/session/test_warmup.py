@@ -64,6 +64,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
     monkeypatch.setattr(WarmupTrainer, "__init__", init)
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, recipe: Recipe, run: RunDir) -> Any:
+    """Train until a signal comes at the end of a step of the warm-up; return how it ended."""
+    with monkeypatch.context() as patched:
+        at_step(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return train(recipe, run)[0]
+
+
 def test_grpo_starts_from_the_adapter_of_the_warm_up(root: Path, tmp_path: Path) -> None:
     """With a learning rate that moves nothing, the trained adapter is the warm one: and that is no fresh one."""
     run = RunDir(tmp_path / "run")
@@ -101,9 +108,7 @@ def test_a_signal_in_the_warm_up_saves_a_checkpoint_and_the_next_train_continues
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path / "run")
-    with monkeypatch.context() as patched:
-        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        result, _ = train(recipe_of(), run)
+    result = stop_at(monkeypatch, 3, recipe_of(), run)
     assert (result.stopped_by, result.steps) == ("SIGTERM", 3)
     assert run.last_of_warmup() == run.warmup / "checkpoint-3"
     assert not run.warm_adapter.exists()
@@ -177,9 +182,7 @@ def test_a_new_machine_continues_the_warm_up_from_the_copies(
     """The first machine is lost in the warm-up, the second one after it: no step is trained twice."""
     recipe = recipe_of(f"push_checkpoints={tmp_path / 'drive'}", "grpo.max_steps=2", "grpo.save_steps=1")
     machines = [RunDir(tmp_path / str(i) / "run") for i in range(4)]
-    with monkeypatch.context() as patched:
-        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train(recipe, machines[0])
+    stop_at(monkeypatch, 3, recipe, machines[0])
     _, lines = train(recipe, machines[1], warmup_only=True)
     assert f"push_checkpoints: fetched warmup/checkpoint-3 from {tmp_path / 'drive' / 'run'}" in lines
     _, lines = train(recipe, machines[2])
@@ -266,9 +269,7 @@ def test_rows_that_have_changed_under_a_checkpoint_are_refused(
     file, run = tmp_path / "rows.jsonl", RunDir(tmp_path / "run")
     file.write_text("\n".join(rows))
     recipe = recipe_of(warmup=f"warmup={{data: {{path: {file}}}, completion: '{{answer}}', tokens_per_step: 40}}")
-    with monkeypatch.context() as patched:
-        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train(recipe, run)
+    stop_at(monkeypatch, 3, recipe, run)
     file.write_text("\n".join(rows[:4]))
     with pytest.raises(RunDirError, match=r"was at step 3, and its rows make \d steps now: they have changed"):
         train(recipe, run)
@@ -278,9 +279,7 @@ def test_a_checkpoint_before_the_last_step_is_not_taken_for_what_grpo_began_with
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path / "run")
-    with monkeypatch.context() as patched:
-        at_step(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train(recipe_of(), run)
+    stop_at(monkeypatch, 3, recipe_of(), run)
     (run.path / "checkpoint-1").mkdir()
     monkeypatch.setattr(warmup, "last_usable", lambda folder: Found(next(folder.glob("checkpoint-*")), ()))
     assert warmup.is_warm(run)

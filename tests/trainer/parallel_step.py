@@ -28,7 +28,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(ids[0] % 5) + 0.1 * len(ids) for ids in completion_ids]
 
 
-def overflow_at(trainer: Fixed, backwards: list[int]) -> None:
+def overflow_at(trainer: Any, backwards: list[int]) -> None:
     """Let memory run out in these backward passes of this process (counted over attempts), halfway through."""
     real, count = trainer.accelerator.backward, 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -12,22 +11,9 @@ from trl import SFTConfig
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.trainer.warmup import StepRows, WarmupTrainer, as_dataset, order_rows
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer, traces
+from tests.trainer.parallel_step import overflow_at
 
 STEPS = 3
-
-
-def overflow_at(trainer: WarmupTrainer, backwards: list[int]) -> None:
-    """Let memory run out in these backward passes of this process (counted over attempts), halfway through."""
-    real, count = trainer.accelerator.backward, 0
-
-    def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-        nonlocal count
-        count += 1
-        real(loss, **kwargs)
-        if count in backwards:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-
-    trainer.accelerator.backward = backward
 
 
 def main(out: str, tokens_per_step: str, *overflows: str) -> None:

@@ -156,22 +156,28 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def stop_the_second_at(shown: str, *arguments: str) -> str:
+    """Run two processes, send the second a signal once a line says `shown`, and return what comes after that."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
-        [*command, str(HERE / "parallel_run.py"), str(run), "smoke", "grpo.max_steps=200", "merge=false",
-         "grpo.save_steps=1000", "eval.enabled=false"],
+        [*command, str(HERE / "parallel_run.py"), *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if "step 3/200" in line:
+        if shown in line:
             break
     workers = [int(child.name) for child in Path("/proc").glob("[0-9]*") if _parent(child) == process.pid]
-    os.kill(max(workers), signal.SIGTERM)  # the second
+    os.kill(max(workers), signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
+    return out
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["grpo.max_steps=200", "merge=false", "grpo.save_steps=1000", "eval.enabled=false"]
+    out = stop_the_second_at("step 3/200", str(run), "smoke", *more)
     assert "interrupted by SIGTERM after step" in out
     (checkpoint,) = run.glob("checkpoint-*")
     assert (checkpoint / "grpo_lite_state_1.pt").is_file()

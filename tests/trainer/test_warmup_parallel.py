@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.killing import ALONE, FAST
-from tests.trainer.test_parallel import HERE, ROOT, _parent, launch
+from tests.trainer.test_parallel import HERE, launch, stop_the_second_at
 
 DATA = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
 RUN = ["smoke", *FAST, *ALONE, "grpo.max_steps=1", "grpo.save_steps=2"]
@@ -112,18 +108,7 @@ def test_two_processes_that_pause_in_the_warm_up_end_as_undisturbed_ones(tmp_pat
 @pytest.mark.slow
 def test_a_signal_to_one_process_in_the_warm_up_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*command, str(HERE / "parallel_run.py"), str(run), *RUN, warmup(steps=3000)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "warm-up 3/3000" in line:
-            break
-    workers = [int(child.name) for child in Path("/proc").glob("[0-9]*") if _parent(child) == process.pid]
-    os.kill(max(workers), signal.SIGTERM)  # the second
-    out, _ = process.communicate(timeout=120)
+    out = stop_the_second_at("warm-up 3/3000", str(run), *RUN, warmup(steps=3000))
     assert "interrupted by SIGTERM after step" in out, out
     (checkpoint,) = (run / "warmup").glob("checkpoint-*")
     assert (checkpoint / "rng_state_1.pth").is_file()
