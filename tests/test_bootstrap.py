@@ -272,6 +272,7 @@ def test_a_failed_install_is_a_failed_setup(
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env")]) == 1
 
 
+@pytest.mark.slow
 def test_the_environment_has_a_python_that_sees_shared_packages(bootstrap: ModuleType, tmp_path: Path) -> None:
     bootstrap.make_environment(tmp_path / "env", share_packages=True)
     assert (tmp_path / "env" / "bin" / "python").exists()

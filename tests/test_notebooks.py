@@ -136,6 +136,7 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
 
 @pytest.mark.slow
 @pytest.mark.weights
+@pytest.mark.timeout(3000)
 def test_the_cpu_notebook_runs_end_to_end_with_the_real_quickstart(tmp_path: Path) -> None:
     notebook = build.overridden(build.build("quickstart_cpu"), SOURCE=str(ROOT), RUN=str(tmp_path / "run"))
     shown = outputs(build.execute(notebook, tmp_path, timeout_s=3000))

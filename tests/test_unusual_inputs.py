@@ -68,7 +68,7 @@ def test_make_passes_names_with_spaces_whole(
     assert done.stdout.splitlines() == expected, done.stderr
 
 
-@pytest.mark.parametrize("length", [1, 16])
+@pytest.mark.parametrize("length", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_completions_of_one_token_and_of_the_full_cap(server: Server, tmp_path: Path, length: int) -> None:
     """A random model hardly ever ends by itself: every completion is cut off at the cap."""
     run, log = tmp_path / "run", tmp_path / "log"

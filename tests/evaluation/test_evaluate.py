@@ -378,6 +378,7 @@ def test_without_the_warm_adapter_the_verdict_says_what_trained_means(
     assert part["verdict"]["sentence"].startswith(f"{cause}: the held-out lenient score ")
 
 
+@pytest.mark.slow
 def test_a_run_of_both_stages_scores_from_disk_as_it_did_after_training(root: Path, tmp_path: Path) -> None:
     data = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
     settings = [f"warmup={{{data}, steps: 2, learning_rate: 0.003, tokens_per_step: 200}}", "grpo.max_steps=2"]

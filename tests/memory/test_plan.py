@@ -152,8 +152,8 @@ def compare_rollout(config: dict[str, Any], prompt: int, completion: int, rows: 
     [
         pytest.param("qwen2.5-1.5b", 200, 512, 8, {}, marks=pytest.mark.slow),
         ("qwen2.5-0.5b", 200, 256, 16, {"group": 8, "load_in": "16bit", "rank": 64}),
-        ("qwen3-4b", 256, 1024, 2, {"group": 8}),
-        ("llama-3.2-3b", 300, 400, 4, {"checkpointing": False}),
+        pytest.param("qwen3-4b", 256, 1024, 2, {"group": 8}, marks=pytest.mark.slow),
+        pytest.param("llama-3.2-3b", 300, 400, 4, {"checkpointing": False}, marks=pytest.mark.slow),
         ("gemma-3-1b", 200, 300, 4, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -194,12 +194,12 @@ def test_the_tile_of_trl_s_head_is_the_one_that_is_planned() -> None:
 @pytest.mark.parametrize(
     "name, prompt, completion, rows, settings",
     [
-        ("qwen2.5-0.5b", 36, 28, 16, {}),
+        pytest.param("qwen2.5-0.5b", 36, 28, 16, {}, marks=pytest.mark.slow),
         ("qwen2.5-1.5b", 100, 900, 4, {"checkpointing": False}),
         pytest.param("qwen3-4b", 100, 900, 4, {"load_in": "16bit"}, marks=pytest.mark.slow),
         pytest.param("llama-3.2-1b", 500, 500, 8, {}, marks=pytest.mark.slow),
-        ("qwen2.5-0.5b", 36, 28, 16, {"compute": "plain"}),
-        ("qwen2.5-1.5b", 100, 900, 4, {"compute": "plain", "checkpointing": False}),
+        pytest.param("qwen2.5-0.5b", 36, 28, 16, {"compute": "plain"}, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-1.5b", 100, 900, 4, {"compute": "plain", "checkpointing": False}, marks=pytest.mark.slow),
         pytest.param("qwen3-4b", 100, 900, 4, {"compute": "plain", "load_in": "16bit"}, marks=pytest.mark.slow),
         pytest.param("llama-3.2-1b", 500, 500, 8, {"compute": "plain"}, marks=pytest.mark.slow),
     ],

@@ -227,7 +227,11 @@ def sharpened() -> Callable[..., Any]:
     return generate
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{c.key}-{c.says[:24]}" for c in CASES])
+QUICK = (None, "truncation", "zero_part")  # the others really train too, and CI runs them
+ALL = [pytest.param(c, id=f"{c.key}-{c.says[:24]}", marks=[pytest.mark.slow] * (c.key not in QUICK)) for c in CASES]
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_a_real_run_with_the_problem_is_diagnosed_and_a_healthy_one_is_not(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

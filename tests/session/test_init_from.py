@@ -34,7 +34,7 @@ def train(run: Path, address: Path, *overrides: str, expect: int = 0) -> str:
     return grpo_lite("train", "smoke", "--run", str(run), *own, expect=expect)
 
 
-@pytest.mark.parametrize("load_in", ["32bit", "4bit"])
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("32bit", marks=pytest.mark.slow)])
 def test_a_run_starts_with_exactly_the_weights_of_another(first: Path, tmp_path: Path, load_in: str) -> None:
     run = tmp_path / "run"
     text = train(run, first, STILL, "grpo.beta=0.01", f"model.load_in={load_in}")

@@ -38,6 +38,7 @@ def records(run: RunDir) -> list[dict[str, Any]]:
     return [{key: record[key] for key in KEPT} for record in found]
 
 
+@pytest.mark.slow
 def test_a_training_that_begins_with_the_probe_is_the_same_training(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def kl_of(run: Path) -> list[float]:
     return [json.loads(line)["kl"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("compute", ["packed", "plain"])
+@pytest.mark.parametrize("compute", ["packed", pytest.param("plain", marks=pytest.mark.slow)])
 def test_kl_to_the_start_is_0_at_first_and_that_to_the_base_is_not(first: Path, tmp_path: Path, compute: str) -> None:
     kl = {}
     for reference in ("base", "start"):

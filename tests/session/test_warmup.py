@@ -176,6 +176,7 @@ def test_rows_without_a_completion_end_the_run_before_anything_is_loaded(root: P
         train(recipe_of(warmup=warmup), RunDir(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_new_machine_continues_the_warm_up_from_the_copies(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,13 +70,16 @@ def test_head_in_fp32(tmp_path: Path):
     assert_same_training(tmp_path, lora=False, cast_lm_head_to_fp32=True, learning_rate=1e-4)
 
 
-@pytest.mark.parametrize("group", [2, 3, 8, 16])
+@pytest.mark.parametrize("group", [2, 3, pytest.param(8, marks=SLOW), pytest.param(16, marks=SLOW)])
 def test_group_size(group: int, tmp_path: Path):
     assert_same_training(tmp_path, num_generations=group, per_device_train_batch_size=2 * group)
 
 
 @pytest.mark.parametrize("budget", [pytest.param(1, marks=SLOW), 40, pytest.param(100, marks=SLOW)])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["grpo", "dapo", "luspo", "vespo", *(pytest.param(x, marks=SLOW) for x in ("bnpo", "dr_grpo", "cispo", "sapo"))],
+)
 def test_loss_type_with_a_token_budget(loss_type: str, budget: int, tmp_path: Path):
     options = EngineOptions(tokens_per_microbatch=budget)
     assert_same_training(tmp_path, options=options, loss_type=loss_type)
@@ -95,28 +98,31 @@ def test_loss_type_with_kl_and_two_iterations(loss_type: str, tmp_path: Path):
     [
         pytest.param({"beta": 0.05}, id="kl"),
         pytest.param(
-            {"beta": 0.05, "use_bias_correction_kl": True, "num_iterations": 2, "max_steps": 2}, id="unbiased kl"
+            {"beta": 0.05, "use_bias_correction_kl": True, "num_iterations": 2, "max_steps": 2},
+            id="unbiased kl",
+            marks=SLOW,
         ),
         pytest.param({"importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 2}, id="gspo"),
-        pytest.param({"top_entropy_quantile": 0.3}, id="high-entropy tokens only"),
-        pytest.param({"entropy_coef": 0.05}, id="entropy bonus"),
+        pytest.param({"top_entropy_quantile": 0.3}, id="high-entropy tokens only", marks=SLOW),
+        pytest.param({"entropy_coef": 0.05}, id="entropy bonus", marks=SLOW),
         pytest.param(
             {"use_adaptive_entropy": True, "entropy_target": 20.0, "entropy_coef": 0.01, "max_steps": 3},
             id="adaptive entropy bonus",
         ),
-        pytest.param({"delta": 1.5, "num_iterations": 2, "max_steps": 2}, id="two-sided clipping"),
+        pytest.param({"delta": 1.5, "num_iterations": 2, "max_steps": 2}, id="two-sided clipping", marks=SLOW),
         pytest.param({"off_policy_mask_threshold": 0.001, "num_iterations": 2, "max_steps": 2}, id="off-policy mask"),
         pytest.param({"mask_truncated_completions": True}, id="truncated completions masked"),
-        pytest.param({"scale_rewards": "batch"}, id="rewards scaled by batch"),
+        pytest.param({"scale_rewards": "batch"}, id="rewards scaled by batch", marks=SLOW),
         pytest.param({"scale_rewards": "none"}, id="rewards not scaled"),
-        pytest.param({"temperature": 0.6}, id="temperature"),
-        pytest.param({"pad_to_multiple_of": 8}, id="padded to multiples of 8"),
+        pytest.param({"temperature": 0.6}, id="temperature", marks=SLOW),
+        pytest.param({"pad_to_multiple_of": 8}, id="padded to multiples of 8", marks=SLOW),
         pytest.param({"gradient_checkpointing": True}, id="gradient checkpointing"),
         pytest.param(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             id="reentrant gradient checkpointing",
+            marks=SLOW,
         ),
-        pytest.param({"max_grad_norm": 0.1}, id="gradient clipping"),
+        pytest.param({"max_grad_norm": 0.1}, id="gradient clipping", marks=SLOW),
     ],
 )
 @pytest.mark.parametrize("budget", [pytest.param(None, marks=SLOW), 50])

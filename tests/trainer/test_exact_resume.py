@@ -57,10 +57,8 @@ KILLS: list[tuple[str, list[tuple[str, int]]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "configuration, kills",
-    [pytest.param(name, kills, id=name, marks=[pytest.mark.slow] * (name == "all at once")) for name, kills in KILLS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration, kills", KILLS, ids=[name for name, _ in KILLS])
 def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(
     server: Server, references: Any, tmp_path: Path, configuration: str, kills: list[tuple[str, int]]
 ) -> None:

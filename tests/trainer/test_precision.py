@@ -49,8 +49,8 @@ def test_nf4_base_in_fp32_gives_the_same_gradient(base: Path, tmp_path: Path):
     assert relative_difference(found[1], found[0]) < 5e-3
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nf4_base_in_bf16_is_as_near_to_fp32_as_plain_trl(
     base: Path, tmp_path: Path, autocast: bool, checkpointing: bool
 ):
@@ -74,7 +74,7 @@ def test_autocast_on_an_fp32_model_is_as_near_to_fp32_as_plain_trl(tmp_path: Pat
     assert errors[1] < 1.5 * errors[0]
 
 
-@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.slow), 40])
 def test_a_scaled_loss_gives_scaled_gradients_in_every_microbatch(budget: int | None, tmp_path: Path):
     """fp16 needs a GPU in accelerate, so the scaler is put in by hand: all backward passes must go through it."""
 

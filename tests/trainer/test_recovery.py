@@ -88,7 +88,7 @@ def test_a_forward_that_overflows_is_redone_in_halves_with_the_same_gradient(
         assert trainer.state.log_history[0][key] == pytest.approx(undisturbed.state.log_history[0][key], abs=1e-6)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_backward_that_overflows_halfway_leaves_nothing_behind(at: int, tmp_path: Path) -> None:
     """The overflow comes after gradients have been added: a retry that kept them would count them twice."""
     _, expected = train(PackedGRPOTrainer, tmp_path, settings={"gradient_accumulation_steps": 2})
@@ -258,6 +258,7 @@ def test_scoring_against_the_reference_is_divided_too(tmp_path: Path, monkeypatc
     assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["driver", pytest.param("cublas", marks=pytest.mark.slow)])
 def test_memory_that_a_library_below_lacks_is_recovered_from_in_every_phase(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,7 +278,7 @@ def test_memory_that_a_library_below_lacks_is_recovered_from_in_every_phase(
 
 
 @pytest.mark.parametrize("phase", ["training", "scoring", "rehearsal", "rehearsed rollout", "rollout"])
-@pytest.mark.parametrize("kind", ["shapes", "assert"])
+@pytest.mark.parametrize("kind", ["shapes", pytest.param("assert", marks=pytest.mark.slow)])
 def test_an_error_that_is_not_about_memory_goes_on_its_way_at_once(
     phase: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

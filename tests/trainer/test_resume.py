@@ -11,6 +11,7 @@ from grpo_lite.runs.run_dir import RunDir
 from tests.command_line import grpo_lite, in_process, kill, read_until, start, steps_of
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_the_next_train_resumes_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     many = ("grpo.max_steps=8", "grpo.save_steps=100", "eval.enabled=false", "merge=false")

@@ -143,7 +143,9 @@ def in_float64(rows: list[Trace]) -> tuple[dict[str, Tensor], float]:
 
 
 @pytest.mark.parametrize("compute", ["packed", "plain"])
-@pytest.mark.parametrize("budget, checkpointing", [(None, False), (60, True), (1, False)])
+@pytest.mark.parametrize(
+    "budget, checkpointing", [pytest.param(None, False, marks=pytest.mark.slow), (60, True), (1, False)]
+)
 def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
     tmp_path: Path, budget: int | None, checkpointing: bool, compute: str
 ) -> None:
