@@ -209,6 +209,7 @@ def test_a_torch_that_is_there_is_pinned_and_shared(
     monkeypatch.setattr(
         bootstrap, "make_environment", lambda target, share_packages: (target.mkdir(), made.append(share_packages))
     )
+    monkeypatch.setattr(bootstrap, "compile_packages", lambda target: None)
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env"), "dev"]) == 0
     assert made == [True]
     assert (tmp_path / "env" / "torch-constraint.txt").read_text() == "torch==2.9.1+cu128\n"
@@ -241,6 +242,7 @@ def test_unsloth_is_installed_where_there_is_a_driver(
     monkeypatch.setattr(bootstrap, "nvidia_driver", lambda: bootstrap.Driver("580.95.05") if driver else None)
     monkeypatch.setattr(bootstrap, "installed_torch", lambda: "2.13.0")
     monkeypatch.setattr(bootstrap, "make_environment", lambda target, share_packages: target.mkdir())
+    monkeypatch.setattr(bootstrap, "compile_packages", lambda target: None)
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env"), "unsloth?"]) == 0
     root = str(PATH.parent.parent)
     assert calls == [*[root + extra for extra in asked], bootstrap.EMBEDDED]
@@ -270,6 +272,40 @@ def test_a_failed_install_is_a_failed_setup(
     monkeypatch.setattr(bootstrap, "make_environment", lambda target, share_packages: target.mkdir())
     monkeypatch.setattr(bootstrap, "install_torch", lambda target, source: False)
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env")]) == 1
+
+
+def test_what_pip_downloads_is_shown_and_a_failure_is_told(
+    bootstrap: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    printed = """Collecting torch==2.13.0
+  Downloading https://example.org/torch-2.13.0-cp311-cp311-linux_x86_64.whl (187.3 MB)
+Collecting packaging
+  Using cached packaging-26.0-py3-none-any.whl (74 kB)
+  Using cached numpy-2.4.1-cp311-cp311-manylinux_2_27_x86_64.whl.metadata (6.6 kB)
+  Downloading nvidia_cublas-13.1-py3-none-manylinux.whl (1.2 GB)
+Installing collected packages: packaging, torch
+Successfully installed packaging-26.0 torch-2.13.0"""
+    script = f"case \"$1$2$3\" in -mpipinstall) cat <<'END'\n{printed}\nEND\necho broken >&2; exit 3;; esac"
+    executable(tmp_path / "bin" / "python", script)
+    assert not bootstrap.pip(tmp_path, "torch==2.13.0")
+    shown = capfd.readouterr()
+    assert shown.out.splitlines() == [
+        "pip install torch==2.13.0", "  torch, 187.3 MB", "  nvidia_cublas, 1.2 GB", "  installing 2 packages",
+    ]  # fmt: skip
+    assert shown.err == "broken\n"
+
+
+def test_what_was_installed_is_compiled_and_what_is_no_python_does_no_harm(
+    bootstrap: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "good.py").write_text("x = 1\n")
+    (packages / "template.py").write_text("x = {{ no_python }\n")
+    executable(tmp_path / "bin" / "python", f'exec {sys.executable} "$@"')
+    bootstrap.compile_packages(tmp_path)
+    assert [path.name.partition(".")[0] for path in (packages / "__pycache__").iterdir()] == ["good"]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def _answers(
     on_cuda = model.device.type == "cuda"
     before = torch.get_rng_state(), torch.cuda.get_rng_state(model.device) if on_cuda else None
     try:
-        ids, mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
+        ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
         answers: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return answers
@@ -158,7 +158,8 @@ def _generation_config(cap: int, samples: int | None, temperature: float, stops:
     return GenerationConfig(max_new_tokens=cap, eos_token_id=stops or None, pad_token_id=pad, **sampling)
 
 
-def _left_padded(rows: list[Sequence[int]], pad: int, device: Any) -> tuple[Any, Any]:
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Any, Any]:
+    """Return token ids and attention mask, both (B, P), of rows that end together."""
     import torch
 
     width = max(len(row) for row in rows)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from grpo_lite.engine.generate import stop_ids
+from grpo_lite.engine.generate import left_padded, stop_ids
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.errors import ExportError
 from grpo_lite.export.model_folder import (
@@ -38,6 +38,7 @@ from grpo_lite.screen import Show, progress_lines
 from grpo_lite.units import gib
 
 CONTINUED_TOKENS = 16  # of the greedy continuation that is compared with each prompt
+ROWS_AT_ONCE = 16  # continued together
 KEPT_BYTES = 256 << 20  # for two sets of logits in float32
 # All measured on SmolLM2-135M (docs/measurements/merge.md).
 # KL that is no merge's fault, by what the models compute in: 16-bit weights' own rounding, then 16-bit computing's.
@@ -205,8 +206,8 @@ def _prove(
     keep = positions_kept(model.config.get_text_config().vocab_size, len(prompts), CONTINUED_TOKENS)
     sequences, reference, base = [], [], []
     progress = progress_lines(show, "verifying the merge, base and adapter")
-    for number, prompt in enumerate(prompts, start=1):
-        answer = greedy_answer(model, prompt, CONTINUED_TOKENS, stop_ids(model, tokenizer))
+    answers = greedy_answers(model, [prompt[0].tolist() for prompt in prompts], CONTINUED_TOKENS, tokenizer)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         sequences.append(torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype)], dim=1))
         reference.append(last_logits(model, sequences[-1], keep))
         with model.disable_adapter():
@@ -316,15 +317,25 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def greedy_answer(model: Any, prompt: torch.Tensor, cap: int, stops: Sequence[int]) -> list[int]:
-    """Return the greedy continuation of a prompt (1, T), its end token included if it comes within `cap` tokens."""
+def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], cap: int, tokenizer: Any) -> list[list[int]]:
+    """Return transformers' greedy continuation of each prompt, with its end token if that comes within `cap` tokens."""
     from transformers import GenerationConfig
 
-    ends = {"eos_token_id": list(stops), "pad_token_id": stops[0]} if stops else {}
-    config = GenerationConfig(max_new_tokens=cap, do_sample=False, **ends)
-    ids = prompt.to(model.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return [int(token) for token in out[0, ids.shape[1] :]]
+    stops = stop_ids(model, tokenizer)
+    pad = stops[0] if stops else 0
+    config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=stops or None, pad_token_id=pad)
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        ids, mask = left_padded(prompts[start : start + ROWS_AT_ONCE], pad, model.device)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        answers += [_with_end(row, stops) for row in out[:, ids.shape[1] :].tolist()]
+    return answers
+
+
+def _with_end(row: list[int], stops: Sequence[int]) -> list[int]:
+    """Cut what follows a row's first end token: the padding of a batch."""
+    ends = (i for i, token in enumerate(row) if token in stops)
+    return row[: next(ends, len(row)) + 1]
 
 
 @torch.no_grad()

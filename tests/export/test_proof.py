@@ -16,7 +16,7 @@ from grpo_lite.export import proof
 from grpo_lite.export.merge.merge import merge_adapter
 from grpo_lite.export.proof import Place, VerifyRecord, agreement, proof_place, update_carried, verify_merge
 from grpo_lite.models.device import Device
-from tests.export.merge_cases import edit_tensors, make_adapter, make_base
+from tests.export.merge_cases import edit_tensors, load, make_adapter, make_base
 
 PROMPTS = ["abcdef", "a quick test", "zzz"]
 
@@ -88,6 +88,19 @@ def test_merge_in_float32_of_a_float32_base_differs_only_by_float32_noise(tmp_pa
 def test_positions_cover_prompt_and_greedy_continuation(folder: Path) -> None:
     # 6 + 12 + 3 prompt tokens; with 1 to 4 new tokens each: the random model may say end-of-text.
     assert 24 <= verify(folder).positions <= 33
+
+
+def test_greedy_answers_are_those_of_each_prompt_alone_with_its_end_token(folder: Path) -> None:
+    model = load(folder / "base", torch.float32)
+    prompts = [[1, 2, 3], [7], [5, 6, 7, 8, 9, 10], [11, 12]]
+    free = proof.greedy_answers(model, prompts, 6, ByteTokenizer())
+    end = free[0][2]
+    model.generation_config.eos_token_id = end
+    together = proof.greedy_answers(model, prompts, 6, ByteTokenizer())
+    assert together == [proof.greedy_answers(model, [prompt], 6, ByteTokenizer())[0] for prompt in prompts]
+    assert together == [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert together[0][-1] == end
+    assert together[0] != free[0]
 
 
 def test_base_in_place_of_the_merge_fails(folder: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from grpo_lite.engine.generate import stop_ids
 from grpo_lite.errors import ExportError
 from grpo_lite.export.model_folder import dtype_that_fits, load_saved_tokenizer, load_whole
-from grpo_lite.export.proof import DECIDED_LEAD, greedy_answer, last_logits
+from grpo_lite.export.proof import DECIDED_LEAD, greedy_answers, last_logits
 
 # Least share of positions at which the file and the merged model agree on the next token, given the same text before:
 # everywhere, and where the merged model leads by DECIDED_LEAD. Rounding flips near ties only; wrong weights
@@ -159,7 +159,7 @@ def _merged_answers(merged_dir: Path, prompts: Sequence[str], cap: int) -> tuple
     tokenizer = load_saved_tokenizer(merged_dir)
     model = load_whole(merged_dir, dtype_that_fits(merged_dir))
     ids = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-    answers = [_answer(model, tokenizer, row, cap) for row in ids]
+    answers = _answers(model, tokenizer, ids, cap)
     for prompt, answer in zip(ids, answers, strict=True):
         best = _answer_logits(model, prompt, answer).topk(2, dim=-1).values
         answer.decided.extend((best[:, 0] - best[:, 1] >= DECIDED_LEAD).tolist())
@@ -168,10 +168,12 @@ def _merged_answers(merged_dir: Path, prompts: Sequence[str], cap: int) -> tuple
     return tokenizer, ids, answers
 
 
-def _answer(model: Any, tokenizer: Any, prompt: list[int], cap: int) -> _Answer:
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], cap: int) -> list[_Answer]:
     stops = stop_ids(model, tokenizer)
-    new = greedy_answer(model, torch.tensor([prompt]), cap, stops)
-    return _Answer(new, tokenizer.decode(new, skip_special_tokens=True), bool(new) and new[-1] in stops)
+    return [
+        _Answer(new, tokenizer.decode(new, skip_special_tokens=True), bool(new) and new[-1] in stops)
+        for new in greedy_answers(model, prompts, cap, tokenizer)
+    ]
 
 
 def _answer_logits(model: Any, prompt: list[int], answer: _Answer) -> torch.Tensor:
@@ -198,7 +200,7 @@ def _by_transformers(
     best = [
         _answer_logits(model, prompt, answer).argmax(-1).tolist() for prompt, answer in zip(ids, answers, strict=True)
     ]
-    given = [_answer(model, own, prompt, cap) for prompt in ids]
+    given = _answers(model, own, ids, cap)
     return best, given, None
 
 
