@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # the shell's exit status for SIGINT
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
-say = quiet_on_broken_pipe(click.echo)  # for lines that may quote data, completions or a library's message
+
+def _print(line: str) -> None:
+    """Print a line above a live board: that replaces sys.stdout, and click.echo writes to the stream beneath it."""
+    print(line, flush=True)
+
+
+say = quiet_on_broken_pipe(_print)  # for lines that may quote data, completions or a library's message
 
 
 class _Commands(click.Group):
@@ -378,7 +384,7 @@ def _train(
     from grpo_lite.train import train_run
 
     view = "plain" if plain else _view()
-    result = train_run(loaded, run, click.echo, view, begun, warmup_only)
+    result = train_run(loaded, run, _print, view, begun, warmup_only)
     if not this_process().is_first:
         return
     if result.stopped_by:

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 
 from grpo_lite.files.redact import redact
-from grpo_lite.units import duration
+from grpo_lite.units import time_left
 
 Show = Callable[[str], None]
 PROGRESS_EVERY_S = 10.0
@@ -33,7 +33,7 @@ def quiet_on_broken_pipe(show: Show) -> Show:
 
 
 def progress_lines(show: Show, what: str, unit: str = "prompts") -> Callable[[int, int], None]:
-    """Return a callback for (done, total) that shows how far a long step is: every 10 s with an ETA, and at its end."""
+    """Return a callback for (done, total) that shows the progress of a long step: every 10 s, and at its end."""
     begun = shown = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -44,7 +44,7 @@ def progress_lines(show: Show, what: str, unit: str = "prompts") -> Callable[[in
         elif now - shown >= PROGRESS_EVERY_S:
             shown = now
             left = (now - begun) / max(1, done) * (total - done)
-            show(f"{what}: {done}/{total} {unit}, about {duration(left)} left")
+            show(f"{what}: {done}/{total} {unit}, {time_left(left)}")
 
     return progress
 

@@ -16,6 +16,16 @@ def duration(seconds: float | None) -> str | None:
     return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def whole_seconds(seconds: float) -> str:
+    """Return seconds without tenths, for a figure that changes while it is read: `4 s`, `42 s`, `3 min 28 s`."""
+    return f"{seconds:.0f} s" if seconds < 9.95 else str(duration(seconds))
+
+
+def time_left(seconds: float) -> str:
+    """Return an estimate as `about 5 s left`, of at least a second."""
+    return f"about {whole_seconds(max(1.0, seconds))} left"
+
+
 def size(count: float | None) -> str | None:
     """Return a number of bytes in the largest unit that fits, as `1.5 MiB` or `812 B`; None if it is not known."""
     if count is None:

@@ -136,7 +136,7 @@ def test_a_long_step_shows_how_far_it_is_every_ten_seconds_and_a_short_one_only_
     assert lines == [
         "evaluating merged, greedy: 3/10 prompts, about 28 s left",
         "evaluating merged, greedy: 6/10 prompts, about 16 s left",
-        "evaluating merged, greedy: 9/10 prompts, about 4.0 s left",
+        "evaluating merged, greedy: 9/10 prompts, about 4 s left",
         "evaluating merged, greedy: 10/10 prompts",
     ]
     lines.clear()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import printable
-from grpo_lite.units import duration, size
+from grpo_lite.units import duration, size, time_left, whole_seconds
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -116,7 +116,7 @@ class Board(Progress):
             f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",
             f"truncated {truncated:.0%}" if truncated else "",
             f"{speed:.0f} tokens/s" if speed else "",
-            f"ETA {duration(left)}" if left is not None else "",
+            time_left(left) if left else "",
             f"peak {size(memory * 2**30)}" if memory else "",
         ]
         return " · ".join(piece for piece in pieces if piece)
@@ -194,7 +194,7 @@ class WarmupBoard(Progress):
             f"token accuracy {accuracy:.0%}" if accuracy is not None else "",
             f"{speed:.0f} tokens/s" if speed else "",
             f"peak {size(memory * 2**30)}" if memory else "",
-            f"ETA {duration(left)}" if left is not None else "",
+            time_left(left) if left else "",
             self.ahead.sentence() if self.ahead else "",
         ]
         return " · ".join(piece for piece in pieces if piece)
@@ -209,7 +209,7 @@ class WarmupBoard(Progress):
         pieces = [
             super().foot(),
             self.ahead.sentence() if self.ahead else "",
-            f"both stages {duration(total)} left" if total is not None else "",
+            f"{time_left(total)} in both stages" if total else "",
         ]
         return " · ".join(piece for piece in pieces if piece)
 
@@ -282,8 +282,8 @@ def rendered(board: Progress, title: str) -> Any:
 
     left = board.seconds_left
     head = Text(board.count(), style="bold")
-    head.append(f"   {duration(board.seconds)} elapsed", style="dim")
-    head.append(f" · {duration(left)} left" if left is not None else "", style="dim")
+    head.append(f"   {whole_seconds(board.seconds)} elapsed", style="dim")
+    head.append(f", {time_left(left)}" if left else "", style="dim")
     if budget := board.recipe.limits.max_minutes:
         head.append(f" · budget {duration(60 * budget)}", style="dim")
     table = Table.grid(padding=(0, 2))

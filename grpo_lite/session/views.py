@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -86,20 +88,30 @@ class PlainView(View):
 
 
 class LiveView(View):
-    """A board at the bottom of a terminal; lines that are printed meanwhile scroll by above it."""
+    """A board at the bottom of a terminal; lines that are printed or logged meanwhile scroll by above it.
+
+    rich replaces sys.stdout and sys.stderr and counts the lines that pass through them. What is written to the terminal
+    directly moves the cursor without rich's knowledge, and a part of the old board then stays above the new one.
+    """
 
     def __enter__(self) -> View:
         from rich.live import Live
 
+        terminal = (sys.stdout, sys.stderr)
         # Redrawn at each log only: no thread of rich's that a forked judge or sandbox could inherit in mid-write.
         self._live = Live(get_renderable=self._render, auto_refresh=False, vertical_overflow="crop")
         with ignore_closed_screen():
             self._live.__enter__()
+        self._logs = [(handler, handler.stream) for handler in _log_handlers() if handler.stream in terminal]
+        for handler, stream in self._logs:
+            handler.setStream(sys.stdout if stream is terminal[0] else sys.stderr)
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         with ignore_closed_screen():
+            for handler, stream in self._logs:
+                handler.setStream(stream)
             self._live.__exit__(None, None, None)
 
     def _render(self) -> Any:
@@ -108,6 +120,14 @@ class LiveView(View):
     def draw(self) -> None:
         with ignore_closed_screen():
             self._live.refresh()
+
+
+def _log_handlers() -> Iterator[logging.StreamHandler[Any]]:
+    """Yield the handlers of all loggers that write to a stream: each keeps the stream that it began with."""
+    for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):  # a placeholder for a parent has none
+            if isinstance(handler, logging.StreamHandler):
+                yield handler
 
 
 class NotebookView(View):

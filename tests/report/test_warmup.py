@@ -53,7 +53,7 @@ def test_the_warmup_s_line_says_how_far_it_is_and_what_follows() -> None:
     last = warmup_record(5, 0.42, num_tokens=2624, mean_token_accuracy=0.912, heldout_loss=0.55)
     board = WarmupBoard(recipe(), 20, [first, last], seconds=10.0, ahead=GRPOAhead(60, 180.0, "2026-11-02T10:20:30Z"))
     assert board.line() == (
-        "warm-up 5/20 · loss 0.420 · held-out loss 0.550 · token accuracy 91% · 812 tokens/s · ETA 30 s · "
+        "warm-up 5/20 · loss 0.420 · held-out loss 0.550 · token accuracy 91% · 812 tokens/s · about 30 s left · "
         "then GRPO: 60 steps (about 3 min 00 s, measured 2026-11-02)"  # 1624 tokens in 2 s; 15 steps of 2 s
     )
 
@@ -62,7 +62,7 @@ def test_the_warmup_s_line_leaves_out_what_is_not_known() -> None:
     assert WarmupBoard(recipe(), 0, [{"step": 1, "loss": 2.0}]).line() == "warm-up 1/? · loss 2.000"
     assert WarmupBoard(recipe(), 20, [{"step": 1, "loss": None}], begun_at=1).line() == "warm-up 1/20"
     alone = WarmupBoard(recipe(), 20, [{"step": 1, "loss": 2.0}], seconds=2.0, ahead=GRPOAhead(60))
-    assert alone.line().endswith("ETA 38 s · then GRPO: 60 steps")
+    assert alone.line().endswith("about 38 s left · then GRPO: 60 steps")
     assert alone.seconds_left_in_all is None
 
 
@@ -70,10 +70,10 @@ def test_the_warmup_s_board_draws_losses_and_the_time_of_both_stages() -> None:
     steps = [warmup_record(step, 1.0 / step, num_tokens=100 * step) for step in range(1, 6)]
     steps[2]["heldout_loss"] = 0.5
     text = as_text(WarmupBoard(recipe(), 20, steps, seconds=10.0, ahead=GRPOAhead(60, 180.0, "2026-11-02T10:20:30Z")))
-    assert re.search(r"warm-up 5/20 +10 s elapsed · 30 s left", text)
+    assert re.search(r"warm-up 5/20 +10 s elapsed, about 30 s left", text)
     assert re.search(r"loss +0\.200 +█▄▂▁▁", text)
     assert re.search(r"held-out loss +0\.500", text)  # of an earlier step: the latest that is known
-    assert "both stages 3 min 30 s left" in text
+    assert "about 3 min 30 s left in both stages" in text
     assert "warm-up 0/?" in as_text(WarmupBoard(recipe()))
 
 
@@ -96,7 +96,7 @@ def test_watch_follows_a_run_from_the_warmup_into_grpo(tmp_path: Path) -> None:
     warm = run.metrics_file.read_text()
     rest = write_run(tmp_path / "other", steps=2).metrics_file.read_text()
     board = read_board(run)
-    assert board.line() == "warm-up 3/5 · loss 0.667 · token accuracy 90% · ETA 4.0 s · then GRPO: 2 steps"
+    assert board.line() == "warm-up 3/5 · loss 0.667 · token accuracy 90% · about 4 s left · then GRPO: 2 steps"
 
     def later(_: float) -> None:
         run.metrics_file.write_text(warm + json.dumps(warmup_record(4, 0.5)) + "\n" + rest)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pty
 import re
@@ -28,8 +30,6 @@ ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def as_text(board: Board, width: int = 100) -> str:
-    import io
-
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width)
@@ -122,12 +122,54 @@ def test_the_time_of_grpo_after_the_warmup_is_that_of_the_last_probe(
 
 
 def test_in_a_terminal_the_board_is_live_and_the_screen_is_left_clean(tmp_path: Path) -> None:
-    output = in_terminal("train", "smoke", "--run", str(tmp_path / "run"), "eval.enabled=false", "merge=false")
+    options = ("grpo.max_steps=6", "eval.enabled=false", "merge=false")
+    output = in_terminal("train", "smoke", "--run", str(tmp_path / "run"), *options)
     assert b"\x1b[?25l" in output  # the cursor is hidden while the board is redrawn …
     assert output.rindex(b"\x1b[?25h") > output.rindex(b"\x1b[?25l")  # … and shown again
-    text = ESCAPES.sub(b"", output).decode()
-    assert "step 3/3" in text
-    assert "mean reward" in text  # the summary comes after it
+    lines = screen_after(output.decode(), 100, 40)
+    (top,) = [i for i, line in enumerate(lines) if line.startswith("╭")]  # one board, and no rest of an older one
+    assert lines[top + 1].startswith("│ step 6/6")
+    assert any(line.startswith("doctor: ") for line in lines[:top])  # at step 4
+    assert any(line.startswith("mean reward") for line in lines[top:])  # the summary comes after it
+
+
+def test_a_library_s_log_lines_scroll_by_above_the_live_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    for name, value in (("COLUMNS", "80"), ("LINES", "25"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rich._console", None)  # it remembers the stream that it was made with
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    log, handler = logging.getLogger("a library"), logging.StreamHandler()  # as transformers' own, made at its import
+    monkeypatch.setattr(log, "handlers", [handler])
+    with make_view("live", load_recipe(str(ROOT / "recipes" / "smoke.yaml")), print) as view:
+        for step in (1, 2, 3):
+            view.board.steps.append({"step": step, "reward": 0.5})
+            view.draw()
+            log.warning("one\ntwo")
+        view.draw()
+    log.warning("three")
+    lines = screen_after(terminal.getvalue(), 80, 25)
+    assert [line[:8] for line in lines[:8]] == ["one", "two"] * 3 + ["╭─ smoke", "│ step 3"]
+    assert sum(line.startswith("╭") for line in lines) == 1
+    assert lines[-1] == "three"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def screen_after(output: str, columns: int, rows: int) -> list[str]:
+    """Return the lines that a terminal of this size shows in the end, with those that have scrolled out of it."""
+    import pyte
+
+    screen = pyte.HistoryScreen(columns, rows, history=1000)
+    screen.set_mode(pyte.modes.LNM)  # a line feed is a new line
+    pyte.Stream(screen).feed(output)
+    past = ["".join(line[x].data for x in range(columns)) for line in screen.history.top]
+    lines = [line.rstrip() for line in [*past, *screen.display]]
+    return "\n".join(lines).rstrip("\n").split("\n")
 
 
 @pytest.mark.slow
