@@ -1,4 +1,8 @@
-"""The Hub's errors as messages without tokens or signed addresses, and a short wait where the Hub does not answer."""
+"""The Hub's errors as messages without tokens or signed addresses, and a short wait where the Hub does not answer.
+
+Errors of the network are known by `huggingface_hub.errors.HTTPError`, the base class of the HTTP library that
+huggingface_hub itself uses: httpx in 1.x, httpx2 in 2.x.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ HUB_PATIENCE_S = 5.0
 
 def hub_message(error: BaseException, repo_id: str) -> str | None:
     """Return a message for people, or None where the Hub, the network and the account are not at fault."""
-    import httpx
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     chain = _chain(error)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
@@ -28,7 +31,7 @@ def hub_message(error: BaseException, repo_id: str) -> str | None:
         # A refused file comes with status 200.
         if isinstance(cause, ValueError) and str(cause).startswith("LFS batch API"):
             return f"the Hub refused a file: {str(cause).partition(':')[2].strip()[:500]}. Fix that and push again."
-    if any(isinstance(cause, httpx.TransportError | ConnectionError | TimeoutError) for cause in chain):
+    if any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in chain):
         return (
             "the connection to the Hub broke. Nothing is visible there yet, and the Hub keeps what was sent: give the "
             "same command again to send the rest."
@@ -39,12 +42,12 @@ def hub_message(error: BaseException, repo_id: str) -> str | None:
 @cache
 def hub_answers() -> bool:
     """Return whether the Hub answers within a few seconds, asked once."""
-    import httpx
     from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
 
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE_S)
-    except (httpx.TransportError, ConnectionError):  # the second: HF_HUB_OFFLINE is set
+    except (HTTPError, ConnectionError):  # the second: HF_HUB_OFFLINE is set
         return False
     return True
 

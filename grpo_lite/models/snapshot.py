@@ -31,12 +31,11 @@ def fetch_snapshot(
     Raises:
         ModelError: not found, gated, or offline and not cached.
     """
-    from httpx import TransportError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -62,7 +61,7 @@ def fetch_snapshot(
         ) from None
     except HFValidationError as error:
         raise ModelError(f"{key}: {repo_id!r} is not a Hub id (owner/name) nor a local folder: {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
         # huggingface_hub 1.33 lists a commit's files anew even if they are all here, unless it did so itself before.
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
