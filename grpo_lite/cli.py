@@ -647,6 +647,25 @@ def reproduce(run_path: str, into: str | None, dry_run: bool) -> None:
 
 
 @main.command()
+@click.argument("path", metavar="TRL_YAML", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The recipe's file.  [default: the screen]")
+def convert(path: Path, out: Path | None) -> None:
+    """Turn a `trl grpo` YAML into a recipe. Comments name each key that is left out or changed, and why."""
+    from grpo_lite.recipe.convert import convert_trl
+
+    conversion = convert_trl(path)
+    if out is None:
+        say(conversion.text().rstrip())
+        return
+    if out.exists():
+        raise RecipeError(f"{out}: exists already, and is not overwritten. Give another name to -o.")
+    out.write_text(conversion.text(), encoding="utf-8")
+    for note in conversion.notes:
+        say(f"  {note}")
+    click.echo(f"recipe: {out}; next: grpo-lite check {out}")
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 def schema(path: Path | None) -> None:
     """Write the JSON Schema of recipes to PATH or the screen. Editors use it for completion."""

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.checks import cross_faults, damage_faults, nearest, upstream_section
 from grpo_lite.recipe.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, SourceSection
+from grpo_lite.recipe.trl_keys import is_trl_key, top_level_advice
 
 _SOURCE_KINDS = {
     "hub": ("path", "generator", "kwargs"),
@@ -22,6 +23,7 @@ _SOURCE_KINDS = {
 }
 _SOURCES = (("data", "train"), ("data", "eval"), ("warmup", "data"))
 _MOST_ALIASES = 20
+_TRL_FILE = 3  # keys of TRL at the top level from which a file is taken for one of `trl grpo`
 _LARGEST = 4_000_000  # values and characters of a recipe, aliases written out
 # `{question}` is a template here, not a YAML mapping.
 _TEMPLATE_KEYS = ("prompt", "system", "gold_completion", "completion")
@@ -106,6 +108,8 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
         faults += damage_faults(recipe) if for_training else []
     if faults or recipe is None:
         lines = "\n".join(f"  {where}: {fault}" for fault in faults)
+        if sum(key not in Recipe.model_fields and is_trl_key(key) for key in raw) >= _TRL_FILE:
+            lines += f"\nIt reads like a file of `trl grpo`: `grpo-lite convert {where}` writes a recipe of it."
         raise RecipeError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the recipe:\n{lines}")
     return recipe
 
@@ -272,6 +276,9 @@ def _own_faults(error: ValidationError) -> Iterable[str]:
         value = item.get("input")
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(item["loc"][:-1])
+            if len(item["loc"]) == 1:
+                yield f"{where}: unknown key{top_level_advice(where, allowed)}"
+                continue
             hint = nearest(str(item["loc"][-1]), allowed)
             yield f"{where}: unknown key{hint}. Allowed: {', '.join(sorted(allowed))}."
         elif item["type"] == "missing":

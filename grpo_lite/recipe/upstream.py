@@ -61,6 +61,22 @@ def config_fields(section: Literal["grpo", "lora"]) -> Mapping[str, Any]:
     return fields
 
 
+def config_defaults(section: Literal["grpo", "lora"]) -> dict[str, Any]:
+    """Return field name -> upstream's default, of the fields whose default is written as a plain value.
+
+    Raises:
+        RecipeError: as config_fields.
+    """
+    defaults: dict[str, Any] = {}
+    for package, file, class_name in _SOURCES[section]:
+        for name, value in _class_defaults(package, file, class_name):
+            try:
+                defaults[name] = ast.literal_eval(value)
+            except ValueError:  # computed, or made by a factory
+                defaults.pop(name, None)
+    return defaults
+
+
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages whose configs are read here."""
     return {name: importlib.metadata.version(name) for name in ("transformers", "trl", "peft")}
@@ -80,13 +96,25 @@ def _source_tree(package: str, file: str) -> ast.Module:
 
 
 def _class_annotations(package: str, file: str, class_name: str) -> Iterator[tuple[str, str]]:
+    for item in _class_fields(package, file, class_name):
+        yield ast.unparse(item.target), ast.unparse(item.annotation)
+
+
+def _class_defaults(package: str, file: str, class_name: str) -> Iterator[tuple[str, ast.expr]]:
+    """Yield each field that has a default, `x: int = 1` or `x: int = field(default=1)`."""
+    for item in _class_fields(package, file, class_name):
+        value = item.value
+        if isinstance(value, ast.Call):
+            value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), value)
+        if value is not None:
+            yield ast.unparse(item.target), value
+
+
+def _class_fields(package: str, file: str, class_name: str) -> list[ast.AnnAssign]:
     for node in ast.walk(_source_tree(package, file)):
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    annotation = ast.unparse(item.annotation)
-                    yield from () if "ClassVar" in annotation else ((item.target.id, annotation),)
-            return
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            return [item for item in fields if "ClassVar" not in ast.unparse(item.annotation)]
     raise RecipeError(
         f"{package} {importlib.metadata.version(package)} has no class {class_name} in {file}: this version is not "
         "supported. Run `make setup` to install the supported one."

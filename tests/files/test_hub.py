@@ -28,6 +28,7 @@ def httpx2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def head(address: str, timeout: float) -> None:
         raise ConnectError("connection refused")
 
+    assert callable(huggingface_hub.get_session)  # the real one is loaded, so that importing is over
     monkeypatch.setitem(sys.modules, "httpx", None)  # importing it raises ImportError
     monkeypatch.setattr(huggingface_hub.errors, "HTTPError", HTTPError)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))

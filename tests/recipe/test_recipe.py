@@ -109,6 +109,13 @@ def test_all_faults_are_reported_together() -> None:
         ("grpo: {max_completion_length: null}", "grpo.max_completion_length: null is given; a whole number"),
         ("grpo: {steps_per_generation: -2}", "grpo.steps_per_generation: -2 is given; it must be above 0"),
         ("seed: -1", "seed: -1 is given"),
+        ("learning_rate: 1e-5", "learning_rate: unknown key (did you mean grpo.learning_rate?)"),
+        ("learning_rat: 1e-5", "learning_rat: unknown key (did you mean grpo.learning_rate?)"),
+        ("target_modules: all-linear", "target_modules: unknown key (did you mean lora.target_modules?)"),
+        ("lora_r: 8", "lora_r: unknown key (did you mean lora.r?)"),
+        ("use_peft: true", "use_peft: unknown key: every recipe trains a LoRA; delete the key."),
+        ("max_prompt_length: 512", "max_prompt_length: unknown key (did you mean data.max_prompt_tokens?)"),
+        ("output_dir: out", "output_dir: unknown key: the run directory decides it"),
     ],
 )  # fmt: skip
 def test_a_fault_says_what_is_allowed(extra: str, expected: str) -> None:
