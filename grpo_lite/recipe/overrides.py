@@ -6,6 +6,18 @@ import math
 
 from grpo_lite.recipe.recipe import Recipe
 
+_DIGITS = (1, 2, 3, 5, 10)
+
+
+def round_value(value: float) -> float:
+    """Return the nearest value above 0 that one would type: 1, 2, 3 or 5 times a power of ten.
+
+    >>> round_value(0.0833), round_value(0.00033), round_value(24.0)
+    (0.1, 0.0003, 20.0)
+    """
+    power = 10.0 ** math.floor(math.log10(value))
+    return min((digit * power for digit in _DIGITS), key=lambda near: abs(math.log(near / value)))
+
 
 def twice_the_cap(recipe: Recipe) -> str:
     """Return the override for completions twice as long, also for the rewards that take the cap as an argument."""

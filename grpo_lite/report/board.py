@@ -14,6 +14,7 @@ from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import printable
 from grpo_lite.units import duration, size, time_left, whole_seconds
 
+MOST_FINDINGS = 3  # on a board: those that stand first in the doctor's table
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -26,7 +27,7 @@ class Progress:
         total: number of steps; 0: not known yet.
         steps: the stage's records of metrics.jsonl.
         rows: the latest completions; empty in the warm-up, which generates none.
-        findings: the doctor's.
+        findings: the doctor's, as they are now.
         seconds: since this process started to train.
         begun_at: the step that it started from; above 0 in a resumed run.
     """

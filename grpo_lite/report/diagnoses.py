@@ -12,11 +12,12 @@ import statistics
 from collections.abc import Mapping
 
 import rewards
-from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
+from grpo_lite.recipe.overrides import round_value, twice_the_cap, twice_the_group
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
 from grpo_lite.report.warmup import fewer_steps, solved_at_start, warmup_collapse
 
 _LOW_LORA_LR = 5e-6
+_LEAST_CLIP, _TRL_CLIP = 0.01, 1.0  # bounds of the advised grpo.max_grad_norm: the upper one is TRL's default
 _PENALTIES = ("penalty", "punishment")  # in the names of rewards that do not state their top, which is 0
 _GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in data.answer"
 
@@ -224,17 +225,20 @@ def kl_blow_up(e: Evidence) -> Finding | None:
     return Finding(
         "kl_blow_up",
         f"KL to the base model went from {early:.2g} to {late:.2g} nats a token: the policy is far from its base.",
-        f"{_lower_lr(e)} {_raise_beta(e, 3)}",
+        _joined(_lower_lr(e), _raise_beta(e, 3)),
     )
 
 
 def grad_norm_spikes(e: Evidence) -> Finding | None:
-    """Some of the last fifty steps have a gradient that is, after clipping, more than ten times the median."""
-    values = [value for value in e.series("grad_norm") if value > 0][-50:]
-    if len(values) < 2 * FEWEST:
+    """Some of the last fifty steps with a signal have a gradient, after clipping, of more than ten times the median."""
+    values = _gradients_with_signal(e)[-50:]
+    if len(values) < 2 * FEWEST or zero_reward(e) or equal_groups(e):
         return None
     median = statistics.median(values)
-    clip = e.grpo("max_grad_norm", 1.0) or math.inf
+    clip = e.grpo("max_grad_norm", _TRL_CLIP) or math.inf
+    advised = min(max(round_value(median), _LEAST_CLIP), _TRL_CLIP)
+    if advised > 10 * median:  # the gradients are about 0: nothing is learnt, and there is nothing to clip
+        return None
     spikes = [value for value in values if min(value, clip) > 10 * median]
     if not spikes:
         return None
@@ -242,8 +246,15 @@ def grad_norm_spikes(e: Evidence) -> Finding | None:
         "grad_norm_spikes",
         f"{len(spikes)} of the last {len(values)} steps had a gradient norm up to {max(spikes):.3g}; the "
         f"median is {median:.2g}.",
-        f"grpo.max_grad_norm={median:.1g}",
+        f"grpo.max_grad_norm={advised:g}",
     )
+
+
+def _gradients_with_signal(e: Evidence) -> list[float]:
+    """Return the gradient norms of the steps in which not every group had equal rewards: those others' are about 0."""
+    share = "refill/frac_without_signal" if e.recipe.sampling.refill > 0 else "frac_reward_zero_std"
+    norms = [record.get("grad_norm") for record in e.steps if (record.get(share) or 0.0) < 1]
+    return [float(norm) for norm in norms if norm is not None and 0 < norm < math.inf]
 
 
 def fp16_scale_skips(e: Evidence) -> Finding | None:
@@ -257,7 +268,7 @@ def fp16_scale_skips(e: Evidence) -> Finding | None:
     return Finding(
         "fp16_scale_skips",
         f"{skipped} of the last {len(late)} steps were skipped because gradients overflowed float16.",
-        f"{_lower_lr(e)} grpo.max_grad_norm=0.3",
+        _joined(_lower_lr(e), "grpo.max_grad_norm=0.3"),
     )
 
 
@@ -336,9 +347,17 @@ def _is_penalty(e: Evidence, index: int) -> bool:
     return any(word in e.parts[index] for word in _PENALTIES) if top is None else top <= 0
 
 
-def _lower_lr(e: Evidence) -> str:
-    return f"grpo.learning_rate={e.grpo('learning_rate', 2e-5) / 3:.1g}"
+def _lower_lr(e: Evidence) -> str | None:
+    """Return the override for about a third of the learning rate; None where less would teach LoRA nothing."""
+    rate = e.grpo("learning_rate", 2e-5)
+    lower = max(_LOW_LORA_LR, round_value(rate / 3)) if rate > 0 else rate
+    return f"grpo.learning_rate={lower:g}" if lower < rate else None
 
 
 def _raise_beta(e: Evidence, factor: float = 2) -> str:
-    return f"grpo.beta={max(0.04, factor * e.grpo('beta', 0.0)):g}"
+    beta = factor * e.grpo("beta", 0.0)
+    return f"grpo.beta={max(0.04, round_value(beta) if beta > 0 else 0.0):g}"
+
+
+def _joined(*overrides: str | None) -> str | None:
+    return " ".join(override for override in overrides if override) or None

@@ -9,7 +9,7 @@ Any stage may report a finding of its own with `state_finding`. docs/troubleshoo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,10 +178,18 @@ TABLE = (
 )
 
 
+KEYS = frozenset(row.key for row in TABLE)
+
+
 def diagnose(evidence: Evidence) -> list[Finding]:
-    """Return every finding on both stages, the warm-up's first; none on GRPO before there are a few steps."""
+    """Return every finding on both stages, the warm-up's first."""
+    return [*diagnose_warmup(evidence), *diagnose_grpo(evidence)]
+
+
+def diagnose_grpo(evidence: Evidence) -> list[Finding]:
+    """Return every finding on GRPO, in the table's order; none before there are a few steps."""
     rows = [row for row in TABLE if row.stage == GRPO] if len(evidence.steps) >= FEWEST else []
-    return [*diagnose_warmup(evidence), *(finding for row in rows if (finding := row.find(evidence)))]
+    return [finding for row in rows if (finding := row.find(evidence))]
 
 
 def diagnose_warmup(evidence: Evidence) -> list[Finding]:
@@ -206,27 +214,64 @@ def examine(run: RunDir) -> list[Finding]:
     Raises:
         RunDirError: the folder is not a run.
     """
-    keys = {row.key for row in TABLE}
-    of_stages = {record["key"]: record for record in stated_findings(run) if record["key"] not in keys}
+    of_stages = {record["key"]: record for record in stated_findings(run) if record["key"] not in KEYS}
     return [*diagnose(read_evidence(run)), *map(Finding.from_record, of_stages.values())]
 
 
 def state_finding(run: RunDir, finding: Finding, step: int, show: Show, stage: str = GRPO) -> None:
     """Show a finding and append it to findings.jsonl, for the report and for `doctor RUN`."""
-    show(finding.line())
     facts = {"key": finding.key, "sentence": finding.sentence, "override": finding.override}
+    _append(run, {"step": step, "stage": stage, **facts}, show)
+
+
+def state_end(run: RunDir, finding: Finding, last: int, step: int, show: Show, stage: str = GRPO) -> None:
+    """Show that a finding is no longer the case, and append that to findings.jsonl.
+
+    Args:
+        last: the last step at which it was.
+        step: the present one.
+    """
+    _append(run, {"step": step, "stage": stage, "key": finding.key, "sentence": finding.sentence, "until": last}, show)
+
+
+def _append(run: RunDir, event: dict[str, Any], show: Show) -> None:
+    show(event_line(event))
     with findings_file(run).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "stage": stage, **facts}, ensure_ascii=False) + "\n")
+        file.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return a line of findings.jsonl as one line for a screen."""
+    if "until" in event:
+        return f"doctor: no longer the case, last at step {event['until']}: {event['sentence']}"
+    return Finding.from_record(event).line()
+
+
+def finding_events(run: RunDir) -> list[dict[str, Any]]:
+    """Return the lines of findings.jsonl, oldest first: findings, and the ends (`until`) of findings."""
+    return read_json_lines(findings_file(run))
 
 
 def stated_findings(run: RunDir) -> list[dict[str, Any]]:
-    """Return what was reported during the run, oldest first: `step`, `stage`, `key`, `sentence`, `override`."""
-    return read_json_lines(findings_file(run))
+    """Return what was reported during the run, oldest first: `step`, `stage`, `key`, `sentence`, `override`.
+
+    A finding that has ended, or was reported again with other advice, also has `until`: a step.
+    """
+    stated: list[dict[str, Any]] = []
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in finding_events(run):
+        name = (event.get("stage", GRPO), event["key"])
+        if before := latest.pop(name, None):
+            before["until"] = event.get("until", event["step"])
+        if "until" not in event:
+            latest[name] = event
+            stated.append(event)
+    return stated
 
 
 def forget_findings_after(run: RunDir, step: int, stage: str = GRPO) -> None:
     """Drop a stage's findings of steps after the checkpoint that it resumes from."""
-    kept = [record for record in stated_findings(run) if record.get("stage", GRPO) != stage or record["step"] <= step]
+    kept = [record for record in finding_events(run) if record.get("stage", GRPO) != stage or record["step"] <= step]
     if findings_file(run).is_file():
         write_atomic(findings_file(run), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
@@ -244,20 +289,31 @@ class OnceUntilItChanges:
 
     def __init__(self, gone_for: int = 10) -> None:
         self.gone_for = gone_for
-        self._reported: dict[str, tuple[list[str], int]] = {}  # by key: the override's keys, and when
+        self._reported: dict[str, tuple[Finding, int, int]] = {}  # by key: the latest, at which look and which step
         self._looked = 0
 
-    def news(self, findings: Iterable[Finding]) -> list[Finding]:
-        """Return the findings that are new."""
+    def news(self, findings: Iterable[Finding], step: int = 0) -> list[Finding]:
+        """Return the findings that are new at a step."""
         self._looked += 1
         fresh: list[Finding] = []
         for finding in findings:
-            keys = [part.partition("=")[0] for part in (finding.override or "").split()]
-            keys_before, last = self._reported.get(finding.key, ([], -self.gone_for - 1))
-            if self._looked - last > self.gone_for or keys_before != keys:
+            before, looked, _ = self._reported.get(finding.key, (None, -self.gone_for - 1, 0))
+            if self._looked - looked > self.gone_for or before is None or _advice(before) != _advice(finding):
                 fresh.append(finding)
-            self._reported[finding.key] = (keys, self._looked)
+            self._reported[finding.key] = (finding, self._looked, step)
         return fresh
+
+    def ended(self) -> list[tuple[Finding, int]]:
+        """Return each finding that has been absent for long, once, with the last step at which it was the case."""
+        gone = [(old, step) for old, looked, step in self._reported.values() if self._looked - looked > self.gone_for]
+        for finding, _ in gone:
+            del self._reported[finding.key]
+        return gone
+
+
+def _advice(finding: Finding) -> list[str]:
+    """Return the keys that a finding advises to change."""
+    return [part.partition("=")[0] for part in (finding.override or "").split()]
 
 
 def troubleshooting() -> str:
@@ -266,7 +322,8 @@ def troubleshooting() -> str:
         "# Troubleshooting",
         "",
         "Generated from the run doctor's table (`python docs/build.py`). The doctor watches every training run and",
-        "reports each of these once, and again if it changes, with the figures and an override to paste.",
+        "reports each of these once, and again if it changes, with the figures and an override to paste. It says",
+        "when a finding is no longer the case. The board and `watch` show those that are.",
         "`grpo-lite doctor RUN` examines a run afterwards.",
         "",
     ]

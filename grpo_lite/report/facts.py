@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,20 @@ def headline(page: RunPage) -> dict[str, Any]:
         label = f"{sentence.partition(': ')[0]}: {label}"  # the verdict says what it is about
     figures = {key: d[key] for key in ("difference", "low", "high", "n")}
     return {"label": label, "sentence": sentence, "tone": tone, "rates": rates, "warmup": warmup, **figures}
+
+
+def stated_rows(page: RunPage) -> list[dict[str, str]]:
+    """Return what the doctor reported during the run, oldest first: `when` it was the case, and the `sentence`."""
+    present = {finding.key for finding in page.findings}
+    return [{"when": _when(record, present), "sentence": record["sentence"]} for record in page.stated]
+
+
+def _when(record: Mapping[str, Any], present: Collection[str]) -> str:
+    first, last = record["step"], record.get("until")
+    if record["key"] in present and last is None:
+        return f"since step {first}"
+    steps = f"step {first}" if last is None or last <= first else f"steps {first}–{last}"
+    return steps if record["key"] in present else f"{steps}, no longer"
 
 
 def _progress(page: RunPage) -> str:

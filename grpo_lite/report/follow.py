@@ -8,9 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.report.board import Board, GRPOAhead, WarmupBoard, rendered
-from grpo_lite.report.doctor import stated_findings
-from grpo_lite.report.evidence import GRPO, WARMUP, Finding, read_steps, read_warmup_steps
+from grpo_lite.report.board import MOST_FINDINGS, Board, GRPOAhead, WarmupBoard, rendered
+from grpo_lite.report.doctor import (
+    KEYS,
+    diagnose_grpo,
+    diagnose_warmup,
+    event_line,
+    finding_events,
+    stated_findings,
+)
+from grpo_lite.report.evidence import GRPO, WARMUP, Finding, read_evidence, read_steps, read_warmup_steps
 from grpo_lite.runs.run_dir import RunDir
 
 ENDED = ("finished", "paused", "stopped", "quiet")
@@ -56,20 +63,24 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
 
 
 def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:
-    """Yield a line for every new step of either stage and every new finding, until the run has ended or is quiet."""
+    """Yield a line for every new step of either stage and what the doctor says to it, until the run has ended."""
     shown = {WARMUP: 0, GRPO: 0}
     stated = 0
     while True:
         state = state_of(run)
+        lines: list[tuple[str, int, bool, str]] = []  # stage, step, whether it is the doctor's, the line
         for stage, board in ((WARMUP, _warmup_board(run)), (GRPO, _grpo_board(run))):
             whole = board.steps
             for count in range(shown[stage] + 1, len(whole) + 1):
                 steps = whole[:count]
-                yield replace(board, steps=steps, rows=(), seconds=_seconds(steps, board.begun_at)).line()
+                line = replace(board, steps=steps, rows=(), seconds=_seconds(steps, board.begun_at)).line()
+                lines.append((stage, steps[-1]["step"], False, line))
             shown[stage] = len(whole)  # a resumed run repeats steps
-        records = stated_findings(run)
-        yield from (Finding.from_record(record).line() for record in records[stated:])
-        stated = len(records)
+        events = finding_events(run)
+        lines += [(event.get("stage", GRPO), event["step"], True, event_line(event)) for event in events[stated:]]
+        stated = len(events)
+        for *_, line in sorted(lines, key=lambda item: (item[0] == GRPO, *item[1:3])):
+            yield line
         if state in ENDED:
             yield f"{run.path}: {state}{_note(run, state)}"
             return
@@ -111,9 +122,15 @@ def _grpo_board(run: RunDir) -> Board:
 
 
 def _findings(run: RunDir, stage: str) -> list[Finding]:
-    """Return the last three findings of a stage."""
-    records = [record for record in stated_findings(run) if record.get("stage", GRPO) == stage]
-    return [*{record["key"]: Finding.from_record(record) for record in records}.values()][-3:]
+    """Return what the doctor finds in a stage at present, and what other parts of the run reported in it."""
+    present = (diagnose_warmup if stage == WARMUP else diagnose_grpo)(read_evidence(run))
+    others = [record for record in stated_findings(run) if record["key"] not in KEYS]
+    return [*present, *(_dated(record) for record in others if record.get("stage", GRPO) == stage)][:MOST_FINDINGS]
+
+
+def _dated(record: Mapping[str, Any]) -> Finding:
+    finding = Finding.from_record(record)
+    return replace(finding, sentence=f"At step {record['step']}: {finding.sentence}")
 
 
 def _seconds(steps: Sequence[Mapping[str, Any]], begun: int) -> float:

@@ -26,6 +26,7 @@ from grpo_lite.report.facts import (
     not_measured,
     phases,
     read_page,
+    stated_rows,
     tiles,
     versions,
 )
@@ -54,7 +55,7 @@ def write_report(run: RunDir) -> Path:
     data = {"charts": {chart.key: placement(chart) for chart in run_charts}, "completions": rows, "heldout": held_out}
     recipe = without_paths(page.recipe)
     html = _template("report.html").render(
-        page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=page.stated,
+        page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=stated_rows(page),
         charts=_drawn(run_charts), phases=phases(page), scores=table_rows(page.scores), completions=len(rows),
         count=count, held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
         versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
@@ -69,7 +70,7 @@ def finish_with_report(run: RunDir, show: Show) -> None:
     """Report the findings that need held-out scores, and write the report; an error here does not fail the run."""
     try:
         once = OnceUntilItChanges()
-        once.news(map(Finding.from_record, stated_findings(run)))
+        once.news(Finding.from_record(record) for record in stated_findings(run) if "until" not in record)
         for finding in once.news(examine(run)):
             state_finding(run, finding, int(run.read_run().get("steps") or 0), show)
         write_report(run)

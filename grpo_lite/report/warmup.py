@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from grpo_lite.recipe.overrides import round_value
 from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean
 
 _LEARNT = 0.05  # a loss below it has nothing left to fall
@@ -25,7 +26,7 @@ def warmup_loss_flat(e: Evidence) -> Finding | None:
     start = f"The warm-up's loss went from {early:.2f} to {late:.2f} in {e.warmup_step} steps"
     if late - early > max(2 * error, 0.1 * early):
         sentence = f"{start}: the learning rate {rate:g} is too high."
-        return Finding("warmup_loss_flat", sentence, f"warmup.learning_rate={rate / 3:.1g}")
+        return Finding("warmup_loss_flat", sentence, f"warmup.learning_rate={round_value(rate / 3):g}")
     if early - late + error >= 0.05 * early or early < _LEARNT or _own_samples(e):
         return None
     if rate < _LOW_LORA_LR:

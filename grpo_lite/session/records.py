@@ -20,13 +20,14 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import describe_sample
 from grpo_lite.report.doctor import (
     OnceUntilItChanges,
-    diagnose,
+    diagnose_grpo,
     diagnose_warmup,
     forget_findings_after,
+    state_end,
     state_finding,
     stated_findings,
 )
-from grpo_lite.report.evidence import LATEST_FILES, WARMUP, Evidence, Finding, read_evidence, read_warmup_steps
+from grpo_lite.report.evidence import GRPO, LATEST_FILES, WARMUP, Evidence, Finding, read_evidence, read_warmup_steps
 from grpo_lite.runs.checkpoints import checkpoint_folders, step_of
 from grpo_lite.runs.remote import Remote
 from grpo_lite.runs.run_dir import RunDir
@@ -134,7 +135,7 @@ class RunDoctor(TrainerCallback):
         evidence = read_evidence(self.run)
         completions = [row for row in evidence.completions if row["step"] <= state.global_step]
         self._evidence = replace(evidence, completions=completions)
-        self._once.news(diagnose(self._evidence))  # said before the interruption
+        self._once.news(diagnose_grpo(self._evidence), state.global_step)  # said before the interruption
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "reward" not in logs:
@@ -144,16 +145,12 @@ class RunDoctor(TrainerCallback):
         rows = [row for row in old.completions if row["step"] > first]
         steps = [*old.steps, {"step": state.global_step, **logs}]
         self._evidence = replace(old, steps=steps, completions=[*rows, *self.latest()])
-        for finding in self._once.news(self._diagnose()):
-            state_finding(self.run, finding, state.global_step, self.view.show)
-            self.view.add_finding(finding)
-
-    def _diagnose(self) -> list[Finding]:
         try:
-            return diagnose(self._evidence)
+            findings = diagnose_grpo(self._evidence)
         except Exception:  # an onlooker's fault must not end hours of training
             logger.exception("The run doctor failed and is silent for this step; training continues.")
-            return []
+            return
+        _state(self.run, self.view, self._once, findings, state.global_step, GRPO)
 
 
 class WarmupDoctor(TrainerCallback):
@@ -189,6 +186,13 @@ class WarmupDoctor(TrainerCallback):
         except Exception:  # an onlooker's fault must not end the training
             logger.exception("The run doctor failed and is silent for this step; training continues.")
             return
-        for finding in self._once.news(findings):
-            state_finding(self.run, finding, step, self.view.show, WARMUP)
-            self.view.add_finding(finding)
+        _state(self.run, self.view, self._once, findings, step, WARMUP)
+
+
+def _state(run: RunDir, view: View, once: OnceUntilItChanges, findings: list[Finding], step: int, stage: str) -> None:
+    """State what is new and what has ended, and put what is the case now on the board."""
+    for finding in once.news(findings, step):
+        state_finding(run, finding, step, view.show, stage)
+    for finding, last in once.ended():
+        state_end(run, finding, last, step, view.show, stage)
+    view.show_findings(findings)

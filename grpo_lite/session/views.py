@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from grpo_lite.memory.report import kept_times
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.board import Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
+from grpo_lite.report.board import MOST_FINDINGS, Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
 from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import Show, ignore_closed_screen
 
@@ -57,10 +57,9 @@ class View(TrainerCallback):
         """Leave the screen as it should stay, and let go of the trainer: its optimizer's memory is needed."""
         self.latest = list
 
-    def add_finding(self, finding: Finding) -> None:
-        """Keep a finding on the board."""
-        others = [old for old in self.board.findings if old.key != finding.key]
-        self.board.findings = [*others, finding][-3:]
+    def show_findings(self, findings: Sequence[Finding]) -> None:
+        """Put what the doctor finds at present on the board, instead of what it found before."""
+        self.board.findings = findings[:MOST_FINDINGS]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start_s = now_s()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState, TrainingArguments
 
 from grpo_lite.recipe.load import apply_override, build_recipe, load_recipe, read_yaml, recipe_names
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
@@ -28,10 +29,15 @@ from grpo_lite.report.doctor import (
     troubleshooting,
 )
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
+from grpo_lite.report.facts import read_page, stated_rows
+from grpo_lite.report.follow import read_board, watch_lines
 from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.session.records import RunDoctor
+from grpo_lite.session.views import View, make_view
 from grpo_lite.train import train_run
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.report.test_warmup import PROVEN
+from tests.run_files import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -359,6 +365,45 @@ def test_a_spike_that_clipping_already_tames_is_left_alone() -> None:
     assert diagnoses.grad_norm_spikes(replace(spiky, recipe=sums(**{"grpo.max_grad_norm": 100}).recipe)) is not None
 
 
+@pytest.mark.parametrize(
+    "median, spike, expected",
+    [(0.083, 50.0, 0.1), (0.24, 50.0, 0.2), (0.004, 2.0, 0.01), (40.0, 1000.0, 1.0), (8e-5, 0.5, None)],
+    ids=["rounded up", "rounded down", "not below a hundredth", "not above TRL's default", "next to no gradient"],
+)
+def test_the_advised_clipping_is_a_value_that_one_would_type(
+    median: float, spike: float, expected: float | None
+) -> None:
+    norms = [median] * 11 + [spike]
+    spiky = replace(sums(**{"grpo.max_grad_norm": 1000}),
+                    steps=steps(12, reward=lambda i: i / 12, grad_norm=lambda i: norms[i]))  # fmt: skip
+    finding = diagnoses.grad_norm_spikes(spiky)
+    assert (finding and finding.override) == (expected and f"grpo.max_grad_norm={expected:g}")
+
+
+def test_where_rewards_are_constant_gradients_near_zero_call_for_no_clipping() -> None:
+    norms = [8e-5] * 10 + [0.3] + [8e-5] * 5
+    constant = {"reward": lambda i: 0.5, PART: lambda i: 0.5, "frac_reward_zero_std": lambda i: 1.0}
+    still = replace(sums(), steps=steps(16, grad_norm=lambda i: norms[i], **constant))
+    assert [finding.key for finding in diagnose(still)] == ["equal_groups"]
+    # one step in four has a signal: the others' gradients are no measure of it
+    rare = {**constant, "frac_reward_zero_std": lambda i: 0.5 if i % 4 == 0 else 1.0}
+    mixed = steps(40, grad_norm=lambda i: 0.2 if i % 4 == 0 else 8e-5, **rare)
+    assert diagnoses.grad_norm_spikes(replace(sums(), steps=mixed)) is None
+
+
+@pytest.mark.parametrize(
+    "rate, expected",
+    [(2e-5, "grpo.learning_rate=5e-06"), (3e-4, "grpo.learning_rate=0.0001"), (6e-6, "grpo.learning_rate=5e-06"),
+     (5e-6, None)],
+)  # fmt: skip
+def test_a_lower_learning_rate_is_a_round_one_that_still_teaches_lora(rate: float, expected: str | None) -> None:
+    entropy = [1.0, 1.0, 0.9, 0.5, 0.1, 0.05, 0.05, 0.05]
+    collapsed = steps(8, reward=lambda i: 0.5, entropy=lambda i: entropy[i], **{PART: lambda i: 0.5})
+    finding = diagnoses.entropy_collapse(replace(sums(**{"grpo.learning_rate": rate}), steps=collapsed))
+    assert finding is not None
+    assert finding.override == expected
+
+
 def test_groups_that_stay_equal_after_refilling_are_judged_by_the_refilled_share() -> None:
     part = "rewards__accuracy_reward__mean"
     flat = steps(8, reward=lambda i: 0.5, frac_reward_zero_std=lambda i: 1.0, refill__frac_without_signal=lambda i: 0.9,
@@ -383,6 +428,64 @@ def test_a_finding_is_said_once_until_it_changes() -> None:
     assert once.news([other]) == []  # a short absence is a figure at its limit
     assert [once.news([]) for _ in range(3)] == [[], [], []]
     assert once.news([other]) == [other]
+
+
+def follow_zero_reward(run: RunDir, count: int) -> tuple[View, list[str]]:
+    """Let the doctor follow a run whose first reward is 0 in six steps and rises from then on."""
+    said: list[str] = []
+    view = make_view("plain", run.load_recipe(), said.append)
+    doctor = RunDoctor(run, run.load_recipe(), view, list)
+    doctor.on_train_begin(None, TrainerState(), None)
+    for step in range(1, count + 1):
+        value = max(0.0, 0.05 * (step - 6))
+        logs = {"reward": value, "rewards/accuracy_reward/mean": value}
+        with run.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step, **logs}) + "\n")
+        doctor.on_log(TrainingArguments(logging_steps=1), TrainerState(global_step=step), None, logs=logs)
+    return view, said
+
+
+@pytest.fixture
+def bare_run(tmp_path: Path) -> RunDir:
+    run = write_run(tmp_path / "run", steps=1)
+    run.metrics_file.write_text("")
+    return run
+
+
+def test_the_board_shows_a_finding_with_today_s_figures_and_only_while_it_is_the_case(bare_run: RunDir) -> None:
+    view, said = follow_zero_reward(bare_run, 6)
+    (finding,) = view.board.findings
+    assert "accuracy_reward has been 0 in all 6 steps" in finding.sentence
+    assert ["all 4 steps" in line for line in said if line.startswith("doctor")] == [True]  # stated once
+    assert read_board(bare_run).findings == [finding]  # `watch` shows the same
+    bare_run.metrics_file.write_text("")
+    view, _ = follow_zero_reward(bare_run, 7)
+    assert view.board.findings == []
+    assert read_board(bare_run).findings == []
+
+
+def test_the_end_of_a_finding_is_stated_and_the_report_says_when_it_was_the_case(bare_run: RunDir) -> None:
+    _, said = follow_zero_reward(bare_run, 20)
+    spoken = [line for line in said if line.startswith("doctor")]
+    assert len(spoken) == 2
+    assert spoken[1].startswith("doctor: no longer the case, last at step 6: accuracy_reward has been 0 in all 6 steps")
+    (record,) = stated_findings(bare_run)
+    assert (record["step"], record["until"]) == (4, 6)
+    (row,) = stated_rows(read_page(bare_run))
+    assert row["when"] == "steps 4–6, no longer"
+    lines = list(watch_lines(bare_run))
+    assert lines[4] == spoken[0]  # after the line of step 4
+    assert lines[lines.index(spoken[1]) - 1].startswith("step 17/")  # ten steps without it: it is over
+
+
+def test_a_finding_of_a_run_that_ended_soon_after_is_not_called_present(bare_run: RunDir) -> None:
+    follow_zero_reward(bare_run, 8)
+    assert [row["when"] for row in stated_rows(read_page(bare_run))] == ["step 4, no longer"]
+
+
+def test_a_finding_that_lasts_to_the_end_is_reported_since_its_first_step(bare_run: RunDir) -> None:
+    follow_zero_reward(bare_run, 6)
+    assert [row["when"] for row in stated_rows(read_page(bare_run))] == ["since step 4"]
 
 
 def test_a_resumed_run_forgets_what_was_stated_after_its_checkpoint(tmp_path: Path) -> None:
@@ -466,7 +569,7 @@ def test_a_fault_of_the_doctor_does_not_end_the_training(
             raise ZeroDivisionError
         return []
 
-    monkeypatch.setattr("grpo_lite.session.records.diagnose", broken)
+    monkeypatch.setattr("grpo_lite.session.records.diagnose_grpo", broken)
     run, _ = train(Case(None, overrides=("grpo.max_steps=2",)), tmp_path, monkeypatch)
     assert run.read_run()["steps"] == 2
     assert "training continues" in caplog.text
