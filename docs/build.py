@@ -8,6 +8,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from house import picture, tables  # noqa: E402
+from reference import reference  # noqa: E402
 
 from grpo_lite.report.doctor import troubleshooting  # noqa: E402
 
@@ -19,6 +20,7 @@ def pages() -> dict[Path, str]:
     architecture = HERE / "architecture.md"
     return {
         HERE / "troubleshooting.md": troubleshooting(),
+        HERE / "reference.md": reference(),
         HERE / "images" / "architecture.svg": picture(),
         architecture: TABLE.sub(lambda _: tables(), architecture.read_text(encoding="utf-8")),
     }

@@ -77,10 +77,30 @@ def members(path: Path) -> set[str]:
     }
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"docs/{page.name}" in readme, page.name
+def test_every_page_is_in_the_index_which_the_readme_links() -> None:
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in {*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "README.md"}:
+        assert f"({page.name})" in index, page.name
+
+
+def test_the_glossary_is_in_alphabetical_order() -> None:
+    words = re.findall(
+        r"^\*\*(.+?)\.\*\*", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert len(words) > 20
+    assert words == sorted(words, key=str.lower)
+
+
+def test_the_worked_example_is_right() -> None:
+    import statistics
+
+    rewards = [1.0] * 5 + [0.0] * 3
+    advantages = [(reward - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-4) for reward in rewards]
+    text = (ROOT / "docs" / "how-grpo-works.md").read_text(encoding="utf-8")
+    assert f"+{advantages[0]:.3f}" in text
+    assert f"−{-advantages[-1]:.3f}" in text
+    assert f"{statistics.variance(rewards):.3f}" in text
 
 
 def test_make_targets_and_recipes_that_pages_name_exist() -> None:
@@ -146,6 +166,14 @@ def test_the_walk_through_of_ones_own_task_runs_as_written(workplace: Path) -> N
     block = re.sub(r'(ARGS="data\.holdout=1[^"]*)"', rf'\1{small}"', block).replace("make ", "make VENV=env ")
     shell(workplace, block)
     assert (workplace / "runs" / "custom" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_first_run_run_one_after_the_other(workplace: Path) -> None:
+    tiny = "model.id=tiny/random-llama warmup.steps=2 grpo.max_steps=1 eval.limit=4 eval.also={} merge=false"
+    for command in commands(ROOT / "docs" / "first-run.md"):
+        shell(workplace, f'{command} ARGS="{tiny}"' if command == "make train" else command)
+    assert (workplace / "runs" / "quickstart" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -70,8 +70,25 @@ def overridden(command: str) -> str:
     return shlex.join([*parts, f"ARGS={TINY}{varied} {own}".replace("data.train.path=my.jsonl", "").strip()])
 
 
-def test_the_readme_has_two_commands() -> None:
-    assert commands(README) == ["make train", "make test"]
+def test_the_readme_begins_with_train_report_and_chat() -> None:
+    verbs = [command.split()[1] for command in commands(README)]
+    assert verbs == ["train", "report", "chat", "train", "test"]
+
+
+def test_the_example_of_ones_own_data_runs_as_written(workplace: Path) -> None:
+    small = "model.id=tiny/random-llama grpo.max_steps=1 eval.limit=4 eval.samples=0 merge=false"
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) if "mine.csv" in block]
+    shell(workplace, block.replace('ARGS="', f'ARGS="{small} ').replace("make ", "make VENV=env "))
+    assert (workplace / "mine.csv").read_text().splitlines()[:2] == ["question,answer", "1+1,2"]
+    assert (workplace / "runs" / "mine" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_other_commands_of_the_readme_run_in_its_order(workplace: Path) -> None:
+    tiny = "model.id=tiny/random-llama warmup.steps=2 grpo.max_steps=1 eval.limit=4 eval.also={} merge=false"
+    for command in commands(README)[:3]:
+        command = f'{command} ARGS="{tiny}"' if command == "make train" else command
+        shell(workplace, f"echo 2+3 | {command}".replace("make ", "make VENV=env "))
 
 
 def test_the_readme_fits_two_screens() -> None:
