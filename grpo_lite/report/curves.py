@@ -188,13 +188,18 @@ def write_png(run_charts: Sequence[Chart], path: Path, title: str = "") -> None:
         )
         if title:
             place = {"x": 0.2 / width, "y": 1 - 0.15 / height, "ha": "left", "va": "top"}
-            title = textwrap.shorten(_drawable(title), int(13 * width), placeholder=" …")
+            title = _title(title, width)
             figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK, **place)
         for index, chart in enumerate(run_charts):
             axes = figure.add_subplot(rows, columns, index + 1)
             axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold", color=_INK)
             draw(axes, chart)
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def _title(text: str, width: float) -> str:
+    """Return a title that fits `width` inches at 11 points: about 10.8 bold letters an inch."""
+    return textwrap.shorten(_drawable(text), int(10.2 * width), placeholder=" …")
 
 
 def write_scores_png(scores: Mapping[str, Any], path: Path, title: str = "") -> None:
@@ -222,7 +227,7 @@ def write_scores_png(scores: Mapping[str, Any], path: Path, title: str = "") -> 
         figure = Figure(figsize=(width, height), facecolor=_PAPER)
         axes = figure.add_axes((0.09, 0.4 / height, 0.48, 1 - 0.95 / height))
         if title:
-            text = textwrap.shorten(_drawable(title), 100, placeholder=" …")
+            text = _title(title, width)
             figure.text(0.02, 1 - 0.15 / height, text, fontsize=11, fontweight="bold", color=_INK, va="top")
         y = 0.0
         for name, part in blocks:
