@@ -4,3 +4,4 @@ Importing this package loads no torch; see grpo_lite.cli for the commands and gr
 """
 
 __version__ = "0.1.0"
+PROJECT_URL = ""  # of the repository, for badges, notebooks and cards; empty: it has no public address yet

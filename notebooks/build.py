@@ -13,13 +13,30 @@ from typing import Any
 import jupytext
 import nbformat
 
+from grpo_lite import PROJECT_URL
+
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = {"colab_gsm8k": "colab", "kaggle_gsm8k": "kaggle", "quickstart_cpu": "quickstart"}
+_OPENERS = {
+    "colab_gsm8k": ("https://colab.research.google.com/github", "https://github.com"),
+    "kaggle_gsm8k": ("https://kaggle.com/kernels/welcome?src=https://github.com", "https://github.com"),
+}
+
+
+def address(name: str, project_url: str = PROJECT_URL) -> str:
+    """Return where a notebook's badge leads: to the platform for a project on GitHub, else to the file."""
+    file = f"notebooks/{name}.ipynb"
+    opener, host = _OPENERS.get(name, ("", ""))
+    if not host or not project_url.startswith(f"{host}/"):
+        return file
+    return f"{opener}{project_url.removeprefix(host).rstrip('/')}/blob/main/{file}"
 
 
 def build(name: str) -> Any:
     """Return a notebook without outputs: the source's cells for its platform."""
     source = jupytext.read(HERE / "source.py")
+    for cell in source.cells:
+        cell.source = cell.source.replace('CLONE = ""', f'CLONE = "{PROJECT_URL}"')
     platform = NOTEBOOKS[name]
     cells = []
     for index, cell in enumerate(source.cells[1:]):  # the first one is the comment at the top

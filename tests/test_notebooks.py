@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 import nbformat
 
-from grpo_lite import bootstrap
+from grpo_lite import PROJECT_URL, bootstrap
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("build_notebooks", ROOT / "notebooks" / "build.py")
@@ -53,6 +54,28 @@ def test_the_notebook_is_the_one_source_s(name: str) -> None:
     assert [(cell.cell_type, cell.source) for cell in written.cells] == [
         (cell.cell_type, cell.source) for cell in fresh.cells
     ]
+
+
+def test_a_badge_leads_to_the_platform_once_the_project_has_an_address() -> None:
+    github = "https://github.com/me/grpo_lite"
+    assert build.address("colab_gsm8k", github) == (
+        "https://colab.research.google.com/github/me/grpo_lite/blob/main/notebooks/colab_gsm8k.ipynb"
+    )
+    assert build.address("kaggle_gsm8k", github).startswith(
+        "https://kaggle.com/kernels/welcome?src=https://github.com/me"
+    )
+    for elsewhere in ("", "https://codeberg.org/me/grpo_lite"):
+        assert build.address("colab_gsm8k", elsewhere) == "notebooks/colab_gsm8k.ipynb"
+
+
+def test_badges_notebooks_and_metadata_name_the_one_address() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in build.NOTEBOOKS:
+        assert f"({build.address(name)})" in readme, name
+    for name in ("colab_gsm8k", "kaggle_gsm8k"):
+        assert f'CLONE = "{PROJECT_URL}"' in "\n".join(code(build.build(name)))
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+    assert all(PROJECT_URL and url.startswith(PROJECT_URL) for url in urls.values())
 
 
 def test_each_platform_gets_its_own_cells_only() -> None:

@@ -17,6 +17,8 @@ from grpo_lite.models.device import CARDS, Card
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.units import duration, gib, now
 
+CARD_SIZES_GB = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # as GPUs are sold
+USABLE = 0.9  # the share of its size that a card has at least: a T4 of 16 GB has 14.56 GiB
 UNMEASURED = "By arithmetic, checked against counted tensor bytes on a CPU; not yet measured on a GPU."
 
 
@@ -25,6 +27,22 @@ def plan_recipe(recipe: Recipe, card: Card, prompt: int | None = None) -> Memory
     shape, source = model_shape(recipe.model.id, recipe.model.revision)
     job, notes = recipe_job(recipe, shape, prompt=prompt, bfloat16=card.bfloat16)
     return plan_memory(job, card.memory_bytes, (f"sizes of {recipe.model.id} from {source}", *notes))
+
+
+def least_card_gb(recipe: Recipe) -> int | None:
+    """Return the size, in GB as it is sold, of the smallest GPU that holds a recipe's plan undivided; None: none does.
+
+    It holds it with bfloat16 and without. A smaller one may hold it in smaller pieces. Time is not planned.
+
+    Raises:
+        ModelError: the recipe's model is not one that is planned.
+    """
+    for size_gb in CARD_SIZES_GB:
+        cards = [Card(f"{size_gb} GB", int(USABLE * size_gb * GIB), bfloat16) for bfloat16 in (True, False)]
+        plans = [plan_recipe(recipe, card) for card in cards]
+        if all(plan.fits and not _divided(plan) for plan in plans):
+            return size_gb
+    return None
 
 
 def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
@@ -103,27 +121,31 @@ def _line(what: str, size: int) -> str:
 def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
     """Yield the recipe × GPU table as Markdown: need in GiB or that it does not fit, every cell marked as planned."""
     names = list(CARDS)
-    yield "| recipe | model | " + " | ".join(f"{name}<br>{CARDS[name].memory_bytes / GIB:.1f}" for name in names) + " |"
-    yield "|---|---|" + "---|" * len(names)
+    heads = [f"{name}<br>{CARDS[name].memory_bytes / GIB:.1f}" for name in names]
+    yield "| " + " | ".join(["recipe", "model", "least GPU", *heads]) + " |"
+    yield "|---|---|---|" + "---|" * len(names)
     for recipe in recipes:
         try:
-            plans = [plan_recipe(recipe, CARDS[name]) for name in names]
+            plans, least = [plan_recipe(recipe, CARDS[name]) for name in names], least_card_gb(recipe)
         except ModelError:  # not a model that is planned
             continue
         cells = []
         for plan in plans:
-            divided = " ÷" if {"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen) else ""
+            divided = " ÷" if _divided(plan) else ""
             cells.append(f"{plan.needed / GIB:.1f}{divided} planned" if plan.fits else "out of memory (planned)")
-        yield (
-            f"| `{recipe.name}` | {recipe.model.id.rpartition('/')[2]} {recipe.model.load_in} | "
-            + " | ".join(cells)
-            + " |"
-        )
+        model = f"{recipe.model.id.rpartition('/')[2]} {recipe.model.load_in}"
+        yield "| " + " | ".join([f"`{recipe.name}`", model, f"{least} GB" if least else "none", *cells]) + " |"
     yield ""
     yield (
         "What a card must have, in GiB, at the recipe's longest prompts and completions; in the head what it has. "
+        "Least GPU: the smallest size, as GPUs are sold, that holds this undivided; it may take long. "
         f"÷: divided into smaller pieces than the recipe's to fit, same gradient. {UNMEASURED}"
     )
+
+
+def _divided(plan: MemoryPlan) -> bool:
+    """Tell whether less goes through the card at once than the recipe says, with the same gradient."""
+    return bool({"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen))
 
 
 # What a step's time and the number of steps depend on.

@@ -282,7 +282,10 @@ class Recipe(_Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run; by default the file's name."
     )
     description: str = Field(description="One line: what is trained on what.")
-    least_gpu: str = Field(description="The smallest device it is meant for, e.g. `T4 16 GB` or `none (CPU)`.")
+    least_gpu: str = Field(
+        description="The smallest GPU that holds its plan (`grpo-lite plan`), and one that is fast enough by our "
+        "judgement: `4 GB; recommended: T4 16 GB`. It begins with `none` where a CPU is enough."
+    )
     seed: int = Field(42, ge=0, lt=2**32)
     model: ModelSection
     lora: dict[str, Any] = Field(

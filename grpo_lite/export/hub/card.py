@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo_lite import PROJECT_URL
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.provenance import starts_from
@@ -22,6 +23,7 @@ from grpo_lite.units import duration, size
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
 _COLUMNS = {"base": "before training", "warm": "after the warm-up (SFT)", "trained": "after training"}
+_PROJECT = f"[grpo_lite]({PROJECT_URL})" if PROJECT_URL else "grpo_lite"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
@@ -61,7 +63,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
     parts = [
         f"---\n{_metadata(facts, title, what)}---\n",
         f"# {title}\n",
-        f"{_article(what)} {of}{revision}, trained with {how} by grpo_lite: {recipe.description.rstrip('.')}.\n",
+        f"{_article(what)} {of}{revision}, trained with {how} by {_PROJECT}: {recipe.description.rstrip('.')}.\n",
         f"The base is {base.note}.\n" if base.note else "",
         "".join(f"> **Pushed despite this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
