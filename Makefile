@@ -11,7 +11,7 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch reproduce doctor test test-slow test-all lint clean
+.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch ui reproduce doctor test test-slow test-all lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ compare: $(VENV)/.ready  ## Compare RUNS="runs/a runs/b" on one page, compare.ht
 watch: $(VENV)/.ready  ## Follow RUN from another terminal
 	@$(CLI) watch "$(RUN)" $(ARGS)
 
+ui: $(VENV)/.ready-ui  ## Serve a local page over runs/: live curves and completions, compare, plan, ask; adds starlette and uvicorn
+	@$(CLI) watch --web $(ARGS)
+
 reproduce: $(VENV)/.ready  ## Run RUN's recipe again and compare the results (ARGS=--dry-run only lists what differs)
 	@$(CLI) reproduce "$(RUN)" $(ARGS)
 
@@ -102,6 +105,9 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.ready-unsloth: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) unsloth && touch $@
+
+$(VENV)/.ready-ui: $(VENV)/.ready
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) ui && touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) dev && touch $@

@@ -7,7 +7,7 @@ must not wait for torch, and Unsloth has to be imported before transformers.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import click
 
@@ -401,10 +402,16 @@ def _view() -> Literal["plain", "live", "notebook"]:
 
 
 @main.command()
-@_run_argument
+@click.argument("run_path", metavar="[RUN]", type=click.Path(), required=False)
 @_plain_option
-def watch(run_path: str, plain: bool) -> None:
+@click.option("--web", is_flag=True, help="Open a local page over all runs, or over RUN's folder, in the browser.")
+@click.option("--port", default=8642, show_default=True, type=click.IntRange(0, 65535), help="Of the page; 0: any.")
+def watch(run_path: str | None, plain: bool, web: bool, port: int) -> None:
     """Follow RUN from another terminal. Shows progress, reward parts, samples and findings."""
+    if web:
+        return _watch_web(Path(run_path or "runs"), port)
+    if run_path is None:
+        raise click.UsageError("give RUN, or --web for a page over all runs.")
     from grpo_lite.report.follow import watch_lines, watch_live
 
     run = _run_dir(run_path)
@@ -414,6 +421,24 @@ def watch(run_path: str, plain: bool) -> None:
         return
     for line in watch_lines(run):
         say(line)
+
+
+def _watch_web(folder: Path, port: int) -> None:
+    """Serve the page until Ctrl-C; a run's own folder stands for the one that it lies in."""
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        raise GRPOLiteError(
+            "watch --web: needs starlette and uvicorn, which are not installed here. Add them: `make ui` in a "
+            "checkout, else pip install 'grpo-lite[ui]'. `grpo-lite watch RUN` needs neither."
+        )
+    from grpo_lite.ui.server import serve
+
+    fragment = ""
+    if (folder / "recipe.yaml").is_file():
+        run = folder.resolve()
+        folder, fragment = run.parent, f"#/run/{quote(run.name, safe='')}"
+    click.echo(f"watching {folder}/ (Ctrl-C ends it). Open, with the token; it is valid until then:")
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(folder.resolve(), port, lambda address: click.echo(f"  {address}{fragment}"))
 
 
 @main.command("eval")
@@ -493,7 +518,7 @@ def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) ->
 @trust_option
 def chat(run_path: str, prompt: str | None, compare: bool, **sampling: Any) -> None:
     """Ask a trained model: one PROMPT, piped lines, or a chat."""
-    from grpo_lite.chat import HELP, Chat, Sampling, answer_lines, talk
+    from grpo_lite.ui.chat import HELP, Chat, Sampling, answer_lines, talk
 
     settings = Sampling(**sampling)
     run = _trained_run(run_path)

@@ -33,13 +33,13 @@ ALLOWED = {
     "report": "runs recipe files screen rewards",
     "trainer": "engine memory task.tokens task.traces runs.checkpoints models.device",
     "evaluation": "task engine memory models runs recipe files screen rewards",
-    "chat": "task engine models runs recipe screen",
+    "ui": "report memory task engine models runs recipe files screen",  # looks at runs and plans, asks models
     "reproduce": "report runs models recipe screen",
     "session": "trainer evaluation report memory task models runs recipe files screen rewards",
     "export": "evaluation task engine memory.fit models runs recipe files screen",
     "train": "engine.out_of_memory session export evaluation report memory task models runs recipe screen",
-    "cli": "train session export evaluation report memory task models runs recipe files screen engine chat reproduce "
-    "rewards",
+    "cli": "train session export evaluation report memory task models runs recipe files screen engine reproduce "
+    "ui rewards",
 }
 # The same within rewards: the worker's side knows nothing of the rewards, and no reward knows the tests of rewards.
 WORKER_SIDE = ("rewards/sandbox/inside/", "rewards/sandbox/kernel/")
@@ -223,6 +223,7 @@ def test_only_the_cli_prints_or_exits() -> None:
         "import grpo_lite.report.doctor, grpo_lite.report.page, grpo_lite.report.follow",
         "import grpo_lite.session.backend, grpo_lite.runs.remote, grpo_lite.reproduce",  # Unsloth comes before
         "import grpo_lite.memory.report, grpo_lite.memory.fit",
+        "import grpo_lite.ui.server",
     ],
 )
 def test_light_things_stay_free_of_torch(code: str) -> None:

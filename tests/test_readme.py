@@ -96,7 +96,7 @@ def test_the_readme_fits_two_screens() -> None:
 
 
 def test_every_command_of_the_page_is_one_that_runs_below() -> None:
-    looks = "recipes|check|check-rewards|doctor|watch|report|compare|reproduce|show|plan|probe"
+    looks = "recipes|check|check-rewards|doctor|watch|ui|report|compare|reproduce|show|plan|probe"
     known = rf"make (train|warmup|eval|merge|export|push|verify|chat|{looks})\b"
     for command in commands(COMMANDS):
         assert re.match(known, command), command
@@ -128,6 +128,12 @@ def test_the_gsm8k_commands_run_in_the_order_of_the_page(workplace: Path) -> Non
     assert (workplace / "runs" / "gsm8k" / "merged" / "model.safetensors").is_file()
     assert (workplace / "runs" / "again" / "merged" / "model.safetensors").is_file()
     assert len(ran) >= 7
+
+
+def test_ui_installs_its_extra_and_serves_the_runs() -> None:
+    shown = subprocess.run(["make", "-n", "VENV=nowhere", "ui"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "bootstrap.py nowhere ui" in shown.stdout
+    assert shown.stdout.rstrip().endswith("nowhere/bin/grpo-lite watch --web")
 
 
 def test_doctor_runs(workplace: Path) -> None:

@@ -151,6 +151,16 @@ def placement(chart: Chart) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def drawable(chart: Chart) -> dict[str, Any]:
+    """Return a chart as data for a page that draws it itself: `placement`, its words, bands and the y axis' top."""
+    place = placement(chart)
+    for line, data in zip(chart.lines, place["lines"], strict=True):
+        stride = _stride(line)
+        data |= {"low": [_short(y) for y in line.low[::stride]], "high": [_short(y) for y in line.high[::stride]]}
+        data["slot"] = line.slot
+    return {"key": chart.key, "title": chart.title, "note": chart.note, "top": chart.top, **place}
+
+
 def _span(chart: Chart) -> tuple[float, float]:
     """Return the steps at both ends of the axis, with a small margin around the first and the last mark."""
     xs = [x for line in chart.lines for x in line.x]

@@ -212,6 +212,13 @@ def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     return rows, count
 
 
+def latest_rows(run: RunDir, steps: int = 3, most: int = 96) -> list[dict[str, Any]]:
+    """Return the completions of the last steps as rows, the newest step first; at most `most`."""
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))[-steps:]
+    rows = [_browsable(row) for path in reversed(files) for row in read_json_lines(path) if "reward" in row]
+    return rows[:most]
+
+
 def _browsable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": row["step"], "prompt": prompt_text(row["prompt"]), "text": shortened(row["completion"]),

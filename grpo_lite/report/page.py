@@ -51,6 +51,22 @@ def write_report(run: RunDir) -> Path:
     title = f"{page.name}: {page.recipe.description}"
     write_png(run_charts, run.path / "curves.png", title)
     write_scores_png(page.scores, run.path / "scores.png", title)
+    path = run.path / "report.html"
+    write_atomic(path, _report(run, page, run_charts))
+    return path
+
+
+def report_html(run: RunDir) -> str:
+    """Return the text of a run's report as its files are now; nothing is written.
+
+    Raises:
+        RunDirError: the folder is not a run.
+    """
+    page = read_page(run)
+    return _report(run, page, charts(page.evidence))
+
+
+def _report(run: RunDir, page: RunPage, run_charts: Sequence[Chart]) -> str:
     (rows, count), (held_out, held_out_count) = completion_rows(run), held_out_rows(run)
     data = {"charts": {chart.key: placement(chart) for chart in run_charts}, "completions": rows, "heldout": held_out}
     recipe = without_paths(page.recipe)
@@ -61,9 +77,7 @@ def write_report(run: RunDir) -> Path:
         versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
         data=_safe(for_script(data)),
     )  # fmt: skip
-    path = run.path / "report.html"
-    write_atomic(path, html)
-    return path
+    return str(html)
 
 
 def finish_with_report(run: RunDir, show: Show) -> None:
@@ -99,8 +113,8 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
     if len(runs) < 2:
         raise RunDirError('compare: give two or more runs, as in make compare RUNS="runs/a runs/b".')
     pages = [read_page(run) for run in runs]
-    names = _distinct([run.path for run in runs])
-    run_charts = _overlaid(pages, names)
+    names = distinct_names([run.path for run in runs])
+    run_charts = overlaid_charts(pages, names)
     html = _template("compare.html").render(
         names=names, headlines=[headline(page) for page in pages], table=comparison_table(pages),
         differences=recipe_differences([page.recipe for page in pages]), charts=_drawn(run_charts),
@@ -116,7 +130,7 @@ def _drawn(run_charts: Sequence[Chart]) -> list[dict[str, Any]]:
     return [{"key": c.key, "title": c.title, "note": c.note, "svg": _safe(svg(c))} for c in run_charts]
 
 
-def _distinct(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Return the folders' names, with as much of the path as makes them distinct."""
     for depth in range(1, 1 + max(len(path.resolve().parts) for path in paths)):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
@@ -125,7 +139,7 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({i})" for i, path in enumerate(paths, start=1)]
 
 
-def _overlaid(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
+def overlaid_charts(pages: Sequence[RunPage], names: Sequence[str]) -> list[Chart]:
     """Return charts in which every run has one line: the first line of its own chart."""
     per_run = [{chart.key: chart for chart in charts(page.evidence)} for page in pages]
     keys = [key for of_run in per_run for key in of_run if key != "parts"]
@@ -182,6 +196,11 @@ def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
     return [(path, value)]
 
 
+def page_part(name: str) -> str:
+    """Return the text of `page.css`, of `parts.js` (what every page's script draws with) or of `page.js`."""
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
 @cache
 def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -189,8 +208,8 @@ def _template(name: str) -> Any:
     environment = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["css"] = _safe((_PAGE / "page.css").read_text(encoding="utf-8"))
-    environment.globals["js"] = _safe((_PAGE / "page.js").read_text(encoding="utf-8"))
+    environment.globals["css"] = _safe(page_part("page.css"))
+    environment.globals["js"] = _safe(page_part("parts.js") + page_part("page.js"))
     return environment.get_template(name)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from grpo_lite.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
 from grpo_lite.cli import main
 from grpo_lite.errors import DataError
 from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.ui.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
 from tests.command_line import in_process
 from tests.finished_run import make_recipe, make_run
 
@@ -137,7 +137,7 @@ def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, tm
             return {"trained": "a\x1b]0;owned\x07\nb", "base": "c\x1b[2J"}
 
     monkeypatch.setattr("grpo_lite.cli._trained_run", lambda path: None)
-    monkeypatch.setattr("grpo_lite.chat.Chat", lambda *_: Hostile())
+    monkeypatch.setattr("grpo_lite.ui.chat.Chat", lambda *_: Hostile())
     text = in_process("chat", str(tmp_path), "2+3")
     assert "\x1b" not in text
     assert "\\u001b[2J" in text
