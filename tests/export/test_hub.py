@@ -15,7 +15,7 @@ from grpo_lite.export.hub import push as hub
 from grpo_lite.files.manifest import verify_manifest
 from grpo_lite.runs.run_dir import RunDir
 from tests.export.hub_server import TOKEN, Hub, Repo, hub_in_place
-from tests.finished_run import make_run
+from tests.finished_run import make_recipe, make_run, set_recipe
 
 REPO = "me/sums"
 
@@ -204,6 +204,19 @@ def test_private_push_into_a_public_repository_is_refused_before_anything_is_sen
     assert server.stored == {}
 
 
+def test_the_score_at_a_benchmark_goes_with_the_model_and_those_of_others_stay(
+    run: RunDir, finished: RunDir, server: Hub
+) -> None:
+    gsm8k = {"hub": "openai/gsm8k", "config": "main"}
+    sources = {"train": gsm8k, "eval": gsm8k | {"split": "test"}, "holdout": 0}
+    set_recipe(run, make_recipe(finished.path.parent / "base-model", **sources))
+    server.repos[REPO] = Repo(private=False, files={".eval_results/hle.yaml": "0" * 64})
+    push(run, "adapter", force=True)
+    assert b"value: 0.75" in content(server, ".eval_results/gsm8k.yaml")
+    assert ".eval_results/hle.yaml" in server.repos[REPO].files
+    assert b".eval_results/gsm8k.yaml" in content(server, "MANIFEST.sha256")
+
+
 def test_repository_with_other_files_is_left_alone_unless_forced(run: RunDir, server: Hub) -> None:
     server.repos[REPO] = Repo(private=False, files={"precious.bin": "0" * 64, ".gitattributes": "1" * 64})
     with pytest.raises(ExportError, match=r"already holds other files \(precious.bin\)"):
@@ -344,7 +357,7 @@ def test_dry_run_lists_files_sizes_and_card_without_a_token_or_network(
         text = "\n".join(staged.lines())
         size = (run.merged / "model.safetensors").stat().st_size
     assert f"{size / 1024:.1f} KiB" in text
-    assert "model-index:" in text
+    assert "library_name: transformers" in text  # the card; this merged model was not scored itself
     assert "README.md" in text.splitlines()[0]
 
 

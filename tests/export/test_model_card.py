@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
-from grpo_lite.export.hub.card import model_card, read_facts
+from grpo_lite.export.hub.card import benchmark_results, model_card, read_facts
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, ModelSection
 from grpo_lite.runs.run_dir import RunDir
 from tests.finished_run import make_recipe, make_run, replaced, set_recipe
@@ -54,13 +54,14 @@ def test_licence_that_is_not_known_is_no_placeholder(run: RunDir) -> None:
     assert "Unknown: the metadata of a/b names none" in body
 
 
-def test_scores_stand_with_intervals_before_and_after(run: RunDir) -> None:
-    header, body = card(run)
+def test_the_metadata_hold_the_pushed_model_s_own_scores_and_the_text_those_before_too(run: RunDir) -> None:
+    header, body = card(run, "adapter")
     metrics = header["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.25, 0.75]  # 5 and 15 of 20
+    assert [metric["value"] for metric in metrics] == [0.75, 0.75]  # 15 of 20; the base's 5 of 20 are not its result
     scores = json.loads(run.scores_file.read_text())["lenient"]
     low, high = scores["trained"]["low"], scores["trained"]["high"]
-    assert metrics[1]["name"] == f"greedy lenient accuracy after training (95% interval {low:.3f}-{high:.3f}, n = 20)"
+    assert metrics[0]["name"] == f"greedy lenient accuracy (95% interval {low:.3f}-{high:.3f}, n = 20)"
+    assert "| lenient | 0.250 (95% interval" in body
     assert scores["verdict"]["sentence"] in body
     assert f"0.750 (95% interval {low:.3f}-{high:.3f})" in body
 
@@ -68,11 +69,11 @@ def test_scores_stand_with_intervals_before_and_after(run: RunDir) -> None:
 def test_header_is_what_the_hub_reads(run: RunDir) -> None:
     from huggingface_hub import ModelCard
 
-    text = model_card(read_facts(run, ON_HUB), "me/sums", "merged")
+    text = model_card(read_facts(run, ON_HUB), "me/sums", "adapter")
     data = ModelCard(text).data
     assert data.eval_results is not None
     assert data.model_name == "sums"
-    assert len(data.eval_results) == 4
+    assert len(data.eval_results) == 2
 
 
 def test_run_without_scores_says_so(tmp_path: Path, run: RunDir) -> None:
@@ -106,10 +107,53 @@ def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: 
     assert "| lenient, merged 16-bit model | | 0.700 (" in body
     assert "score of these files" not in body
     metrics = header["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in metrics] == [0.25, 0.75, 0.7, 0.25, 0.75, 0.7]
-    assert metrics[2]["name"].startswith("greedy lenient accuracy after training, merged 16-bit model (95% interval")
+    assert [metric["value"] for metric in metrics] == [0.7, 0.7]
+    assert metrics[0]["name"].startswith("greedy lenient accuracy (95% interval")
     adapter = card(run, "adapter")[0]["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in adapter] == [0.25, 0.75, 0.25, 0.75]
+    assert [metric["value"] for metric in adapter] == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("what", ["merged", "gguf"])
+def test_a_model_that_was_not_scored_itself_has_no_score_in_its_metadata(run: RunDir, what: str) -> None:
+    header, body = card(run, what)
+    assert "model-index" not in header
+    assert "score of these files" in body
+
+
+def on_gsm8k(folder: Path, **data: Any) -> RunDir:
+    run = make_run(folder)
+    sources = {
+        "train": {"hub": "openai/gsm8k", "config": "main"}, "holdout": 0,
+        "eval": {"hub": "openai/gsm8k", "config": "main", "split": "test"},
+    }  # fmt: skip
+    set_recipe(run, make_recipe(folder / "base-model", **(sources | data)))
+    return run
+
+
+def test_the_score_at_a_benchmark_of_the_hub_is_listed_as_the_hub_reads_it(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", "1.4")
+    run = on_gsm8k(tmp_path)
+    ((name, text),) = benchmark_results(read_facts(run, ON_HUB), "adapter").items()
+    assert name == ".eval_results/gsm8k.yaml"
+    (entry,) = hub._eval_results.parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "main", 0.75)
+    assert entry.dataset_revision is None
+    assert str(entry.date).startswith("2026-01-01")
+    assert re.search(r"greedy, 95% interval 0\.\d+-0\.\d+, n = 20, split test", entry.notes)
+    assert hub.eval_result_entries_to_yaml([entry])[0]["dataset"] == yaml.safe_load(text)[0]["dataset"]
+    assert benchmark_results(read_facts(run, ON_HUB), "merged") == {}  # the merged model was not scored
+
+
+def test_rows_held_out_of_the_training_data_are_no_benchmark(tmp_path: Path, run: RunDir) -> None:
+    held_out = on_gsm8k(tmp_path, eval=None, holdout=8)
+    assert benchmark_results(read_facts(held_out, ON_HUB), "adapter") == {}
+    assert benchmark_results(read_facts(run, ON_HUB), "adapter") == {}  # generated rows
+
+
+def test_the_revision_of_a_benchmark_is_named_where_it_is_a_commit(tmp_path: Path) -> None:
+    eval_source = {"hub": "openai/gsm8k", "config": "main", "split": "test", "revision": SHA}
+    (text,) = benchmark_results(read_facts(on_gsm8k(tmp_path, eval=eval_source), ON_HUB), "adapter").values()
+    assert yaml.safe_load(text)[0]["dataset"]["revision"] == SHA
 
 
 def test_merge_that_failed_its_verification_is_not_called_verified(tmp_path: Path) -> None:
@@ -163,7 +207,7 @@ def test_datasets_of_the_hub_are_named_and_generated_ones_are_not(run: RunDir, t
             holdout=0,
         ),
     )
-    header, _ = card(hub_run)
+    header, _ = card(hub_run, "adapter")
     assert header["datasets"] == ["openai/gsm8k"]
     dataset = header["model-index"][0]["results"][0]["dataset"]
     assert (dataset["type"], dataset["split"], dataset["config"]) == ("openai/gsm8k", "test", "main")
@@ -310,7 +354,7 @@ def test_the_adapter_it_started_from_is_named_without_its_folder(tmp_path: Path)
 
 def test_after_a_warm_up_the_card_claims_grpo_s_own_gain(tmp_path: Path) -> None:
     run = make_run(tmp_path, warm=13)
-    header, body = card(run)
+    header, body = card(run, "adapter")
     measured = body.partition("## Measured")[2].partition("## Use")[0]
     first, second = re.findall(r"^(GRPO alone|Warm-up \(SFT\)): the held-out lenient score (.*?) \(", measured, re.M)
     assert first == ("GRPO alone", "went from 0.650 to 0.750")  # 13 and 15 of 20
@@ -326,8 +370,7 @@ def test_after_a_warm_up_the_card_claims_grpo_s_own_gain(tmp_path: Path) -> None
     assert "trained with a supervised warm-up and then GRPO, on one LoRA adapter, by grpo_lite" in body
     assert "sft" in header["tags"]
     metrics = header["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in metrics] == [0.25, 0.65, 0.75] * 2
-    assert metrics[1]["name"].startswith("greedy lenient accuracy after the warm-up (SFT) (95% interval")
+    assert [metric["value"] for metric in metrics] == [0.75, 0.75]
 
 
 def test_without_a_warm_up_the_card_s_table_has_one_difference(run: RunDir) -> None:

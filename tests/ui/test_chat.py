@@ -211,4 +211,4 @@ def test_verify_command_counts_files(run: RunDir) -> None:
 def test_dry_run_command_prints_the_card(run: RunDir) -> None:
     output = command("push", str(run.path), "me/sums", "--dry-run")
     assert "dry run: nothing is sent" in output
-    assert "model-index:" in output
+    assert "library_name: transformers" in output

@@ -7,9 +7,12 @@ it was trained on.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import yaml
 
 from grpo_lite import PROJECT_URL
 from grpo_lite.export.hub.base_facts import BaseFacts
@@ -22,7 +25,8 @@ from grpo_lite.units import duration, size
 # "quantized" would list it as a copy of the base itself.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
-_COLUMNS = {"base": "before training", "warm": "after the warm-up (SFT)", "trained": "after training"}
+RESULTS_FOLDER = ".eval_results"  # where the Hub looks for scores at its benchmarks
+_COLUMNS = ("base", "warm", "trained")
 _PROJECT = f"[grpo_lite]({PROJECT_URL})" if PROJECT_URL else "grpo_lite"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -75,6 +79,40 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
     return "\n".join(part for part in parts if part)
 
 
+def benchmark_results(facts: RunFacts, what: str) -> dict[str, str]:
+    """Return the files that list the model's score at its benchmark on the Hub, by their name in the repository.
+
+    There is one where the held-out rows are a dataset of the Hub of their own, never a part of the training rows, and
+    where the pushed model itself was scored on them. huggingface_hub has a class for its format since 1.4
+    (`EvalResultEntry`); we support 1.0.
+    """
+    source, scores = facts.recipe.data.eval, own_scores(facts, what)
+    if source is None or not source.hub or not scores:
+        return {}
+    rate = scores["lenient"]
+    dataset = {"id": source.hub, "task_id": source.config or "default"}
+    if source.revision and re.fullmatch("[0-9a-f]{40}", source.revision):
+        dataset["revision"] = source.revision
+    of = f", split {source.split}" if source.split else ""
+    entry: dict[str, Any] = {"dataset": dataset, "value": round(rate["rate"], 4)}
+    if finished := facts.record.get("finished_at"):
+        entry["date"] = finished
+    entry["notes"] = f"share of right answers, greedy, {_interval(rate)}, n = {rate['n']}{of}; measured by grpo_lite"
+    text = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=1000)
+    return {f"{RESULTS_FOLDER}/{source.hub.rpartition('/')[2]}.yaml": text}
+
+
+def own_scores(facts: RunFacts, what: str) -> Mapping[str, Any]:
+    """Return the rates of the very model that is pushed, by kind; empty where it was not scored itself.
+
+    An adapter was scored on its base as it was trained (4 bits, say), and a merged model by a pass of its own. No GGUF
+    file is scored.
+    """
+    if what == "adapter" and facts.scores:
+        return {kind: facts.scores[kind]["trained"] for kind in ("lenient", "strict")}
+    return facts.scores.get("merged", {}) if what == "merged" else {}
+
+
 def _article(what: str) -> str:
     return {"adapter": "A LoRA adapter for", "merged": "A fine-tune of", "gguf": "GGUF files of a fine-tune of"}[what]
 
@@ -96,24 +134,20 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
         metadata["datasets"] = hubs
     results = []
     source = recipe.data.eval or recipe.data.train
-    for kind in ("lenient", "strict") if facts.scores else ():
-        rates = [(facts.scores[kind][name], when) for name, when in _COLUMNS.items() if name in facts.scores[kind]]
-        if what != "adapter" and "merged" in facts.scores:
-            rates.append((facts.scores["merged"][kind], "after training, merged 16-bit model"))
-        for rate, when in rates:
-            results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=source.hub or _source_name(source),
-                    dataset_name=_source_name(source),
-                    dataset_config=source.config,
-                    dataset_split=source.split if source.hub else "held-out",
-                    dataset_revision=source.revision,
-                    metric_type="accuracy",
-                    metric_name=f"greedy {kind} accuracy {when} ({_interval(rate)}, n = {rate['n']})",
-                    metric_value=round(rate["rate"], 4),
-                )
+    for kind, rate in own_scores(facts, what).items():
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=source.hub or _source_name(source),
+                dataset_name=_source_name(source),
+                dataset_config=source.config,
+                dataset_split=source.split if source.hub else "held-out",
+                dataset_revision=source.revision,
+                metric_type="accuracy",
+                metric_name=f"greedy {kind} accuracy ({_interval(rate)}, n = {rate['n']})",
+                metric_value=round(rate["rate"], 4),
             )
+        )
     metadata |= {"model_name": title, "eval_results": results} if results else {}
     return str(ModelCardData(**metadata).to_yaml()).rstrip() + "\n"
 

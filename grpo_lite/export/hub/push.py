@@ -20,7 +20,7 @@ from typing import Any, Literal
 from grpo_lite import units
 from grpo_lite.errors import ExportError
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
-from grpo_lite.export.hub.card import CURVES, model_card, read_facts
+from grpo_lite.export.hub.card import CURVES, RESULTS_FOLDER, benchmark_results, model_card, read_facts
 from grpo_lite.export.merge.adapter import open_adapter
 from grpo_lite.files.hub import hub_message
 from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, verify_manifest, write_manifest
@@ -92,6 +92,9 @@ def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
         doubts = tuple(_doubts(run, what, base, records, folder))
         card = model_card(facts, repo_id, what, doubts)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        for name, text in benchmark_results(facts, what).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
         write_manifest(folder, known)
         yield Staged(folder, repo_id, what, card, doubts)
 
@@ -258,7 +261,9 @@ def _open_repo(api: Any, staged: Staged, private: bool, force: bool, show: Show)
             f"push {staged.repo_id}: it exists and is public, but a private one was asked for. Make it private on its "
             "page, or choose another name."
         )
-    strange = sorted({file.rfilename for file in info.siblings or ()} - set(staged.files) - _OWN_NAMES)
+    present = {file.rfilename for file in info.siblings or ()}
+    results = {name for name in present if name.startswith(f"{RESULTS_FOLDER}/")}  # others may have added theirs
+    strange = sorted(present - results - set(staged.files) - _OWN_NAMES)
     if strange and not force:
         raise ExportError(
             f"push {staged.repo_id}: it already holds other files ({', '.join(strange[:5])}), and this push would be "
