@@ -11,7 +11,7 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch ui reproduce doctor test test-slow test-all lint clean
+.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch ui reproduce doctor test test-slow test-all test-newest test-oldest lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,14 @@ test-slow: $(VENV)/.ready-dev  ## Run the slow tests that take minutes (CI runs 
 
 test-all: $(VENV)/.ready-dev  ## Run all tests, the kill matrices of several hours among them
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-newest: constraints/newest.txt  ## Run the tests on the newest upstream that pyproject.toml allows, in .venv-newest
+test-oldest: constraints/oldest.txt  ## Run the tests on the versions that Unsloth brings, in .venv-oldest
+test-newest test-oldest:
+	@PIP_CONSTRAINT="$(CURDIR)/$<" $(MAKE) --no-print-directory test VENV=.venv-$(@:test-%=%)
+
+.venv-newest/.ready: constraints/newest.txt
+.venv-oldest/.ready: constraints/oldest.txt
 
 lint: $(VENV)/.ready-dev  ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

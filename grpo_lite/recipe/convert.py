@@ -131,9 +131,9 @@ def _model(file: _File) -> dict[str, Any]:
     in_4bit, in_8bit = file.take("load_in_4bit", default=False), file.take("load_in_8bit", default=False)
     bf16, fp16 = file.take("bf16"), file.take("fp16", default=False)
     model["load_in"] = "4bit" if in_4bit else "8bit" if in_8bit else "16bit"
-    if fp16:
+    if fp16 or (dtype == "float16" and not bf16):
         model["dtype"] = "float16"
-    elif bf16 or (dtype == "bfloat16" and bf16 is None):
+    elif bf16 or dtype == "bfloat16":
         model["dtype"] = "bfloat16"
     elif bf16 is False and dtype == "float32":
         model.update({"dtype": "float32"} if in_4bit or in_8bit else {"load_in": "32bit"})

@@ -138,6 +138,25 @@ def test_the_documented_example_trains_as_trl_would(tmp_path: Path) -> None:
     assert not recipe.eval.enabled
 
 
+@pytest.mark.parametrize(
+    "keys, load_in, dtype",
+    [
+        ("", "16bit", "auto"),  # TRL's default: float32 weights under bfloat16 autocast
+        ("dtype: auto", "16bit", "auto"),
+        ("torch_dtype: float16", "16bit", "float16"),
+        ("fp16: true", "16bit", "float16"),
+        ("{dtype: bfloat16, bf16: false}", "16bit", "bfloat16"),
+        ("bf16: false", "32bit", "auto"),
+        ("{load_in_4bit: true, bf16: false}", "4bit", "float32"),
+        ("{load_in_8bit: true, model_init_kwargs: {dtype: bfloat16}}", "8bit", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_the_dtype_computed_in_stays(keys: str, load_in: str, dtype: str, tmp_path: Path) -> None:
+    values = {**yaml.safe_load(DOCUMENTED), **(yaml.safe_load(keys) or {})}
+    model = converted(yaml.safe_dump(values), tmp_path)[1].model
+    assert (model.load_in, model.dtype) == (load_in, dtype)
+
+
 def test_lora_quantization_rewards_and_evaluation_are_carried_over(tmp_path: Path) -> None:
     conversion, recipe = converted(QLORA, tmp_path)
     assert (recipe.model.load_in, recipe.model.dtype, recipe.model.revision) == ("4bit", "bfloat16", "0123abc")
