@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from urllib.parse import quote
 import click
 
 from grpo_lite import __version__
+from grpo_lite.commands import either, hint, hint_setup
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import GRPOLiteError, RecipeError
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
@@ -92,6 +94,8 @@ def _explain(error: Exception) -> str:
             f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
             "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What is saved stays."
         )
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("grpo_lite", "rewards")):
+        return f"the Python package {error.name.partition('.')[0]} is not installed. Install it: {hint_setup()}"
     if type(error).__module__.partition(".")[0] == "wandb":
         lines = str(error).strip().splitlines() or [name]
         return f"wandb: {lines[0]} Log in with `wandb login`, set WANDB_MODE=offline, or change grpo.report_to."
@@ -191,14 +195,16 @@ def _trained_run(path: str) -> RunDir:
 @main.command()
 def recipes() -> None:
     """List the recipes: model, data, least GPU."""
-    from grpo_lite.recipe.load import load_recipe, recipe_names
+    from grpo_lite.recipe.load import load_all
 
-    loaded = [load_recipe(name) for name in recipe_names()]
+    loaded, faults = load_all()
     rows = [("RECIPE", "MODEL", "DATA", "LEAST GPU")]
     rows += [(r.name, f"{r.model.id} {r.model.load_in}", _source(r.data.train), r.least_gpu) for r in loaded]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+    for fault in faults:
+        click.echo(f"not listed: {fault}", err=True)
 
 
 def _source(source: Any) -> str:
@@ -261,11 +267,11 @@ def plan(
     """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing."""
     from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
     from grpo_lite.models.device import find_card
-    from grpo_lite.recipe.load import load_recipe, recipe_names
+    from grpo_lite.recipe.load import load_all, load_recipe
 
     if all_gpus:
-        names = [recipe] if recipe else [name for name in recipe_names() if name != "smoke"]
-        click.echo("\n".join(all_cards_table([load_recipe(name, overrides) for name in names])))
+        chosen = [load_recipe(recipe, overrides)] if recipe else load_all(overrides)[0]
+        click.echo("\n".join(all_cards_table([r for r in chosen if recipe or r.name != "smoke"])))
         return
     loaded = load_recipe(recipe or "quickstart", overrides)
     card = find_card(gpu) if gpu else _this_card()
@@ -281,7 +287,8 @@ def _this_card() -> Card:
 
     device = detect_device()
     if device.kind != "cuda":
-        raise ModelError(f"gpu: there is none here. Name one: --gpu (GPU= in make) {', '.join(CARDS)}, or e.g. 11GiB.")
+        option = either("GPU=", "--gpu ")
+        raise ModelError(f"gpu: there is none here. Name one: {option}{'|'.join(CARDS)}, or e.g. {option}11GiB.")
     return Card(device.name, device.memory_bytes, device.bfloat16)
 
 
@@ -331,7 +338,8 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
     loaded = load_recipe(recipe, overrides)
     card = card_with_both()
     if card is None:
-        click.echo("no choice here: that needs CUDA, one process and the package unsloth (make setup). auto is hf")
+        needs = f"CUDA, one process and the package unsloth ({hint_setup('unsloth')})"
+        click.echo(f"no choice here: that needs {needs}. auto is hf")
         return
     if why_not := lacks(loaded):
         click.echo(f"no choice for this recipe: {why_not}. auto is hf")
@@ -369,7 +377,7 @@ def _train(
     if warmup_only and loaded.warmup is None:
         raise RecipeError(
             f"{loaded.name}: has no section `warmup:`, so there is no stage before GRPO. Add one (docs/warm-start.md), "
-            "or train: make train"
+            f"or train: {hint('train', recipe=recipe)}"
         )
     run = _run_dir(run_path or f"runs/{loaded.name}")
     click.echo(f"{loaded.name}: {loaded.description}\nrun directory: {run.path}\nloading PyTorch and TRL")
@@ -633,10 +641,13 @@ def _describe_machine() -> None:
     from rewards.sandbox import layers
 
     record = environment_record()
-    device = detect_device()
-    click.echo(f"device: {device.describe()}")
-    for note in machine_notes(device):
-        click.echo(f"  {note}")
+    if importlib.util.find_spec("torch") is None:
+        click.echo(f"device: unknown, because PyTorch is not installed. Install it: {hint_setup()}")
+    else:
+        device = detect_device()
+        click.echo(f"device: {device.describe()}")
+        for note in machine_notes(device):
+            click.echo(f"  {note}")
     click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
     click.echo("sandbox for model-written code:")
     for layer in layers():
@@ -688,6 +699,17 @@ def convert(path: Path, out: Path | None) -> None:
     for note in conversion.notes:
         say(f"  {note}")
     click.echo(f"recipe: {out}; next: grpo-lite check {out}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def init(folder: Path) -> None:
+    """Write a small project into DIR: recipe, reward, rows, README. It trains on a laptop; change it into yours."""
+    from grpo_lite.recipe.project import create_project
+
+    for path in create_project(folder):
+        click.echo(f"written: {path}")
+    click.echo(f"next:\n  cd {shlex.quote(str(folder))}\n  grpo-lite check recipe.yaml\n  grpo-lite train recipe.yaml")
 
 
 @main.command()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import UNKNOWN, hint
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
@@ -173,7 +174,7 @@ def _load_saved(folder: Path) -> Any:
     weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     raise MemoryBudgetError(
         f"{folder}: {size(weights_bytes)} of weights do not fit into the free memory of {device.name}. The files are "
-        "complete; score them on a larger GPU: grpo-lite eval."
+        f"complete; score them on a larger GPU: {hint('eval', run=UNKNOWN)}"
     )
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import hint
 from grpo_lite.errors import ExportError, MemoryBudgetError, NothingToMerge
 from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_saved
 from grpo_lite.export.folder import clear_leftovers
@@ -75,8 +76,8 @@ def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = Fals
     clear_leftovers(run.merged)
     if run.merged.exists() and not overwrite:
         raise ExportError(
-            f"{run.merged}: a merge is there already, and it is kept. To replace it: grpo-lite merge {run.path} "
-            f"--overwrite (make merge RUN={run.path} ARGS=--overwrite)."
+            f"{run.merged}: a merge is there already, and it is kept. To replace it: "
+            f"{hint('merge', run=run.path, overwrite=True)}"
         )
     base = inputs.base
     show(f"merging {run.adapter} onto the 16-bit {base.section.id}")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from grpo_lite.commands import hint_run
 from grpo_lite.errors import RunDirError
 
 LOCK_NAME = ".lock"
@@ -37,14 +38,13 @@ def locked(folder: Path) -> Iterator[None]:
         file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
     except OSError as error:
         raise RunDirError(
-            f"run directory {folder}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
-            "--run … (grpo-lite)."
+            f"run directory {folder}: not writable ({error.strerror}). Choose another with {hint_run()}."
         ) from None
     with file:
         if not _take(file.fileno(), folder):
             raise RunDirError(
                 f"run directory {folder}: another process is working in it{_holder(file)}. Wait for it, or "
-                "choose another with RUN=…"
+                f"choose another with {hint_run()}"
             )
         with contextlib.suppress(OSError):  # a full disk: the message above then says less
             os.ftruncate(file.fileno(), 0)

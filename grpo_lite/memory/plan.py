@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grpo_lite.commands import either, hint
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.memory.evaluation import evaluation_phase, most_rows
 from grpo_lite.memory.phases import (
@@ -159,7 +160,7 @@ def require_fit(plan: MemoryPlan, where: str) -> None:
         smallest = replace(plan.job, tokens=plan.job.longest, kv_tokens=plan.job.longest)
         raise MemoryBudgetError(
             f"{where}: needs {gib(needed_bytes(smallest, plan.memory_bytes))} with the smallest budgets, and "
-            f"the card has {gib(plan.memory_bytes)}.\n{advice(plan)}\nThe arithmetic: grpo-lite plan. To try "
+            f"the card has {gib(plan.memory_bytes)}.\n{advice(plan)}\nThe arithmetic: {hint('plan')}. To try "
             "anyway: memory.fit=false."
         )
 
@@ -168,7 +169,8 @@ def advice(plan: MemoryPlan) -> str:
     """Return the three cheapest changes, each of which would make the job fit, as lines."""
     changes = [f"  {text}" for text in itertools.islice(cheapest_changes(plan.job, plan.memory_bytes), 3)]
     if not changes:
-        return "No single change makes it fit: take a smaller model (grpo-lite plan --all-gpus), or a larger card."
+        table = either("make plan ARGS=--all-gpus", "grpo-lite plan --all-gpus")
+        return f"No single change makes it fit: take a smaller model ({table}), or a larger card."
     return "Each of these alone would make it fit, the cheapest first:\n" + "\n".join(changes)
 
 

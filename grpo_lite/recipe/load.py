@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.checks import cross_faults, damage_faults, nearest, upstream_section
+from grpo_lite.recipe.find import find_recipe, recipe_names
 from grpo_lite.recipe.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, SourceSection
 from grpo_lite.recipe.trl_keys import is_trl_key, top_level_advice
 
@@ -29,22 +30,11 @@ _LARGEST = 4_000_000  # values and characters of a recipe, aliases written out
 _TEMPLATE_KEYS = ("prompt", "system", "gold_completion", "completion")
 
 
-def recipes_dir() -> Path:
-    """Return the folder of the shipped recipes: ./recipes, or the one beside the installed package."""
-    local = Path("recipes")
-    return local if local.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides, and check every value.
 
     Args:
-        name_or_path: the name of a shipped recipe, or the path of a .yaml file.
+        name_or_path: the name of a recipe, shipped or in ./recipes, or the path of a .yaml file.
         overrides: e.g. `grpo.max_steps=50`, `rewards[0].weight=2`; values are YAML.
 
     Raises:
@@ -59,24 +49,21 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return build_recipe(raw, str(path))
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """Return the path of a recipe named or pointed at.
+def load_all(overrides: Sequence[str] = ()) -> tuple[list[Recipe], list[str]]:
+    """Load every recipe that has a name. Also return a message for each file that is not a valid recipe.
 
     Raises:
-        RecipeError: there is none; the nearest name is offered.
+        RecipeError: none of them is valid, as without the packages whose options recipes are checked against.
     """
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise RecipeError(f"recipe {name_or_path}: no such file. Shipped recipes: {', '.join(recipe_names())}.")
-    shipped = recipes_dir() / f"{name_or_path}.yaml"
-    if re.fullmatch(r"[\w.-]+", name_or_path) and shipped.is_file():
-        return shipped
-    raise RecipeError(
-        f"recipe {name_or_path!r}: unknown{nearest(name_or_path, recipe_names())}. "
-        f"Shipped recipes: {', '.join(recipe_names())}. Your own: give the path of a .yaml file."
-    )
+    recipes, faults = [], []
+    for name in recipe_names():
+        try:
+            recipes.append(load_recipe(name, overrides))
+        except RecipeError as error:  # a file in ./recipes may be anything
+            faults.append(str(error))
+    if faults and not recipes:
+        raise RecipeError(faults[0])
+    return recipes, faults
 
 
 def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) -> Recipe:

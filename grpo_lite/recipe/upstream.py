@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo_lite.commands import hint_setup
 from grpo_lite.errors import RecipeError
 
 # Closed sets that upstream annotates as a bare `str` (read in trl 1.14 and 1.16; a test checks).
@@ -85,12 +86,12 @@ def installed_versions() -> dict[str, str]:
 def _source_tree(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise RecipeError(f"{package} is not installed, so recipes cannot be checked. Run `make setup`.")
+        raise RecipeError(f"{package} is not installed, so recipes cannot be checked. Run `{hint_setup()}`.")
     path = Path(spec.origin).parent / file
     if not path.is_file():
         raise RecipeError(
             f"{package} {importlib.metadata.version(package)} has no {file}: this version is not supported. "
-            "Run `make setup` to install the supported one."
+            f"Run `{hint_setup()}` to install the supported one."
         )
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -117,7 +118,7 @@ def _class_fields(package: str, file: str, class_name: str) -> list[ast.AnnAssig
             return [item for item in fields if "ClassVar" not in ast.unparse(item.annotation)]
     raise RecipeError(
         f"{package} {importlib.metadata.version(package)} has no class {class_name} in {file}: this version is not "
-        "supported. Run `make setup` to install the supported one."
+        f"supported. Run `{hint_setup()}` to install the supported one."
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo_lite.commands import hint_overrides
 from grpo_lite.files.records import read_json_lines
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
@@ -24,7 +25,7 @@ class Finding:
 
     key: str
     sentence: str
-    override: str | None = None  # for ARGS="…" of the next run; None: no override can fix it
+    override: str | None = None  # `key=value` for the next run; None: no override can fix it
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Finding:
@@ -33,7 +34,7 @@ class Finding:
 
     def line(self) -> str:
         """Return the finding as one line for a screen."""
-        return f"doctor: {self.sentence}" + (f' Try: ARGS="{self.override}"' if self.override else "")
+        return f"doctor: {self.sentence}" + (f" Try: {hint_overrides(self.override)}" if self.override else "")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import either, hint
 from grpo_lite.errors import RunDirError
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.recipe.recipe import without_paths
@@ -90,7 +91,7 @@ def finish_with_report(run: RunDir, show: Show) -> None:
         write_report(run)
     except Exception as error:  # the run itself is finished and saved
         logger.exception("The report was not written.")
-        again = f"the run is complete. Try again: make report RUN={run.path}"
+        again = f"the run is complete. Try again: {hint('report', run=run.path)}"
         show(f"report: not written ({type(error).__name__}: {error}); {again}")
 
 
@@ -111,7 +112,8 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
         RunDirError: a folder is not a run, or fewer than two are given.
     """
     if len(runs) < 2:
-        raise RunDirError('compare: give two or more runs, as in make compare RUNS="runs/a runs/b".')
+        example = either('make compare RUNS="runs/a runs/b"', "grpo-lite compare runs/a runs/b")
+        raise RunDirError(f"compare: give two or more runs, as in {example}.")
     pages = [read_page(run) for run in runs]
     names = distinct_names([run.path for run in runs])
     run_charts = overlaid_charts(pages, names)

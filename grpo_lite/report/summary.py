@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_lite.commands import UNKNOWN, hint, hint_run
 from grpo_lite.report.scores import named_scores, own_gain, rates_text
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
@@ -38,7 +38,7 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"records   {run.evaluation / 'records.jsonl'}")
     lines.append(f"report    {run.path / 'report.html'}")
     lines += [f"all       {run.path}", "", "next:"]
-    lines.append(f"  make eval RUN={shlex.quote(str(run.path))}    evaluate again")
+    lines.append(f"  {hint('eval', run=run.path)}    evaluate again")
     if run.merged.is_dir():
         lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
     return "\n".join(lines)
@@ -111,7 +111,7 @@ def warmup_summary(run: RunDir) -> str:
         f"adapter   {run.warm_adapter}",
         "",
         "next:",
-        f"  make train RECIPE=… RUN={shlex.quote(str(run.path))}    continue with GRPO (the same recipe and ARGS)",
+        f"  {hint('train', run=run.path)}    continue with GRPO (the same recipe and overrides)",
     ]
     return "\n".join(lines)
 
@@ -121,7 +121,7 @@ def merge_line(record: Mapping[str, Any]) -> str:
     if "skipped" in record:
         return f"not merged: {record['skipped']}."
     if "prompts" not in record:
-        return "merged, but not verified: run `grpo-lite merge --overwrite`."
+        return f"merged, but not verified: run `{hint('merge', run=UNKNOWN, overwrite=True)}`."
     return (
         f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
@@ -137,5 +137,5 @@ def interrupted_summary(run: RunDir, steps: int, signal_name: str) -> str:
     where = f"saved {saved}" if saved else "no checkpoint was saved"
     return (
         f"interrupted by {signal_name} after step {steps}{stage}; {where}.\n"
-        f"To resume from there, give the same command again: RUN={shlex.quote(str(run.path))}"
+        f"To resume from there, give the same command again: {hint_run(run.path)}"
     )

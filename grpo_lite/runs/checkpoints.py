@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import hint_run
 from grpo_lite.errors import TrainingError
 from grpo_lite.files.atomic import ASIDE, publish, restore
 from grpo_lite.files.manifest import MANIFEST_NAME, fault_in, write_manifest
@@ -207,7 +208,8 @@ def require_room(run: Path, trained: int, kept: int, merge_bytes: int, frozen: i
         raise TrainingError(
             f"{run}: {gib(free, 2)} of disk are free, and this run needs {gib(need, 2)}: {kept + 1} "
             f"checkpoints of {gib(one, 2)}, the adapter, and {gib(merge_bytes, 2)} for the merged "
-            "model. Free some space, choose another disk with RUN=…, or set merge=false or grpo.save_total_limit=1."
+            f"model. Free some space, choose another disk with {hint_run()}, or set merge=false or "
+            "grpo.save_total_limit=1."
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from grpo_lite.commands import hint, hint_run
 from grpo_lite.errors import RunDirError
 from grpo_lite.files import lock
 from grpo_lite.files.atomic import read_record, write_atomic
@@ -30,8 +31,8 @@ class RunDir:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
             raise RunDirError(
-                f"run directory {os.fsencode(path)!r}: cannot be written in UTF-8. Choose another name with RUN=…, or, "
-                "if it reads well in your terminal, set LC_ALL=C.UTF-8."
+                f"run directory {os.fsencode(path)!r}: cannot be written in UTF-8. Choose another name with "
+                f"{hint_run()}, or, if it reads well in your terminal, set LC_ALL=C.UTF-8."
             ) from None
 
     name = property(lambda self: self.path.name or self.path.resolve().name)  # of `.` too
@@ -63,8 +64,7 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise RunDirError(
-                f"run directory {self.path}: not writable ({error.strerror}). Choose another with RUN=… (make) or "
-                "--run … (grpo-lite)."
+                f"run directory {self.path}: not writable ({error.strerror}). Choose another with {hint_run()}."
             ) from None
         _clear_scraps(self.path)
         plain = recipe.model_dump(mode="json")
@@ -87,7 +87,7 @@ class RunDir:
         if record.get("trained_at"):
             raise RunDirError(
                 f"run directory {self.path}: holds a finished run, and it is not overwritten. Keep it and choose "
-                f"another with RUN=…, or remove it: rm -r {self.path}"
+                f"another with {hint_run()}, or remove it: rm -r {self.path}"
             )
         return "resume" if self.last_checkpoint() or self.last_of_warmup() else "new"
 
@@ -98,7 +98,7 @@ class RunDir:
         if strange:
             raise RunDirError(
                 f"run directory {self.path}: is not empty ({', '.join(strange[:5])}) and holds no recipe.yaml, so it "
-                "is not a run. Choose another with RUN=…"
+                f"is not a run. Choose another with {hint_run()}"
             )
 
     def _refuse_changed(self, recipe: Recipe) -> None:
@@ -118,7 +118,7 @@ class RunDir:
         changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
         raise RunDirError(
             f"run directory {self.path}: was started with another recipe, and a run has one recipe:\n{changed}\n"
-            "Undo the change to resume it, or choose another directory with RUN=…"
+            f"Undo the change to resume it, or choose another directory with {hint_run()}"
         )
 
     def last_checkpoint(self) -> Path | None:
@@ -158,7 +158,7 @@ class RunDir:
         except ValueError as error:
             raise RunDirError(
                 f"{self.scores_file}: is not valid JSON ({error}). Remove it and measure again: "
-                f"make eval RUN={self.path}"
+                f"{hint('eval', run=self.path)}"
             ) from None
 
     def write_scores(self, scores: Mapping[str, Any]) -> None:
@@ -263,5 +263,5 @@ def require_trained(run: RunDir) -> Recipe:
     """
     recipe = run.load_recipe()
     if not (run.adapter / "adapter_config.json").is_file():
-        raise RunDirError(f"{run.path}: is not trained yet (no adapter/). Run: make train RUN={run.path}")
+        raise RunDirError(f"{run.path}: is not trained yet (no adapter/). Run: {hint('train', run=run.path)}")
     return recipe

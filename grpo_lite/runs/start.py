@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.commands import hint_run
 from grpo_lite.errors import RunDirError
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -57,5 +58,5 @@ def refuse_itself(run: RunDir, recipe: Recipe) -> None:
     if folder == own or own in folder.parents:
         raise RunDirError(
             f"lora.init_from: {recipe.init_from} is this run's own directory, and a run is not overwritten. Give the "
-            f"new run a directory of its own, for example RUN={run.path}-2."
+            f"new run a directory of its own, for example {hint_run(f'{run.path}-2')}."
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from grpo_lite.commands import hint
 from grpo_lite.files.cache import keep_record, kept_record
 from grpo_lite.files.records import read_json_lines
 from grpo_lite.models.unsloth import imported_before, lacks
@@ -52,7 +53,7 @@ def with_chosen_backend(recipe: Recipe, run: RunDir, show: Show) -> Recipe:
         return recipe
     outcome = stored_outcome(recipe, card)
     backend = outcome.get("chosen", "hf")
-    reason = outcome.get("why", f"nothing was measured on this card yet (grpo-lite backends {recipe.name})")
+    reason = outcome.get("why", f"nothing was measured on this card yet ({hint('backends', recipe=recipe.name)})")
     if backend == "unsloth" and (obstacle := _obstacle(recipe)):
         backend, reason = "hf", obstacle
     show(f"backend: {backend}; {reason}")

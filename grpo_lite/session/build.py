@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from grpo_lite.commands import hint_processes
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.memory.fit import Fit
 from grpo_lite.models.adapter import load_into
@@ -42,7 +43,7 @@ def device_line(base: Base) -> str:
     device = base.device
     line = f"device: {device.describe()}"
     if device.count > this_process().world:
-        line += f"; 1 of {device.count} is used (all: make train GPUS={device.count})"
+        line += f"; 1 of {device.count} is used (all: {hint_processes(device.count)})"
     if base.widened:
         line += f"; {base.section.id} overflows in float16 and runs in float32"
     return line

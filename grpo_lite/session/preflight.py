@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from grpo_lite.commands import hint
 from grpo_lite.evaluation.probe import CAN_LEARN, PROMPTS, SAMPLES, probe_lines, probe_recipe
 from grpo_lite.memory.report import keep_times
 from grpo_lite.models.device import Device
@@ -27,7 +28,7 @@ def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, pro
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
     probes = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
     if probes and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
-        show("preflight: left out with several processes; before: grpo-lite probe")
+        show(f"preflight: left out with several processes; before: {hint('probe', recipe=recipe.name)}")
     elif probes:  # before all other callbacks, whose clocks start with the training
         callback = Preflight(recipe, run, device, trainer, prompts, show)
         trainer.callback_handler.callbacks.insert(0, callback)
@@ -57,7 +58,7 @@ class Preflight(TrainerCallback):
         if probe.skipped:
             self.show(
                 f"preflight: stopped after {time.monotonic() - start:.0f} s; skipped: {', '.join(probe.skipped)} "
-                f"(nothing is skipped by: grpo-lite probe {self.recipe.name})"
+                f"(nothing is skipped by: {hint('probe', recipe=self.recipe.name)})"
             )
         for line in probe_lines(probe):
             self.show(f"preflight: {line.strip()}")

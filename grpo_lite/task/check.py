@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grpo_lite.commands import hint
 from grpo_lite.errors import DataError, GRPOLiteError, RewardError
 from grpo_lite.models.adapter import read_adapter
 from grpo_lite.models.base import Base
@@ -202,7 +203,8 @@ def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], No
             "or train anyway with check.enabled=false."
         )
     cheats = sorted({finding.check for finding in report.findings})
-    tail = f"; {len(cheats)} kinds of cheat are paid too ({', '.join(cheats)}), see `grpo-lite rewards check`"
+    command = hint("rewards check", recipe=recipe.name)
+    tail = f"; {len(cheats)} kinds of cheat are paid too ({', '.join(cheats)}), see `{command}`"
     show(
         f"rewards: gold completions earn {report.top:g}, {report.gameability_rate:.1%} of the cheats are paid"
         + (tail if cheats else "")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from grpo_lite.commands import hint
 from grpo_lite.errors import DataError, RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.generators import Row
@@ -131,9 +132,10 @@ def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
     right = [score is not None and score >= top for score in scores[0]]
     dropped = len(right) - sum(right)
     if dropped == len(right):
+        command = hint("check", "warmup.only_right=false", recipe=recipe.name)
         raise DataError(
             f"warmup.only_right: true is given, and the first reward pays none of the {dropped} traces in full. See "
-            f"one with `grpo-lite check {recipe.name} warmup.only_right=false`. Then correct warmup.completion, "
+            f"one with `{command}`. Then correct warmup.completion, "
             "warmup.answer or the reward."
         )
     notes = [f"{dropped} of {len(right)} traces do not earn the first reward in full and were dropped."]

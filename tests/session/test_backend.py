@@ -47,7 +47,7 @@ def test_auto_is_hf_until_the_card_was_measured(
 ) -> None:
     recipe, lines = auto()
     assert recipe.model.backend == "hf"
-    assert lines == ["backend: hf; nothing was measured on this card yet (grpo-lite backends smoke)"]
+    assert lines == ["backend: hf; nothing was measured on this card yet (make backends RECIPE=smoke)"]
     measured(monkeypatch, {"step_s": 40.0}, {"step_s": 20.0})
     recipe, lines = auto()
     assert recipe.model.backend == "unsloth"

@@ -105,7 +105,7 @@ def test_the_first_batch_is_always_sampled_and_a_preflight_says_that_it_stopped(
     stopped = [line for line in said if line.startswith("preflight: stopped after ")]
     assert len(stopped) == 1
     assert "skipped: 2 of 3 prompts, timing a training round's generation by itself" in stopped[0]
-    assert "grpo-lite probe smoke" in stopped[0]
+    assert "make probe RECIPE=smoke" in stopped[0]
     assert run.read_run()["preflight"]["prompts"] == 1
     assert [line for line in said if line.startswith("preflight: verdict: ")]
 
@@ -181,7 +181,7 @@ def test_the_plan_tells_the_time_that_the_last_probe_measured(
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
     recipe, card = load_recipe("gsm8k"), find_card("t4")
     plan = plan_recipe(recipe, card)
-    assert "time: not probed yet; on the machine that will train: grpo-lite probe gsm8k" in "\n".join(
+    assert "time: not probed yet; on the machine that will train: make probe RECIPE=gsm8k" in "\n".join(
         report_lines(recipe, card, plan)
     )
     figures = {"step_s": 41.25, "steps": 250, "eta_s": 10312.5, "evaluation_s": 120.0, "tokens_per_s": 900.0}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_lite import units
+from grpo_lite.commands import either, hint
 from grpo_lite.errors import ExportError
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
 from grpo_lite.export.hub.card import CURVES, RESULTS_FOLDER, benchmark_results, model_card, read_facts
@@ -113,7 +114,7 @@ def push(staged: Staged, show: Show, private: bool = False, force: bool = False)
         raise ExportError(
             f"push {staged.repo_id}: refused:\n"
             + "\n".join(f"  {doubt}" for doubt in staged.doubts)
-            + "\nFix it, or push anyway with --force (make push … FORCE=1): the card then says so."
+            + f"\nFix it, or push anyway with {either('FORCE=1', '--force')}: the card then says so."
         )
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -159,18 +160,19 @@ def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, A
     if what == "adapter":
         missing = [name for name in _ADAPTER_FILES if not (run.adapter / name).is_file()]
         if missing:
-            raise ExportError(f"{run.adapter}: has no {missing[0]}. Train first: make train RUN={run.path}")
+            raise ExportError(f"{run.adapter}: has no {missing[0]}. Train first: {hint('train', run=run.path)}")
         open_adapter(run.adapter)  # refuses a damaged, zero or NaN adapter by name
         names = [*_ADAPTER_FILES, *(p.name for pattern in _TOKENIZER_PATTERNS for p in run.adapter.glob(pattern))]
         return {name: run.adapter / name for name in names}, []
     if what == "merged":
         if not run.merged.is_dir():
-            raise ExportError(f"{run.merged}: there is no merged model. Make it: make merge RUN={run.path}")
+            raise ExportError(f"{run.merged}: there is no merged model. Make it: {hint('merge', run=run.path)}")
         verify_manifest(run.merged)
         return {name: run.merged / name for name in read_manifest(run.merged)}, []
     folders = sorted(path.parent for path in (run.path / "gguf").glob(f"*/{MANIFEST_NAME}"))
     if not folders:
-        raise ExportError(f"{run.path / 'gguf'}: there is no GGUF. Make one: grpo-lite export {run.path} --gguf q8_0")
+        command = hint("export", run=run.path, gguf="q8_0")
+        raise ExportError(f"{run.path / 'gguf'}: there is no GGUF. Make one: {command}")
     sources: dict[str, Path] = {}
     records = []
     for folder in folders:
@@ -206,7 +208,7 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
     record = run.read_run()
     merge = record.get("merge") or {}
     if what != "adapter" and not merge.get("passed"):
-        yield f"the merge is not verified (make merge RUN={run.path} ARGS=--overwrite)"
+        yield f"the merge is not verified ({hint('merge', run=run.path, overwrite=True)})"
     if what != "adapter" and run.merged_adapter() not in (None, sha256_of(run.adapter / _ADAPTER_FILES[1])):
         yield "the merged model is of another adapter than the run's: merge again"
     for gguf in records:
@@ -225,7 +227,7 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
 
 def _doubts_by_scores(run: RunDir, what: What, scores: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[str]:
     if "verdict" not in scores:
-        yield f"the run was not evaluated (make eval RUN={run.path})"
+        yield f"the run was not evaluated ({hint('eval', run=run.path)})"
         return
     verdict, before = scores["verdict"], scores["base"]["rate"]
     if verdict["label"] == "significant loss":
