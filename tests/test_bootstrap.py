@@ -290,11 +290,12 @@ def test_uv_installs_where_it_is_there_and_pip_otherwise(
     uv: str | None, shared: bool, expected: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
+    monkeypatch.setenv("PIP_CONSTRAINT", "/oldest.txt")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example.org/simple")
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example.org/simple")
     log = tmp_path / "log"
     if uv:
-        executable(machine / "uv", f'echo "uv $UV_FIND_LINKS $UV_DEFAULT_INDEX $*" >> {log}; {uv}')
+        executable(machine / "uv", f'echo "uv $UV_FIND_LINKS $UV_CONSTRAINT $UV_DEFAULT_INDEX $*" >> {log}; {uv}')
     target = tmp_path / "env"
     target.mkdir()
     own = f'printf "#!/bin/sh\\necho own uv >> {log}\\n" > {target}/bin/uv; /bin/chmod +x {target}/bin/uv'
@@ -305,7 +306,9 @@ def test_uv_installs_where_it_is_there_and_pip_otherwise(
     assert [line.partition(" /")[0] for line in lines] == expected
     if expected[0] == "uv":
         python = target / "bin" / "python"
-        assert lines[0].startswith(f"uv /wheels https://own.example.org/simple pip install --python {python} ")
+        assert lines[0].startswith(
+            f"uv /wheels /oldest.txt https://own.example.org/simple pip install --python {python} "
+        )
         assert lines[0].endswith(" -e .")
 
 
