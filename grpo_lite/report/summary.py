@@ -37,11 +37,20 @@ def run_summary(run: RunDir) -> str:
     if run.evaluation.is_dir():
         lines.append(f"records   {run.evaluation / 'records.jsonl'}")
     lines.append(f"report    {run.path / 'report.html'}")
-    lines += [f"all       {run.path}", "", "next:"]
-    lines.append(f"  {hint('eval', run=run.path)}    evaluate again")
-    if run.merged.is_dir():
-        lines.append(f"  load {run.merged} with transformers, vLLM or any tool that reads safetensors")
+    lines += [f"all       {run.path}", "", "next:", *_next_steps(run)]
     return "\n".join(lines)
+
+
+def _next_steps(run: RunDir) -> list[str]:
+    """Return what one does with a trained model, as commands to type."""
+    steps = {
+        hint("report", run=run.path): "scores, curves and every completion on one page",
+        hint("chat", run=run.path, compare=True): "ask base and trained model side by side",
+    }
+    if run.merged.is_dir():
+        steps[hint("export", run=run.path, gguf="q8_0")] = "a file for Ollama and llama.cpp"
+    width = max(map(len, steps))
+    return [f"  {command.ljust(width)}  {what}" for command, what in steps.items()]
 
 
 def _warmup_lines(warmup: Mapping[str, Any]) -> list[str]:
