@@ -48,7 +48,6 @@ SAME_SETTING = {
     "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
     "UV_INDEX": "PIP_EXTRA_INDEX_URL",
     "UV_FIND_LINKS": "PIP_FIND_LINKS",
-    "UV_CONSTRAINT": "PIP_CONSTRAINT",  # make test-newest, test-oldest
     "UV_HTTP_TIMEOUT": "PIP_DEFAULT_TIMEOUT",
     "SSL_CERT_FILE": "PIP_CERT",
 }
@@ -333,6 +332,8 @@ def uv(target: Path, *arguments: str) -> bool:
     settings = {ours: os.environ[pips] for ours, pips in SAME_SETTING.items() if pips in os.environ}
     # Best match: uv would otherwise take all that PyTorch's index has from there, old versions too.
     options = ["--python", str(target / "bin" / "python"), "--index-strategy", "unsafe-best-match"]
+    for file in os.environ.get("PIP_CONSTRAINT", "").split():  # UV_CONSTRAINT would not count beside a -c
+        options += ["-c", file]
     quiet = [] if os.environ.get("VERBOSE") else ["--no-progress"]
     print("uv pip install " + " ".join(arguments), flush=True)
     command = [program, "pip", "install", *options, *quiet, *arguments]

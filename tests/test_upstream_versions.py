@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +40,14 @@ def test_what_is_tested_lies_within_the_bounds(end: str) -> None:
     for name, requirement in pins(end).items():
         version = pinned(requirement)
         assert version is None or version in bounds()[name].specifier, f"{name} {version}"
+
+
+def test_an_environment_for_one_end_holds_its_versions() -> None:
+    end = Path(os.environ.get("PIP_CONSTRAINT", "")).stem
+    if end not in ENDS:
+        pytest.skip("not run by make test-newest or make test-oldest")
+    for name, requirement in pins(end).items():
+        assert importlib.metadata.version(name) in requirement.specifier, name
 
 
 def test_a_bound_ends_at_the_newest_version_tested() -> None:
