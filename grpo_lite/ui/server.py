@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from grpo_lite.errors import GRPOLiteError, RunDirError
 from grpo_lite.files.redact import redact
 from grpo_lite.report.page import page_part, report_html
+from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.ui.ask import LONGEST_QUESTION, Asker
 from grpo_lite.ui.views import comparison, find_run, plan_choices, plan_view, run_card, run_view, runs_in, version
 
@@ -99,7 +100,7 @@ def build_app(folder: Path, token: str) -> ASGIApp:
         Route("/api/choices", lambda request: _Json(plan_choices())),
         Route("/api/ask", _ask, methods=["POST"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={GRPOLiteError: _refusal})
+    app = Starlette(routes=routes, exception_handlers={GRPOLiteError: _refusal, Exception: _failure})
     app.state.folder, app.state.asker = folder, asker
     return Guard(app, token)
 
@@ -160,6 +161,11 @@ def _refusal(request: Request, error: Exception) -> Response:
     return _Json({"error": str(error)}, status_code=404 if isinstance(error, RunDirError) else 400)
 
 
+def _failure(request: Request, error: Exception) -> Response:
+    """Answer with a failure that nobody foresaw; Starlette raises it again, for the log."""
+    return _Json({"error": f"{type(error).__name__}: {error}"}, status_code=500)
+
+
 def _index(request: Request) -> Response:
     return HTMLResponse((_PAGE / "index.html").read_text(encoding="utf-8"))
 
@@ -200,10 +206,10 @@ def _run(folder: Path, request: Request) -> Response:
     return _Json(run_view(name, run), headers={"ETag": tag})
 
 
-def _version_of(run: Any) -> str:
+def _version_of(run: RunDir) -> str:
     try:
         return version(run)
-    except GRPOLiteError as error:
+    except (GRPOLiteError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         return str(error)
 
 

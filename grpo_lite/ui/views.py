@@ -65,6 +65,12 @@ def run_card(name: str, run: RunDir) -> dict[str, Any]:
         return {"name": name, **_card(run.path, version(run))}
     except GRPOLiteError as error:
         return {"name": name, "state": "unreadable", "error": str(error)}
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:  # files of another program
+        return {
+            "name": name,
+            "state": "unreadable",
+            "error": f"its files are damaged ({type(error).__name__}: {error})",
+        }
 
 
 @lru_cache(maxsize=256)

@@ -62,6 +62,28 @@ def test_cards_have_state_progress_verdict_and_curve(client: Any) -> None:
     assert "recipe.yaml" in runs["broken"]["error"]
 
 
+def test_a_damaged_run_is_named_and_hides_no_other(client: Any, folder: Path) -> None:
+    shutil.copytree(folder / "good", folder / "damaged")
+    try:
+        (folder / "damaged" / "metrics.json").write_text('{"lenient": 1}')
+        runs = {run["name"]: run for run in client.get("/api/runs").json()["runs"]}
+        assert runs["damaged"]["state"] == "unreadable"
+        assert "damaged" in runs["damaged"]["error"]
+        assert runs["good"]["state"] == "finished"
+        calm = TestClient(client.app, SITE, raise_server_exceptions=False, headers={"Authorization": f"Bearer {TOKEN}"})
+        answer = calm.get("/api/run?run=damaged")
+        assert answer.status_code == 500
+        assert "AttributeError" in answer.json()["error"]
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+    finally:
+        shutil.rmtree(folder / "damaged")
+
+
+def test_a_folder_without_runs_is_an_empty_page(tmp_path: Path) -> None:
+    client = TestClient(build_app(tmp_path / "none", TOKEN), SITE, headers={"Authorization": f"Bearer {TOKEN}"})
+    assert client.get("/api/runs").json()["runs"] == []
+
+
 def test_a_run_has_curves_findings_and_its_latest_completions(client: Any) -> None:
     run = client.get("/api/run?run=good").json()
     keys = [chart["key"] for chart in run["charts"]]

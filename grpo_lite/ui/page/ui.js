@@ -26,7 +26,7 @@
     if (answer.status === 304) return null;
     if (answer.headers.has("ETag")) tags.set(path, answer.headers.get("ETag"));
     if (answer.status === 403) throw new Error(await answer.text());
-    const data = await answer.json();
+    const data = await answer.json().catch(() => ({ error: "the server answers " + answer.status }));
     if (data.error) throw new Error(data.error);
     return data;
   };
