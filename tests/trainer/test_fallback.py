@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from peft import PromptTuningConfig, get_peft_model
 from torch._inductor.exc import InductorError
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -196,6 +197,12 @@ def own_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
 
 
+fused_head = pytest.mark.skipif(
+    not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head"
+)
+
+
+@fused_head
 @pytest.mark.parametrize("error", NO_KERNEL.values(), ids=NO_KERNEL)
 def test_without_a_compiler_for_trls_kernels_packed_compute_is_checked_all_the_same(
     error: Exception,
@@ -215,6 +222,7 @@ def test_without_a_compiler_for_trls_kernels_packed_compute_is_checked_all_the_s
     assert line.endswith("apt install build-essential python3-dev.")
 
 
+@fused_head
 def test_the_check_without_trls_kernels_finds_a_wrong_packed_compute_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
