@@ -22,7 +22,7 @@ from urllib.parse import quote
 import click
 
 from grpo_lite import __version__
-from grpo_lite.commands import UNKNOWN, either, hint, hint_setup
+from grpo_lite.commands import either, hint, hint_setup
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import GRPOLiteError, RecipeError
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
@@ -434,10 +434,9 @@ def watch(run_path: str | None, plain: bool, web: bool, port: int) -> None:
 def _watch_web(folder: Path, port: int) -> None:
     """Serve the page until Ctrl-C; a run's own folder stands for the one that it lies in."""
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
-        install = either("make ui", hint_setup("ui"))
         raise GRPOLiteError(
-            f"watch --web: needs starlette and uvicorn, which are not installed here. Add them: {install}. "
-            f"{hint('watch', run=UNKNOWN)} needs neither."
+            "watch --web: needs starlette and uvicorn, which are not installed here. Add them: `make ui` in a "
+            "checkout, else pip install 'grpo-lite[ui]'. `grpo-lite watch RUN` needs neither."
         )
     from grpo_lite.ui.server import serve
 

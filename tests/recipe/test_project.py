@@ -64,6 +64,6 @@ def test_a_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
 def test_the_project_trains(project: Path) -> None:
     grpo_lite("rewards", "check", "recipe.yaml", cwd=project)
     short = ["grpo.max_steps=2", "grpo.gradient_accumulation_steps=1", "grpo.per_device_train_batch_size=16"]
-    text = grpo_lite("train", "recipe.yaml", *short, "eval.limit=8", cwd=project)
+    text = grpo_lite("train", "recipe.yaml", *short, "eval.limit=8", "merge=false", cwd=project)
     assert "trained 2 steps" in text
     assert (project / "runs" / "my-task" / "report.html").is_file()
