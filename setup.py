@@ -1,9 +1,13 @@
-"""Adds the recipes to a wheel, as grpo_lite/recipes. Everything else about the package is in pyproject.toml."""
+"""The packages, and the recipes of a wheel. Everything else about the distribution is in pyproject.toml.
+
+The folder `rewards` is installed as `grpo_lite.rewards`, since PyPI has another `rewards`, and `recipes` as
+grpo_lite/recipes.
+"""
 
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -23,4 +27,11 @@ class BuildWithRecipes(build_py):
             shutil.copyfile(file, target / file.name)
 
 
-setup(cmdclass={"build_py": BuildWithRecipes})
+setup(
+    packages=[
+        *find_packages(include=["grpo_lite", "grpo_lite.*"]),
+        *(f"grpo_lite.{package}" for package in find_packages(include=["rewards", "rewards.*"])),
+    ],
+    package_dir={"grpo_lite.rewards": "rewards"},
+    cmdclass={"build_py": BuildWithRecipes},
+)

@@ -637,8 +637,8 @@ def _describe_machine() -> None:
     """Print the device, why a GPU is not used, the versions, and what isolates model-written code."""
     from grpo_lite.models.device import detect_device
     from grpo_lite.models.driver import machine_notes
+    from grpo_lite.rewards.sandbox import layers
     from grpo_lite.runs.provenance import environment_record
-    from rewards.sandbox import layers
 
     record = environment_record()
     if importlib.util.find_spec("torch") is None:

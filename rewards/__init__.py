@@ -9,12 +9,14 @@ lowest value where the *completion* is wrong, and an exception where the *reward
     [1.0, 0.0]
 
 A reward states facts about itself as attributes (`rewards.facts`): `top`, the score of a perfect completion;
-`second_opinion`, an independent judge to log beside it; `runs_code`, whether it runs the model's programs.
+`second_opinion`, an independent judge to log beside it; `runs_code`, whether it runs the model's programs;
+`needs_one_of`, columns of which it needs one.
 
     >>> accuracy_reward.top, accuracy_reward.second_opinion.__name__, accuracy_reward.runs_code
     (1.0, 'honest_accuracy', False)
 
-Importing the package loads nothing but this file; each reward loads its module on first use.
+Installed, the package is `grpo_lite.rewards`: PyPI has another `rewards`. In a checkout both names work.
+Importing it loads nothing but this file; each reward loads its module on first use.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     """Load a reward's module when the reward is first asked for (PEP 562)."""
     if name not in _HOME:
-        raise AttributeError(f"module 'rewards' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    value = getattr(import_module(f"rewards.{_HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

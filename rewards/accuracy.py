@@ -13,23 +13,24 @@ from decimal import Decimal
 from numbers import Rational, Real
 from typing import Any
 
-from rewards.completion import Completion, visible_texts
-from rewards.extraction import DEFAULT_METHODS, extract_answer
-from rewards.facts import states
-from rewards.honest import honest_accuracy
-from rewards.math.answer import Raw
-from rewards.math.equivalence import equivalent
-from rewards.math.reading import parse_answer
+from .completion import Completion, visible_texts
+from .extraction import DEFAULT_METHODS, extract_answer
+from .facts import states
+from .honest import golds_of, honest_accuracy
+from .math.answer import Raw
+from .math.equivalence import equivalent
+from .math.reading import parse_answer
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _LONGEST_RAW_GOLD_CHARS = 300
 
 
-@states(top=1.0, second_opinion=honest_accuracy)
+@states(top=1.0, second_opinion=honest_accuracy, needs_one_of=("answer", "solution"))
 def accuracy_reward(
     completions: Sequence[Completion],
-    answer: Sequence[Any],
+    answer: Sequence[Any] | None = None,
     *,
+    solution: Sequence[Any] | None = None,
     extract: Sequence[str] = DEFAULT_METHODS,
     timeout_s: float = 2.0,
     log_metric: Callable[[str, float], None] | None = None,
@@ -47,6 +48,7 @@ def accuracy_reward(
     Args:
         completions: text or chat messages.
         answer: golds: a number, LaTeX, a GSM8K solution (`… #### 72`) or text with `\boxed{…}`.
+        solution: the golds under the name that TRL's datasets use. Where both are given, `answer` counts.
         extract: where answers are looked for, in the recipe's own order; see `rewards.extraction`.
         timeout_s: limit per answer that needs computer algebra, in seconds; over it the answer counts as wrong.
         log_metric: passed by TRL. Gets the fractions of the batch that had no committed answer, could not be read, ran
@@ -58,7 +60,7 @@ def accuracy_reward(
         1 or 0 per completion, None for an unusable gold (missing, blank, cut off, or a text without a marked answer).
 
     Raises:
-        ValueError: `extract` names an unknown method, or the columns differ in length.
+        ValueError: `extract` names an unknown method, the columns differ in length, or no golds are given.
         JudgeError: the judge process cannot run.
 
     Source: the exact-match rewards of DeepSeekMath and TRL's `accuracy_reward`; comparison of its own, with math-verify
@@ -69,12 +71,11 @@ def accuracy_reward(
     >>> accuracy_reward([r"\boxed{\sqrt{12}}", r"\boxed{3}"], [r"2\sqrt{3}", None])
     [1.0, None]
     """
-    if len(completions) != len(answer):
-        raise ValueError(f"accuracy_reward: {len(completions)} completions, but {len(answer)} answers")
+    golds = golds_of("accuracy_reward", completions, answer, solution)
     verdicts: list[bool | None] = []
     hard: dict[tuple[str, str], list[int]] = {}
     counts = {"no_answer": 0, "unparsed": 0, "timeout": 0, "unusable_gold": 0}
-    for index, (text, raw) in enumerate(zip(visible_texts(completions, prompts, prefilled), answer, strict=True)):
+    for index, (text, raw) in enumerate(zip(visible_texts(completions, prompts, prefilled), golds, strict=True)):
         gold = gold_answer(raw)
         if gold is None:
             counts["unusable_gold"] += 1
@@ -92,7 +93,7 @@ def accuracy_reward(
             counts["unparsed"] += 1
         verdicts.append(verdict or False)
     if hard:
-        from rewards import judge
+        from . import judge
 
         for (_, members), ruling in zip(hard.items(), judge.ask("math", list(hard), timeout_s), strict=True):
             for index in members:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.completion import Completion, prompt_prefills_think
-from rewards.facts import states
-from rewards.sandbox import Outcome, Tests, isolation, run_tests
-from rewards.sandbox.forms import TestsError, entry_of, from_asserts, from_cases, from_check
-from rewards.sandbox.run import TIMEOUT_S
-from rewards.sandbox.source import complete, program_of, prompt_code
+from .completion import Completion, prompt_prefills_think
+from .facts import states
+from .sandbox import Outcome, Tests, isolation, run_tests
+from .sandbox.forms import TestsError, entry_of, from_asserts, from_cases, from_check
+from .sandbox.run import TIMEOUT_S
+from .sandbox.source import complete, program_of, prompt_code
 
 _logger = logging.getLogger(__name__)
 _TIERS = ("compile", "run", "pass")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.completion import Completion, visible_texts
-from rewards.extraction import extract_answer
-from rewards.facts import states
+from .completion import Completion, visible_texts
+from .extraction import extract_answer
+from .facts import states
 
 _LONGEST_CHARS = 300
 _LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("×", "*"), ("·", "*"))

@@ -3,6 +3,7 @@
 - `top`: the score of a perfect completion; None (or no attribute) where it depends on the arguments or on the group.
 - `second_opinion`: an independent judge of the same completions, to be logged and never trained on.
 - `runs_code`: True where the reward runs programs that the model wrote, so that a caller can record the isolation.
+- `needs_one_of`: columns of which the reward needs one, where none of them alone is a required argument.
 
 A reward of your own may state the same: `my_reward.top = 2.0`. Ask with `getattr(reward, "top", None)`.
 """
@@ -18,7 +19,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def states(
-    *, top: float | None = None, second_opinion: Reward | None = None, runs_code: bool = False
+    *,
+    top: float | None = None,
+    second_opinion: Reward | None = None,
+    runs_code: bool = False,
+    needs_one_of: tuple[str, ...] = (),
 ) -> Callable[[_Function], _Function]:
     """Return a decorator that sets a reward's facts and returns the same function.
 
@@ -30,7 +35,7 @@ def states(
     """
 
     def decorate(function: _Function) -> _Function:
-        vars(function).update(top=top, second_opinion=second_opinion, runs_code=runs_code)
+        vars(function).update(top=top, second_opinion=second_opinion, runs_code=runs_code, needs_one_of=needs_one_of)
         return function
 
     return decorate
@@ -38,7 +43,7 @@ def states(
 
 def pass_on(source: Any, target: Any) -> None:
     """Give a wrapper the facts of the reward inside it, as far as that states them."""
-    for fact in ("top", "second_opinion", "runs_code"):
+    for fact in ("top", "second_opinion", "runs_code", "needs_one_of"):
         if hasattr(source, fact):
             setattr(target, fact, getattr(source, fact))
 
@@ -46,18 +51,22 @@ def pass_on(source: Any, target: Any) -> None:
 def named(reference: str) -> Reward | None:
     """Return the function of this package that `module.function` names in a recipe; None for any other code.
 
+    The module is `rewards` or `grpo_lite.rewards`, whichever of them this package is loaded as.
     For callers that read a recipe and must not import the user's code.
 
     >>> named("rewards.accuracy_reward") is named("rewards.accuracy.accuracy_reward")
     True
+    >>> named("grpo_lite.rewards.accuracy_reward") is named("rewards.accuracy_reward")
+    True
     >>> named("my_rewards.py:accuracy_reward"), named("my_rewards.accuracy_reward"), named("rewards.no_such_reward")
     (None, None, None)
     """
-    module, _, name = reference.rpartition(".")
-    if module.partition(".")[0] != __package__:
+    module, _, name = reference.removeprefix("grpo_lite.").rpartition(".")
+    top, _, below = module.partition(".")
+    if top != "rewards":
         return None
     try:
-        function = getattr(import_module(module), name, None)
+        function = getattr(import_module(f"{__package__}.{below}".rstrip(".")), name, None)
     except ImportError:
         return None
     return function if callable(function) else None

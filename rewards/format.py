@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rewards.completion import Completion, completion_text, prompt_end
-from rewards.facts import states
+from .completion import Completion, completion_text, prompt_end
+from .facts import states
 
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers and the empty Braille cell: letters that show nothing
 

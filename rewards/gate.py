@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.facts import Reward, pass_on
+from .facts import Reward, pass_on
 
 
 def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:

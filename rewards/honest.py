@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.completion import Completion, completion_text
-from rewards.facts import states
+from .completion import Completion, completion_text
+from .facts import states
 
 _NUMBER = re.compile(r"(-?)\s*(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\}|(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?|(\.\d+))")
 _DECORATION = re.compile(
@@ -25,11 +25,12 @@ _JOINT = re.compile(r"(?:[\s,;$]|and|or)*")
 _SEPARATOR = re.compile(r"[=;<>]|\\(?:approx|pm|cup|text|le|ge)|\bor\b|\band\b")
 
 
-@states(top=1.0)
+@states(top=1.0, needs_one_of=("answer", "solution"))
 def honest_accuracy(
     completions: Sequence[Completion],
-    answer: Sequence[Any],
+    answer: Sequence[Any] | None = None,
     *,
+    solution: Sequence[Any] | None = None,
     extract: Sequence[str] = ("answer_tag", "boxed", "hash", "phrase"),
     timeout_s: float = 2.0,
     prompts: Sequence[Completion] | None = None,
@@ -45,6 +46,7 @@ def honest_accuracy(
     Args:
         completions: text or chat messages.
         answer: golds, as for `accuracy_reward`.
+        solution: the golds under the name that TRL's datasets use. Where both are given, `answer` counts.
         extract: the markers to look for, by the names `rewards.extraction` uses; here their order does not matter.
         timeout_s: limit per answer that needs math-verify, in seconds.
         prompts: passed by TRL; shows whether a completion starts inside a thinking block.
@@ -58,9 +60,10 @@ def honest_accuracy(
     >>> honest_accuracy(["so\n#### 1,000", r"\boxed{41}, \boxed{42}", r"\boxed{41} or 42"], [1000, 42, 42])
     [1.0, 0.0, 0.0]
     """
+    golds = golds_of("honest_accuracy", completions, answer, solution)
     scores: list[float | None] = []
     open_cases: list[tuple[int, str, str]] = []
-    for index, (completion, raw) in enumerate(zip(completions, answer, strict=True)):
+    for index, (completion, raw) in enumerate(zip(completions, golds, strict=True)):
         gold = _gold(raw)
         if not gold:
             scores.append(None)
@@ -80,12 +83,28 @@ def honest_accuracy(
             if len(given) <= 500 and bool(_SEPARATOR.search(given)) == bool(_SEPARATOR.search(gold)):
                 open_cases.append((index, gold, given))
     if open_cases:
-        from rewards import judge
+        from . import judge
 
         verdicts = judge.ask("math_verify", [(gold, given) for _, gold, given in open_cases], timeout_s)
         for (index, _, _), verdict in zip(open_cases, verdicts, strict=True):
             scores[index] = float(verdict == judge.YES)
     return scores
+
+
+def golds_of(
+    reward: str, completions: Sequence[Completion], answer: Sequence[Any] | None, solution: Sequence[Any] | None
+) -> Sequence[Any]:
+    """Return the golds of a batch: `answer` where it is given, else `solution`, the name that TRL's datasets use.
+
+    Raises:
+        ValueError: neither is given, or not one per completion.
+    """
+    golds = answer if answer is not None else solution
+    if golds is None:
+        raise ValueError(f"{reward}: no golds: the dataset needs a column `answer` or `solution`")
+    if len(completions) != len(golds):
+        raise ValueError(f"{reward}: {len(completions)} completions, but {len(golds)} answers")
+    return golds
 
 
 def _ends_in_thinking(prompt: Completion) -> bool:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from rewards.accuracy import accuracy_reward
-from rewards.completion import Completion, completion_text
-from rewards.facts import Reward, states
+from .accuracy import accuracy_reward
+from .completion import Completion, completion_text
+from .facts import Reward, states
 
 TokenIds = Sequence[Sequence[int]]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from rewards.completion import Completion, visible_texts
-from rewards.extraction import DEFAULT_METHODS, extract_answer
-from rewards.facts import states
+from .completion import Completion, visible_texts
+from .extraction import DEFAULT_METHODS, extract_answer
+from .facts import states
 
 
 @states(top=1.0)
@@ -63,7 +63,7 @@ def reasoning_gym_reward(
     """
     if find_spec("reasoning_gym") is None:
         raise ModuleNotFoundError("reasoning_gym_reward needs reasoning-gym: pip install 'grpo-lite[reasoning-gym]'")
-    from rewards import judge
+    from . import judge
 
     rows = _entries(len(completions), entry, answer, metadata, question)
     scores: list[float | None] = [0.0] * len(completions)

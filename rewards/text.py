@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.completion import Completion, visible_texts
-from rewards.extraction import DEFAULT_METHODS, extract_answer
-from rewards.facts import states
+from .completion import Completion, visible_texts
+from .extraction import DEFAULT_METHODS, extract_answer
+from .facts import states
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _LONGEST_CHOICE_CHARS = 500

@@ -22,14 +22,14 @@ from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.rewards import format_reward
+from grpo_lite.rewards.facts import named
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of
 from grpo_lite.task.rewards import load_rewards, weighted_sum
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import duration
-from rewards import format_reward
-from rewards.facts import named
 
 PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
 CAN_LEARN = "it can learn: rewards differ inside the groups, and completions end before the cap"

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping
 
-import rewards
+import grpo_lite.rewards as rewards
 from grpo_lite.recipe.overrides import round_value, twice_the_cap, twice_the_group
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
 from grpo_lite.report.warmup import fewer_steps, solved_at_start, warmup_collapse

@@ -10,8 +10,8 @@ from typing import Any
 from grpo_lite.commands import hint_overrides
 from grpo_lite.files.records import read_json_lines
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.rewards.facts import Reward, named
 from grpo_lite.runs.run_dir import RunDir
-from rewards.facts import Reward, named
 
 FEWEST = 4  # logged steps before the doctor judges a trend
 FLAT = 0.03  # a mean reward that moved by less has not moved

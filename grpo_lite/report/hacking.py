@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import rewards
+import grpo_lite.rewards as rewards
 from grpo_lite.report.evidence import FEWEST, Evidence, Finding, mean, mean_of
 from grpo_lite.report.scores import own_gain
 from grpo_lite.screen import printable

@@ -256,7 +256,7 @@ def record_start(recipe: Recipe, run: RunDir, base: Base, rewards: list[Reward],
         device = base.device.to_json()
         run.update_run(**record, recipe=recipe.name, seed=recipe.seed, device=device, base_revision=base.commit)
     if any(getattr(reward, "runs_code", False) for reward in rewards):
-        from rewards.sandbox import layers
+        from grpo_lite.rewards.sandbox import layers
 
         weak = any(reward.kwargs.get("allow_weak_isolation") for reward in recipe.rewards)
         available = {layer.name: layer.available for layer in layers()}

@@ -15,12 +15,12 @@ from grpo_lite.models.adapter import read_adapter
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe, WarmupSection
+from grpo_lite.rewards.testing import Report, check_rewards, score_rows
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
 from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
 from grpo_lite.task.traces import earning, earning_lines, load_traces
-from rewards.testing import Report, check_rewards, score_rows
 
 GOLD_ROWS = 64
 MEASURED_PROMPTS = 2000
@@ -123,7 +123,7 @@ def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
     Raises:
         DataError: the template names a column that is not there.
     """
-    from rewards.extraction import extract_answer
+    from grpo_lite.rewards.extraction import extract_answer
 
     answer = str("" if row.get("answer") is None else row["answer"])
     final = extract_answer(answer, ("hash", "boxed")) or answer.strip()

@@ -59,8 +59,8 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
         functions[0] = _logging_second_opinion(functions[0], opinion)
     gated = [i for i, section in enumerate(recipe.rewards) if section.gate]
     if gated:
-        from rewards.gate import gated as gate
-        from rewards.gate import memoised
+        from grpo_lite.rewards.gate import gated as gate
+        from grpo_lite.rewards.gate import memoised
 
         name = functions[0].__name__
         functions[0] = memoised(functions[0])  # judged once a batch, for the trainer and every gate
@@ -170,8 +170,8 @@ def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> 
     A chat template's `<think>` is not in the chat messages that TRL passes. For a reward on tags it is the first of
     its own that counts, for all others any thinking tag.
     """
-    from rewards.completion import prompt_prefills_think
-    from rewards.format import ends_with_tag
+    from grpo_lite.rewards.completion import prompt_prefills_think
+    from grpo_lite.rewards.format import ends_with_tag
 
     try:
         parameters = inspect.signature(function).parameters
@@ -195,7 +195,7 @@ def import_function(reference: str, where: str) -> Callable[..., Any]:
                 "or file.py:function, as my_rewards.py:my_reward."
             )
         try:
-            module = importlib.import_module(dotted)
+            module = _import_module(dotted, name)
         except Exception as error:  # the user's module may raise anything while it is imported
             raise RewardError(
                 f"{where}.function: the module {dotted!r} of {reference!r} does not import: "
@@ -213,6 +213,23 @@ def import_function(reference: str, where: str) -> Callable[..., Any]:
     if not callable(function):
         raise RewardError(f"{where}.function: {reference!r} is a {type(function).__name__}, not a function.")
     return function
+
+
+def _import_module(dotted: str, name: str) -> Any:
+    """Import the module of `dotted.name`.
+
+    `rewards.x` is ours under either name; another package called `rewards` is asked only for what ours does not have.
+    """
+    if dotted.partition(".")[0] == "rewards":
+        try:
+            ours = importlib.import_module(f"grpo_lite.{dotted}")
+        except ModuleNotFoundError as error:
+            if error.name != f"grpo_lite.{dotted}":
+                raise
+        else:
+            if hasattr(ours, name):
+                return ours
+    return importlib.import_module(dotted)
 
 
 def _import_file(path: Path, where: str) -> Any:
@@ -260,6 +277,9 @@ def _check_signature(function: Callable[..., Any], section: _Scored, where: str,
         for key, parameter in parameters.items()
         if key in named and parameter.default is parameter.empty and key not in provided
     ]
+    one_of = getattr(function, "needs_one_of", ())
+    if one_of and provided.isdisjoint(one_of):
+        missing.append(" or ".join(one_of))
     if missing:
         raise RewardError(
             f"{where}.function: {section.function} needs {', '.join(missing)}, and no dataset column has that name. "

@@ -1,5 +1,5 @@
 """A killable process that compares answers by symbolic algebra; `client` asks, `server` answers."""
 
-from rewards.judge.client import CRASH, NO, TIMEOUT, UNDECIDED, UNKNOWN, YES, JudgeError, ask, stop_judge
+from .client import CRASH, NO, TIMEOUT, UNDECIDED, UNKNOWN, YES, JudgeError, ask, stop_judge
 
 __all__ = ["CRASH", "NO", "TIMEOUT", "UNDECIDED", "UNKNOWN", "YES", "JudgeError", "ask", "stop_judge"]

@@ -24,6 +24,7 @@ from pathlib import Path
 YES, NO, TIMEOUT, UNDECIDED, CRASH, UNKNOWN = "yes", "no", "timeout", "undecided", "crash", "unknown"
 
 _SERVER = Path(__file__).with_name("server.py")
+_PACKAGE = Path(__file__).resolve().parent.parent
 _START_LIMIT_S = 120.0
 _SLACK_S = 30.0
 _LONGEST_REPLY_BYTES = 1 << 26
@@ -101,9 +102,9 @@ class _Judge:
             start_new_session=True,
         )
         deadline = time.monotonic() + _START_LIMIT_S
-        path = [str(Path(__file__).resolve().parent.parent.parent), *(entry for entry in sys.path if entry)]
+        places = {"package": str(_PACKAGE), "path": [entry for entry in sys.path if entry]}
         try:
-            self.write(json.dumps({"path": path}).encode() + b"\n", deadline)
+            self.write(json.dumps(places).encode() + b"\n", deadline)
             hello = json.loads(self.read_line(deadline))
         except (OSError, EOFError, TimeoutError) as error:
             self.stop()

@@ -8,6 +8,7 @@ the warm parser (a few milliseconds). It ends, with its children, when stdin clo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import select
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +30,15 @@ def serve() -> None:
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints must not reach the caller
     stdin = os.fdopen(0, "rb", closefd=False)
-    sys.path[:] = json.loads(stdin.readline())["path"]
+    places = json.loads(stdin.readline())
+    sys.path[:] = places["path"]
+    rewards = types.ModuleType("rewards")  # the caller's copy, whatever else is called `rewards` on the path
+    rewards.__path__ = [places["package"]]
+    sys.modules["rewards"] = rewards
     try:
         import math_verify  # noqa: F401  warm before the first fork
 
-        import rewards.math.symbolic  # noqa: F401
+        importlib.import_module("rewards.math.symbolic")
     except Exception as error:
         _send(replies, {"error": f"{type(error).__name__}: {error} (pip install math-verify brings what it needs)"})
         return

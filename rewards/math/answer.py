@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rewards.math.expression import Node, parse_expression
+from .expression import Node, parse_expression
 
 _DENIALS = frozenset(["not", "no", "never", "isn't", "cannot", "wrong", "false"])
 _NAME = re.compile(

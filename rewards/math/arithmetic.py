@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import comb, factorial, isqrt
 from typing import Any
 
-from rewards.math.expression import Node
+from .expression import Node
 
 _MOST_BITS = 40_000
 

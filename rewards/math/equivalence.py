@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeGuard
 
-from rewards.math.answer import (
+from .answer import (
     Answer,
     Based,
     Matrix,
@@ -37,9 +37,9 @@ from rewards.math.answer import (
     may_be_time,
     vector_entries,
 )
-from rewards.math.arithmetic import divides_by_zero, has_symbols, is_calculation
-from rewards.math.notation import same_spelling
-from rewards.math.units import compatible
+from .arithmetic import divides_by_zero, has_symbols, is_calculation
+from .notation import same_spelling
+from .units import compatible
 
 Leaf = Callable[[Value, Value], bool | None]
 Pairing = Callable[[Relation, Relation], bool | None]

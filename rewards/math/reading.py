@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product as cartesian
 
-from rewards.math.answer import (
+from .answer import (
     Answer,
     Based,
     Matrix,
@@ -25,10 +25,10 @@ from rewards.math.answer import (
     scaled,
     share_variable,
 )
-from rewards.math.arithmetic import is_calculation, rational
-from rewards.math.expression import NotAnExpression, parse_expression
-from rewards.math.notation import clean
-from rewards.math.units import NUMBERS, counted, number_word, split_unit
+from .arithmetic import is_calculation, rational
+from .expression import NotAnExpression, parse_expression
+from .notation import clean
+from .units import NUMBERS, counted, number_word, split_unit
 
 _OPEN, _CLOSE = "([{", ")]}"
 _SIGN = re.compile(r"\\(?:le|ge|ne|approx|equiv|sim|to|rightarrow|Rightarrow|implies|mapsto|iff)(?![a-zA-Z])|[=<>]")

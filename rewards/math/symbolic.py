@@ -14,10 +14,10 @@ from typing import Any
 import sympy
 from sympy import Expr, Rational, Symbol
 
-from rewards.math.answer import Relation, Value
-from rewards.math.equivalence import FLIPPED, equivalent
-from rewards.math.expression import Node
-from rewards.math.reading import parse_answer
+from .answer import Relation, Value
+from .equivalence import FLIPPED, equivalent
+from .expression import Node
+from .reading import parse_answer
 
 _MOST_BITS = 2_000_000
 _LARGEST_EXPONENT = 10_000

@@ -3,10 +3,10 @@
 `inside` runs in the workers' processes; `kernel` is what Linux enforces around them.
 """
 
-from rewards.sandbox.forms import Call, Calls, Streams, TestCode, Tests
-from rewards.sandbox.pool import SandboxError, close_all
-from rewards.sandbox.programs import Outcome
-from rewards.sandbox.run import WITHOUT, IsolationError, Layer, isolation, layers, run_tests
+from .forms import Call, Calls, Streams, TestCode, Tests
+from .pool import SandboxError, close_all
+from .programs import Outcome
+from .run import WITHOUT, IsolationError, Layer, isolation, layers, run_tests
 
 __all__ = [
     "WITHOUT",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rewards.sandbox.wire import dumps, encode, pack
+from .wire import dumps, encode, pack
 
 
 class TestsError(ValueError):

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rewards.sandbox.inside.cleanup import empty_directory
+from .inside.cleanup import empty_directory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

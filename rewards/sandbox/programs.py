@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewards.sandbox.forms import Calls, Streams, TestCode, Tests
-from rewards.sandbox.pool import Worker
-from rewards.sandbox.session import Channel, GoneError, Session, packed
-from rewards.sandbox.wire import CodecError, matches
+from .forms import Calls, Streams, TestCode, Tests
+from .pool import Worker
+from .session import Channel, GoneError, Session, packed
+from .wire import CodecError, matches
 
 _AT_ONCE_BYTES = 64 << 10  # sent without waiting for answers; the socket holds more
 _GATHER_S = 0.001  # of answers to requests that were sent at once

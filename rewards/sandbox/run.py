@@ -19,11 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from rewards.sandbox.forms import Tests
-from rewards.sandbox.kernel.library import library_files
-from rewards.sandbox.kernel.namespaces import bubblewrap_command
-from rewards.sandbox.pool import Pool, SandboxError, Worker, WorkerLostError, pool_for
-from rewards.sandbox.programs import Outcome, run_program
+from .forms import Tests
+from .kernel.library import library_files
+from .kernel.namespaces import bubblewrap_command
+from .pool import Pool, SandboxError, Worker, WorkerLostError, pool_for
+from .programs import Outcome, run_program
 
 TIMEOUT_S = 10.0  # the slowest reference solution of MBPP needs 4 s
 WITHOUT = "GRPO_LITE_SANDBOX_WITHOUT"  # layers to leave out, with commas between: for tests and for measuring

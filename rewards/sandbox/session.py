@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from rewards.sandbox.pool import SandboxError, Worker
-from rewards.sandbox.wire import LENGTH_BYTES, MAX_FRAME_BYTES, CodecError, dumps, loads, pack
+from .pool import SandboxError, Worker
+from .wire import LENGTH_BYTES, MAX_FRAME_BYTES, CodecError, dumps, loads, pack
 
 _MOST_BYTES = 4 * MAX_FRAME_BYTES  # that a process may send in all
 

@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from rewards.completion import Completion, completion_text, visible_text
+from ..completion import Completion, completion_text, visible_text
 
 _FENCES = ("```", "~~~")
 _PYTHON = ("python", "py", "python3", "")

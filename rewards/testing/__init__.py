@@ -1,6 +1,6 @@
 """Test a reward before training: the gold answer must score, and no cheat may."""
 
-from rewards.testing.battery import Finding, Line, Report, check_rewards, score_rows
-from rewards.testing.cheats import Cheat, all_cheats
+from .battery import Finding, Line, Report, check_rewards, score_rows
+from .cheats import Cheat, all_cheats
 
 __all__ = ["Cheat", "Finding", "Line", "Report", "all_cheats", "check_rewards", "score_rows"]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.completion import completion_text
-from rewards.facts import Reward
-from rewards.testing.cheats import Cheat, all_cheats
+from ..completion import completion_text
+from ..facts import Reward
+from .cheats import Cheat, all_cheats
 
 Row = Mapping[str, Any]
 _TOLERANCE = 1e-6

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.completion import completion_text
-from rewards.extraction import extract_answer
+from ..completion import completion_text
+from ..extraction import extract_answer
 
 Row = Mapping[str, Any]
 Write = Callable[[Row, Sequence[Row]], str | None]
@@ -253,6 +253,6 @@ def _both(
 
 def _same(left: str, right: str) -> bool:
     """Return whether two golds are the same answer, so that one row's gold is no cheat on the other."""
-    from rewards.accuracy import accuracy_reward
+    from ..accuracy import accuracy_reward
 
     return left == right or accuracy_reward([f"<answer>{left}</answer>"], [right]) == [1.0]

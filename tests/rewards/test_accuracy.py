@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -214,3 +215,13 @@ def test_the_honest_metric_agrees_on_the_shared_cases_except_for_its_strictness(
     scores = honest_accuracy([row["completion"] for row in cases], [row["gold"] for row in cases])
     paid = [row["completion"] for row, score in zip(cases, scores, strict=True) if score and not row["expect"]]
     assert paid == []
+
+
+@pytest.mark.parametrize("reward", [accuracy_reward, honest_accuracy])
+def test_golds_may_come_as_solution_and_answer_counts_where_both_are_given(reward: Callable[..., list[float]]) -> None:
+    call = {"prompts": ["?", "?"], "completion_ids": [[1], [2]], "trainer_state": None}  # as TRL calls it
+    texts = ["#### 4", "#### 5"]
+    assert reward(completions=texts, solution=["4", "4"], **call) == [1.0, 0.0]
+    assert reward(completions=texts, answer=["5", "5"], solution=["4", "4"], **call) == [0.0, 1.0]
+    with pytest.raises(ValueError, match="no golds: the dataset needs a column `answer` or `solution`"):
+        reward(completions=texts, **call)

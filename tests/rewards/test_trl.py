@@ -13,7 +13,7 @@ from rewards import accuracy_reward, format_reward, gated, memoised, soft_overlo
 TOKENIZER = Path(__file__).resolve().parents[3] / "shared" / "tokenizers" / "smollm2"
 
 
-def step(tmp_path: Path, prompts: list[Any], reward_funcs: list[Any]) -> dict[str, float]:
+def step(tmp_path: Path, prompts: list[Any], reward_funcs: list[Any], golds: str = "answer") -> dict[str, float]:
     """Run one optimizer step of plain GRPOTrainer and return its metrics."""
     if not TOKENIZER.is_dir():
         pytest.skip("shared/tokenizers/smollm2 is not here")
@@ -48,7 +48,7 @@ def step(tmp_path: Path, prompts: list[Any], reward_funcs: list[Any]) -> dict[st
             use_cpu=True,
             bf16=False,
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts, "answer": ["4", "5"]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts, golds: ["4", "5"]}),
         processing_class=tokenizer,
     )
     trainer.train()
@@ -60,6 +60,13 @@ def test_text_prompts_train_with_accuracy_and_format(tmp_path: Path) -> None:
     assert metrics["rewards/accuracy_reward/mean"] == 0.0
     assert metrics["rewards/format_reward/mean"] == 0.0
     assert metrics["accuracy_reward/no_answer"] == 1.0  # a random model commits to nothing
+    assert metrics["accuracy_reward/unusable_gold"] == 0.0
+
+
+def test_golds_may_be_called_solution_as_in_trl_s_datasets(tmp_path: Path) -> None:
+    metrics = step(tmp_path, ["2+2=", "2+3="], [accuracy_reward], golds="solution")
+    assert metrics["rewards/accuracy_reward/mean"] == 0.0
+    assert metrics["accuracy_reward/no_answer"] == 1.0
     assert metrics["accuracy_reward/unusable_gold"] == 0.0
 
 

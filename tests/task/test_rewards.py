@@ -124,3 +124,14 @@ def test_a_numpy_array_is_a_list_of_rewards(tmp_path: Path) -> None:
     out = load(f"{tmp_path / 'np_reward.py'}:f")(completions=["a", "b"])
     assert out == [1.0, 1.0]
     assert all(math.isfinite(x) for x in out)
+
+
+@pytest.mark.parametrize("column", ["answer", "solution"])
+def test_golds_in_either_column_reach_the_accuracy_reward(column: str) -> None:
+    reward = load("rewards.accuracy_reward", (column,))
+    assert reward(completions=["#### 4"], **{column: ["4"]}) == [1.0]
+
+
+def test_an_accuracy_reward_without_a_column_of_golds_is_refused() -> None:
+    with pytest.raises(RewardError, match="needs answer or solution, and no dataset column has that name"):
+        load("rewards.accuracy_reward", ("level",))

@@ -15,9 +15,9 @@ import threading
 import types
 from typing import Any, NamedTuple, NoReturn
 
-from rewards.sandbox.inside.grader import ProgramGoneError, UnusableError, grade
-from rewards.sandbox.kernel import landlock, limits, linux, seccomp
-from rewards.sandbox.wire import CodecError, decode, encode, read_message, write_message
+from ..kernel import landlock, limits, linux, seccomp
+from ..wire import CodecError, decode, encode, read_message, write_message
+from .grader import ProgramGoneError, UnusableError, grade
 
 CHANNEL, SETUP = 3, 4  # descriptors in the child
 HIGH, ABOVE_ALL = 32, 512  # where the worker keeps its own, out of the way

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rewards.sandbox.wire import decode, encode
+from ..wire import decode, encode
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 

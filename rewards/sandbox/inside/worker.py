@@ -21,10 +21,10 @@ import socket
 import time
 from typing import Any, NamedTuple, NoReturn
 
-from rewards.sandbox.inside import child, cleanup
-from rewards.sandbox.kernel import landlock, limits, linux, seccomp
-from rewards.sandbox.kernel.library import DEVICES, library_files
-from rewards.sandbox.kernel.namespaces import WORK_ROOT, enter_namespaces
+from ..kernel import landlock, limits, linux, seccomp
+from ..kernel.library import DEVICES, library_files
+from ..kernel.namespaces import WORK_ROOT, enter_namespaces
+from . import child, cleanup
 
 _COMMON = "bisect collections copy datetime functools heapq itertools math operator re string typing"
 _GRACE_S = 1.0  # the parent ends a session in time; the worker steps in if the parent is stuck

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from rewards.sandbox.kernel import linux
-from rewards.sandbox.kernel.library import LibraryFiles
+from . import linux
+from .library import LibraryFiles
 
 # The same numbers on every architecture.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 
-from rewards.sandbox.kernel import linux
+from . import linux
 
 MEMORY_BYTES = 512 << 20  # address space, so that a bomb fails to allocate long before the machine swaps
 FILE_BYTES = 8 << 20

@@ -10,8 +10,8 @@ import ctypes
 import os
 import sys
 
-from rewards.sandbox.kernel import limits, linux
-from rewards.sandbox.kernel.library import DEVICES, LibraryFiles
+from . import limits, linux
+from .library import DEVICES, LibraryFiles
 
 WORK_ROOT = "/grpo-lite-sandbox"  # inside; no path that a library could lie under
 

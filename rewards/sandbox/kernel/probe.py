@@ -12,9 +12,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rewards.sandbox.kernel import landlock, limits, linux, seccomp
-from rewards.sandbox.kernel.library import library_files
-from rewards.sandbox.kernel.namespaces import enter_namespaces
+from . import landlock, limits, linux, seccomp
+from .library import library_files
+from .namespaces import enter_namespaces
 
 _HERE = __file__  # read by none of the layers' rules
 _REASON_BYTES = 500

@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 
-from rewards.sandbox.kernel import linux
+from . import linux
 
 # name: (x86_64, aarch64); None where the architecture has no such call. Source: asm/unistd_64.h and
 # asm-generic/unistd.h of Linux 6.1; tests compare them with the headers of the machine.
