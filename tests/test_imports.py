@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = "errors units processes commands"
+GROUND = "errors units processes commands alias"
 PROGRAM = "grpo_lite.cli"  # its name as a string is `python -m`: the public command line in a process of its own
 # A room of grpo_lite (a package, or a module beside them) -> the rooms that it may import, besides the ground and
 # itself; `room.module` allows that module alone. Imports in functions and in programs held as strings count too.
