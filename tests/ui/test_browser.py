@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.run_dir import RunDir, dump_recipe
 from grpo_lite.ui.server import serve
 from tests.finished_run import make_run
 from tests.report.test_browser import DESKTOP, PHONE, SMALLEST_TEXT, browser, pytestmark, texts
 from tests.run_files import HOSTILE, write_run
 
 __all__ = ["browser", "pytestmark"]  # a fixture, and the same marks
+TICK_ALL = "for (const box of document.querySelectorAll('.choose input')) box.click()"
 VIEWS = ["", "run/live", "run/hostile", "compare", "plan", "ask"]
 
 
@@ -34,6 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         told = [{"role": "user", "content": f"{HOSTILE} {rows[0]['step']}"}]
         file.write_text("".join(json.dumps({**row, "completion": HOSTILE, "prompt": told}) + "\n" for row in rows))
+    recipe = hostile.load_recipe()
+    model = recipe.model.model_copy(update={"id": f"model {HOSTILE}"})
+    named = recipe.model_copy(update={"description": f"described {HOSTILE}", "model": model})
+    hostile.recipe_file.write_text(dump_recipe(named))
     stated = {"step": 3, "stage": "grpo", "key": "k", "sentence": f"It wrote {HOSTILE}", "override": f"a={HOSTILE}"}
     (hostile.path / "findings.jsonl").write_text(json.dumps(stated) + "\n")
     live = write_run(folder / "live", steps=6)
@@ -125,7 +130,7 @@ def test_every_view_fits_the_screen_without_errors_and_from_here_alone(
         until(lambda: texts(browser, "main h1"))
         if view == "compare":
             until(lambda: texts(browser, ".choose label"))
-            browser.execute_script("for (const box of document.querySelectorAll('.choose input')) box.click()")
+            browser.execute_script(TICK_ALL)
             until(lambda: texts(browser, "#figures table"))
         if view == "plan":
             until(lambda: texts(browser, "#phases"))
@@ -139,17 +144,90 @@ def test_every_view_fits_the_screen_without_errors_and_from_here_alone(
     assert browser.get_log("browser") == []
 
 
-@pytest.mark.parametrize("view", ["", "run/hostile", "compare"])
+# by view: where the hostile text must stand
+HOSTILE_PLACES = {
+    "": {"a.run p": f"described {HOSTILE}", "a.run p.mono": f"model {HOSTILE}"},
+    "run/hostile": {
+        ".rows .item pre": HOSTILE,
+        ".findings p": f"It wrote {HOSTILE}",
+        "p.lead": f"described {HOSTILE}",
+        "p.lead .mono": f"model {HOSTILE}",
+    },
+    "compare": {"#recipes td": f"model {HOSTILE}"},
+}
+
+
+@pytest.mark.parametrize("view", HOSTILE_PLACES)
 def test_hostile_completions_and_findings_are_text(browser: Any, site: str, view: str) -> None:
-    look(browser, site, view)
-    if view == "run/hostile":
-        items = until(lambda: texts(browser, ".rows .item pre"))
-        assert any(HOSTILE in item for item in items)
-        assert any(HOSTILE in item for item in texts(browser, ".findings p"))
-    until(lambda: texts(browser, "main h1"))
+    look(browser, site, view, PHONE)
+    if view == "compare":
+        until(lambda: texts(browser, ".choose label"))
+        browser.execute_script(TICK_ALL)
+    for selector, text in HOSTILE_PLACES[view].items():
+        shown = until(lambda selector=selector: texts(browser, selector))
+        assert any(text in each for each in shown), (selector, shown)
     time.sleep(0.5)
     assert "owned" not in browser.title
     assert browser.execute_script("return document.querySelectorAll('main img, main script').length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE[0]
+
+
+# Answers to addresses that begin with a prefix wait until `release(i)`: the i-th that was held.
+HOLD_ANSWERS = """
+const prefix = arguments[0], real = window.fetch, held = [];
+window.held = held;
+window.release = (i) => held[i]();
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (path.startsWith(prefix)) await new Promise((go) => held.push(go));
+  return answer;
+};
+"""
+
+
+def hold_answers(browser: Any, prefix: str) -> Callable[[int], None]:
+    """Hold the answers to a path; return what waits until a number of them are held."""
+    browser.execute_script(HOLD_ANSWERS, prefix)
+
+    def wait_for(count: int) -> None:
+        until(lambda: browser.execute_script("return held.length") == count)
+
+    return wait_for
+
+
+def test_compare_shows_the_runs_asked_for_last(browser: Any, site: str) -> None:
+    look(browser, site, "compare")
+    until(lambda: texts(browser, ".choose label"))
+    held = hold_answers(browser, "/api/compare")
+    tick = "document.querySelector(`.choose input[value=${arguments[0]}]`).click()"
+    browser.execute_script(tick, "good")
+    browser.execute_script(tick, "hostile")
+    held(1)
+    browser.execute_script(tick, "live")
+    held(2)
+    browser.execute_script("release(1)")
+    until(lambda: len(texts(browser, ".sides h2")) == 3)
+    browser.execute_script("release(0)")  # good and hostile: too late
+    time.sleep(0.3)
+    assert texts(browser, ".sides h2") == ["good", "hostile", "live"]
+    browser.execute_script(tick, "live")
+    held(3)
+    browser.execute_script(tick, "good")
+    browser.execute_script("release(2)")
+    time.sleep(0.3)
+    assert texts(browser, ".sides h2") == []  # one run is ticked
+
+
+def test_a_run_that_answers_late_does_not_name_the_view_asked_for_since(browser: Any, site: str) -> None:
+    look(browser, site, "plan")
+    held = hold_answers(browser, "/api/run?")
+    browser.execute_script("location.hash = '#/run/good'")
+    held(1)
+    browser.execute_script("location.hash = '#/plan'")
+    until(lambda: texts(browser, "main h1") == ["Plan"])
+    browser.execute_script("release(0)")
+    time.sleep(0.3)
+    assert browser.title == "grpo_lite runs"
 
 
 def test_the_full_report_works_in_its_own_origin(browser: Any, site: str) -> None:
@@ -212,24 +290,70 @@ def test_a_page_of_another_origin_reads_nothing_even_with_the_token(browser: Any
     assert browser.execute_async_script(framed, site) == "hidden"
 
 
+MOVE = """
+const input = document.querySelector(`[name=${arguments[0]}]`);
+input.value = arguments[1]; input.dispatchEvent(new Event('input', {bubbles: true}));
+"""
+
+
 def test_the_sliders_of_the_plan_change_its_number(browser: Any, site: str) -> None:
     look(browser, site, "plan")
     big = until(lambda: texts(browser, ".hero .big"))
     assert re.fullmatch(r"\d+\.\d GiB of 14\.6 GiB", big[0])
-    move = """
-    const input = document.querySelector(`[name=${arguments[0]}]`);
-    input.value = arguments[1]; input.dispatchEvent(new Event('input', {bubbles: true}));
-    """
-    browser.execute_script(move, "completion", 4096)
+    browser.execute_script(MOVE, "completion", 4096)
     longer = until(lambda: (now := texts(browser, ".hero .big")) != big and now)
     assert float(longer[0].split()[0]) > float(big[0].split()[0])
     assert "4096 tokens" in texts(browser, ".form label b")
-    browser.execute_script(move, "group", 0)
+    browser.execute_script(MOVE, "group", 0)
     until(lambda: any("grpo.num_generations=2 " in text for text in texts(browser, "#command code")))
-    browser.execute_script(move, "card", "rtx4060-8")
+    browser.execute_script(MOVE, "card", "rtx4060-8")
     until(lambda: "7.6 GiB" in texts(browser, ".hero .big")[0])
-    browser.execute_script(move, "recipe", "smoke")
+    browser.execute_script(MOVE, "recipe", "smoke")
     until(lambda: texts(browser, "#command code") == ["grpo-lite train smoke"])
+
+
+def test_another_card_alone_leaves_the_recipe_of_the_plan_as_it_is(browser: Any, site: str) -> None:
+    look(browser, site, "plan")
+    until(lambda: texts(browser, ".hero .big"))
+    browser.execute_script(MOVE, "completion", 4096)  # of the recipe before
+    browser.execute_script(MOVE, "recipe", "quickstart")
+    until(lambda: texts(browser, "#command code") == ["grpo-lite train quickstart"])
+    browser.execute_script(MOVE, "card", "rtx4060-8")
+    until(lambda: "7.6 GiB" in texts(browser, ".hero .big")[0])
+    assert texts(browser, "#command code") == ["grpo-lite train quickstart"]
+    assert "48 tokens" in texts(browser, ".form label b")  # no step of the slider
+    browser.execute_script(MOVE, "group", 0)
+    until(lambda: texts(browser, "#command code") == ["grpo-lite train quickstart grpo.num_generations=2"])
+
+
+def test_a_question_can_be_asked_once_the_one_before_is_answered(browser: Any, site: str, folder: Path) -> None:
+    look(browser, site, "ask/asked%2Frun")
+    until(lambda: browser.execute_script("return document.querySelector('[name=run]').value") == "asked/run")
+    busy = """
+    const real = window.fetch;
+    window.fetch = (path, options) => path !== '/api/ask' ? real(path, options) : new Promise((done) => {
+      window.refuse = () => done(new Response('{"error": "busy with another question"}', {status: 409}));
+    });
+    window.option = document.querySelector('[name=run] option');
+    document.querySelector('textarea').value = '2+3';
+    document.querySelector('form button').click();
+    """
+    browser.execute_script(busy)
+    disabled = "return document.querySelector('form button').disabled"
+    assert browser.execute_script(disabled)
+    polls = """
+    const changed = (e) => e.responseStatus === 200 && e.name.endsWith('/api/runs');
+    return performance.getEntriesByType('resource').filter(changed).length;
+    """
+    before = browser.execute_script(polls)
+    os.utime(folder / "live" / "metrics.jsonl")  # the next poll finds something new
+    until(lambda: browser.execute_script(polls) > before)
+    time.sleep(0.3)
+    assert browser.execute_script(disabled)
+    assert browser.execute_script("return window.option.isConnected")
+    browser.execute_script("window.refuse()")
+    until(lambda: texts(browser, ".answers .error") == ["busy with another question"])
+    assert not browser.execute_script(disabled)
 
 
 def test_base_and_trained_answer_side_by_side(browser: Any, site: str) -> None:

@@ -236,7 +236,7 @@
     filters.addEventListener("submit", (event) => event.preventDefault());
     return async (fresh) => {
       const run = await call("/api/run?" + query({ run: name }), { fresh });
-      if (!run) return;
+      if (!run || !top.isConnected) return;  // another view is shown by now
       document.title = run.count + " · " + run.name + " · grpo_lite";
       const lead = make("p", "lead", run.description + " · ");
       lead.append(make("span", "mono", run.model));
@@ -270,13 +270,18 @@
   const compareView = () => {
     const choose = make("form", "choose"), result = make("div"), chosen = new Set();
     view.append(make("h1", "", "Compare"), make("p", "lead", "Choose two or more runs; each has one colour in all curves."), choose, result);
+    let wanted = 0;
     const draw = async () => {
+      const mine = wanted += 1;
       if (chosen.size < 2) return result.replaceChildren();
       let data;
       try {
         data = await call("/api/compare?" + new URLSearchParams([...chosen].map((name) => ["run", name])), { fresh: true });
-      } catch (error) { return result.replaceChildren(failure(error)); }
-      if (!data) return;
+      } catch (error) {
+        if (mine === wanted) result.replaceChildren(failure(error));
+        return;
+      }
+      if (!data || mine !== wanted) return;  // other runs have been ticked since
       const sides = make("div", "sides");
       data.names.forEach((name, i) => {
         const headline = data.headlines[i], card = make("div", "hero card " + headline.tone);
@@ -328,11 +333,10 @@
     const form = make("form", "form"), result = make("div");
     view.append(make("h1", "", "Plan"), make("p", "lead", "What a card's memory would hold: counted, not run. The sliders change the recipe."), form, result);
     const group = slider("group"), completion = slider("completion"), groupText = make("b"), completionText = make("b");
-    let groups = [], wanted = 0;
-    const draw = async (own) => {
+    let groups = [], moved = {}, wanted = 0;
+    const draw = async () => {
       const mine = wanted += 1;
-      const values = { recipe: form.elements.recipe.value, card: form.elements.card.value };
-      if (!own) Object.assign(values, { group: groups[+group.value], completion: completion.value });
+      const values = { recipe: form.elements.recipe.value, card: form.elements.card.value, ...moved };
       let plan;
       try {
         plan = await call("/api/plan?" + query(values), { fresh: true });
@@ -350,9 +354,17 @@
       result.replaceChildren(...planParts(plan));
     };
     form.addEventListener("input", (event) => {
-      if (event.target === group) groupText.textContent = groups[+group.value] + " completions a prompt";
-      if (event.target === completion) completionText.textContent = completion.value + " tokens";
-      draw(event.target.name === "recipe");
+      // A slider that was not moved sends nothing: its steps may pass over the recipe's own value.
+      if (event.target.name === "recipe") moved = {};
+      if (event.target === group && groups.length) {
+        moved.group = groups[+group.value];
+        groupText.textContent = moved.group + " completions a prompt";
+      }
+      if (event.target === completion) {
+        moved.completion = completion.value;
+        completionText.textContent = moved.completion + " tokens";
+      }
+      draw();
     });
     form.addEventListener("submit", (event) => event.preventDefault());
     return async () => {
@@ -363,7 +375,7 @@
       if (data.recipes.includes("gsm8k")) recipes.value = "gsm8k";
       add(form, labelled("Recipe", recipes), labelled("GPU", choice("card", data.cards.map((card) => [card.key, card.name]))),
         labelled("num_generations: the group", group, groupText), labelled("max_completion_length", completion, completionText));
-      await draw(true);
+      await draw();
     };
   };
   const planParts = (plan) => {
@@ -409,6 +421,8 @@
     temperature.type = "number"; temperature.min = 0; temperature.step = 0.1; temperature.value = 0; temperature.name = "temperature";
     view.append(make("h1", "", "Ask"), make("p", "lead", "The base and the trained model answer the same question. The first answer waits for the model to load; it stays in memory until another run is asked or this server ends."), form, answers);
     const runs = choice("run", []);
+    let asking = false;
+    const setAsking = (now) => { asking = now; go.disabled = asking || !runs.options.length; };
     const whole = labelled("Question", question);
     whole.className = "whole";
     add(form, labelled("Run", runs), labelled("Temperature (0: greedy)", temperature), whole, add(make("div", "whole"), go));
@@ -417,12 +431,12 @@
     });
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
-      if (go.disabled || !runs.value) return;
+      if (asking || !runs.value) return;
       const asked = { run: runs.value, question: question.value, temperature: +temperature.value };
       const card = make("article", "card item"), pair = make("div", "sidepair"), meta = make("div", "meta");
       add(card, add(meta, make("b", "", asked.run), make("span", "", "answering")), make("pre", "prompt", asked.question), pair);
       answers.prepend(card);
-      go.disabled = true;
+      setAsking(true);
       try {
         const data = await call("/api/ask", { method: "POST", body: JSON.stringify(asked), headers: { "Content-Type": "application/json" } });
         if (!data) throw new Error("the server does not answer");
@@ -434,15 +448,18 @@
         meta.lastChild.textContent = "";
         card.append(failure(error));
       }
-      go.disabled = false;
+      setAsking(false);
     });
     return async (fresh) => {
       const data = await call("/api/runs", { fresh });
       if (!data) return;
-      const trained = data.runs.filter((run) => run.trained), before = runs.value || name;
-      runs.replaceChildren(...choice("run", trained.map((run) => [run.name, run.name])).children);
-      if (trained.some((run) => run.name === before)) runs.value = before;
-      go.disabled = !trained.length;
+      const trained = data.runs.filter((run) => run.trained).map((run) => run.name);
+      const offered = Array.from(runs.options, (option) => option.value), before = runs.value || name;
+      if (JSON.stringify(trained) !== JSON.stringify(offered)) {
+        runs.replaceChildren(...choice("run", trained.map((each) => [each, each])).children);
+        if (trained.includes(before)) runs.value = before;
+      }
+      setAsking(asking);
       if (!trained.length) question.placeholder = "No run here is trained yet.";
     };
   };
