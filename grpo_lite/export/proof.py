@@ -38,7 +38,7 @@ from grpo_lite.screen import Show, progress_lines
 from grpo_lite.units import gib
 
 CONTINUED_TOKENS = 16  # of the greedy continuation that is compared with each prompt
-ROWS_AT_ONCE = 16  # continued together
+TOKENS_AT_ONCE = 4096  # of prompts that are continued together: one long prompt, or many short ones
 KEPT_BYTES = 256 << 20  # for two sets of logits in float32
 # All measured on SmolLM2-135M (docs/measurements/merge.md).
 # KL that is no merge's fault, by what the models compute in: 16-bit weights' own rounding, then 16-bit computing's.
@@ -325,8 +325,9 @@ def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], cap: int, token
     pad = stops[0] if stops else 0
     config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=stops or None, pad_token_id=pad)
     answers: list[list[int]] = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        ids, mask = left_padded(prompts[start : start + ROWS_AT_ONCE], pad, model.device)
+    rows = max(1, TOKENS_AT_ONCE // max(map(len, prompts), default=1))
+    for start in range(0, len(prompts), rows):
+        ids, mask = left_padded(prompts[start : start + rows], pad, model.device)
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         answers += [_with_end(row, stops) for row in out[:, ids.shape[1] :].tolist()]
     return answers

@@ -6,10 +6,14 @@ import threading
 import time
 from typing import Any
 
-from grpo_lite.errors import DataError
+from grpo_lite.errors import DataError, GRPOLiteError
 from grpo_lite.runs.run_dir import RunDir, require_trained
 
 LONGEST_QUESTION = 20_000  # characters
+
+
+class Busy(GRPOLiteError):
+    """A question is being answered."""
 
 
 class Asker:
@@ -26,7 +30,9 @@ class Asker:
         Raises:
             DataError: there is no question, or it is too long, or the temperature is not allowed.
             RunDirError: the run is not trained yet.
+            Busy: another question is being answered.
         """
+        from grpo_lite.engine.out_of_memory import free_memory
         from grpo_lite.ui.chat import Chat, Sampling
 
         question = question.strip()
@@ -34,12 +40,17 @@ class Asker:
             raise DataError(f"ask: give a question of 1 to {LONGEST_QUESTION:,} characters.")
         sampling = Sampling(temperature=temperature)
         require_trained(run)
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            raise Busy("ask: another question is being answered. Ask again when its answer is there.")
+        try:
             begun = time.monotonic()
             adapter = (run.path, (run.adapter / "adapter_config.json").stat().st_mtime_ns)
             if adapter != self._loaded:
-                self._chat, self._loaded = None, ()  # its memory is needed
+                self._chat, self._loaded = None, ()
+                free_memory()  # the next model needs it
                 self._chat, self._loaded = Chat(run, sampling, compare=True), adapter
             self._chat.sampling = sampling
             answers = self._chat.ask(question)
+        finally:
+            self._lock.release()
         return {"question": question, "answers": answers, "seconds": round(time.monotonic() - begun, 1)}

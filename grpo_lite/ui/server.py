@@ -10,9 +10,11 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
+import re
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,20 @@ from grpo_lite.errors import GRPOLiteError, RunDirError
 from grpo_lite.files.redact import redact
 from grpo_lite.report.page import page_part, report_html
 from grpo_lite.runs.run_dir import RunDir
-from grpo_lite.ui.ask import LONGEST_QUESTION, Asker
+from grpo_lite.ui.ask import LONGEST_QUESTION, Asker, Busy
 from grpo_lite.ui.views import comparison, find_run, plan_choices, plan_view, run_card, run_view, runs_in, version
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-_HOST_NAMES = ("127.0.0.1", "localhost")
+_OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
 _LARGEST_BODY = 8 * LONGEST_QUESTION  # bytes
 _PAGE = Path(__file__).resolve().parent / "page"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# A report holds its script and style inside. In an origin of its own it reaches neither the page nor the token.
+# A report holds its script and style inside. It gets an origin of its own, so that it does not reach the page.
 _REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts"
@@ -135,11 +137,11 @@ class Guard:
     def _fault(self, request: Request) -> str:
         """Return why a request is refused; "": it is not."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if host.partition(":")[0] not in _HOST_NAMES:
+        if not _OWN_HOST.fullmatch(host):
             return "refused: the Host header does not name this machine."
         if origin is not None and origin != f"http://{host}":
             return "refused: the request comes from another site."
-        path = request.url.path
+        path = request.scope["path"]  # what is routed; old versions of Starlette made `url` from the Host header
         if path.startswith("/page/"):
             return ""  # the page's own script and style, the same for everybody
         given = request.query_params.get("token", "")
@@ -154,7 +156,18 @@ class _Json(JSONResponse):
     """JSON without secrets."""
 
     def render(self, content: Any) -> bytes:
-        return redact(json.dumps(content, ensure_ascii=False, allow_nan=False)).encode()
+        return json.dumps(_shown(content), allow_nan=False).encode()
+
+
+def _shown(content: Any) -> Any:
+    """Return data with secrets hidden in its texts, and null for numbers that JSON does not have."""
+    if isinstance(content, str):
+        return redact(content)
+    if isinstance(content, Mapping):
+        return {redact(str(key)): _shown(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_shown(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _refusal(request: Request, error: Exception) -> Response:
@@ -236,6 +249,8 @@ async def _ask(request: Request) -> Response:
     run = find_run(request.app.state.folder, name)
     try:
         return _Json(await run_in_threadpool(request.app.state.asker.ask, run, question, temperature))
+    except Busy as error:
+        return _Json({"error": str(error)}, status_code=409)
     except GRPOLiteError:
         raise
     except Exception as error:  # a model that does not load, memory that is short: the page says it

@@ -12,6 +12,7 @@ import pytest
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.hub import push as hub
+from grpo_lite.export.hub.card import BENCHMARKS
 from grpo_lite.files.manifest import verify_manifest
 from grpo_lite.runs.run_dir import RunDir
 from tests.export.hub_server import TOKEN, Hub, Repo, hub_in_place
@@ -205,14 +206,15 @@ def test_private_push_into_a_public_repository_is_refused_before_anything_is_sen
 
 
 def test_the_score_at_a_benchmark_goes_with_the_model_and_those_of_others_stay(
-    run: RunDir, finished: RunDir, server: Hub
+    run: RunDir, finished: RunDir, server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(BENCHMARKS, ("openai/gsm8k", "test"), ("gsm8k", 20))
     gsm8k = {"hub": "openai/gsm8k", "config": "main"}
     sources = {"train": gsm8k, "eval": gsm8k | {"split": "test"}, "holdout": 0}
     set_recipe(run, make_recipe(finished.path.parent / "base-model", **sources))
     server.repos[REPO] = Repo(private=False, files={".eval_results/hle.yaml": "0" * 64})
     push(run, "adapter", force=True)
-    assert b"value: 0.75" in content(server, ".eval_results/gsm8k.yaml")
+    assert b"value: 75.0" in content(server, ".eval_results/gsm8k.yaml")
     assert ".eval_results/hle.yaml" in server.repos[REPO].files
     assert b".eval_results/gsm8k.yaml" in content(server, "MANIFEST.sha256")
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
-from grpo_lite.export.hub.card import benchmark_results, model_card, read_facts
+from grpo_lite.export.hub.card import BENCHMARKS, benchmark_results, model_card, read_facts
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, ModelSection
 from grpo_lite.runs.run_dir import RunDir
 from tests.finished_run import make_recipe, make_run, replaced, set_recipe
@@ -130,13 +130,17 @@ def on_gsm8k(folder: Path, **data: Any) -> RunDir:
     return run
 
 
-def test_the_score_at_a_benchmark_of_the_hub_is_listed_as_the_hub_reads_it(tmp_path: Path) -> None:
+def test_the_score_at_a_benchmark_of_the_hub_is_listed_as_the_hub_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub = pytest.importorskip("huggingface_hub", "1.4")
     run = on_gsm8k(tmp_path)
+    assert benchmark_results(read_facts(run, ON_HUB), "adapter") == {}  # 20 of 1,319 problems
+    monkeypatch.setitem(BENCHMARKS, ("openai/gsm8k", "test"), ("gsm8k", 20))
     ((name, text),) = benchmark_results(read_facts(run, ON_HUB), "adapter").items()
     assert name == ".eval_results/gsm8k.yaml"
     (entry,) = hub._eval_results.parse_eval_result_entries(yaml.safe_load(text))
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "main", 0.75)
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 75.0)
     assert entry.dataset_revision is None
     assert str(entry.date).startswith("2026-01-01")
     assert re.search(r"greedy, 95% interval 0\.\d+-0\.\d+, n = 20, split test", entry.notes)
@@ -150,7 +154,10 @@ def test_rows_held_out_of_the_training_data_are_no_benchmark(tmp_path: Path, run
     assert benchmark_results(read_facts(run, ON_HUB), "adapter") == {}  # generated rows
 
 
-def test_the_revision_of_a_benchmark_is_named_where_it_is_a_commit(tmp_path: Path) -> None:
+def test_the_revision_of_a_benchmark_is_named_where_it_is_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BENCHMARKS, ("openai/gsm8k", "test"), ("gsm8k", 20))
     eval_source = {"hub": "openai/gsm8k", "config": "main", "split": "test", "revision": SHA}
     (text,) = benchmark_results(read_facts(on_gsm8k(tmp_path, eval=eval_source), ON_HUB), "adapter").values()
     assert yaml.safe_load(text)[0]["dataset"]["revision"] == SHA

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from grpo_lite.errors import DataError
-from grpo_lite.ui.ask import Asker
-from grpo_lite.ui.server import HOST, _listening, build_app, serve
+from grpo_lite.ui.ask import Asker, Busy
+from grpo_lite.ui.server import HOST, _Json, _listening, build_app, serve
 from grpo_lite.ui.views import runs_in
 from tests.command_line import in_process
 from tests.run_files import write_run
@@ -77,6 +77,18 @@ def test_a_damaged_run_is_named_and_hides_no_other(client: Any, folder: Path) ->
         assert "default-src 'none'" in answer.headers["content-security-policy"]
     finally:
         shutil.rmtree(folder / "damaged")
+
+
+def test_a_name_that_is_no_text_and_a_number_that_json_lacks_are_sent_all_the_same() -> None:
+    body = _Json({"name": "\udcff", "score": float("nan")}).body
+    assert json.loads(body) == {"name": "\udcff", "score": None}
+
+
+def test_a_second_question_is_told_to_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asker = Asker()
+    monkeypatch.setattr("grpo_lite.ui.ask.require_trained", lambda run: None)
+    with asker._lock, pytest.raises(Busy, match="another question is being answered"):
+        asker.ask(runs_in(folder)["good"], "1+1=")
 
 
 def test_a_folder_without_runs_is_an_empty_page(tmp_path: Path) -> None:
@@ -188,7 +200,9 @@ def test_the_token_in_an_address_opens_no_data(folder: Path, path: str) -> None:
     assert client.get(path, params={"token": TOKEN}).status_code == 403
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example:8642", "[::1]:8642", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example:8642", "[::1]:8642", "", "127.0.0.1:1/page/?"]
+)
 def test_another_host_name_is_refused(client: Any, host: str) -> None:
     """DNS rebinding: a name of the attacker's that now leads to 127.0.0.1."""
     for path in (*DATA, f"/?token={TOKEN}", "/page/ui.js"):
@@ -254,10 +268,12 @@ def test_secrets_are_left_out(client: Any, folder: Path, monkeypatch: pytest.Mon
     try:
         file = next((folder / "secret" / "completions").glob("step_000012.jsonl"))
         row = json.loads(file.read_text().splitlines()[0])
-        file.write_text(json.dumps({**row, "completion": "the key is do-not-show-this-1"}) + "\n")
+        token = "hf_" + "A" * 34  # known by its form, also at the beginning of a line
+        file.write_text(json.dumps({**row, "completion": f"the key is do-not-show-this-1\n{token}"}) + "\n")
         text = client.get("/api/run?run=secret").text
         assert "the key is" in text
         assert "do-not-show-this-1" not in text
+        assert token not in text
     finally:
         shutil.rmtree(folder / "secret")
 

@@ -26,6 +26,8 @@ from grpo_lite.units import duration, size
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
 CURVES = "curves.png"
 RESULTS_FOLDER = ".eval_results"  # where the Hub looks for scores at its benchmarks
+# By dataset and split: the id of its task on the Hub, and how many rows it has. Values there are in percent.
+BENCHMARKS = {("openai/gsm8k", "test"): ("gsm8k", 1319)}
 _COLUMNS = ("base", "warm", "trained")
 _PROJECT = f"[grpo_lite]({PROJECT_URL})" if PROJECT_URL else "grpo_lite"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
@@ -82,19 +84,21 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
 def benchmark_results(facts: RunFacts, what: str) -> dict[str, str]:
     """Return the files that list the model's score at its benchmark on the Hub, by their name in the repository.
 
-    There is one where the held-out rows are a dataset of the Hub of their own, never a part of the training rows, and
-    where the pushed model itself was scored on them. huggingface_hub has a class for its format since 1.4
-    (`EvalResultEntry`); we support 1.0.
+    There is one where the pushed model itself was scored on every row of a benchmark that we know; a part of it would
+    stand beside whole scores. huggingface_hub has a class for its format since 1.4 (`EvalResultEntry`); we support 1.0.
     """
     source, scores = facts.recipe.data.eval, own_scores(facts, what)
     if source is None or not source.hub or not scores:
         return {}
     rate = scores["lenient"]
-    dataset = {"id": source.hub, "task_id": source.config or "default"}
+    task_id, rows = BENCHMARKS.get((source.hub, source.split), ("", 0))
+    if rate["n"] != rows:
+        return {}
+    dataset = {"id": source.hub, "task_id": task_id}
     if source.revision and re.fullmatch("[0-9a-f]{40}", source.revision):
         dataset["revision"] = source.revision
     of = f", split {source.split}" if source.split else ""
-    entry: dict[str, Any] = {"dataset": dataset, "value": round(rate["rate"], 4)}
+    entry: dict[str, Any] = {"dataset": dataset, "value": round(100 * rate["rate"], 2)}
     if finished := facts.record.get("finished_at"):
         entry["date"] = finished
     entry["notes"] = f"share of right answers, greedy, {_interval(rate)}, n = {rate['n']}{of}; measured by grpo_lite"
