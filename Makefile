@@ -105,7 +105,7 @@ lint: $(VENV)/.ready-dev  ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 clean:  ## Remove caches and build files; runs/ and .venv stay
-	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+	@rm -rf build *.egg-info rewards/build rewards/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml
 	$(if $(filter auto hf unsloth,$(BACKEND)),,$(error BACKEND=$(BACKEND): give auto, hf or unsloth))

@@ -12,6 +12,7 @@ a CUDA build fits this machine; if its installation fails, setup continues witho
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -315,12 +316,20 @@ def install_torch(target: Path, source: TorchSource) -> bool:
 def install(target: Path, *arguments: str) -> bool:
     """Install packages into the environment, by uv if it can be had, else by pip; return whether it worked.
 
-    Where uv fails, pip tries too: it reads settings (pip.conf) that uv does not know. And where packages are shared, as
-    on Colab, only pip sees that they are there; uv would install torch again.
+    Where uv fails, pip tries too. Where packages are shared, as on Colab, only pip sees that they are there; uv would
+    install torch again. And uv does not read pip.conf, so an index of its own that stands there is left to pip.
     """
     settings = target / "pyvenv.cfg"
     shared = settings.is_file() and "include-system-site-packages = true" in settings.read_text(encoding="utf-8")
-    return (not shared and uv(target, *arguments)) or pip(target, *arguments)
+    return (not shared and not has_own_index(target) and uv(target, *arguments)) or pip(target, *arguments)
+
+
+@functools.cache
+def has_own_index(target: Path) -> bool:
+    """Return whether pip is set to an index of its own by a file, or to none at all."""
+    lines = _output([*pip_command(target), "config", "list"]).splitlines()
+    own = [line for line in lines if re.match(r"[\w-]+\.(index-url|no-index)=", line)]
+    return bool(own) or "PIP_NO_INDEX" in os.environ
 
 
 def uv(target: Path, *arguments: str) -> bool:
@@ -330,6 +339,10 @@ def uv(target: Path, *arguments: str) -> bool:
     if program is None:
         return False
     settings = {ours: os.environ[pips] for ours, pips in SAME_SETTING.items() if pips in os.environ}
+    if "UV_FIND_LINKS" in settings:
+        settings["UV_FIND_LINKS"] = ",".join(settings["UV_FIND_LINKS"].split())
+    # On the command line uv counts --index-url less than the default index of the environment; pip counts it more.
+    arguments = tuple("--default-index" if argument == "--index-url" else argument for argument in arguments)
     # Best match: uv would otherwise take all that PyTorch's index has from there, old versions too.
     options = ["--python", str(target / "bin" / "python"), "--index-strategy", "unsafe-best-match"]
     for file in os.environ.get("PIP_CONSTRAINT", "").split():  # UV_CONSTRAINT would not count beside a -c
@@ -342,17 +355,21 @@ def uv(target: Path, *arguments: str) -> bool:
 
 def pip(target: Path, *arguments: str) -> bool:
     """Run `pip install` for the environment, showing what it downloads and installs; return whether it worked."""
-    python = str(target / "bin" / "python")
-    inside = subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0
-    base = [python, "-m", "pip"] if inside else [sys.executable, "-m", "pip", "--python", python]
     options = ["--disable-pip-version-check", "--no-compile", "--progress-bar", "off"]
     print("pip install " + " ".join(arguments), flush=True)
-    command = [*base, "install", *options, *arguments]
+    command = [*pip_command(target), "install", *options, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         for line in process.stdout or ():
             if shown := line.rstrip() if os.environ.get("VERBOSE") else progress(line):
                 print(shown, flush=True)
     return process.returncode == 0
+
+
+def pip_command(target: Path) -> list[str]:
+    """Return the command of the environment's own pip, or of this Python's for it."""
+    python = str(target / "bin" / "python")
+    inside = subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0
+    return [python, "-m", "pip"] if inside else [sys.executable, "-m", "pip", "--python", python]
 
 
 def progress(line: str) -> str | None:

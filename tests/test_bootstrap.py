@@ -289,7 +289,7 @@ def test_uv_installs_where_it_is_there_and_pip_otherwise(
     bootstrap: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     uv: str | None, shared: bool, expected: list[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels /more")
     monkeypatch.setenv("PIP_CONSTRAINT", "/oldest.txt")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example.org/simple")
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example.org/simple")
@@ -299,16 +299,34 @@ def test_uv_installs_where_it_is_there_and_pip_otherwise(
     target = tmp_path / "env"
     target.mkdir()
     own = f'printf "#!/bin/sh\\necho own uv >> {log}\\n" > {target}/bin/uv; /bin/chmod +x {target}/bin/uv'
-    executable(target / "bin" / "python", f'case "$*" in *uv) {own};; esac; case "$*" in -m*) echo pip >> {log};; esac')
+    executable(
+        target / "bin" / "python", f'case "$*" in *uv) {own};; esac; case "$*" in *install*) echo pip >> {log};; esac'
+    )
     (target / "pyvenv.cfg").write_text(f"include-system-site-packages = {str(shared).lower()}\n")
-    assert bootstrap.install(target, "-e", ".")
+    assert bootstrap.install(target, "--index-url", "https://index.example.org/cpu", "-e", ".")
     lines = log.read_text().splitlines()
     assert [line.partition(" /")[0] for line in lines] == expected
     if expected[0] == "uv":
         python = target / "bin" / "python"
-        assert lines[0].startswith(f"uv /wheels https://own.example.org/simple pip install --python {python} ")
+        assert lines[0].startswith(f"uv /wheels,/more https://own.example.org/simple pip install --python {python} ")
         assert " -c /oldest.txt " in lines[0]
-        assert lines[0].endswith(" -e .")
+        assert lines[0].endswith(" --default-index https://index.example.org/cpu -e .")
+
+
+@pytest.mark.parametrize(
+    ("listed", "own"),
+    [
+        ("global.index-url='https://mirror.example.org/simple'", True),
+        ("install.no-index='true'", True),
+        ("global.find-links='/wheels'\n:env:.index-url='https://mirror.example.org/simple'", False),  # passed on
+        ("", False),
+    ],
+)
+def test_an_index_that_only_pip_conf_names_is_left_to_pip(
+    bootstrap: ModuleType, tmp_path: Path, listed: str, own: bool
+) -> None:
+    executable(tmp_path / "bin" / "python", f'case "$*" in *config*) cat <<"END"\n{listed}\nEND\n;; esac')
+    assert bootstrap.has_own_index(tmp_path) == own
 
 
 def test_what_pip_downloads_is_shown_and_a_failure_is_told(

@@ -91,7 +91,8 @@ def _docstrings(path: Path) -> set[int]:
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    built = ROOT / "rewards" / "build"  # of `pip install ./rewards`
+    return sorted(path for path in (ROOT / package).rglob("*.py") if built not in path.parents)
 
 
 def room_of(dotted: str) -> str:

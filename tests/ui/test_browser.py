@@ -60,7 +60,7 @@ def site(folder: Path) -> str:
         announced.set()
 
     threading.Thread(target=serve, args=(folder, 0, announce), daemon=True).start()
-    assert announced.wait(20)
+    assert announced.wait(120)
     return address[0]
 
 
@@ -80,7 +80,7 @@ def look(browser: Any, site: str, view: str = "", size: tuple[int, int, bool] = 
     until(lambda: texts(browser, "#link") == ["live"])
 
 
-def until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
     end = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < end, "it never came"

@@ -296,7 +296,7 @@ def test_serve_announces_an_address_that_opens_the_page(folder: Path) -> None:
         announced.set()
 
     threading.Thread(target=serve, args=(folder, 0, announce), daemon=True).start()
-    assert announced.wait(10)
+    assert announced.wait(120)
     with httpx.Client(trust_env=False, timeout=20) as client:
         answer = client.get(address[0])
         assert answer.status_code == 200
