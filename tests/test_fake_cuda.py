@@ -35,11 +35,14 @@ SCENARIOS = (
     "memory_runs_out_in_the_warm_up",
     "notebook_order",
 )
+LONGEST = ("decoding_at_28_layers",)  # two minutes: only `make test-all` runs it
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.matrix] * (name in LONGEST)) for name in SCENARIOS]
+)
 def test_scenario(name: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.scenarios", name]
     result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=1500)

@@ -76,8 +76,12 @@ def test_two_processes_train_what_one_does(loss_type: str, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overflows",
-    [["1:1"], ["1:2"], ["0:3", "1:2"], ["0:1", "1:1"]],
-    ids=["the first backward", "after the collectives", "several", "both at once"],
+    [
+        pytest.param(["1:1"], id="the first backward", marks=pytest.mark.matrix),
+        pytest.param(["1:2"], id="after the collectives"),
+        pytest.param(["0:3", "1:2"], id="several", marks=pytest.mark.matrix),
+        pytest.param(["0:1", "1:1"], id="both at once"),
+    ],
 )
 def test_memory_that_runs_out_in_one_process_holds_up_the_other_and_changes_nothing(
     overflows: list[str], tmp_path: Path
@@ -210,6 +214,7 @@ PLAIN = ["model.load_in=32bit", "eval.enabled=false", "merge=false", "check.enab
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_on_once_it_is_mended(
     tmp_path: Path,
 ) -> None:
@@ -229,7 +234,10 @@ def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [min, max], ids=["the first", "the second"])
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param(min, id="the first", marks=pytest.mark.matrix), pytest.param(max, id="the second")],
+)
 def test_a_process_that_is_killed_ends_the_other_and_the_run_is_resumed(tmp_path: Path, which: Any) -> None:
     run = tmp_path / "run"
     arguments = [str(HERE / "parallel_run.py"), str(run), "smoke", *PLAIN]

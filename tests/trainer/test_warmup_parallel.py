@@ -52,7 +52,13 @@ def test_two_processes_warm_up_to_what_one_does(tokens: int, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overflows", [["1:1"], ["0:2", "1:4"]], ids=["in one", "at different steps"])
+@pytest.mark.parametrize(
+    "overflows",
+    [
+        pytest.param(["1:1"], id="in one"),
+        pytest.param(["0:2", "1:4"], id="at different steps", marks=pytest.mark.matrix),
+    ],
+)
 def test_memory_that_runs_out_in_one_process_changes_nothing(overflows: list[str], tmp_path: Path) -> None:
     whole = steps(2, tmp_path / "whole", 400)
     disturbed = steps(2, tmp_path / "overflows", 400, *overflows)
@@ -91,6 +97,7 @@ def test_a_run_of_two_processes_warms_up_and_goes_on_with_grpo_from_there(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_two_processes_that_pause_in_the_warm_up_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """The first session stops after one step, by a clock."""
     whole, paused = tmp_path / "whole", tmp_path / "paused"
