@@ -45,7 +45,6 @@ from grpo_lite.cli import main as command_line  # noqa: E402
 from grpo_lite.cli import set_environment  # noqa: E402
 
 set_environment()  # before torch, as in a run
-import click  # noqa: E402
 import torch  # noqa: E402
 
 from bench import compare_trl, decode, planner  # noqa: E402
@@ -431,10 +430,11 @@ class Seen:
 @contextmanager
 def watched(built: Callable[[Any], None] | None = None) -> Iterator[Seen]:
     """Watch a training inside the context: trainer, lines, CUDA graphs; `built` is called before it trains."""
+    import grpo_lite.cli as cli
     import grpo_lite.train as train
 
     seen = Seen()
-    build, capture, echo = train.build_trainer, StepGraphs._capture, click.echo
+    build, capture, printed = train.build_trainer, StepGraphs._capture, cli._print
 
     def build_trainer(*args: Any, **kwargs: Any) -> Any:
         trainer, view = build(*args, **kwargs)
@@ -448,9 +448,9 @@ def watched(built: Callable[[Any], None] | None = None) -> Iterator[Seen]:
         seen.graphs += graph is not None
         return graph
 
-    def shown(line: Any = "", *args: Any, **kwargs: Any) -> None:
-        seen.lines.append(str(line))
-        echo(line, *args, **kwargs)
+    def shown(line: str) -> None:
+        seen.lines.append(line)
+        printed(line)
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -462,7 +462,8 @@ def watched(built: Callable[[Any], None] | None = None) -> Iterator[Seen]:
         with (
             mock.patch.object(train, "build_trainer", build_trainer),
             mock.patch.object(StepGraphs, "_capture", counted_capture),
-            mock.patch.object(click, "echo", shown),
+            mock.patch.object(cli, "_print", shown),
+            mock.patch.object(cli, "say", shown),
         ):
             yield seen
     finally:
