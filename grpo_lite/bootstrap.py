@@ -365,6 +365,7 @@ def pip(target: Path, *arguments: str) -> bool:
     return process.returncode == 0
 
 
+@functools.cache
 def pip_command(target: Path) -> list[str]:
     """Return the command of the environment's own pip, or of this Python's for it."""
     python = str(target / "bin" / "python")

@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_lite.errors import GRPOLiteError, RunDirError
 from grpo_lite.memory.phases import PhaseBytes
-from grpo_lite.memory.plan import MemoryPlan, advice, most_completion
+from grpo_lite.memory.plan import advice, most_completion
 from grpo_lite.memory.report import plan_recipe, time_line
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
@@ -83,7 +83,6 @@ def _card(path: Path, _version: str) -> dict[str, Any]:
         **_progress(run, page, board),
         "curve": values[:: -(-len(values) // _SPARK) or 1],
         "findings": len(page.findings),
-        "trained": (run.adapter / "adapter_config.json").is_file(),
     }
 
 
@@ -102,7 +101,6 @@ def run_view(name: str, run: RunDir) -> dict[str, Any]:
         "clean": nothing_found(page.evidence),
         "charts": [drawable(chart) for chart in charts(page.evidence)],
         "completions": latest_rows(run),
-        "trained": (run.adapter / "adapter_config.json").is_file(),
     }
 
 
@@ -119,6 +117,7 @@ def _progress(run: RunDir, page: RunPage, board: Board | WarmupBoard) -> dict[st
         "left": duration(left),
         "value": f"{board.logged} {values[-1]:.2f}" if values else None,
         "headline": headline(page),
+        "trained": (run.adapter / "adapter_config.json").is_file(),
     }
 
 
@@ -175,13 +174,9 @@ def plan_view(recipe: str, card: str, group: int | None, completion: int | None)
         "longest": min(most, _LONGEST) if most else _LONGEST,
         "phases": [_phase(name, phase) for name, phase in phases.items() if phase],
         "chosen": [f"{key}={_plain(value)}" for key, value in plan.chosen.items()],
-        "notes": [*plan.assumed, time_line(loaded)], "advice": _advice(plan),
+        "notes": [*plan.assumed, time_line(loaded)], "advice": "" if plan.fits else advice(plan),
         "command": " ".join(["grpo-lite train", recipe, *overrides]),
     }  # fmt: skip
-
-
-def _advice(plan: MemoryPlan) -> str:
-    return "" if plan.fits else advice(plan)
 
 
 def _phase(name: str, phase: PhaseBytes) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
-from grpo_lite.ui.server import serve
 from tests.finished_run import make_run
 from tests.report.test_browser import DESKTOP, PHONE, SMALLEST_TEXT, browser, pytestmark, texts
 from tests.run_files import HOSTILE, write_run
+from tests.ui.serving import served
 
 __all__ = ["browser", "pytestmark"]  # a fixture, and the same marks
 TICK_ALL = "for (const box of document.querySelectorAll('.choose input')) box.click()"
@@ -52,16 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(folder: Path) -> str:
     """The address of the page over the folder, token included."""
-    address: list[str] = []
-    announced = threading.Event()
-
-    def announce(line: str) -> None:
-        address.append(line)
-        announced.set()
-
-    threading.Thread(target=serve, args=(folder, 0, announce), daemon=True).start()
-    assert announced.wait(120)
-    return address[0]
+    return served(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ import pytest
 
 from grpo_lite.errors import DataError
 from grpo_lite.ui.ask import Asker, Busy
-from grpo_lite.ui.server import HOST, _Json, _listening, build_app, serve
+from grpo_lite.ui.server import HOST, _Json, _listening, build_app
 from grpo_lite.ui.views import runs_in
 from tests.command_line import in_process
 from tests.run_files import write_run
+from tests.ui.serving import served
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # starlette asks for httpx2, which huggingface_hub 1 does not use
@@ -288,20 +288,12 @@ def test_it_listens_on_this_machine_only_and_takes_another_port_where_one_is_in_
 
 
 def test_serve_announces_an_address_that_opens_the_page(folder: Path) -> None:
-    address: list[str] = []
-    announced = threading.Event()
-
-    def announce(line: str) -> None:
-        address.append(line)
-        announced.set()
-
-    threading.Thread(target=serve, args=(folder, 0, announce), daemon=True).start()
-    assert announced.wait(120)
+    address = served(folder)
     with httpx.Client(trust_env=False, timeout=20) as client:
-        answer = client.get(address[0])
+        answer = client.get(address)
         assert answer.status_code == 200
         assert "<title>grpo_lite runs</title>" in answer.text
-        assert client.get(address[0].partition("?")[0]).status_code == 403
+        assert client.get(address.partition("?")[0]).status_code == 403
 
 
 def test_a_missing_server_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
