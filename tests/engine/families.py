@@ -1,0 +1,272 @@
+"""Whether packed and shared compute is what transformers computes for a family of models: the comparisons.
+
+`test_families.py` (attention, output layers) and `test_hybrid.py` (recurrent layers) build a tiny random model of every
+family from its real configuration class and call these. The reference is always transformers' own forward pass or
+`generate`, run before `attention.install` has touched the model, in the dtype that the model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_lite.engine import attention
+from grpo_lite.engine.decode import GroupDecoder
+from grpo_lite.engine.packing import pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.engine.score import Scoring, score, self_check
+
+VOCABULARY = 96
+TEMPERATURE = 0.9
+# Three groups: prompts of three lengths, ragged completions, some of one token, one row without any.
+PROMPTS = (11, 3, 7)
+COMPLETIONS = ((9, 1, 14), (6, 13), (1, 0, 5))
+# The same sizes where a prompt and its completions cross borders at 64 tokens.
+LONG_PROMPTS = (70, 3)
+LONG_COMPLETIONS = ((66, 1, 130), (64, 5))
+
+# Every family's config takes these; what a family calls otherwise, it overrides.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def build(config_class: str, model_class: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """Return a random model of a family whose weights are large enough for every part to matter.
+
+    Args:
+        config_class: of transformers, such as "MistralConfig".
+        model_class: of transformers, such as "MistralForCausalLM"; a registry of families holds `partial`s of this
+            function, with which the table in docs/models.md is compared.
+        dtype: of all weights.
+        settings: of the configuration, over `SIZES`; None leaves a size out.
+    """
+    import transformers
+
+    chosen = {name: value for name, value in (SIZES | settings).items() if value is not None}
+    config = getattr(transformers, config_class)(**chosen)
+    config._experts_implementation = "eager"  # grouped_mm multiplies no float64
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # norms, sinks and biases too: at 1 and 0 they would hide mistakes
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype))
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def padded_rows(
+    prompts: Sequence[int] = PROMPTS, completions: Sequence[Sequence[int]] = COMPLETIONS, seed: int = 0
+) -> tuple[Tensor, Tensor, int]:
+    """Return ids and mask `(B, P + C)` as TRL pads them, and C; the groups' rows stand in turn, not in blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    width, longest = max(prompts), max(max(lengths) for lengths in completions)
+    rows = []
+    for prompt, lengths in zip(prompts, completions, strict=True):
+        ids = torch.randint(3, VOCABULARY, (prompt,), generator=generator)
+        rows.append([(ids, torch.randint(3, VOCABULARY, (length,), generator=generator)) for length in lengths])
+    order = [group[i] for i in range(max(map(len, rows))) for group in rows if i < len(group)]
+    ids, mask = torch.zeros(len(order), width + longest, dtype=torch.long), torch.zeros(len(order), width + longest)
+    for row, (prompt_ids, completion) in enumerate(order):
+        begin, end = width - len(prompt_ids), width + len(completion)
+        ids[row, begin:end], mask[row, begin:end] = torch.cat([prompt_ids, completion]), 1
+    return ids, mask.long(), longest
+
+
+@contextmanager
+def widened(model: Any) -> Iterator[None]:
+    """Let what transformers computes in float32 whatever the model's dtype be computed in float64, of a float64 model.
+
+    Positions, norms and routers are; between padded and packed rows they differ by 1e-8, their gradients by 1e-7.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if model.dtype == torch.float64:
+            patch.setattr(torch, "float32", torch.float64)
+            patch.setattr(torch, "float", torch.float64)
+            patch.setattr(Tensor, "float", Tensor.double)
+        yield
+
+
+def plain_logps(model: Any, ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies `(B, C)` of the padded rows, by the model's own forward pass."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width - 1 : -1]
+    log_p = torch.log_softmax(logits / TEMPERATURE, dim=-1)
+    return log_p.gather(-1, ids[:, -width:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def check_packed_equals_plain(
+    model: Any,
+    prompts: Sequence[int] = PROMPTS,
+    completions: Sequence[Sequence[int]] = COMPLETIONS,
+    *,
+    dense: bool = False,
+    budget: int | None = None,
+    checkpointing: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """Compare packed log-probabilities, entropies and the gradients of all weights but the embeddings with plain ones.
+
+    Args:
+        model: from `build`, not yet installed; it is afterwards.
+        prompts: lengths, one a group.
+        completions: lengths, of each group.
+        dense: the masked call over whole groups, else a call for each completion.
+        budget: tokens of one packed row; None: all groups in one.
+        checkpointing: recompute activations in backward.
+        tolerance: of the relative difference; None: 1e-9 in float64, 1e-4 in float32.
+    """
+    allowed = tolerance or (1e-9 if model.dtype == torch.float64 else 1e-4)
+    ids, mask, width = padded_rows(prompts, completions)
+    valid = mask[:, -width:].bool()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    frozen = {id(parameter) for end in ends for parameter in end.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    weights = torch.linspace(-1.0, 1.0, valid.numel(), dtype=torch.float64).view(valid.shape)
+    model.train(checkpointing)  # transformers checkpoints in train mode only
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with widened(model):
+        plain = plain_logps(model, ids, mask, width)
+        expected = _gradients(model, plain, weights, valid)
+        attention.install(model)
+        packed = _packed_logps(model, (ids, mask, width), dense, budget)
+        found = _gradients(model, packed, weights, valid)
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    for mine, theirs in zip(packed, plain, strict=True):
+        difference, scale = (
+            float((mine - theirs).detach()[valid].abs().max()),
+            float(theirs.detach()[valid].abs().max()),
+        )
+        assert difference <= allowed * max(1.0, scale), difference
+    assert found.keys() == expected.keys()
+    # Of the largest gradient: some, as a key's bias, are zero but for rounding.
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    differences = {name: float((found[name] - gradient).norm()) / largest for name, gradient in expected.items()}
+    assert max(differences.values()) <= allowed, max(differences.items(), key=lambda item: item[1])
+
+
+def _packed_logps(
+    model: Any, rows: tuple[Tensor, Tensor, int], dense: bool, budget: int | None
+) -> tuple[Tensor, Tensor]:
+    batch = read_padded_batch(*rows)
+    assert batch is not None
+    logps, entropies = torch.zeros((2, len(rows[0]), rows[2]), dtype=model.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_lite.engine.attention.DENSE_TOKENS", 10**6 if dense else 0)
+        for pieces in plan_microbatches(batch, range(len(rows[0])), budget):
+            packed = pack(batch, pieces)
+            scoring = Scoring(TEMPERATURE, entropy=True, entropy_grad=True)
+            values, spread = score(model, packed, scoring, nullcontext)
+            assert spread is not None
+            logps, entropies = unpack(values, packed, logps), unpack(spread, packed, entropies)
+    return logps, entropies
+
+
+def _gradients(model: Any, values: tuple[Tensor, Tensor], weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    logps, entropies = values
+    loss = ((logps * weights) + 0.1 * entropies)[valid].sum()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+
+def prompt_rows(lengths: Sequence[int], repeats: int) -> dict[str, Tensor]:
+    """Return what `generate` takes: each prompt `repeats` times, in turn, padded on the left."""
+    generator = torch.Generator().manual_seed(3)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids.repeat(repeats, 1), "attention_mask": mask.repeat(repeats, 1)}
+
+
+def generate(model: Any, rows: dict[str, Tensor], decoder: Any = None, **settings: Any) -> Tensor:
+    """Return ids `(B, P + C)` of `generate`, by transformers' loop or by a decoder of ours."""
+    # A fifth of the vocabulary ends a completion, so that rows end at different steps, and some never do.
+    config = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(range(77, 96))}
+    with torch.no_grad():
+        return model.generate(
+            **rows, **(config | settings), **({} if decoder is None else {"custom_generate": decoder})
+        )
+
+
+def check_greedy_equals_generate(
+    model: Any,
+    decoders: Sequence[Any] | None = None,
+    prompts: Sequence[int] = PROMPTS,
+    repeats: int = 2,
+    **settings: Any,
+) -> None:
+    """Compare greedy completions token for token with those of `generate` on the model as it came.
+
+    Args:
+        model: from `build`, not yet installed; it is afterwards.
+        decoders: of ours, unused ones; None: one of each prompt at once, and in waves.
+        prompts: lengths.
+        repeats: rows of each prompt.
+        settings: of the generation.
+    """
+    model.eval()
+    rows = prompt_rows(prompts, repeats)
+    expected = generate(model, rows, **settings)
+    attention.install(model)
+    assert torch.equal(generate(model, rows, **settings), expected), "installing changed transformers' own loop"
+    for decoder in decoders or (GroupDecoder(nullcontext), GroupDecoder(nullcontext, kv_tokens=60)):
+        assert torch.equal(generate(model, rows, decoder, **settings), expected), decoder
+
+
+def check_sampled_logps(
+    model: Any, decoder: Any = None, prompts: Sequence[int] = PROMPTS, tokens: int = 20, tolerance: float = 1e-4
+) -> None:
+    """Compare the log-probabilities noted while sampling with those of a forward pass over the sampled rows.
+
+    Args:
+        model: from `build`; installed here.
+        decoder: of ours, unused; None: a `GroupDecoder`.
+        prompts: lengths.
+        tokens: of every completion.
+        tolerance: of the difference; a decoder notes float32.
+    """
+    model.eval()
+    attention.install(model)
+    decoder = decoder or GroupDecoder(nullcontext)
+    rows = prompt_rows(prompts, 2)
+    settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+    torch.manual_seed(5)
+    ids = generate(model, rows, decoder, max_new_tokens=tokens, **settings)
+    mask = torch.cat([rows["attention_mask"], torch.ones(len(ids), tokens, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        logps, entropies = plain_logps(model, ids, mask, tokens)
+    for noted, expected in ((decoder.rollout.logps, logps), (decoder.rollout.entropies, entropies)):
+        difference = float((torch.tensor(noted, dtype=expected.dtype) - expected).abs().max())
+        assert difference <= tolerance, difference
+
+
+def check_self_check(model: Any) -> None:
+    """Let the trainer's own comparison, which decides on real weights, pass on this model."""
+    model.eval()
+    attention.install(model)
+
+    with widened(model):
+        reason = self_check(model, Scoring(TEMPERATURE), nullcontext, lambda *batch: plain_logps(model, *batch)[0])
+    assert reason is None
