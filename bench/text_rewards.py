@@ -228,12 +228,17 @@ def print_correctness(data: Path, cases: Path) -> None:
 
 def own_cases() -> None:
     try:
+        from tests.rewards.test_extraction import CLAUSES, NO_CLAUSES
         from tests.rewards.test_math import DIFFERENT, EQUAL
     except ImportError:  # pytest is not installed
         return
     for name, table, want in (("own cases, equal", EQUAL, 1.0), ("own cases, different", DIFFERENT, 0.0)):
         scores = accuracy_reward([f"\\boxed{{{given}}}" for _, given, _ in table], [gold for gold, _, _ in table])
         report(name, [score == want for score in scores])
+    scores = accuracy_reward(list(CLAUSES), list(CLAUSES.values()))
+    report('own cases, a clause behind "Final answer:" paid', [score == 1 for score in scores])
+    scores = accuracy_reward(NO_CLAUSES, ["34"] * len(NO_CLAUSES))
+    report("own cases, a clause that commits to no value not paid", [score == 0 for score in scores])
     cases = rows(ROOT / "tests" / "rewards" / "math_acceptance.jsonl")
     scores = accuracy_reward([case["completion"] for case in cases], [case["gold"] for case in cases])
     report("own cases, whole completions", [s == case["expect"] for s, case in zip(scores, cases, strict=True)])

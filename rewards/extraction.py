@@ -8,7 +8,8 @@ Methods, tried in the order given; the first that finds a committed answer decid
 - `boxed`        the last `\boxed{…}` or `\fbox{…}`; boxes with nothing but commas, "and", "or" or blanks between them
                  are one list, so `\boxed{41}, \boxed{42}` is not the answer 42
 - `hash`         what follows the last `####` on its line (GSM8K)
-- `phrase`       the last "the answer is …", "answer: …", "final answer …", up to the end of the sentence
+- `phrase`       the last "the answer is …", "answer: …", "final answer …", up to the end of the sentence; a whole
+                 clause behind it (`Final answer: the largest $n$ is 34.`) commits to its value
 - `first_line`   opt-in: the first line that is not blank (few-shot completions of a base model)
 - `last_number`  opt-in and lenient: the last number of the text
 
@@ -56,11 +57,29 @@ _PHRASE = re.compile(
 _SENTENCE_END = re.compile(r"[.!?](?:[*_\"'’)]*)(?=\s|\Z)|\n|\Z")
 _REASON = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|thus|therefore|hence|rather than|instead of)\b"
-    r"(?!.*\b(?:or|maybe|perhaps|could|might)\b).*",
+    r"(?!\s+(?:is|was)\s+(?:wrong|incorrect|false)\b)(?!.*\b(?:or|maybe|perhaps|could|might)\b).*",
     re.IGNORECASE | re.DOTALL,
 )
 _LEAD_IN = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|clearly|exactly|equal to|given by)\b[ \t,:]*)+", re.IGNORECASE
+)
+_CLAUSE = re.compile(
+    r"(?:that\s)?(?P<subject>(?:the|it|this|its|their|his|her|our)\b.*|\$[^$=<>]*[a-zA-Z][^$=<>]*\$"
+    r"|\\\([^=<>]*[a-zA-Z][^=<>]*\\\))\s(?:is|are|equals?)\s(?P<value>.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+_INLINE_MATH = re.compile(r"\$[^$]*\$|\\\(.*?\\\)", re.DOTALL)
+_VERB = re.compile(r"\s(?:is|are|equals?)\s", re.IGNORECASE)
+_SEVERAL_CLAUSES = re.compile(r"[,;:=<>?!]")
+_UNCERTAIN = re.compile(
+    r"n['’]t\b|\b(?:not|no|nor|never|neither|either|or|if|unless|but|except|although|though|while|whereas|otherwise|else"
+    r"|instead|maybe|perhaps|possibly|probably|likely|unlikely|can|could|might|may|should|would|wrong|incorrect|false"
+    r"|mistaken|guess\w*|estimate\w*|approximat\w*|about|around|roughly|nearly|almost|unknown|previous|other|another"
+    r"|options?|choices?|cases?|possibilit\w+|candidates?|examples?)\b",
+    re.IGNORECASE,
+)
+_MEASURE = re.compile(
+    r"(?:[$€£¥]|\\\$)?[-−+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s(?!(?:more|less|fewer|greater|than|times)\b)[a-zA-Z]+){1,3}"
 )
 _OR_BEFORE = re.compile(r"(-?[\d.,/]*\d)[\s$]*(?:\\[()\[\]])?\s*\bor[\s$]*(?:\\[()\[\]])?\s*\Z", re.IGNORECASE)
 _OR_AFTER = re.compile(
@@ -73,7 +92,7 @@ _OR_JUST_BEFORE = re.compile(
 )
 _CONTRAST = re.compile(r",\s*(?:and\s+)?not\s+[$\\(]{0,3}-?\d[\d.,/]*[$\\)]{0,3}\Z", re.IGNORECASE)
 _WINDOW = 80  # how far around a box or phrase its neighbours are looked at, in characters: all scans stay linear
-_CONTINUES = re.compile(r"\s*(?:[,;/=<>]|or\b|and\b|to\b|\\(?:approx|pm|text))", re.IGNORECASE)
+_CONTINUES = re.compile(r"\s*(?:[,;/=<>]|(?:or|and|to|is|are|equals?)\b|\\(?:approx|pm|text))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|[-−+]?\.\d+")
 _NUMERIC = re.compile(
     r"(?:[$€£¥]|\\\$)?\s*[-−+]?(?:[$€£¥]|\\\$)?\s*(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s*(?:\\?%|[a-zA-Z°]*)\s*\.?"
@@ -253,9 +272,33 @@ def _sentence(text: str, start: int) -> Commitment:
                 end = end_match.start() if end_match else limit
                 content = text[start:end].strip()
             break
+    if (value := _clause_value(content)) is not None:  # before the reason goes: "the largest n for which … is 34"
+        return _unbox(value), end
     content = _CONTRAST.sub("", _REASON.sub("", content).strip())
     content = _LEAD_IN.sub("", content.strip("*_").strip())
-    return _unbox(content), end
+    value = _clause_value(content)
+    return _unbox(content if value is None else value), end
+
+
+def _clause_value(sentence: str) -> str | None:
+    """Return the value of `the largest $n$ is 34`: one quantity, one value, no doubt; None for any other sentence.
+
+    The last verb separates them. Another verb before it must belong to the quantity ("the probability that it is even
+    is 1/2"), so no number and no "and" may follow that one.
+    """
+    clause = _CLAUSE.fullmatch(sentence.strip("*_ "))
+    if clause is None or _UNCERTAIN.search(sentence):
+        return None
+    subject = clause["subject"]
+    earlier_verb = _VERB.search(subject)
+    if earlier_verb and re.search(r"\d|\band\b", subject[earlier_verb.end() :], re.IGNORECASE):
+        return None
+    if _SEVERAL_CLAUSES.search(_INLINE_MATH.sub(" ", subject)):
+        return None
+    value = _LEAD_IN.sub("", clause["value"].strip("*_ "))
+    if _INLINE_MATH.fullmatch(value):
+        return value.strip("$").removeprefix("\\(").removesuffix("\\)").strip()
+    return value if _is_value(value) or _MEASURE.fullmatch(value) else None
 
 
 def _unbox(content: str) -> str:

@@ -19,6 +19,9 @@ _NAME = re.compile(
     r"(?:m?\s*\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?\s*)?\\?[A-Za-z]+\s*\}?(?:_\s*(?:\{\w+\}|\w))?'*"
     r"(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?|[fghFGHPE]\s*\([^()=<>]{1,20}\)|\|\s*[A-Z]{1,3}\s*\|"
 )
+_NESTED = r"([^{}]*(?:\{[^{}]*\}[^{}]*)*)"
+_QUOTIENT = re.compile(rf"\\frac\s*\{{{_NESTED}\}}\s*\{{{_NESTED}\}}|([^/]+)/([^/]+)")
+_CONSTANTS = frozenset(["e", "i", "\\pi", "\\infty"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,20 @@ def is_name(side: Answer) -> bool:
     return _NAME.fullmatch(side.source) is not None
 
 
+def ratio_names(side: Answer) -> tuple[str, ...]:
+    r"""Return the quantities whose ratio one side of an equation is: V_1, V_2 of `V_1:V_2`, NO, BO of `\frac{NO}{BO}`.
+
+    Nothing for any other side, and for a constant among the names: `\frac{\pi}{e}` is a number.
+    """
+    if isinstance(side, Ratio):
+        names = tuple(part.source.strip() for part in side.parts) if all(is_name(part) for part in side.parts) else ()
+    else:
+        quotient = _QUOTIENT.fullmatch(side.source) if isinstance(side, Value) else None
+        names = tuple(part.strip() for part in quotient.groups() if part is not None) if quotient else ()
+        names = names if all(_NAME.fullmatch(name) for name in names) else ()
+    return names if _CONSTANTS.isdisjoint(names) and len(set(names)) == len(names) else ()
+
+
 def in_radians(value: Value) -> Value:
     """Return an angle in degrees as the number it is."""
     if value.unit != "degree":
@@ -143,6 +160,25 @@ def assigned_values(items: Sequence[Answer]) -> tuple[Answer, ...]:
         return ()
     names = [item.sides[0].source for item in items if isinstance(item, Relation)]
     return tuple(item.sides[1] for item in items if isinstance(item, Relation)) if names == sorted(set(names)) else ()
+
+
+def grouped_assignments(items: list[Answer]) -> list[list[Answer]]:
+    """Return the solutions of `p = 5, q = 2; p = 7, q = 2`, each a list of its assignments; none for any other list.
+
+    Every solution names the same variables, two at least, in the same order.
+    """
+    names = [_assigned_name(item) for item in items]
+    width = len(set(names))
+    if None in names or not 2 <= width < len(names) or len(names) % width:
+        return []
+    if names != names[:width] * (len(names) // width):
+        return []
+    return [items[start : start + width] for start in range(0, len(items), width)]
+
+
+def _assigned_name(item: Answer) -> str | None:
+    solved = isinstance(item, Relation) and item.signs == ("=",) and is_name(item.sides[0])
+    return item.sides[0].source if isinstance(item, Relation) and solved else None
 
 
 def as_matrix(several: Several) -> Answer:

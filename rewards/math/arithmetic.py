@@ -125,8 +125,13 @@ def is_number(node: Node) -> bool:
     return bool(node[0] == "num")
 
 
-def is_calculation(node: Node) -> bool:
-    """Return whether a tree still adds, multiplies or divides plain numbers; `a × 10ⁿ` is a way to write one."""
+def is_calculation(node: Node, *, under_roots: bool = True) -> bool:
+    """Return whether a tree still adds, multiplies or divides plain numbers; `a × 10ⁿ` is a way to write one.
+
+    Args:
+        under_roots: whether a calculation counts that stands under a root or logarithm. Without it √(3² + 4²) is a
+            number in closed form; √((40 + 2)²) still is a calculation.
+    """
     kind = node[0]
     if kind in ("num", "sym", "const"):
         return False
@@ -141,7 +146,9 @@ def is_calculation(node: Node) -> bool:
         if not power_below:  # 1/10^3 is a way to write a number too
             return True
     children = node[1] if kind in ("add", "mul") else node[2] if kind == "call" else node[1:]
-    return any(is_calculation(child) for child in children)
+    if kind in ("root", "log") and not under_roots and _is_numeric(node[2]) and node[2][0] != "pow":
+        children = [node[1]]
+    return any(is_calculation(child, under_roots=under_roots) for child in children)
 
 
 def _is_numeric(node: Node) -> bool:

@@ -35,6 +35,7 @@ from .answer import (
     is_name,
     letters,
     may_be_time,
+    ratio_names,
     vector_entries,
 )
 from .arithmetic import divides_by_zero, has_symbols, is_calculation
@@ -128,7 +129,9 @@ class _Walk:
 
     def expressions(self, gold: Value, given: Value) -> bool | None:
         worked_out = gold.value is not None and not is_calculation(gold.node)
-        if worked_out and (is_calculation(given.node) or has_symbols(given.node)):
+        # Where all of an answer is rational, its roots come out: √(3² + 4²) is 5, written in closed form.
+        unfinished = is_calculation(given.node, under_roots=given.value is None)
+        if worked_out and (unfinished or has_symbols(given.node)):
             return False
         if gold.value is not None and given.value is not None:
             if gold.value == given.value:
@@ -234,20 +237,20 @@ class _Walk:
         assert isinstance(gold, Relation)
         if set(gold.signs) <= {"=", "\\approx"} and _is_constant_chain(gold):  # gold "0.56 = 56%": either will do
             return _any_of(self.answers(side, given) for side in gold.sides)
-        if gold.signs[0] == "=" and is_name(gold.sides[0]):
+        if gold.signs[0] == "=" and (is_name(gold.sides[0]) or _states_ratio(gold)):
             return _any_of(self.answers(side, given) for side in gold.sides[1:])
         return False
 
     def single_value(self, gold: Answer, given: Relation) -> bool | None:
-        """Compare what `x = 5`, `f(x) = 2x`, `5 = x` or the true chain `2 + 3 = 5` comes to: one value."""
+        """Compare what `x = 5`, `f(x) = 2x`, `5 = x`, `a:b = 2:3` or the true chain `2 + 3 = 5` comes to: one value."""
         if given.signs == ("\\approx",) and is_name(given.sides[0]):
             return self.answers(gold, given.sides[1])
         if set(given.signs) != {"="}:
             return False
         sides = given.sides
-        if is_name(sides[0]):
+        if is_name(sides[0]) or _states_ratio(given):
             sides = sides[1:]
-        elif len(sides) == 2 and is_name(sides[1]):
+        elif len(sides) == 2 and (is_name(sides[1]) or _states_ratio(Relation("", sides[::-1], given.signs))):
             sides = sides[:1]
         if not all(isinstance(side, Value) for side in sides[:-1]):
             return False
@@ -263,6 +266,9 @@ class _Walk:
         return self.leaf(left, right)
 
     def two_relations(self, gold: Relation, given: Relation) -> bool | None:
+        if _states_ratio(gold) and _states_ratio(given) and Ratio in (type(gold.sides[0]), type(given.sides[0])):
+            same_names = ratio_names(gold.sides[0]) == ratio_names(given.sides[0])
+            return self.answers(gold.sides[1], given.sides[1]) if same_names else False
         gold_solved = gold.signs == ("=",) and is_name(gold.sides[0])
         given_solved = given.signs == ("=",) and is_name(given.sides[0])
         if gold_solved and given_solved and same_spelling(gold.sides[0].source, given.sides[0].source):
@@ -287,6 +293,12 @@ def _is_inequality(answer: Answer) -> TypeGuard[Relation]:
 def _is_clock(ratio: Ratio) -> bool:
     """Return whether a ratio can only be a time: minutes with a leading zero."""
     return len(ratio.parts) > 1 and re.fullmatch(r"0\d\b.*", ratio.parts[1].source) is not None
+
+
+def _states_ratio(relation: Relation) -> bool:
+    r"""Return whether an equation gives the ratio of two named quantities as a number: `V_1:V_2 = 11:21`."""
+    only_equal = set(relation.signs) == {"="}
+    return only_equal and bool(ratio_names(relation.sides[0])) and all(_constant(side) for side in relation.sides[1:])
 
 
 def _is_constant_chain(relation: Relation) -> bool:
@@ -359,6 +371,8 @@ def _bounded_variable(answer: Answer) -> str | None:
 
 
 def _constant(answer: Answer) -> bool:
+    if isinstance(answer, Ratio):
+        return all(_constant(part) for part in answer.parts)
     return isinstance(answer, Value) and not has_symbols(answer.node)
 
 

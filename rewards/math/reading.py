@@ -22,6 +22,7 @@ from .answer import (
     Several,
     Text,
     Value,
+    grouped_assignments,
     scaled,
     share_variable,
 )
@@ -160,7 +161,7 @@ def _read_several(text: str, depth: int) -> Answer | None:
     if re.search(r",\s", text):
         text = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
     parts = (
-        _split_outside(text, r"\s*;\s*")
+        _split_outside(text, r"\s*;\s*(?:(?:and|or)(?![a-zA-Z])\s*)?")
         if ";" in text
         else _split_outside(text, r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*")
     )
@@ -173,6 +174,9 @@ def _read_several(text: str, depth: int) -> Answer | None:
             for item in items
             for inner in (item.items if isinstance(item, Several) and item.kind == "," else (item,))
         ]
+        if solutions := grouped_assignments(flat):
+            groups = (Several(", ".join(item.source for item in group), ",", tuple(group)) for group in solutions)
+            return Several(text, ",", tuple(groups))
         return Several(text, ",", tuple(share_variable(flat)))
     signs = re.findall(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", text)
     if not signs or len(signs) > 3 or text.startswith(("(", "[", "\\lbrace")):

@@ -146,6 +146,66 @@ def test_a_hedge_is_no_answer() -> None:
         assert [text for text, score in zip(HEDGES, scores, strict=True) if score != 0.0] == []
 
 
+CLAUSES = {
+    "Final Answer: The largest $n$ is 34.": "34",
+    "**Final Answer:** The largest $n$ is **34**.": "34",
+    "Final Answer: The largest $n$ is $34$.": "34",
+    "Final Answer: The largest $n$ is exactly 34, since $35$ fails.": "34",
+    "Final answer: The area is 34 square units.": "34 square units",
+    "The final answer is that the probability that Alice wins is 2/3.": "2/3",
+    "Answer: the probability that Alice wins is 2/3.": "2/3",
+    "Answer: the probability that the sum is even is $\\frac{2}{3}$.": "\\frac{2}{3}",
+    "Answer: The largest number for which the sum is positive is 34.": "34",
+    "Answer: The number of 5-digit numbers is 34.": "34",
+    "Final answer: $n$ is 34.": "34",
+    "Final answer: \\(f(3)\\) is 34.": "34",
+    "Final answer: It equals 34.": "34",
+    "Final Answer: The largest $n$ is 34, not 35.": "34",
+    "\\boxed{41}. Final Answer: The largest $n$ is 34.": "34",
+}
+
+
+def test_a_clause_behind_the_marker_commits_to_its_value() -> None:
+    assert {text: extract_answer(text) for text in CLAUSES} == CLAUSES
+
+
+NO_CLAUSES = [
+    "The largest $n$ is 34.",
+    "Therefore, the largest $n$ is 34.",
+    "Final Answer: The largest $n$ is 41.",
+    "Final Answer: The largest $n$ is 34 or 41.",
+    "Final Answer: The largest $n$ is 34. Or 41.",
+    "Final Answer: The largest $n$ is not 34.",
+    "Final Answer: The largest $n$ isn't 41, it is 34.",
+    "Final Answer: The largest $n$ is at most 34.",
+    "Final Answer: The largest $n$ is about 34.",
+    "Final Answer: The largest $n$ is less than 34.",
+    "Final Answer: The largest $n$ is 34 more than the smallest.",
+    "Final Answer: The largest $n$ is 34 times as large.",
+    "Final Answer: The largest $n$ might be 34.",
+    "Final Answer: The largest $n$ is between 33 and 34.",
+    "Final Answer: The smallest $n$ is 2 and the largest is 34.",
+    "Final Answer: The smallest $n$ is 2, the largest is 34.",
+    "Final Answer: The smallest $n$ is $2$ while the largest is 34.",
+    "Final Answer: The largest $n$ is 41 if $k$ is 34.",
+    "Final Answer: The largest $n$ is 41 when $k$ is 34.",
+    "Final Answer: The largest $n = 41$, so $k$ is 34.",
+    "Final Answer: The wrong value is 34.",
+    "Final Answer: The other candidate is 34.",
+    "Final Answer: My guess is 34.",
+    "Final Answer: The largest $n$ is 34, which is wrong.",
+    "Final Answer: $41$ is 34.",
+    "Final Answer: $n = 41$ is 34.",
+    "Final Answer: The largest $n$ is",
+    "\\boxed{34}. Final Answer: The largest $n$ is 41.",
+]
+
+
+def test_a_clause_that_hedges_denies_or_compares_commits_to_no_value() -> None:
+    scores = accuracy_reward(NO_CLAUSES, ["34"] * len(NO_CLAUSES))
+    assert [text for text, score in zip(NO_CLAUSES, scores, strict=True) if score != 0.0] == []
+
+
 def test_working_in_front_of_a_box_inside_the_answer_tag_is_read_as_a_chain() -> None:
     assert extract_answer("<answer>6 * 7 = \\boxed{42}</answer>") == "6 * 7 = 42"
     assert extract_answer("<answer>We get $\\boxed{42}$ apples.</answer>") == "42"
