@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_lite.engine import attention
-from grpo_lite.engine.attention import PackedLayout, packed_attention
+from grpo_lite.engine.attention import PackedLayout, Rule, packed_attention
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SHAPES = {  # groups, prompt, completions of a group
@@ -48,7 +48,8 @@ def kernels(segments: list[tuple[int, list[int]]], dtype: torch.dtype, device: s
         return scaled_dot_product_attention(q, k, v, attn_mask=additive, enable_gqa=True).transpose(1, 2)
 
     found: dict[str, Callable[..., Tensor]] = {
-        name: lambda q, k, v, layout=layout: packed_attention(q, k, v, layout, None) for name, layout in layouts.items()
+        name: lambda q, k, v, layout=layout: packed_attention(q, k, v, layout, Rule())
+        for name, layout in layouts.items()
     }
     found["whole row"] = whole_row
     if device == "cuda":

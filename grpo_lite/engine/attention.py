@@ -1,11 +1,16 @@
-"""Attention for packed rows: a completion sees its prompt and itself, nothing else.
+"""Attention for packed rows: a completion sees its prompt and itself, nothing else, each as far as its window.
 
 It enters a Hugging Face model through transformers' attention interface, as the implementation `grpo_lite`: calls
 that carry a `packed_layout` are computed here, all others go to SDPA unchanged, so `generate` and plain TRL compute
-are untouched. The layout travels as a keyword argument because gradient checkpointing replays the layers' arguments.
+are untouched. Models that SDPA does not serve (capped scores, sinks) get `grpo_lite_eager`, whose other calls go to the
+model's own function. The layout travels as a keyword argument because gradient checkpointing replays the layers'
+arguments; what a layer does to its scores arrives the same way, from the layer itself (`Rule`).
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,23 +18,45 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from grpo_lite.engine import varlen
 
 IMPLEMENTATION = "grpo_lite"
+EAGER_IMPLEMENTATION = "grpo_lite_eager"
 
 # Up to this many tokens per group (prompt and all its completions) one masked call over whole groups is cheaper than
 # a call per completion; see docs/measurements/compare_trl.md.
 DENSE_TOKENS = 192
 # Below this mean length a completion's attention is computed in fp32 on CPU.
 SHORT_COMPLETION = 128
+# What layers with a window see in a self-check, whose sequences of about ten tokens would fit into any real one.
+CHECK_WINDOW = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a layer does to its scores, besides hiding later tokens."""
+
+    scaling: float | None = None  # of the scores; None for `D ** -0.5`
+    window: int | None = None  # a query at position p sees keys at positions > p - window; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: Tensor | None = None  # (heads,) scores that take a share of the weight and add nothing
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA computes it, given a mask."""
+        return self.softcap is None and self.sinks is None
+
+    def within(self, longest: int) -> "Rule":
+        """Return the rule for sequences up to `longest` tokens: without a window that hides none of them."""
+        return self if self.window is None or self.window < longest else replace(self, window=None)
 
 
 class Layout(Protocol):
     """What a packed call carries: it knows which keys each query may see."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Return the attention `(B, L, heads, D)` of queries `(B, heads, L, D)`."""
 
 
@@ -41,28 +68,33 @@ class PackedLayout:
         self.device = device
         self.calls = 0  # attention calls served; the trainer's self-check compares it with the number of layers
         group_lengths = [prompt + sum(completions) for prompt, completions in segments]
+        self.longest = max(prompt + max(completions, default=0) for prompt, completions in segments)
         self.dense = max(group_lengths) <= DENSE_TOKENS
         completion_lengths = [length for _, completions in segments for length in completions]
         self.short = self.dense or sum(completion_lengths) < SHORT_COMPLETION * len(completion_lengths)
         self.lengths = [length for prompt, completions in segments for length in (prompt, *completions)]
-        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype, int | None], Tensor] = {}
+        self._group_masks: dict[int | None, Tensor] = {}
         self._index: varlen.VarlenIndex | None = None
         if self.dense:
             self._index_dense(group_lengths)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Compute `packed_attention` for one layer."""
         del layer
-        return packed_attention(query, key, value, self, scaling)
+        return packed_attention(query, key, value, self, rule)
 
     def _index_dense(self, group_lengths: list[int]) -> None:
         width = max(group_lengths)
         owners: list[list[int]] = []  # completion a token belongs to; 0 is the prompt, -1 is padding
+        positions: list[list[int]] = []
         gather: list[list[int]] = []
         offset = 0
         for (prompt, completions), length in zip(self.segments, group_lengths, strict=True):
             parts = [index for index, size in enumerate([prompt, *completions]) for _ in range(size)]
             owners.append(parts + [-1] * (width - length))
+            own = [*range(prompt), *(prompt + t for size in completions for t in range(size))]
+            positions.append(own + [0] * (width - length))
             gather.append([*range(offset, offset + length)] + [0] * (width - length))
             offset += length
         scatter = [i for i, part in enumerate(part for row in owners for part in row) if part >= 0]
@@ -71,7 +103,8 @@ class PackedLayout:
         same = (owner.unsqueeze(1) == owner.unsqueeze(2)) | (owner == 0).unsqueeze(1)
         # Padded queries see themselves, so that no row of the softmax is empty.
         mask = same & (order.unsqueeze(0) <= order.unsqueeze(1))
-        self.mask = mask.unsqueeze(1)  # (groups, 1, L, L)
+        self._group_masks[None] = mask.unsqueeze(1)  # (groups, 1, L, L)
+        self._positions = torch.tensor(positions).to(self.device)
         self.gather = torch.tensor(gather).to(self.device)
         self.scatter = torch.tensor(scatter).to(self.device)
 
@@ -82,29 +115,49 @@ class PackedLayout:
             self._index = varlen.VarlenIndex(self.segments, self.device)
         return self._index
 
-    def causal_mask(self, queries: int, prompt: int, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask `(queries, prompt + queries)` of a completion behind its prompt."""
+    def group_mask(self, window: int | None) -> Tensor:
+        """Return which keys each token of a group sees, `(groups, 1, L, L)`; of a dense layout."""
+        if window not in self._group_masks:
+            assert window is not None
+            near = self._positions.unsqueeze(1) > self._positions.unsqueeze(2) - window
+            self._group_masks[window] = self._group_masks[None] & near.unsqueeze(1)
+        return self._group_masks[window]
+
+    def causal_mask(self, queries: int, before: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """Return the additive mask `(queries, before + queries)` of a prompt, or of a completion behind its prompt.
+
+        Args:
+            queries: tokens that attend.
+            before: tokens of the prompt that they attend to besides themselves.
+            dtype: of the mask.
+            window: how many tokens each sees, its own among them; None for all.
+        """
         if self.device.type != "cpu":  # CUDA kernels want masks aligned; a view into a larger one is not
-            key = (queries, prompt, dtype)
+            key = (queries, before, dtype, window)
             if key not in self._masks:
-                self._masks[key] = suffix_mask(queries, prompt, dtype, self.device)
+                self._masks[key] = suffix_mask(queries, before, dtype, self.device, window)
             return self._masks[key]
-        widest = max(prompt for prompt, _ in self.segments)
-        longest = max(length for _, completions in self.segments for length in completions)
-        key = (longest, widest, dtype)
+        widest = before and max(prompt for prompt, _ in self.segments)
+        widest = widest if window is None else min(widest, window - 1)
+        longest = max(length for _, completions in self.segments for length in completions) if before else self.longest
+        key = (longest, widest, dtype, window)
         if key not in self._masks:
-            self._masks[key] = suffix_mask(longest, widest, dtype, self.device)
-        shift = widest - prompt
-        return self._masks[key][:queries, shift : shift + prompt + queries]
+            self._masks[key] = suffix_mask(longest, widest, dtype, self.device, window)
+        shift = widest - before
+        return self._masks[key][:queries, shift : shift + before + queries]
 
 
-def suffix_mask(queries: int, prompt: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the mask `(queries, prompt + queries)` that lets the last `queries` tokens see all before them."""
-    mask = torch.full((queries, prompt + queries), float("-inf"), device=device, dtype=dtype)
-    return mask.triu_(prompt + 1)
+def suffix_mask(
+    queries: int, before: int, dtype: torch.dtype, device: torch.device, window: int | None = None
+) -> Tensor:
+    """Return the mask `(queries, before + queries)` that lets the last `queries` tokens see those before them."""
+    mask = torch.full((queries, before + queries), float("-inf"), device=device, dtype=dtype)
+    if window is None:
+        return mask.triu_(before + 1)
+    return mask.triu(before + 1) + mask.tril_(before - window)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: Rule) -> Tensor:
     """Attend within each completion and its prompt.
 
     Args:
@@ -112,26 +165,81 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         key: `(1, key/value heads, T, D)`.
         value: `(1, key/value heads, T, D)`.
         layout: How T is cut into groups.
-        scaling: Of the scores; None for `D ** -0.5`.
+        rule: What the layer does to its scores.
 
     Returns:
         `(1, T, heads, D)`, the order transformers expects.
     """
     layout.calls += 1
+    rule = rule.within(layout.longest)
     dtype = query.dtype
     if query.device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and layout.short)):
         # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in bf16 as in fp32 on short blocks, and in fp16
         # on all.
         query, key, value = query.float(), key.float(), value.float()
     if layout.dense:
-        return _dense(query, key, value, layout, scaling).to(dtype)
-    kernel = varlen.choose_kernel(query, key, scaling)
+        return _dense(query, key, value, layout, rule).to(dtype)
+    kernel = varlen.choose_kernel(query, key, rule.scaling, rule.window is not None) if rule.is_plain else None
     if kernel is not None:
-        return varlen.attend(query, key, value, layout.index, scaling, kernel)
-    return _segmented(query, key, value, layout, scaling).to(dtype)
+        return varlen.attend(query, key, value, layout.index, rule.scaling, kernel, rule.window)
+    return _segmented(query, key, value, layout, rule).to(dtype)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule, sinks: Tensor | None = None
+) -> Tensor:
+    """Attend to the keys that a mask leaves; the rule's window is the mask's matter.
+
+    Args:
+        query: `(B, heads, L, D)`.
+        key: `(B, heads, S, D)`.
+        value: `(B, heads, S, D)`.
+        mask: truth values, or added to the scores: broadcast to `(B, heads, L, S)`; None: causal.
+        rule: what the layer does to its scores.
+        sinks: the rule's, in a shape that broadcasts to `(heads, L)`; None: one a head.
+    """
+    if rule.is_plain:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=rule.scaling
+        )
+    if mask is None:
+        mask = suffix_mask(query.size(2), key.size(2) - query.size(2), query.dtype, query.device)
+    out, weight = explicit_attention(query, key, value, mask, rule)
+    if sinks is None and rule.sinks is not None:
+        sinks = rule.sinks.unsqueeze(-1)
+    return beside_sinks(out, weight, sinks)
+
+
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Attend score by score, without sinks; return the attention and the log-sum-exp `(B, heads, L)` of the scores."""
+    scale = query.size(-1) ** -0.5 if rule.scaling is None else rule.scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):  # which would multiply in 16 bit all the same
+        scores = (query.to(wide) * scale) @ key.to(wide).transpose(-1, -2)
+        if rule.softcap is not None:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        weight = scores.logsumexp(-1)
+        return torch.exp(scores - weight.unsqueeze(-1)).to(value.dtype) @ value, weight
+
+
+def beside_sinks(out: Tensor, weight: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the attention of keys that share the softmax with sinks.
+
+    Args:
+        out: `(…, D)`, the attention without them.
+        weight: `(…)`, the log-sum-exp of its scores.
+        sinks: scores, broadcast to `weight`; None: there are none.
+    """
+    if sinks is None:
+        return out
+    return out * torch.sigmoid(weight - sinks.to(weight.dtype)).unsqueeze(-1).to(out.dtype)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: Rule) -> Tensor:
     """One call over groups padded to the longest, with a boolean mask."""
 
     def rows(states: Tensor, repeat: int = 1) -> Tensor:
@@ -140,13 +248,11 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scal
         return padded.transpose(1, 2).repeat_interleave(repeat, dim=1)  # (groups, heads, L, D)
 
     repeat = query.size(1) // key.size(1)
-    out = scaled_dot_product_attention(
-        rows(query), rows(key, repeat), rows(value, repeat), attn_mask=layout.mask, scale=scaling
-    )
+    out = attend(rows(query), rows(key, repeat), rows(value, repeat), layout.group_mask(rule.window), rule)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.scatter).unsqueeze(0)
 
 
-def _segmented(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:
+def _segmented(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: Rule) -> Tensor:
     """One call per prompt and per completion against its prompt's keys: no mask over the whole row, no padding."""
     repeat = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -155,13 +261,17 @@ def _segmented(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, 
     outs: list[Tensor] = []
     for prompt, completions in layout.segments:
         first = len(outs)
-        outs.append(
-            scaled_dot_product_attention(queries[first], keys[first], values[first], is_causal=True, scale=scaling)
-        )
+        window = rule.within(prompt).window
+        mask = None if window is None else layout.causal_mask(prompt, 0, query.dtype, window)
+        outs.append(attend(queries[first], keys[first], values[first], mask, rule))
         for index in range(first + 1, first + 1 + len(completions)):
-            mask = layout.causal_mask(queries[index].size(2), prompt, query.dtype)
-            seen = torch.cat([keys[first], keys[index]], dim=2), torch.cat([values[first], values[index]], dim=2)
-            outs.append(scaled_dot_product_attention(queries[index], *seen, attn_mask=mask, scale=scaling))
+            length = queries[index].size(2)
+            window = rule.within(prompt + length).window
+            seen = prompt if window is None else min(prompt, window - 1)  # by the first token, the others see less
+            mask = layout.causal_mask(length, seen, query.dtype, window)
+            last = (keys[first][:, :, prompt - seen :], values[first][:, :, prompt - seen :])
+            both = torch.cat([last[0], keys[index]], dim=2), torch.cat([last[1], values[index]], dim=2)
+            outs.append(attend(queries[index], *both, mask, rule))
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
@@ -173,26 +283,78 @@ def attention_forward(
     attention_mask: Tensor | None,
     *,
     packed_layout: Layout | None = None,
-    scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Serve transformers' attention interface: packed calls here, all others by SDPA."""
     if packed_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown or kwargs.get("dropout"):
-        raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _attend_packed(module, query, key, value, packed_layout, **kwargs), None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Serve models without SDPA: packed calls here, all others by the function beside the layer's class."""
+    if packed_layout is None:
+        plain = sys.modules[type(module).__module__].eager_attention_forward
+        out: tuple[Tensor, Tensor | None] = plain(module, query, key, value, attention_mask, **kwargs)
+        return out
+    return _attend_packed(module, query, key, value, packed_layout, **kwargs), None
+
+
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    if dropout or position_bias is not None:
+        raise NotImplementedError(f"packed attention knows no {'dropout' if dropout else 'position bias'}")
     layer = cast(int, module.layer_idx)
-    return packed_layout.attend(layer, query, key, value, scaling).contiguous(), None
+    return layout.attend(layer, query, key, value, Rule(scaling, sliding_window, softcap, s_aux)).contiguous()
+
+
+def _sdpa_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """Make SDPA's mask as transformers does.
+
+    Gemma 4's layers with shared keys skip the queries of the prompt in `generate`, under `sdpa` only where there is a
+    mask (transformers 5.23); under another name it would not look.
+    """
+    if getattr(config, "num_kv_shared_layers", 0):
+        kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(*args, config=config, **kwargs)
+    return mask
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _sdpa_mask)
+AttentionInterface.register(EAGER_IMPLEMENTATION, eager_attention_forward)
+AttentionMaskInterface.register(EAGER_IMPLEMENTATION, eager_mask)
 
 
 def install(model: PreTrainedModel) -> None:
     """Let `model`'s attention accept a `packed_layout`; see `obstacle` for which models may."""
-    model.config._attn_implementation = IMPLEMENTATION
+    model.config._attn_implementation = EAGER_IMPLEMENTATION if _is_eager_only(model) else IMPLEMENTATION
+
+
+def is_installed(model: PreTrainedModel) -> bool:
+    """Return whether `install` has prepared this model."""
+    return model.config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -203,13 +365,11 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """
     config = model.config
     implementation = config._attn_implementation
+    served = ("eager", EAGER_IMPLEMENTATION) if _is_eager_only(model) else ("sdpa", IMPLEMENTATION)
     checks: list[tuple[bool, str]] = [
         (config.get_text_config() is not config, "it is a multimodal model"),
         (not _has_plain_head(model), "its output layer is not a plain linear layer"),
-        (
-            implementation not in ("sdpa", IMPLEMENTATION),
-            f"its attention implementation is {implementation!r}, not 'sdpa'",
-        ),
+        (implementation not in served, f"its attention implementation is {implementation!r}, not {served[0]!r}"),
         (
             not getattr(type(model), "_supports_attention_backend", False),
             "it does not use transformers' attention interface",
@@ -217,37 +377,60 @@ def obstacle(model: PreTrainedModel) -> str | None:
         (getattr(config, "is_encoder_decoder", False), "it is an encoder-decoder"),
         (not getattr(config, "rope_parameters", None), "its positions are not rotary"),
         (bool(getattr(config, "attention_dropout", 0.0)), "it has attention dropout"),
-        (_rope_depends_on_length(config), "its rotary scaling depends on the sequence length"),
+        (len({window for _, window in _windows(model)}) > 1, "its layers have attention windows of different lengths"),
     ]
-    for name in (
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-        "lm_head_multiplier",
-        "output_multiplier",
-    ):
-        given = getattr(config, name, None)
-        checks.append((given is not None and given != 1.0, f"its configuration sets {name}={given}"))
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     checks.append((bool(kinds), f"it has {', '.join(sorted(kinds))} layers"))
     return next((reason for failed, reason in checks if failed), None)
 
 
-def sliding_window(model: PreTrainedModel) -> int | None:
-    """Return the shortest attention window in use, or None: packed rows are right only for sequences inside it."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return window if getattr(config, "use_sliding_window", True) else None
+def rope_border(model: PreTrainedModel, shortest: int, longest: int) -> int | None:
+    """Return the length at which the rotary frequencies change between these lengths, or None.
+
+    transformers chooses them by the longest position in a call: longrope has one set up to the original length and
+    one beyond, dynamic scaling another one for every length beyond. Calls of packed rows, of padded ones and of a
+    decoding step have different longest positions, and agree only where all of them choose the same.
+
+    Args:
+        model: the causal language model.
+        shortest: tokens of the shortest row.
+        longest: tokens of the longest one, padding included.
+    """
+    config = model.config.get_text_config()
+    parameters = config.rope_parameters or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        rope_type = kind.get("rope_type") or ""
+        original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope_type == "longrope" and shortest <= original < longest:
+            return int(original)
+        if "dynamic" in rope_type and longest >= config.max_position_embeddings:
+            return int(config.max_position_embeddings)
+    return None
 
 
-def _rope_depends_on_length(config: Any) -> bool:
-    parameters = config.rope_parameters if getattr(config, "rope_parameters", None) else {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+@contextmanager
+def narrowed(model: PreTrainedModel) -> Iterator[None]:
+    """Let layers with a window see no more than `CHECK_WINDOW` tokens inside the context, however they compute."""
+    before = _windows(model)
+    for place, own in before:
+        place.sliding_window = min(own, CHECK_WINDOW)
+    try:
+        yield
+    finally:
+        for place, own in before:
+            place.sliding_window = own
+
+
+def _windows(model: PreTrainedModel) -> list[tuple[Any, int]]:
+    """Return every place that holds an attention window, with its length: the configuration and the layers."""
+    places = [model.config.get_text_config(), *model.modules()]
+    windows = [(place, getattr(place, "sliding_window", None)) for place in places]
+    return [(place, window) for place, window in windows if isinstance(window, int)]
+
+
+def _is_eager_only(model: PreTrainedModel) -> bool:
+    beside = sys.modules[type(model).__module__]
+    return not getattr(type(model), "_supports_sdpa", False) and hasattr(beside, "eager_attention_forward")
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:

@@ -3,7 +3,9 @@
 `attention.py` hands every attention call of the model to `attend`. The first pass (all prompts in one flat row) fills
 the prompts' part; each later pass brings one token per row, which attends to its group's prompt and to its own
 completion, two attentions joined by their log-sum-exps. No mask is needed for the completions: all rows of a cache
-have generated the same number of tokens.
+have generated the same number of tokens. Prompts end together, so a window, too, begins at the same place in all of
+them; a layer with a window holds of a prompt only what its first completion token sees, and nothing once the
+completions have left it behind.
 """
 
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_lite.engine.attention import PackedLayout, packed_attention
+from grpo_lite.engine.attention import PackedLayout, Rule, beside_sinks, explicit_attention, packed_attention
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -21,19 +23,20 @@ class GroupCache:
 
     def __init__(self, prompt_lengths: Sequence[int], groups: Tensor) -> None:
         """Prepare for prompts of these lengths and for rows belonging to `groups` `(rows,)`, sorted."""
-        self.prompts: dict[int, KeysValues] = {}  # per layer: (groups, key/value heads, P, D)
+        self.prompts: dict[int, KeysValues] = {}  # per layer: (groups, key/value heads, P, D), the prompts' last P
         self.completions: dict[int, KeysValues] = {}  # per layer: (rows, key/value heads, capacity, D)
         self.generated = -1  # tokens per row already in `completions`; -1 before the prompts are in
         self.lengths = torch.tensor(list(prompt_lengths), device=groups.device)
         self._prefill = PackedLayout([(length, ()) for length in prompt_lengths], groups.device)
         self._assign(groups)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
         if self.generated < 0:
-            self.prompts[layer] = self._pad(key), self._pad(value)
-            return packed_attention(query, key, value, self._prefill, scaling)
-        return self._step(layer, query, key, value, scaling)
+            last = None if rule.window is None else max(1, rule.window - 1)
+            self.prompts[layer] = self._pad(key, last), self._pad(value, last)
+            return packed_attention(query, key, value, self._prefill, rule)
+        return self._step(layer, query, key, value, rule)
 
     def advance(self) -> None:
         """Note that a pass over all layers is complete."""
@@ -57,7 +60,7 @@ class GroupCache:
             self.lengths = self.lengths[used]
             width = int(self.lengths.max())
             for layer, (keys, values) in self.prompts.items():
-                self.prompts[layer] = keys[used, :, :width].contiguous(), values[used, :, :width].contiguous()
+                self.prompts[layer] = keys[used, :, -width:].contiguous(), values[used, :, -width:].contiguous()
         self._assign(groups)
 
     def _assign(self, groups: Tensor) -> None:
@@ -67,15 +70,23 @@ class GroupCache:
         self.slots = torch.arange(len(groups), device=groups.device) - (sizes.cumsum(0) - sizes)[groups]
         self.slots_per_group = int(sizes.max())
         width = int(self.lengths.max())
-        self._mask: Tensor | None = None
-        if int(self.lengths.min()) < width:
-            seen = torch.arange(width, device=groups.device) < self.lengths.unsqueeze(1)
-            self._mask = torch.zeros(seen.shape, device=groups.device).masked_fill_(~seen, float("-inf"))
+        self._shortest = int(self.lengths.min())
+        self._mask: Tensor | None = None  # added to the scores of the prompts' last `width` tokens
+        if self._shortest < width:
+            hidden = torch.arange(width, device=groups.device) < width - self.lengths.unsqueeze(1)
+            self._mask = torch.zeros(hidden.shape, device=groups.device).masked_fill_(hidden, float("-inf"))
 
-    def _pad(self, states: Tensor) -> Tensor:
-        """Turn flat prompt states `(1, heads, T, D)` into `(groups, heads, P, D)`, padded on the right."""
+    def _pad(self, states: Tensor, last: int | None) -> Tensor:
+        """Turn flat prompt states `(1, heads, T, D)` into `(groups, heads, P, D)`, padded on the left.
+
+        Args:
+            states: of all prompts.
+            last: how many tokens of each prompt are seen again; None for all.
+        """
         pieces = states[0].transpose(0, 1).split(self.lengths.tolist())  # each (P_g, heads, D)
-        return torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True).transpose(1, 2).contiguous()
+        kept = [piece if last is None else piece[-last:] for piece in pieces]
+        padded = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_side="left")
+        return padded.transpose(1, 2).contiguous()
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:
         rows, heads, _, size = key.shape
@@ -88,26 +99,45 @@ class GroupCache:
         count = self.generated + 1
         return keys[:, :, :count], values[:, :, :count]
 
-    def _step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        own_keys, own_values = self._append(layer, key, value)
+    def _step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        keys, values = self._append(layer, key, value)
         rows, heads, _, size = query.shape
         kv_heads = key.size(1)
-        grouped = query.view(rows, kv_heads, heads // kv_heads, size)  # queries that share keys stand together
-        own, own_weight = attend_with_weight(grouped, own_keys, own_values, None, scaling)
-        slots = query.new_zeros(len(self.lengths), self.slots_per_group, *grouped.shape[1:])
-        slots[self.groups, self.slots] = grouped
-        slots = slots.transpose(1, 2).flatten(2, 3)  # (groups, key/value heads, slots * repeats, D)
-        prompt, prompt_weight = attend_with_weight(slots, *self.prompts[layer], self._mask, scaling)
-        shape = (len(self.lengths), kv_heads, self.slots_per_group, heads // kv_heads)
-        prompt = prompt.view(*shape, size).transpose(1, 2)[self.groups, self.slots]
-        prompt_weight = prompt_weight.view(shape).transpose(1, 2)[self.groups, self.slots]
-        share = torch.sigmoid(prompt_weight - own_weight).unsqueeze(-1)  # softmax over the two parts
-        joined = torch.lerp(own.float(), prompt.float(), share)
-        return joined.to(query.dtype).view(rows, heads, 1, size).transpose(1, 2)
+        repeat = heads // kv_heads
+        first = 0 if rule.window is None else max(0, keys.size(2) - rule.window)
+        grouped = query.view(rows, kv_heads, repeat, size)  # queries that share keys stand together
+        out, weight = attend_with_weight(grouped, keys[:, :, first:], values[:, :, first:], None, rule)
+        seen = self._seen_of_prompts(layer, rule)
+        if seen:
+            slots = query.new_zeros(len(self.lengths), self.slots_per_group, *grouped.shape[1:])
+            slots[self.groups, self.slots] = grouped
+            slots = slots.transpose(1, 2).flatten(2, 3)  # (groups, key/value heads, slots * repeat, D)
+            keys, values = (states[:, :, -seen:] for states in self.prompts[layer])
+            mask = None if self._mask is None or seen <= self._shortest else self._mask[:, -seen:]
+            prompt, prompt_weight = attend_with_weight(slots, keys, values, mask, rule)
+            shape = (len(self.lengths), kv_heads, self.slots_per_group, repeat)
+            prompt = prompt.view(*shape, size).transpose(1, 2)[self.groups, self.slots]
+            prompt_weight = prompt_weight.view(shape).transpose(1, 2)[self.groups, self.slots]
+            share = torch.sigmoid(prompt_weight - weight).unsqueeze(-1)  # softmax over the two parts
+            out = torch.lerp(out.to(share.dtype), prompt.to(share.dtype), share)
+            weight = torch.logaddexp(weight, prompt_weight)
+        sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, repeat)
+        out = beside_sinks(out, weight, sinks)
+        return out.to(query.dtype).view(rows, heads, 1, size).transpose(1, 2)
+
+    def _seen_of_prompts(self, layer: int, rule: Rule) -> int:
+        """Return how many of a layer's last prompt tokens this step's token sees; forget those out of sight."""
+        if layer not in self.prompts:
+            return 0
+        width = self.prompts[layer][0].size(2)
+        seen = width if rule.window is None else min(width, rule.window - 1 - self.generated)
+        if seen <= 0:
+            del self.prompts[layer]
+        return max(0, seen)
 
 
 def attend_with_weight(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Attend without causality and also return the log-sum-exp of the scores.
 
@@ -116,26 +146,19 @@ def attend_with_weight(
         key: `(B, heads, S, D)`.
         value: `(B, heads, S, D)`.
         mask: Added to the scores: `(B, S)`, fp32.
-        scaling: Of the scores; None for `D ** -0.5`.
+        rule: What the layer does to its scores; its window and sinks are the caller's matter.
 
     Returns:
-        The attention `(B, heads, L, D)` and the log-sum-exps `(B, heads, L)`, fp32.
+        The attention `(B, heads, L, D)` and the log-sum-exps `(B, heads, L)`, fp32 (fp64 for fp64 inputs).
     """
     if mask is not None:
         mask = mask[:, None, None, :]
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+    if rule.softcap is None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
         if key.size(2) <= 64:  # the kernel is faster in fp32 on small blocks
             query, key, value = query.float(), key.float(), value.float()
         if mask is not None:
             mask = mask.to(query.dtype).expand(query.size(0), 1, query.size(2), -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+            query, key, value, 0.0, False, attn_mask=mask, scale=rule.scaling
         )
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):  # which would multiply in 16 bit all the same
-        scores = (query.to(wide) * scale) @ key.to(wide).transpose(-1, -2)
-        if mask is not None:
-            scores = scores + mask
-        weight = scores.logsumexp(-1)
-        return torch.exp(scores - weight.unsqueeze(-1)).to(value.dtype) @ value, weight
+    return explicit_attention(query, key, value, mask, rule)

@@ -28,6 +28,7 @@ from transformers.generation import GenerationMode
 
 from grpo_lite.engine.attention import Layout
 from grpo_lite.engine.cache import GroupCache
+from grpo_lite.engine.logits import LogitTransform
 
 # Rows leave the batch when at least this share of it has finished: moving the keys and values costs about as much as
 # a few decoding steps of the rows it frees.
@@ -260,7 +261,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache:
 def next_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the next-token logits `(rows, V)` of hidden states `(rows, H)`, in float32."""
     head = cast(Callable[[Tensor], Tensor], model.get_output_embeddings())
-    return head(hidden).float()
+    return LogitTransform.read(model.config).apply(head(hidden).float())
 
 
 def process(ids: Tensor, logits: Tensor, processors: LogitsProcessorList, rows: Tensor, batch_size: int) -> Tensor:

@@ -64,7 +64,7 @@ def generate_completions(
     model.eval()
     at_once = max(1, batch_size // count) * count
     longest = max(map(len, prompt_ids), default=0)
-    decoder = shared_decoder(model, config, longest + max_new_tokens)
+    decoder = shared_decoder(model, config, min(map(len, prompt_ids), default=0), longest + max_new_tokens)
     if isinstance(decoder, StaticDecoder):
         order.reverse()  # the first buffers are then large enough for all
     rows = [i for i in order for _ in range(count)]
@@ -126,18 +126,19 @@ def _fewer(rows: int, cap: int) -> int:
     return rows // 2
 
 
-def shared_decoder(model: Any, config: Any, longest: int) -> Any:
+def shared_decoder(model: Any, config: Any, shortest: int, longest: int) -> Any:
     """Return our decoder for a model that has been made ready for it, or None.
 
     Args:
         model: with or without an adapter.
         config: of the generation.
+        shortest: tokens of the shortest prompt.
         longest: tokens of the longest prompt and completion.
     """
     inner = base_model(model)
-    window = attention.sliding_window(inner)
-    ready = inner.config._attn_implementation == attention.IMPLEMENTATION
-    if not ready or decoding_obstacle(config) or (window is not None and longest > window):
+    if not attention.is_installed(inner) or decoding_obstacle(config):
+        return None
+    if attention.rope_border(inner, shortest, longest):
         return None
     return choose_decoder(inner, nullcontext)
 

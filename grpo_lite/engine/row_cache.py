@@ -1,8 +1,9 @@
 """Keys and values of decoding rows in buffers of a fixed size: what a CUDA graph can hold.
 
 Each row has a copy of its prompt's keys and values, followed by those of its own tokens. All rows are written by one
-kernel a layer and attended to by one more, whatever their lengths. `cache.GroupCache` holds each prompt once instead,
-which is smaller and, on a CPU, faster; its shapes change with every token.
+kernel a layer and attended to by one more, whatever their lengths; a window is one mask a step.
+`cache.GroupCache` holds each prompt once instead, which is smaller and, on a CPU, faster; its shapes change with every
+token.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lite.engine.attention import PackedLayout, packed_attention
+from grpo_lite.engine.attention import PackedLayout, Rule, attend, packed_attention
 
 # Tokens, up to: a multiple of. Prompts of nearly the same length get buffers of the same, and the graphs on them.
 LENGTH_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))
@@ -50,6 +50,7 @@ class RowCache:
         self._place = torch.zeros(rows, dtype=torch.long, device=device)  # where the step's keys and values go
         self._prefill: _Prefill | None = None
         self._step = (rows, length)
+        self._windowed: dict[int, Tensor] = {}  # the step's mask for layers with a window, by its length
 
     @property
     def num_bytes(self) -> int:
@@ -87,14 +88,15 @@ class RowCache:
     def begin_step(self, rows: int, seen: int) -> None:
         """Prepare a decoding step of the first `rows` rows, which attend to the first `seen` places."""
         self._step = (rows, seen)
+        self._windowed = {}
         torch.add(self._offsets[:rows], self.position[:rows], out=self._place[:rows])
         self.mask.view(-1).index_fill_(0, self._place[:rows], 0.0)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
         if self._prefill is not None:
             self._store(layer, key, value)
-            return packed_attention(query, key, value, self._prefill.layout, scaling)
+            return packed_attention(query, key, value, self._prefill.layout, rule)
         rows, seen = self._step
         keys, values = self.states[layer]
         place = self._place[:rows]
@@ -102,14 +104,25 @@ class RowCache:
         values.flatten(0, 1).index_copy_(0, place, value[:, :, 0])
         heads, size = query.size(1), query.size(3)
         grouped = query.view(rows, keys.size(2), heads // keys.size(2), size)  # queries that share keys stand together
-        out = scaled_dot_product_attention(
+        out = attend(
             grouped,
             keys[:rows, :seen].transpose(1, 2),
             values[:rows, :seen].transpose(1, 2),
-            attn_mask=self.mask[:rows, None, None, :seen],
-            scale=scaling,
+            self._step_mask(rule.within(seen).window),
+            rule,
+            None if rule.sinks is None else rule.sinks.view(keys.size(2), -1),
         )
         return out.reshape(rows, 1, heads, size)
+
+    def _step_mask(self, window: int | None) -> Tensor:
+        """Return what is added to the scores of the step's queries, `(rows, 1, 1, seen)`."""
+        rows, seen = self._step
+        mask = self.mask[:rows, :seen]
+        if window is not None and window not in self._windowed:
+            places = torch.arange(seen, device=mask.device)
+            beyond = places <= (self.position[:rows] - window).unsqueeze(1)
+            self._windowed[window] = mask.masked_fill(beyond, float("-inf"))
+        return (mask if window is None else self._windowed[window])[:, None, None, :]
 
     def advance(self) -> None:
         """Nothing: `position` is the caller's, as rows that have ended stand still."""

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grpo_lite.engine import attention
+from grpo_lite.engine.logits import UNCHANGED, LogitTransform
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch, unpack
 
 logger = logging.getLogger(__name__)
 
-# The self-check's longest sequence; an attention window must hold it.
-SELF_CHECK_TOKENS = 12
+SELF_CHECK_TOKENS = 12  # of its longest sequence; prompts and completions are longer than attention.CHECK_WINDOW
 # Logits alive at once: 32 MiB in fp32 on CPU, about its cache; twice that on a GPU. A chunk takes up to 16 bytes an
 # element, so 1 << 26 would be 1 GiB, more than a 1.5B base in 4 bit; 110 rows × 151,936 already fill a GPU.
 CHUNK_ELEMENTS_CPU = 1 << 23
@@ -91,7 +91,14 @@ def score(
         chosen = chosen.to(torch.get_autocast_dtype(device.type))
     with context:
         return selected_logprobs(
-            chosen, head, packed.targets, scoring.temperature, scoring.entropy, scoring.entropy_grad, top1
+            chosen,
+            head,
+            packed.targets,
+            scoring.temperature,
+            scoring.entropy,
+            scoring.entropy_grad,
+            top1,
+            LogitTransform.read(inner.config),
         )
 
 
@@ -101,6 +108,7 @@ def self_check(
     """Compare packed with padded log-probabilities once, on the real weights and random tokens.
 
     The configuration can only exclude what it names; this catches the rest (patched attention, unknown architectures).
+    Attention windows are narrowed meanwhile, in both ways of computing, so that these few tokens meet them.
 
     Args:
         model: As for `score`.
@@ -122,7 +130,7 @@ def self_check(
         wider = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))
         return scores(ids, mask, longest)[valid].double(), scores(*wider, longest)[valid].double()
 
-    with torch.no_grad(), _without_dropout(model):
+    with torch.no_grad(), _without_dropout(model), attention.narrowed(inner):
         try:
             expected, shifted = padded(plain)
         except Exception as error:
@@ -161,8 +169,9 @@ def selected_logprobs(
     entropy: bool = False,
     entropy_grad: bool = False,
     top1: Tensor | None = None,
+    transform: LogitTransform = UNCHANGED,
 ) -> tuple[Tensor, Tensor | None]:
-    """Score `targets` under `softmax(head(hidden) / temperature)`.
+    """Score `targets` under `softmax(transform(head(hidden)) / temperature)`.
 
     Args:
         hidden: `(N, H)`, already in the dtype to multiply in.
@@ -172,6 +181,7 @@ def selected_logprobs(
         entropy: Whether to return entropies.
         entropy_grad: Whether the entropies must be differentiable.
         top1: `(N,)` of truth values, gets whether each target is the most probable token; None: nobody asks.
+        transform: What the model does to the head's logits.
 
     Returns:
         Log-probabilities `(N,)` and entropies `(N,)` (or None), both fp32 (fp64 for fp64 inputs).
@@ -179,10 +189,10 @@ def selected_logprobs(
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     needs_head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-    inverse = 1.0 / temperature
+    project = _Projection(transform, 1.0 / temperature)
     if torch.is_grad_enabled() and needs_head_grad:
-        return _recomputed(hidden, weight, bias, targets, inverse, entropy, top1)
-    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, targets, inverse, entropy, entropy_grad, top1)
+        return _recomputed(hidden, weight, bias, targets, project, entropy, top1)
+    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, targets, project, entropy, entropy_grad, top1)
     if entropies is not None and not entropy_grad:
         entropies = entropies.detach()
     return logps, entropies
@@ -194,10 +204,29 @@ def chunk_rows(weight: Tensor) -> int:
     return max(16, elements // weight.size(0))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, inverse_temperature: float) -> Tensor:
-    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if inverse_temperature == 1.0 else logits * inverse_temperature
+class _Projection(NamedTuple):
+    """From hidden states to the logits that are sampled from."""
+
+    transform: LogitTransform
+    inverse_temperature: float
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits `(n, V)`, in fp32 (fp64 for fp64 inputs)."""
+        bias = None if bias is None else bias.to(hidden.dtype)
+        logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+        logits = self.transform.apply(logits if logits.dtype == torch.float64 else logits.float())
+        return logits if self.inverse_temperature == 1.0 else logits * self.inverse_temperature
+
+    def cap_slope(self, logits: Tensor) -> Tensor | None:
+        """Return the soft cap's derivative at these logits; None without a cap, where it is 1."""
+        if self.transform.softcap is None:
+            return None
+        return 1.0 - (logits / (self.transform.softcap * self.inverse_temperature)).square_()
+
+    def through(self, slope: Tensor, cap_slope: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Carry a derivative by the logits, `(n, V)`, back to the hidden states; its sign is turned."""
+        slope = slope if cap_slope is None else slope * cap_slope
+        return torch.mm(slope.to(hidden.dtype), weight).mul_(-self.inverse_temperature * self.transform.scale)
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -208,7 +237,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        inverse_temperature: float,
+        project: _Projection,
         entropy: bool,
         entropy_grad: bool,
         top1: Tensor | None,
@@ -223,7 +252,10 @@ class _SelectedLogProbs(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            log_p = torch.log_softmax(_logits(hidden[part], head, bias, inverse_temperature), dim=-1)  # (n, V)
+            logits = project(hidden[part], head, bias)  # (n, V)
+            cap_slope = None if jacobian is None else project.cap_slope(logits)
+            log_p = torch.log_softmax(logits, dim=-1)
+            del logits
             target = targets[part].unsqueeze(1)
             logps[part] = log_p.gather(1, target).squeeze(1)
             if top1 is not None:
@@ -237,11 +269,11 @@ class _SelectedLogProbs(torch.autograd.Function):
             if entropy_jacobian is not None and entropies is not None:
                 # dH/dz_j = -p_j (log p_j + H)
                 slope = p * (log_p + entropies[part].unsqueeze(1))
-                entropy_jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
+                entropy_jacobian[part] = project.through(slope, cap_slope, hidden, head)
             if jacobian is not None:
                 # d log p_y / dz_j = 1[j = y] - p_j; taken together before rounding, else p_y -> 1 cancels
                 slope = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                jacobian[part] = torch.mm(slope.to(hidden.dtype), head).mul_(-inverse_temperature)
+                jacobian[part] = project.through(slope, cap_slope, hidden, head)
         ctx.save_for_backward(jacobian, entropy_jacobian)
         return logps, entropies
 
@@ -265,14 +297,14 @@ def _recomputed(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    inverse_temperature: float,
+    project: _Projection,
     entropy: bool,
     top1: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Score chunk by chunk under activation checkpointing: for a head that is trained itself."""
 
     def score(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_p = torch.log_softmax(_logits(part, weight, bias, inverse_temperature), dim=-1)
+        log_p = torch.log_softmax(project(part, weight, bias), dim=-1)
         entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(log_p.size(0))
         logps = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
         return logps, entropies, (logps >= log_p.amax(dim=-1)).detach()

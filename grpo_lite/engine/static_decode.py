@@ -31,6 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from grpo_lite.engine.attention import narrowed
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import (
     ROW_BY_ROW,
@@ -367,7 +368,7 @@ class Engine:
         vocabulary = model.config.vocab_size
         prompts = [tuple(token % vocabulary for token in prompt) for prompt in prompts]
         following = [torch.tensor(tokens, device=device) % vocabulary for tokens in ([6, 9, 8], [7, 10, 8])]
-        with torch.no_grad():
+        with torch.no_grad(), narrowed(model):
             with autocast():
                 cache = GroupCache([len(prompt) for prompt in prompts], torch.tensor([0, 0, 1], device=device))
                 expected = [_read(model, cache, prompts)[[0, 0, 1]]]

@@ -2,8 +2,8 @@
 
 `attention.py` calls SDPA once for each prompt and completion, which on a GPU costs a launch and a concatenation each.
 Here keys and values are gathered as `[prompt | completion]` once, and one kernel attends within each with causality
-from the bottom right: the last query sees all keys. Which kernel serves a card is found by trying it, forward and
-backward, against the calls that it replaces.
+from the bottom right: the last query sees all keys, or those in its window, as a key's place is its position. Which
+kernel serves a card is found by trying it, forward and backward, against the calls that it replaces.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 logger = logging.getLogger(__name__)
 
-# query (T, heads, D), key and value (K, key/value heads, D), index, scaling -> (T, heads, D)
-Kernel = Callable[[Tensor, Tensor, Tensor, "VarlenIndex", float | None], Tensor]
+# query (T, heads, D), key and value (K, key/value heads, D), index, scaling, window -> (T, heads, D)
+Kernel = Callable[[Tensor, Tensor, Tensor, "VarlenIndex", float | None, int | None], Tensor]
 
 BOTTOM_RIGHT = 2  # of `_efficient_attention_forward`'s custom_mask_type
+# What a kernel is tried on: groups, and a window; the longer ones pass over whole blocks of a kernel.
+_SHORT: list[tuple[int, tuple[int, ...]]] = [(9, (3, 5)), (4, (1, 6, 2))]
+UNBOUNDED: tuple[tuple[list[tuple[int, tuple[int, ...]]], int | None], ...] = ((_SHORT, None),)
+WINDOWED = ((_SHORT, 4), ([(300, (150, 7))], 65))
 
 
 class VarlenIndex:
@@ -102,7 +106,13 @@ class _Gather(torch.autograd.Function):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None, kernel: Kernel
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: VarlenIndex,
+    scaling: float | None,
+    kernel: Kernel,
+    window: int | None = None,
 ) -> Tensor:
     """Attend within each prompt, and within each completion behind its prompt.
 
@@ -113,12 +123,13 @@ def attend(
         index: how T is cut.
         scaling: of the scores; None for `D ** -0.5`.
         kernel: from `choose_kernel`.
+        window: how many tokens each sees, its own among them; None for all.
 
     Returns:
         `(1, T, heads, D)`.
     """
     flat, keys, values = (_as_autocast(states)[0].transpose(0, 1) for states in (query, key, value))
-    return kernel(flat, index.gather(keys), index.gather(values), index, scaling).unsqueeze(0)
+    return kernel(flat, index.gather(keys), index.gather(values), index, scaling, window).unsqueeze(0)
 
 
 def _as_autocast(states: Tensor) -> Tensor:
@@ -127,7 +138,9 @@ def _as_autocast(states: Tensor) -> Tensor:
     return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None) -> Tensor:
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None, window: int | None
+) -> Tensor:
     """FlashAttention with key/value heads shared: compute capability 8.0 and up, torch with `varlen_attn`."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -140,13 +153,15 @@ def flash(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling
         index.longest_query,
         index.longest_key,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.size(1) != key.size(1),
     )
     return cast(Tensor, out)
 
 
-def efficient(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None) -> Tensor:
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None, window: int | None
+) -> Tensor:
     """The memory-efficient kernel, which older cards have too (T4)."""
     repeat = query.size(1) // key.size(1)
     if repeat > 1:
@@ -164,11 +179,14 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, sca
         BOTTOM_RIGHT,
         query.requires_grad or key.requires_grad,
         scale=query.size(-1) ** -0.5 if scaling is None else scaling,
+        **({} if window is None else {"window_size": window}),
     )[0]
     return out.squeeze(0)
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None) -> Tensor:
+def one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None, window: int | None
+) -> Tensor:
     """SDPA for one prompt or completion after the other: what the kernels are compared with."""
     repeat = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -176,24 +194,32 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, sc
     for (begin, end), (first, last) in index.bounds:
         parts = (query[begin:end], key[first:last], value[first:last])
         mask = torch.ones((end - begin, last - first), dtype=torch.bool, device=query.device)
-        mask = mask.tril_(last - first - (end - begin))
+        before = last - first - (end - begin)
+        mask = mask.tril_(before) if window is None else mask.tril_(before).triu_(before - window + 1)
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in parts)
         outs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
-def choose_kernel(query: Tensor, key: Tensor, scaling: float | None) -> Kernel | None:
+def choose_kernel(query: Tensor, key: Tensor, scaling: float | None, has_window: bool = False) -> Kernel | None:
     """Return the kernel for states of this device, dtype and shape, or None where there is none."""
     if query.device.type != "cuda":
         return None
-    return _tried(query.device, query.dtype, query.size(1), key.size(1), query.size(3), scaling)
+    return _tried(query.device, query.dtype, query.size(1), key.size(1), query.size(3), scaling, has_window)
 
 
 @lru_cache(maxsize=16)
 def _tried(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, scaling: float | None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    scaling: float | None,
+    has_window: bool = False,
 ) -> Kernel | None:
     reasons = []
+    cases = WINDOWED if has_window else UNBOUNDED
     for kernel in (flash, efficient):
         try:
             # Hooks of its own: the caller may be a checkpointed layer, which counts every tensor that is saved in it.
@@ -202,7 +228,10 @@ def _tried(
                 saved_tensors_hooks(_unchanged, _unchanged),
                 torch.autocast(device.type, enabled=False),
             ):
-                difference = _difference(kernel, device, dtype, heads, kv_heads, size, scaling)
+                difference = max(
+                    _difference(kernel, VarlenIndex(segments, device), (dtype, heads, kv_heads, size), scaling, window)
+                    for segments, window in cases
+                )
         except (RuntimeError, ImportError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
             reasons.append(f"{kernel.__name__}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
             continue
@@ -210,7 +239,8 @@ def _tried(
             logger.debug("packed attention by %s, difference %.2g", kernel.__name__, difference)
             return kernel
         reasons.append(f"{kernel.__name__}: differs by {difference:.2g}")
-    logger.info("Packed attention calls SDPA once for each completion (%s).", "; ".join(reasons))
+    what = " in layers with a window" if has_window else ""
+    logger.info("Packed attention calls SDPA once for each completion%s (%s).", what, "; ".join(reasons))
     return None
 
 
@@ -220,23 +250,30 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 def _difference(
     kernel: Kernel,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    size: int,
+    index: VarlenIndex,
+    states: tuple[torch.dtype, int, int, int],
     scaling: float | None,
+    window: int | None,
 ) -> float:
-    """Return by how much output and gradients differ from `one_by_one`'s, relative to the largest of each."""
-    index = VarlenIndex([(9, (3, 5)), (4, (1, 6, 2))], device)
+    """Return by how much output and gradients differ from `one_by_one`'s, relative to the largest of each.
+
+    Args:
+        kernel: the one to try.
+        index: the layout to try it on.
+        states: their dtype, heads, key/value heads, and size of a head.
+        scaling: of the scores.
+        window: how many tokens each sees; None for all.
+    """
+    dtype, heads, kv_heads, size = states
+    device, tokens = index.tokens.device, index.bounds[-1][0][1]
     generator = torch.Generator().manual_seed(0)  # of its own: nothing is drawn from the run's random state
-    shapes = [(1, heads, 30, size), (1, kv_heads, 30, size), (1, kv_heads, 30, size), (1, 30, heads, size)]
+    shapes = [(1, heads, tokens, size), *[(1, kv_heads, tokens, size)] * 2, (1, tokens, heads, size)]
     drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     results = []
     for way in (kernel, one_by_one):
         with torch.enable_grad():
             query, key, value = (tensor.detach().requires_grad_() for tensor in drawn[:3])
-            out = attend(query, key, value, index, scaling, way)
+            out = attend(query, key, value, index, scaling, way, window)
         gradients = torch.autograd.grad(out, (query, key, value), drawn[3])
         results.append([out.detach(), *gradients])
     pairs = zip(*results, strict=True)

@@ -75,7 +75,7 @@ def _timed(run: Callable[[], None], model: Any) -> float:
 def _is_packed(recipe: Recipe, model: Any) -> bool:
     from grpo_lite.engine.score import base_model
 
-    return recipe.compute == "packed" and base_model(model).config._attn_implementation == attention.IMPLEMENTATION
+    return recipe.compute == "packed" and attention.is_installed(base_model(model))
 
 
 def _packed(model: Any, rows: list[tuple[list[int], list[int]]]) -> None:

@@ -21,7 +21,7 @@ def evaluation_phase(job: Job) -> PhaseBytes:
 def evaluation_items(job: Job) -> list[tuple[str, int]]:
     shape, width, rows = job.shape, job.dtype_bytes, job.eval_rows
     longest = job.prompt + job.eval_completion
-    if job.rollout != "generate" and (shape.sliding_window is None or longest <= shape.sliding_window):
+    if job.rollout != "generate":
         return static_items(job, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     dequantised = width * shape.hidden * shape.intermediate if job.load_in in ("4bit", "8bit") else 0

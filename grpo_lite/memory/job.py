@@ -87,11 +87,6 @@ def _eval_rows(recipe: Recipe) -> int:
 
 def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
     """Yield what the arithmetic takes for granted about how a job is computed."""
-    if job.is_windowed and recipe.compute == "packed":
-        yield (
-            f"TRL's own compute: {job.longest} tokens are more than the model's attention window of "
-            f"{job.shape.sliding_window}"
-        )
     if not job.is_packed:
         yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)"
     if recipe.model.backend == "unsloth":

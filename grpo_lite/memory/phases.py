@@ -67,19 +67,14 @@ class Job:
         return self.prompt + self.completion
 
     @property
-    def is_windowed(self) -> bool:
-        """Whether the longest sequences leave the attention window, beyond which TRL's own paths are taken."""
-        return self.shape.sliding_window is not None and self.longest > self.shape.sliding_window
-
-    @property
     def is_packed(self) -> bool:
         """Whether forward and backward are group-packed."""
-        return self.compute == "packed" and not self.is_windowed
+        return self.compute == "packed"
 
     @property
     def is_shared(self) -> bool:
         """Whether rollouts share their prompts."""
-        return self.rollout == "shared" and not self.is_windowed
+        return self.rollout == "shared"
 
     @property
     def step_tokens(self) -> int:
@@ -289,5 +284,9 @@ def _masks(job: Job) -> int:
         return job.rows * job.longest**2  # of truth values, for all layers
     if job.group * job.completion + job.prompt <= 192:
         return 0
-    distinct = min(job.microbatch_rows, 8)
-    return distinct * job.completion * job.longest * job.dtype_bytes
+    distinct, window = min(job.microbatch_rows, 8), job.shape.sliding_window
+    masks = distinct * job.completion * job.longest
+    if window is not None and window < job.longest:  # and those of layers with a window, of a longer prompt too
+        masks += distinct * job.completion * (min(job.prompt, window - 1) + job.completion)
+        masks += math.ceil(distinct / job.group) * job.prompt**2 if window < job.prompt else 0
+    return masks * job.dtype_bytes

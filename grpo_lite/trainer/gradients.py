@@ -106,8 +106,8 @@ class Gradients:
         batch = read_padded_batch(input_ids, attention_mask, width)
         if batch is None:
             return None
-        longest = max(map(sum, zip(batch.prompt_lengths, batch.completion_lengths, strict=True)))
-        return batch if self.trainer.support.is_inside_window(model, longest) else None
+        shortest = min(map(sum, zip(batch.prompt_lengths, batch.completion_lengths, strict=True)))
+        return batch if self.trainer.support.has_one_rope(model, shortest, input_ids.size(1)) else None
 
     # Loss and backward
 

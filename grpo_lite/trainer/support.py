@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import decoding_obstacle
-from grpo_lite.engine.score import SELF_CHECK_TOKENS, PlainScores, Scoring, base_model, self_check
+from grpo_lite.engine.score import PlainScores, Scoring, base_model, self_check
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +56,18 @@ class Support:
         if reason:
             self._show_once(f"Shared rollouts are off, `generate` is used: {reason}.")
             return False
-        return self.is_inside_window(trainer.model, max(map(len, prompt_ids)) + trainer.max_completion_length)
+        lengths = [len(ids) for ids in prompt_ids]
+        return self.has_one_rope(trainer.model, min(lengths), max(lengths) + trainer.max_completion_length)
 
-    def is_inside_window(self, model: nn.Module, longest: int) -> bool:
-        """Return whether sequences of this length fit into the model's attention window, if it has one."""
+    def has_one_rope(self, model: nn.Module, shortest: int, longest: int) -> bool:
+        """Return whether the model's rotary frequencies are the same for all of these lengths."""
         inner = base_model(self.trainer.accelerator.unwrap_model(model))
-        window = attention.sliding_window(inner)
-        if window is None or longest <= window:
+        border = attention.rope_border(inner, shortest, longest)
+        if border is None:
             return True
         self._show_once(
-            "Packed compute and shared rollouts are off for sequences beyond the attention window, TRL's own are used: "
-            f"{type(inner).__name__} has a window of {window} tokens."
+            f"Packed compute and shared rollouts are off for batches that cross {border} tokens, TRL's own are used: "
+            f"{type(inner).__name__} changes its rotary frequencies there."
         )
         return False
 
@@ -82,9 +83,6 @@ class Support:
             return "more than one process"
         if reason := model_obstacle(model):
             return reason
-        window = attention.sliding_window(base_model(model))
-        if window is not None and window < SELF_CHECK_TOKENS:
-            return f"{type(base_model(model)).__name__} has a window of {window} tokens"
         scoring = Scoring(trainer.temperature, trainer.args.cast_lm_head_to_fp32)
         plain = partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer)
         with self.no_checkpointing(model):

@@ -36,7 +36,7 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.packing import pack_rows
 from grpo_lite.engine.quantised import keep_weights_unpacked
-from grpo_lite.engine.score import SELF_CHECK_TOKENS, Scoring, base_model, score, scores_from_logits
+from grpo_lite.engine.score import Scoring, base_model, score, scores_from_logits
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.task.traces import Trace
 from grpo_lite.trainer.finite import Faults, LossScale
@@ -268,9 +268,9 @@ class WarmupTrainer(SFTTrainer):
         if reason := model_obstacle(model):
             return reason
         inner = base_model(model)
-        window, longest = attention.sliding_window(inner), max(map(len, self.data_collator.rows), default=0)
-        if window is not None and window < max(longest, SELF_CHECK_TOKENS):
-            return f"{type(inner).__name__} has a window of {window} tokens, and rows are longer"
+        lengths = [len(row) for row in self.data_collator.rows] or [0]
+        if border := attention.rope_border(inner, min(lengths), max(lengths)):
+            return f"{type(inner).__name__} changes its rotary frequencies at {border} tokens, and rows cross that"
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
             plain = partial(scores_from_logits, model, autocast, 1.0)
             return pack_attention(model, Scoring(temperature=1.0), autocast, plain)

@@ -219,9 +219,11 @@ def check_greedy_equals_generate(
 ) -> None:
     """Compare greedy completions token for token with those of `generate` on the model as it came.
 
+    Rows end at different steps; by the first decoder they also all go on to the cap.
+
     Args:
         model: from `build`, not yet installed; it is afterwards.
-        decoders: of ours, unused ones; None: one of each prompt at once, and in waves.
+        decoders: of ours; None: all prompts at once, and in waves.
         prompts: lengths.
         repeats: rows of each prompt.
         settings: of the generation.
@@ -231,8 +233,11 @@ def check_greedy_equals_generate(
     expected = generate(model, rows, **settings)
     attention.install(model)
     assert torch.equal(generate(model, rows, **settings), expected), "installing changed transformers' own loop"
-    for decoder in decoders or (GroupDecoder(nullcontext), GroupDecoder(nullcontext, kv_tokens=60)):
+    decoders = decoders or (GroupDecoder(nullcontext), GroupDecoder(nullcontext, kv_tokens=60))
+    for decoder in decoders:
         assert torch.equal(generate(model, rows, decoder, **settings), expected), decoder
+    endless = settings | {"eos_token_id": None}
+    assert torch.equal(generate(model, rows, decoders[0], **endless), generate(model, rows, **endless))
 
 
 def check_sampled_logps(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from trl import GRPOTrainer
 
 from grpo_lite.engine import attention
+from grpo_lite.engine.attention import Rule
 from grpo_lite.engine.cache import attend_with_weight
 from grpo_lite.engine.decode import GroupDecoder, decoding_obstacle, draw, plan_waves
 from grpo_lite.engine.options import EngineOptions
@@ -207,7 +208,7 @@ def test_both_kernels_return_attention_and_log_sum_exp(dtype: torch.dtype, keys:
     mask = torch.zeros(2, keys)
     mask[1, 7:] = -torch.inf
     scores = query.double() @ key.double().transpose(2, 3) * 0.3 + mask[:, None, None]
-    out, weight = attend_with_weight(query.to(dtype), key.to(dtype), value.to(dtype), mask, 0.3)
+    out, weight = attend_with_weight(query.to(dtype), key.to(dtype), value.to(dtype), mask, Rule(0.3))
     precision = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2e-2)
     torch.testing.assert_close(out.double(), scores.softmax(-1) @ value.double(), rtol=precision, atol=precision)
     torch.testing.assert_close(weight.double(), scores.logsumexp(-1), rtol=precision, atol=precision)
@@ -369,9 +370,9 @@ def test_scores_are_computed_in_float32_under_autocast_too():
     """On a GPU decoding runs under autocast: scores in 16 bit would be rounded, and could not be joined in float32."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 2, n, 8, generator=generator).half() for n in (3, 70, 70))
-    expected, weights = attend_with_weight(query, key, value, None, 3.0)
+    expected, weights = attend_with_weight(query, key, value, None, Rule(3.0))
     with torch.autocast("cpu", torch.float16):
-        out, weight = attend_with_weight(query, key, value, None, 3.0)
+        out, weight = attend_with_weight(query, key, value, None, Rule(3.0))
     assert weight.dtype == torch.float32
     assert torch.equal(weight, weights)
     assert torch.equal(out, expected)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_lite.engine.attention import PackedLayout, packed_attention
+from grpo_lite.engine.attention import PackedLayout, Rule, packed_attention
 from grpo_lite.engine.packing import PaddedBatch, pack, pack_rows, plan_microbatches, read_padded_batch, unpack
 
 
@@ -77,8 +77,10 @@ def test_each_predictor_is_the_token_before_its_target(case: tuple[torch.Tensor,
 
 
 @settings(max_examples=100, deadline=None)
-@given(padded_batches(), st.booleans())
-def test_attention_equals_each_sequence_on_its_own(case: tuple[torch.Tensor, torch.Tensor, int], dense: bool):
+@given(padded_batches(), st.booleans(), st.one_of(st.none(), st.integers(1, 6)))
+def test_attention_equals_each_sequence_on_its_own(
+    case: tuple[torch.Tensor, torch.Tensor, int], dense: bool, window: int | None
+):
     batch = read(case)
     generator = torch.Generator().manual_seed(0)
     for pieces in plan_microbatches(batch, range(len(batch.prompt_lengths)), None):
@@ -86,7 +88,7 @@ def test_attention_equals_each_sequence_on_its_own(case: tuple[torch.Tensor, tor
         layout = layout_of(packed.segments, dense)
         query = torch.randn((1, 4, packed.num_tokens, 8), generator=generator, dtype=torch.float64)
         key, value = torch.randn((2, 1, 2, packed.num_tokens, 8), generator=generator, dtype=torch.float64)
-        found = packed_attention(query, key, value, layout, None)[0].transpose(0, 1)  # (heads, T, D)
+        found = packed_attention(query, key, value, layout, Rule(window=window))[0].transpose(0, 1)  # (heads, T, D)
         offset = 0
         for prompt, completions in packed.segments:
             shared = list(range(offset, offset + prompt))
@@ -94,7 +96,8 @@ def test_attention_equals_each_sequence_on_its_own(case: tuple[torch.Tensor, tor
             for length in completions:
                 tokens = shared + list(range(offset, offset + length))
                 offset += length
-                torch.testing.assert_close(found[:, tokens], causal(query, key, value, tokens), rtol=1e-9, atol=1e-9)
+                expected = causal(query, key, value, tokens, window)
+                torch.testing.assert_close(found[:, tokens], expected, rtol=1e-9, atol=1e-9)
 
 
 def layout_of(segments: tuple[tuple[int, tuple[int, ...]], ...], dense: bool) -> PackedLayout:
@@ -103,11 +106,15 @@ def layout_of(segments: tuple[tuple[int, tuple[int, ...]], ...], dense: bool) ->
         return PackedLayout(segments, torch.device("cpu"))
 
 
-def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: list[int], window: int | None
+) -> torch.Tensor:
     q, k, v = (states[0, :, tokens] for states in (query, key, value))
     k, v = k.repeat_interleave(2, dim=0), v.repeat_interleave(2, dim=0)
     scores = q @ k.transpose(1, 2) / 8**0.5
-    return scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+    distance = torch.arange(len(tokens)).unsqueeze(1) - torch.arange(len(tokens))
+    hidden = (distance < 0) | (distance >= (window or len(tokens)))
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 def test_rows_with_the_same_prompt_form_a_group_wherever_they_stand():

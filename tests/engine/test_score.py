@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from grpo_lite.engine import score as logprobs
+from grpo_lite.engine.logits import LogitTransform
 from grpo_lite.engine.score import selected_logprobs
 
 
@@ -84,3 +85,36 @@ def test_whether_a_target_is_the_most_probable_token_is_told_on_request(head_is_
     top1 = torch.zeros(60, dtype=torch.bool)
     selected_logprobs(hidden, head, targets, temperature=0.7, top1=top1)
     assert torch.equal(top1, head(hidden).argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.3, None), (1.0, 2.0), (3.0, 1.5)])
+def test_a_scale_and_a_soft_cap_of_the_logits_are_differentiated(
+    scale: float, softcap: float | None, is_trained: bool
+) -> None:
+    transform = LogitTransform(scale, softcap)
+    torch.manual_seed(0)
+    head = nn.Linear(6, 40, dtype=torch.float64).requires_grad_(is_trained)
+    targets, weights = torch.randint(40, (9,)), torch.randn(2, 9, dtype=torch.float64)
+
+    def plain(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = scale * head(hidden)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_p = torch.log_softmax(logits / 0.7, dim=-1)
+        return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    def ours(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return selected_logprobs(hidden, head, targets, 0.7, entropy=True, entropy_grad=True, transform=transform)
+
+    hidden = torch.randn(9, 6, dtype=torch.float64)
+    found = []
+    for compute in (plain, ours):
+        given = hidden.clone().requires_grad_()
+        logps, entropies = compute(given)
+        assert entropies is not None
+        loss = (weights[0] * logps + weights[1] * entropies).sum()
+        wanted = [given, *(head.parameters() if is_trained else ())]
+        found.append([logps, entropies, *torch.autograd.grad(loss, wanted)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from grpo_lite.engine import varlen
-from grpo_lite.engine.attention import PackedLayout, _segmented
+from grpo_lite.engine.attention import PackedLayout, Rule, _segmented
 from grpo_lite.engine.varlen import VarlenIndex, attend, one_by_one
 
 CPU = torch.device("cpu")
@@ -30,13 +31,13 @@ def states(segments: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.3, None), (None, 1), (0.3, 4)])
 def test_output_and_gradients_are_those_of_a_call_per_completion(
-    segments: list[tuple[int, tuple[int, ...]]], scaling: float | None
+    segments: list[tuple[int, tuple[int, ...]]], scaling: float | None, window: int | None
 ) -> None:
     query, key, value = states(segments)
-    ours = attend(query, key, value, VarlenIndex(segments, CPU), scaling, one_by_one)
-    theirs = _segmented(query, key, value, PackedLayout(segments, CPU), scaling)
+    ours = attend(query, key, value, VarlenIndex(segments, CPU), scaling, one_by_one, window)
+    theirs = _segmented(query, key, value, PackedLayout(segments, CPU), Rule(scaling, window))
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(ours)
     for one, other in zip(
@@ -61,12 +62,14 @@ def test_the_gradient_of_the_gathered_keys_is_a_plain_index_select_s() -> None:
 
 
 def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def top_left(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None) -> Tensor:
+    def top_left(
+        query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float | None, window: int | None
+    ) -> Tensor:
         """Causal from the top left: a completion sees only the beginning of its prompt."""
         bounds = [((a, b), (c, c + b - a)) for (a, b), (c, _) in index.bounds]
         wrong = VarlenIndex([(1, ())], CPU)
         wrong.bounds = bounds
-        return one_by_one(query, key, value, wrong, scaling)
+        return one_by_one(query, key, value, wrong, scaling, window)
 
     def absent(*_: object) -> Tensor:
         raise NotImplementedError("no such kernel")
@@ -99,4 +102,19 @@ def test_the_trial_works_in_any_mode_and_inside_a_checkpointed_layer(
         y = checkpoint(layer, x, use_reentrant=False).sum()
     if mode is nullcontext:
         y.backward()
+    varlen._tried.cache_clear()
+
+
+def test_a_kernel_that_does_not_keep_a_window_is_not_taken_for_layers_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unbounded(*arguments: Any) -> Tensor:
+        return one_by_one(*arguments[:-1], None)
+
+    unbounded.__name__ = "flash"
+    monkeypatch.setattr(varlen, "flash", unbounded)
+    for efficient in (one_by_one, unbounded):
+        varlen._tried.cache_clear()
+        monkeypatch.setattr(varlen, "efficient", efficient)
+        expected = one_by_one if efficient is one_by_one else None
+        assert varlen._tried(CPU, torch.float32, 4, 2, 8, None, True) is expected
+        assert varlen._tried(CPU, torch.float32, 4, 2, 8, None) is unbounded
     varlen._tried.cache_clear()

@@ -192,7 +192,7 @@ def memory_runs_out_while_a_graph_is_captured() -> None:
 def one_attention_call_a_layer() -> None:
     """Packed attention by a varlen kernel: output, gradients, and how many kernels forward and backward take."""
     from grpo_lite.engine import varlen
-    from grpo_lite.engine.attention import PackedLayout, packed_attention
+    from grpo_lite.engine.attention import PackedLayout, Rule, packed_attention
 
     segments = [(150, (40, 64, 30, 50)), (90, (64, 20, 64, 33))]
     tokens = sum(prompt + sum(lengths) for prompt, lengths in segments)
@@ -207,10 +207,10 @@ def one_attention_call_a_layer() -> None:
         for kernel in (expected, None):
             varlen.choose_kernel, plain = lambda *_, kernel=kernel: kernel, varlen.choose_kernel
             layout = PackedLayout(segments, torch.device("cuda", 0))
-            packed_attention(*drawn, layout, None)  # builds the index
+            packed_attention(*drawn, layout, Rule())  # builds the index
             states = [tensor.detach().requires_grad_() for tensor in drawn]
             device.launches.clear()
-            out = packed_attention(*states, layout, None)
+            out = packed_attention(*states, layout, Rule())
             forward = sum(device.launches.values())
             gradients = torch.autograd.grad(out, states, weight)
             counts.append((forward, sum(device.launches.values()) - forward))

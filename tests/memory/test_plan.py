@@ -569,17 +569,19 @@ def test_a_long_prompt_of_the_data_counts_instead_of_the_cap() -> None:
 
 
 def test_sequences_beyond_the_attention_window_are_planned_as_they_are_computed() -> None:
-    """Gemma 3 looks back 512 tokens: longer ones take TRL's own paths, whose mask and padded rows cost more."""
+    """Gemma 3 looks back 512 tokens: longer ones take a second set of masks, and share their prompts all the same."""
     inside, outside = (job("gemma-3-1b", completion=length, rows=8, batch=8) for length in (312, 313))
-    assert (inside.is_windowed, inside.is_packed, inside.is_shared) == (False, True, True)
-    assert (outside.is_windowed, outside.is_packed, outside.is_shared) == (True, False, False)
-    assert outside.step_tokens == 8 * 513
-    assert inside.step_tokens == 200 + 8 * 312
-    assert training_phase(outside).total > 1.1 * training_phase(inside).total
-    assert plan_memory(replace(outside, tokens=600), 40 * GIB).job.microbatch_tokens == 8 * 513  # it divides nothing
-    assert not [text for text in cheapest_changes(outside, 3 * GIB) if text.startswith(("compute", "rollout"))]
-    notes = recipe_job(load_recipe("unsloth-gemma3-1b"), shape("gemma-3-1b"))[1]
-    assert [note for note in notes if "1024 tokens are more than the model's attention window of 512" in note]
+    assert outside.step_tokens == 200 + 8 * 313
+    inside_masks, outside_masks = (dict(training_phase(each).items)["attention masks"] for each in (inside, outside))
+    # In 16 bit, of eight completions: 313 tokens behind a prompt of 200, for layers that see all and for the others.
+    assert outside_masks == 2 * 2 * 8 * 313 * 513
+    assert inside_masks == 2 * 8 * 312 * 512
+    longer = replace(outside, prompt=600)  # of which a completion sees 511, and a mask for the prompt itself
+    masks = dict(training_phase(longer).items)["attention masks"]
+    assert masks == 2 * (8 * 313 * (600 + 313) + 8 * 313 * (511 + 313) + 600**2)
+    planned, notes = recipe_job(load_recipe("unsloth-gemma3-1b"), shape("gemma-3-1b"))
+    assert planned.is_packed
+    assert not [note for note in notes if "TRL's own compute" in note]
 
 
 def test_a_window_that_no_layer_uses_is_none() -> None:

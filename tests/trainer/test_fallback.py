@@ -41,21 +41,31 @@ def attend_to_everything(model: Any) -> Any:
     return model
 
 
+def with_another_window(model: Any) -> Any:
+    """Its layers may pass on either number."""
+    model.model.layers[0].self_attn.sliding_window = 5
+    return model
+
+
 CASES = {
     "learned positions": (lambda: tiny_model("gpt2"), "positions are not rotary"),
     "short convolutions": (
         lambda: tiny_model("lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
         "it has conv layers",
     ),
-    "softcap": (lambda: tiny_model("gemma2", attn_implementation="eager"), "eager"),
-    "final softcap": (
-        lambda: tiny_model("llama", final_logit_softcapping=30.0),
-        "final_logit_softcapping",
-    ),
+    "an attention function that is not SDPA": (lambda: tiny_model("llama", attn_implementation="eager"), "eager"),
     "attention dropout": (lambda: tiny_model("llama", attention_dropout=0.1), "attention dropout"),
-    "length-dependent rotary scaling": (
-        lambda: tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "depends on the sequence length",
+    "rotary scaling that depends on the length": (
+        lambda: tiny_model(
+            "llama",
+            max_position_embeddings=16,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        "for batches that cross 16 tokens, TRL's own are used: LlamaForCausalLM changes its rotary frequencies there",
+    ),
+    "windows of different lengths": (
+        lambda: with_another_window(tiny_model("mistral", sliding_window=8)),
+        "attention windows of different lengths",
     ),
     "patched attention": (lambda: attend_without_keywords(tiny_model("llama")), "attention interface"),
     "unannounced bias": (lambda: attend_to_everything(tiny_model("llama")), "differ from padded ones"),
@@ -96,39 +106,49 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("window", "packed_calls"), [(8, 0), (200, 1)], ids=["active", "never reached"])
-def test_sliding_window(
-    window: int,
-    packed_calls: int,
-    tmp_path: Path,
-    packed: list[int],
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("window", [5, 200], ids=["shorter than prompts and completions", "never reached"])
+def test_a_sliding_window_is_trained_packed(
+    window: int, tmp_path: Path, packed: list[int], caplog: pytest.LogCaptureFixture
 ):
     found = []
     for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
         model = tiny_lora(tiny_model("mistral", sliding_window=window))
         _, gradients = train_fixed(trainer_class, model, tiny_args(tmp_path))
         found.append(gradients.steps[0])
-    assert len(packed) == packed_calls
-    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
-    assert len(lines) == 1 - packed_calls
-    assert all("has a window of 8 tokens" in line for line in lines)
+    assert packed == [1]
+    assert not own_lines(caplog)
     assert relative_difference(found[1], found[0]) < 1e-4
 
 
-def test_a_window_that_a_rollout_could_leave_is_told_once_and_generate_is_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_window_that_a_rollout_leaves_is_decoded_by_us(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     from tests.engine.test_decode import train
 
     def build(kind: Any) -> Any:
         return train(kind, tmp_path, model=tiny_lora(tiny_model("mistral", sliding_window=14)))
 
     plain, ours = build(GRPOTrainer), build(PackedGRPOTrainer)
-    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
-    assert len(lines) == 1
-    assert "MistralForCausalLM has a window of 14 tokens" in lines[0]
+    assert ours.rollouts.last is not None
+    assert not own_lines(caplog)
     assert relative_difference(dict(ours.model.named_parameters()), dict(plain.model.named_parameters())) < 1e-4
+
+
+def attend_from(first: int) -> Any:
+    """Return transformers' overlay of a window with another convention: how far it sees, itself not counted."""
+    return lambda window: lambda batch, head, query, key: key > query - window - first
+
+
+@pytest.mark.parametrize("first", [1, -1], ids=["one token further", "one token less"])
+def test_the_self_check_finds_a_window_of_another_convention(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The window of a real model is longer than the check's rows, so the check narrows it: for both computations."""
+    monkeypatch.setattr("transformers.masking_utils.sliding_window_overlay", attend_from(first))
+    trainer, _ = train_fixed(
+        PackedGRPOTrainer, tiny_lora(tiny_model("mistral", sliding_window=300)), tiny_args(tmp_path)
+    )
+    assert set(trainer.support.decided.values()) == {False}
+    assert "its log-probabilities differ from padded ones" in caplog.text
+    assert base_model(trainer.model).config.sliding_window == 300
 
 
 @pytest.mark.parametrize(("coefficient", "packed_calls"), [(0.01, 0), (0.0, 1)])
@@ -149,15 +169,6 @@ def test_a_router_with_an_auxiliary_loss_is_trained_by_trl_and_said(
     assert len(lines) == 1 - packed_calls
     assert all("auxiliary loss" in line for line in lines)
     assert relative_difference(found[1], found[0]) < 1e-4
-
-
-def test_full_attention_layers_have_no_window():
-    model = tiny_model("qwen2", sliding_window=8, use_sliding_window=False)
-    assert attention.sliding_window(model) is None
-    assert (
-        attention.sliding_window(tiny_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1))
-        == 8
-    )
 
 
 def test_unsupported_decoding_settings_use_generate_and_say_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -203,12 +203,25 @@ def test_the_check_before_the_first_step_does_not_cut_the_gradient_of_a_4_bit_ba
     assert relative_difference(found[1], found[0]) < 0.05
 
 
-def test_rows_beyond_the_attention_window_take_trl_s_own_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = traces(4)
-    trainer = trainer_of(tmp_path, rows, model=tiny_lora(tiny_model("mistral", sliding_window=14)))
+def test_rows_beyond_the_attention_window_are_packed(tmp_path: Path) -> None:
+    found = []
+    for compute in ("plain", "packed"):
+        model = tiny_lora(tiny_model("mistral", sliding_window=6))
+        trainer = trainer_of(tmp_path, traces(6), compute=compute, model=model)
+        found.append(trained(trainer)[0])
+    assert trainer._packable
+    assert relative_difference(found[1], found[0]) < 1e-4
+
+
+def test_rows_on_both_sides_of_a_rotary_border_take_trl_s_own_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny_lora(tiny_model("llama", max_position_embeddings=12, rope_parameters=rope))
+    trainer = trainer_of(tmp_path, traces(6), model=model)
     trainer.train()
     assert not trainer._packable
-    assert "MistralForCausalLM has a window of 14 tokens, and rows are longer" in caplog.text
+    assert "LlamaForCausalLM changes its rotary frequencies at 12 tokens, and rows cross that" in caplog.text
 
 
 def test_the_loss_of_held_rows_is_logged_and_changes_nothing(tmp_path: Path) -> None:

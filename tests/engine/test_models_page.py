@@ -1,0 +1,41 @@
+"""docs/models.md says of each family what its tests prove."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from grpo_lite.engine import attention
+from tests.conftest import ROOT
+from tests.engine import test_families
+from tests.tiny import tiny_model
+
+REGISTRIES: list[dict[str, Any]] = [test_families.FAMILIES]
+REFUSED: dict[str, Callable[[], Any]] = {"GPT2LMHeadModel": lambda: tiny_model("gpt2")}
+
+
+def classes(heading: str) -> list[str]:
+    """Return the classes in a table of the page."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\|[^|]+\| `(\w+)` \|", section, re.MULTILINE)
+
+
+def test_the_families_that_share_are_those_with_a_proof() -> None:
+    shared = classes("Shared") + classes("Shared, with a remark")
+    assert sorted(shared) == sorted({family.args[1] for registry in REGISTRIES for family in registry.values()})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_families_on_trl_s_compute_are_refused_by_name(name: str) -> None:
+    assert name in classes("TRL's own compute")
+    model = REFUSED[name]()
+    assert type(model).__name__ == name
+    assert attention.obstacle(model) is not None
+
+
+def test_every_family_on_trl_s_compute_is_tried() -> None:
+    assert sorted(classes("TRL's own compute")) == sorted(REFUSED)
