@@ -17,6 +17,17 @@ SPECIAL = ["<unk>", "<bos>", "<eos>"]
 VOCABULARY = 320
 # What our trainer logs beside TRL's metrics (trainer_timing.py).
 OUR_METRICS = {"time/rollout_s", "time/reward_s", "memory/peak_gib"}
+# Two layers of a hybrid: one recurrent, one with attention.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 PROMPTS = ["2+3=", "Name a colour and say why you like it.", "7+9=", "Count: one two three"]
 
 
@@ -53,6 +64,7 @@ def tiny_model(
         "mixtral": "Mixtral",
         "gpt2": "GPT2",
         "lfm2": "Lfm2",
+        "qwen3_5": "Qwen3_5",
     }
     if kind == "gpt2":
         settings: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -67,14 +79,15 @@ def tiny_model(
             "max_position_embeddings": 512,
             "initializer_range": 0.1,
         }
-    settings |= {
+    settings |= HYBRIDS.get(kind, {}) | {
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    config = getattr(transformers, f"{names[kind]}Config")(**(settings | overrides))
+    config_class = f"{names[kind]}{'Text' if kind == 'qwen3_5' else ''}Config"
+    config = getattr(transformers, config_class)(**(settings | overrides))
     head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, f"{names[kind]}{head}")(config).to(dtype)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from grpo_lite.engine import varlen
+from grpo_lite.engine import states, varlen
 
 IMPLEMENTATION = "grpo_lite"
 EAGER_IMPLEMENTATION = "grpo_lite_eager"
@@ -59,6 +59,9 @@ class Layout(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Return the attention `(B, L, heads, D)` of queries `(B, heads, L, D)`."""
 
+    def mix(self, layer: int, hidden: Tensor, run: states.Run) -> Tensor:
+        """Run a recurrent layer over hidden states `(B, L, H)`; see `states.py`."""
+
 
 class PackedLayout:
     """How the flat row is cut into groups, and the index tensors and masks its attention needs (built once)."""
@@ -66,7 +69,7 @@ class PackedLayout:
     def __init__(self, segments: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
         self.segments = segments
         self.device = device
-        self.calls = 0  # attention calls served; the trainer's self-check compares it with the number of layers
+        self.calls = 0  # of attentions and recurrent layers; `score` compares it with the number of layers
         group_lengths = [prompt + sum(completions) for prompt, completions in segments]
         self.longest = max(prompt + max(completions, default=0) for prompt, completions in segments)
         self.dense = max(group_lengths) <= DENSE_TOKENS
@@ -76,6 +79,7 @@ class PackedLayout:
         self._masks: dict[tuple[int, int, torch.dtype, int | None], Tensor] = {}
         self._group_masks: dict[int | None, Tensor] = {}
         self._index: varlen.VarlenIndex | None = None
+        self._branches: states.Branches | None = None
         if self.dense:
             self._index_dense(group_lengths)
 
@@ -83,6 +87,19 @@ class PackedLayout:
         """Compute `packed_attention` for one layer."""
         del layer
         return packed_attention(query, key, value, self, rule)
+
+    def mix(self, layer: int, hidden: Tensor, run: states.Run) -> Tensor:
+        """Run a recurrent layer: each prompt once, each completion from its prompt's final state."""
+        del layer
+        self.calls += 1
+        return self.branches.mix(hidden, run)[0]
+
+    @property
+    def branches(self) -> states.Branches:
+        """The layout as recurrent layers take it; built at first use."""
+        if self._branches is None:
+            self._branches = states.Branches(self.segments, self.device)
+        return self._branches
 
     def _index_dense(self, group_lengths: list[int]) -> None:
         width = max(group_lengths)
@@ -348,8 +365,9 @@ AttentionMaskInterface.register(EAGER_IMPLEMENTATION, eager_mask)
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let `model`'s attention accept a `packed_layout`; see `obstacle` for which models may."""
+    """Let `model`'s attention and recurrent layers accept a `packed_layout`; see `obstacle` for which models may."""
     model.config._attn_implementation = EAGER_IMPLEMENTATION if _is_eager_only(model) else IMPLEMENTATION
+    states.install(model)
 
 
 def is_installed(model: PreTrainedModel) -> bool:
@@ -365,22 +383,23 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """
     config = model.config
     implementation = config._attn_implementation
+    recurrent = bool(states.mixers(model))  # transformers names no backend for these, and some have no positions
+    reason = states.obstacle(model)
     served = ("eager", EAGER_IMPLEMENTATION) if _is_eager_only(model) else ("sdpa", IMPLEMENTATION)
     checks: list[tuple[bool, str]] = [
         (config.get_text_config() is not config, "it is a multimodal model"),
         (not _has_plain_head(model), "its output layer is not a plain linear layer"),
         (implementation not in served, f"its attention implementation is {implementation!r}, not {served[0]!r}"),
+        (reason is not None, str(reason)),
         (
-            not getattr(type(model), "_supports_attention_backend", False),
+            not getattr(type(model), "_supports_attention_backend", False) and not recurrent,
             "it does not use transformers' attention interface",
         ),
         (getattr(config, "is_encoder_decoder", False), "it is an encoder-decoder"),
-        (not getattr(config, "rope_parameters", None), "its positions are not rotary"),
+        (not getattr(config, "rope_parameters", None) and not recurrent, "its positions are not rotary"),
         (bool(getattr(config, "attention_dropout", 0.0)), "it has attention dropout"),
         (len({window for _, window in _windows(model)}) > 1, "its layers have attention windows of different lengths"),
     ]
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    checks.append((bool(kinds), f"it has {', '.join(sorted(kinds))} layers"))
     return next((reason for failed, reason in checks if failed), None)
 
 

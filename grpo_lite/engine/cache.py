@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_lite.engine import states
 from grpo_lite.engine.attention import PackedLayout, Rule, beside_sinks, explicit_attention, packed_attention
 
 KeysValues = tuple[Tensor, Tensor]
@@ -25,6 +26,7 @@ class GroupCache:
         """Prepare for prompts of these lengths and for rows belonging to `groups` `(rows,)`, sorted."""
         self.prompts: dict[int, KeysValues] = {}  # per layer: (groups, key/value heads, P, D), the prompts' last P
         self.completions: dict[int, KeysValues] = {}  # per layer: (rows, key/value heads, capacity, D)
+        self.states: dict[int, states.States] = {}  # per recurrent layer, of every row
         self.generated = -1  # tokens per row already in `completions`; -1 before the prompts are in
         self.lengths = torch.tensor(list(prompt_lengths), device=groups.device)
         self._prefill = PackedLayout([(length, ()) for length in prompt_lengths], groups.device)
@@ -37,6 +39,14 @@ class GroupCache:
             self.prompts[layer] = self._pad(key, last), self._pad(value, last)
             return packed_attention(query, key, value, self._prefill, rule)
         return self._step(layer, query, key, value, rule)
+
+    def mix(self, layer: int, hidden: Tensor, run: states.Run) -> Tensor:
+        """Run a recurrent layer: over each prompt once in the prefill, then one token a row from the row's state."""
+        if self.generated < 0:
+            mixed, prompts = self._prefill.branches.mix(hidden, run)
+            self.states[layer] = prompts.select(self.groups)
+            return mixed
+        return run(hidden, self.states[layer], None)
 
     def advance(self) -> None:
         """Note that a pass over all layers is complete."""
@@ -54,6 +64,7 @@ class GroupCache:
         """Forget all rows but `keep`, and the prompts that no row needs any more."""
         for layer, (keys, values) in self.completions.items():
             self.completions[layer] = keys[keep], values[keep]
+        self.states = {layer: rows.select(keep) for layer, rows in self.states.items()}
         groups = self.groups[keep]
         used, groups = torch.unique(groups, return_inverse=True)
         if len(used) < len(self.lengths):

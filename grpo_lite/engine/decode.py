@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from grpo_lite.engine import states
 from grpo_lite.engine.attention import Layout
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.logits import LogitTransform
@@ -136,7 +137,8 @@ class GroupDecoder:
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
         with self.autocast():  # once, so that the adapter's weights are cast once
-            for wave in plan_waves(prompts, longest, self.kv_tokens):
+            row = longest + (0 if self.kv_tokens is None else state_tokens(model))
+            for wave in plan_waves(prompts, row, self.kv_tokens):
                 finished |= self._decode(model, input_ids, wave, logits_processor, stopping_criteria, generation_config)
         width = max(len(ids) for ids in finished.values())
         out = input_ids.new_full((input_ids.size(0), width), 0 if pad is None else int(pad))
@@ -154,7 +156,9 @@ class GroupDecoder:
             longest: the cap on a completion's tokens.
             capacity: tokens for which a row's buffer is laid out at that length.
         """
-        waves = plan_waves(group_rows(prompt_ids), longest, self.kv_tokens)
+        with self.autocast():
+            row = longest + (0 if self.kv_tokens is None else state_tokens(model))
+        waves = plan_waves(group_rows(prompt_ids), row, self.kv_tokens)
         wave = max(waves, key=lambda groups: sum(len(p) + len(members) * longest for p, members in groups))
         device, length = model.device, len(prompt_ids[0])
         groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
@@ -251,11 +255,26 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache:
     """Run the model on ids `(B, L)`, its attention by `cache`; return the last hidden states `(B, L, H)`."""
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device)  # see score.score
     out = model.base_model(
-        input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, packed_layout=cache
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=no_mask,
+        use_cache=False,
+        **states.arguments(model, cache),
     )
     cache.advance()
     hidden: Tensor = out.last_hidden_state
     return hidden
+
+
+def state_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens' keys and values take as much as the recurrent states of one row, rounded up."""
+    if not states.mixers(model):
+        return 0
+    cache = GroupCache([2], torch.zeros(1, dtype=torch.long, device=model.device))
+    pair = torch.arange(2, device=model.device).unsqueeze(0)
+    hidden_states(model, pair, pair, cache)
+    per_token = sum(keys.nbytes + values.nbytes for keys, values in cache.prompts.values()) // 2
+    return -(-sum(rows.num_bytes for rows in cache.states.values()) // max(1, per_token))
 
 
 def next_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -293,6 +312,8 @@ def plan_waves(
     prompts: dict[tuple[int, ...], list[int]], longest: int, kv_tokens: int | None
 ) -> list[list[tuple[tuple[int, ...], list[int]]]]:
     """Divide groups into waves whose keys and values stay within `kv_tokens` even if every row reaches its limit.
+
+    `longest` is what a row takes besides its prompt: tokens, and what its recurrent states are worth in tokens.
 
     A group too large for a wave is divided, repeating its prompt; one row is never divided.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_lite.engine.attention import PackedLayout, Rule, attend, packed_attention
+from grpo_lite.engine.states import Run
 
 # Tokens, up to: a multiple of. Prompts of nearly the same length get buffers of the same, and the graphs on them.
 LENGTH_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))
@@ -91,6 +92,10 @@ class RowCache:
         self._windowed = {}
         torch.add(self._offsets[:rows], self.position[:rows], out=self._place[:rows])
         self.mask.view(-1).index_fill_(0, self._place[:rows], 0.0)
+
+    def mix(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        """Refuse a recurrent layer; `static_decode.py` leaves such models to `GroupDecoder`."""
+        raise NotImplementedError("static rows keep no recurrent states")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grpo_lite.engine import attention
+from grpo_lite.engine import attention, states
 from grpo_lite.engine.logits import UNCHANGED, LogitTransform
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch, unpack
@@ -78,9 +78,9 @@ def score(
             position_ids=packed.position_ids,
             attention_mask=no_mask,
             use_cache=False,
-            packed_layout=layout,
+            **states.arguments(inner, layout),
         ).last_hidden_state
-    if layout.calls < inner.config.num_hidden_layers:
+    if layout.calls < states.calls_per_pass(inner):
         raise NotImplementedError("some layers did not attend through transformers' attention interface")
     head = cast(nn.Linear, inner.get_output_embeddings())
     chosen = hidden[0].index_select(0, packed.predictors)

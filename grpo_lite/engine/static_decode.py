@@ -31,6 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from grpo_lite.engine import states
 from grpo_lite.engine.attention import narrowed
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import (
@@ -275,6 +276,8 @@ class Engine:
         criteria: StoppingCriteriaList,
     ) -> bool:
         """Return whether static rows compute what these settings ask for."""
+        if self.obstacle is None and states.mixers(self._model):
+            self.step_aside("its recurrent layers keep states that fixed buffers have no place for yet")
         if self.obstacle is not None:
             return False
         if not all(type(processor) in ROW_BY_ROW for processor in processors):

@@ -10,11 +10,17 @@ import pytest
 
 from grpo_lite.engine import attention
 from tests.conftest import ROOT
-from tests.engine import test_families
+from tests.engine import test_families, test_hybrid
+from tests.engine.families import build
 from tests.tiny import tiny_model
 
-REGISTRIES: list[dict[str, Any]] = [test_families.FAMILIES]
-REFUSED: dict[str, Callable[[], Any]] = {"GPT2LMHeadModel": lambda: tiny_model("gpt2")}
+REGISTRIES: list[dict[str, Any]] = [test_families.FAMILIES, test_hybrid.FAMILIES]
+REFUSED: dict[str, Callable[[], Any]] = {
+    "GPT2LMHeadModel": lambda: tiny_model("gpt2"),
+    "JambaForCausalLM": lambda: build(
+        "JambaConfig", "JambaForCausalLM", attn_layer_period=2, attn_layer_offset=1, num_experts=1
+    ),
+}
 
 
 def classes(heading: str) -> list[str]:

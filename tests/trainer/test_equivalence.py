@@ -56,9 +56,19 @@ def assert_same_training(
             ), key
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "qwen2", "qwen3", "gemma", "mistral", *(pytest.param(kind, marks=SLOW) for kind in ("lfm2", "qwen3_5"))],
+)
 def test_architecture(kind: str, tmp_path: Path):
     assert_same_training(tmp_path, kind)
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5"])
+def test_hybrid_with_kl_checkpointing_and_a_token_budget(kind: str, tmp_path: Path):
+    options = EngineOptions(tokens_per_microbatch=40)
+    assert_same_training(tmp_path, kind, options, beta=0.05, gradient_checkpointing=True, num_iterations=2, max_steps=2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])

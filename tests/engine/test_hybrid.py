@@ -1,0 +1,246 @@
+"""Hybrid models: recurrent layers packed and decoded from their prompt's state compute what transformers computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.cache_utils import Cache
+
+from grpo_lite.engine import attention, states
+from grpo_lite.engine.decode import plan_waves, state_tokens
+from grpo_lite.engine.static_decode import StaticDecoder
+from tests.engine.families import (
+    LONG_COMPLETIONS,
+    LONG_PROMPTS,
+    build,
+    check_greedy_equals_generate,
+    check_packed_equals_plain,
+    check_sampled_logps,
+    check_self_check,
+)
+
+SLOW = pytest.mark.slow
+MATRIX = [pytest.mark.slow, pytest.mark.matrix]
+
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED_EXPERTS = {**EXPERTS, "shared_expert_intermediate_size": 16}
+MAMBA = {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+CONV = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+# The multipliers of the released models, where they differ from 1.
+FALCON = {
+    "mamba_d_ssm": 64,
+    "mamba_rms_norm": False,
+    "lm_head_multiplier": 0.3,
+    "embedding_multiplier": 5.7,
+    "key_multiplier": 0.39,
+    "attention_out_multiplier": 0.94,
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.24,
+    "ssm_multipliers": [0.35, 0.25, 0.18, 0.5, 0.31],
+    "mlp_multipliers": [0.88, 0.27],
+}
+NEMOTRON = {
+    "num_hidden_layers": None,  # follows from the kinds
+    "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+FAMILIES: dict[str, Any] = {
+    "lfm2": partial(build, "Lfm2Config", "Lfm2ForCausalLM", **CONV, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": partial(build, "Lfm2MoeConfig", "Lfm2MoeForCausalLM", **CONV, **EXPERTS, num_dense_layers=1),
+    "lfm3": partial(
+        build,
+        "Lfm3Config",
+        "Lfm3ForCausalLM",
+        num_hidden_layers=3,
+        layer_types=["conv", "full_attention", "sliding_attention"],
+        sliding_window=6,
+    ),
+    "qwen3_5": partial(build, "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", **DELTA),
+    "qwen3_5_moe": partial(build, "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", **DELTA, **SHARED_EXPERTS),
+    "qwen3_next": partial(build, "Qwen3NextConfig", "Qwen3NextForCausalLM", **DELTA, **SHARED_EXPERTS),
+    "olmo_hybrid": partial(build, "OlmoHybridConfig", "OlmoHybridForCausalLM", **DELTA),
+    "granite": partial(
+        build,
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        **MAMBA,
+        layer_types=DELTA["layer_types"],
+        num_local_experts=4,
+        shared_intermediate_size=24,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.25,
+        logits_scaling=8.0,
+    ),
+    "bamba": partial(build, "BambaConfig", "BambaForCausalLM", **MAMBA, attn_layer_indices=[1]),
+    "falcon_h1": partial(build, "FalconH1Config", "FalconH1ForCausalLM", **MAMBA, **FALCON),
+    "nemotron_h": partial(build, "NemotronHConfig", "NemotronHForCausalLM", **NEMOTRON),
+}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    config = FAMILIES[family].args[0]
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
+    return FAMILIES[family](dtype=dtype)
+
+
+def cases(default: str, slow: str, matrix: str = "") -> list[Any]:
+    return [
+        *default.split(),
+        *(pytest.param(name, marks=SLOW) for name in slow.split()),
+        *(pytest.param(name, marks=MATRIX) for name in matrix.split()),
+    ]
+
+
+@pytest.mark.parametrize(
+    "family",
+    cases("lfm2 qwen3_5 granite", "falcon_h1 nemotron_h qwen3_next olmo_hybrid lfm3", "lfm2_moe qwen3_5_moe bamba"),
+)
+def test_packed_log_probabilities_and_gradients_are_the_plain_ones(family: str):
+    check_packed_equals_plain(model_of(family))
+
+
+@pytest.mark.parametrize("family", cases("lfm2", "qwen3_5 granite falcon_h1", "nemotron_h qwen3_next olmo_hybrid"))
+def test_with_checkpointing_and_groups_that_repeat_their_prompt(family: str):
+    check_packed_equals_plain(model_of(family), budget=40, checkpointing=True)
+
+
+@pytest.mark.parametrize("family", cases("qwen3_5", "lfm2 granite", "falcon_h1 nemotron_h qwen3_next olmo_hybrid"))
+def test_in_float32(family: str):
+    check_packed_equals_plain(model_of(family, torch.float32), dense=True)
+
+
+@SLOW
+@pytest.mark.parametrize("family", cases("qwen3_5 granite", "", "lfm2 falcon_h1 nemotron_h qwen3_next olmo_hybrid"))
+def test_prompts_and_completions_across_chunk_borders(family: str):
+    check_packed_equals_plain(model_of(family), LONG_PROMPTS, LONG_COMPLETIONS)
+
+
+@pytest.mark.parametrize(
+    "family",
+    cases("lfm2 qwen3_5", "granite falcon_h1 nemotron_h", "qwen3_next olmo_hybrid lfm3 lfm2_moe qwen3_5_moe bamba"),
+)
+def test_greedy_output_is_that_of_generate(family: str):
+    check_greedy_equals_generate(model_of(family, torch.float32))
+
+
+@pytest.mark.parametrize("family", cases("qwen3_5", "lfm2 granite falcon_h1", "nemotron_h qwen3_next olmo_hybrid"))
+def test_noted_log_probabilities_are_those_of_a_forward_pass(family: str):
+    check_sampled_logps(model_of(family, torch.float32))
+
+
+@pytest.mark.parametrize("family", cases("lfm2", "qwen3_5 granite", "falcon_h1 nemotron_h qwen3_next olmo_hybrid lfm3"))
+def test_the_trainer_accepts_the_model(family: str):
+    model = model_of(family, torch.float32)
+    assert attention.obstacle(model) is None
+    check_self_check(model)
+
+
+def served_classes() -> Iterator[Any]:
+    names = "lfm2 lfm2_moe lfm3 qwen3_5 qwen3_5_moe qwen3_next olmo_hybrid granitemoehybrid bamba falcon_h1 nemotron_h"
+    for name in names.split():
+        if hasattr(transformers.models, name):
+            module = __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["x"])
+            yield from (c for key, c in vars(module).items() if key in states.SERVED)
+
+
+def test_the_installed_layers_use_nothing_of_a_cache_but_what_stands_in_for_it():
+    known = {name for name in dir(states.States()) if not name.startswith("__")}
+    found = set()
+    for layer in served_classes():
+        found.add(layer.__name__)
+        parameters = list(inspect.signature(layer.forward).parameters)
+        assert parameters[1] == "hidden_states"
+        assert "attention_mask" in parameters
+        (cache,) = {"cache_params", "past_key_values"} & set(parameters)
+        source = inspect.getsource(layer.forward)
+        assert f"{cache}.update_conv_state(" in source
+        used = set(re.findall(rf"{cache}(?:\.layers\[self\.layer_idx\])?\.(\w+)", source))
+        assert used <= known, (layer.__name__, used - known)
+        # The layer around it hands on keyword arguments, and so the layout.
+        block = inspect.getsource(inspect.getmodule(layer))
+        handed = r"(cache_params|past_key_values)=past_key_values,\s+attention_mask=\w+,\s+(\*\*kwargs|seq_idx=kwargs)"
+        assert re.search(handed, block), layer.__name__
+    assert found >= states.SERVED - {"Lfm3ShortConv"}  # newer than transformers 5.17
+
+
+def test_what_stands_in_for_a_cache_takes_its_arguments():
+    for name in ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"):
+        if hasattr(Cache, name):  # 5.17 has no get_…
+            theirs = [p for p in inspect.signature(getattr(Cache, name)).parameters if p not in ("self", "kwargs")]
+            ours = list(inspect.signature(getattr(states.States, name)).parameters)[1:]
+            assert ours[: len(theirs)] == theirs, name
+    assert "layer_idx" in inspect.signature(Cache.has_previous_state).parameters
+
+
+def test_a_recurrent_layer_that_is_not_served_is_named():
+    model = build(
+        "JambaConfig", "JambaForCausalLM", torch.float32, attn_layer_period=2, attn_layer_offset=1, num_experts=1
+    )
+    assert attention.obstacle(model) == "its recurrent layers (JambaMambaMixer) are not known to packed compute"
+    lfm2 = model_of("lfm2")
+    lfm2.config.layer_types = ["conv", "full_attention", "full_attention"]  # one layer fewer than there are
+    assert attention.obstacle(lfm2) == "it has conv layers"
+
+
+def test_installing_leaves_copies_pickles_and_other_calls_as_they_were():
+    model = model_of("lfm2")
+    ids = torch.arange(3, 12).unsqueeze(0)
+    expected = model(input_ids=ids).logits
+    attention.install(model)
+    attention.install(model)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(input_ids=ids).logits, expected)
+        (first, *_) = states.mixers(twin)
+        assert first.forward.args[0] is first
+
+
+def test_a_wave_counts_what_a_row_keeps_besides_its_tokens():
+    model = model_of("qwen3_5", torch.float32)
+    attention.install(model)
+    with torch.no_grad():
+        tokens = state_tokens(model)
+    # A row: 2 layers with 4 heads of 8 x 8 and 4 inputs of a convolution over 2 * 16 + 32 channels, in 4 bytes.
+    # A token: 1 layer with keys and values of 2 heads of 8.
+    assert tokens == -(-2 * (4 * 8 * 8 + 4 * 64) // (2 * 2 * 8)) == 32
+    assert len(plan_waves({(1, 2): [0, 1, 2]}, 10 + tokens, 90)) == 2
+    assert state_tokens(build("LlamaConfig", "LlamaForCausalLM")) == 0
+
+
+def test_static_rows_leave_a_hybrid_to_the_group_decoder(caplog: pytest.LogCaptureFixture):
+    check_greedy_equals_generate(model_of("lfm2", torch.float32), [StaticDecoder(nullcontext)])
+    assert "recurrent layers keep states" in caplog.text
