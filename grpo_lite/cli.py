@@ -500,7 +500,9 @@ def export(run_path: str, kinds: tuple[str, ...], nf4: bool, overwrite: bool) ->
         inputs = RunInputs(run.load_recipe())
         files = export_run(run, say, inputs)
         say(f"{run.merged}: verified, {files} files intact. Load it as any local model:")
-        say(f'  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+        towers = (run.read_run().get("merge") or {}).get("other_towers")
+        loader = "AutoModelForImageTextToText" if towers else "AutoModelForCausalLM"
+        say(f'  {loader}.from_pretrained("{run.merged}")')
         if nf4:
             from grpo_lite.export.stages import export_run_nf4
 

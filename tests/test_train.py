@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from grpo_lite.models.base import resolve_base
+from grpo_lite.recipe.recipe import TINY_MODEL
 from grpo_lite.runs.run_dir import RunDir
 from tests.command_line import grpo_lite, in_process
+from tests.models.tiny_multimodal import save_multimodal
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -304,3 +310,21 @@ def test_doctor_names_device_versions_and_every_layer_of_isolation(root: Path) -
     assert "trl 1." in text
     for layer in ("process", "rlimits", "landlock", "seccomp", "namespaces"):
         assert layer in text
+
+
+@pytest.mark.slow
+def test_a_multimodal_base_runs_the_whole_line_and_keeps_its_vision_tower(tmp_path: Path) -> None:
+    base = tmp_path / "gemma"
+    save_multimodal(base, dtype=torch.bfloat16)
+    AutoTokenizer.from_pretrained(resolve_base(TINY_MODEL)).save_pretrained(base)
+    # Of 64 random tokens some are the end, so that rewards differ and a gradient flows.
+    settings = ["model.load_in=4bit", "grpo.max_steps=2", "grpo.learning_rate=1e-2", "grpo.max_completion_length=64"]
+    text = grpo_lite("train", "smoke", f"model.id={base}", *settings, "--run", str(tmp_path / "run"))
+    assert "34 tensors beside the text tower are copied unchanged (multi_modal_projector 2, vision_tower 32)" in text
+    assert "verified on 8 held-out prompts" in text
+    assert "held-out lenient score" in text
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "run" / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert 10 < len(changed) <= 14  # seven linear layers in each of two blocks
+    assert all(name.startswith("language_model.model.layers.") for name in changed)
+    assert RunDir(tmp_path / "run").read_run()["merge"]["other_towers"]["vision_tower"] == 32

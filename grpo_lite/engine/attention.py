@@ -387,7 +387,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     reason = states.obstacle(model)
     served = ("eager", EAGER_IMPLEMENTATION) if _is_eager_only(model) else ("sdpa", IMPLEMENTATION)
     checks: list[tuple[bool, str]] = [
-        (config.get_text_config() is not config, "it is a multimodal model"),
+        (config.get_text_config() is not config, "it is a multimodal model whose text tower does not load alone"),
         (not _has_plain_head(model), "its output layer is not a plain linear layer"),
         (implementation not in served, f"its attention implementation is {implementation!r}, not {served[0]!r}"),
         (reason is not None, str(reason)),

@@ -15,6 +15,7 @@ from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked
 from grpo_lite.errors import ExportError
 from grpo_lite.export.safetensors import open_checkpoint
+from grpo_lite.models.text_tower import load_causal
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +81,14 @@ def load_saved_tokenizer(folder: Path) -> Any:
 
 
 def load_whole(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> Any:
-    """Load a model folder in eval mode; weights that are missing or of another shape are an ExportError."""
-    from transformers import AutoModelForCausalLM
+    """Load a model folder in eval mode, of a multimodal one the text tower.
 
+    Raises:
+        ExportError: it does not load, or weights are missing or of another shape.
+    """
     place = {"device_map": {"": 0}} if device.startswith("cuda") else {}  # straight there, not through main memory
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, **place
-        )
+        model, info = load_causal(folder, dtype=dtype or "auto", output_loading_info=True, **place)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if is_out_of_memory(error):
             raise

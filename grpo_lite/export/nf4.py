@@ -15,6 +15,7 @@ import torch
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.folder import replacing_folder
+from grpo_lite.export.merge.names import tensor_names
 from grpo_lite.export.model_folder import copy_files, load_saved_tokenizer, load_whole, read_base_config
 from grpo_lite.export.proof import Agreement, agreement, last_logits, positions_kept, tokenize
 from grpo_lite.export.safetensors import open_checkpoint
@@ -92,15 +93,21 @@ def export_nf4(
 
 
 def _quantise(merged_dir: Path, out_dir: Path, dtype: torch.dtype, device: str) -> None:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    """Write a folder in NF4; of a multimodal model the text tower is in it, and the other towers stay in 16 bits."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
+    tensors = (name for shard in open_checkpoint(merged_dir) for name in shard.tensors)
+    beside = tensor_names(merged_dir, tensors).other_towers
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # its name for 4 bits too; "model." as the whole class calls them
+        llm_int8_skip_modules=["lm_head", *(f"model.{part}" for part in beside)] if beside else None,
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model_class = AutoModelForImageTextToText if beside else AutoModelForCausalLM
+    model = model_class.from_pretrained(
         merged_dir, quantization_config=quantization, dtype=dtype, device_map={"": device}
     )
     # Before any forward: on CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights on the first one.

@@ -88,6 +88,8 @@ def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = Fals
     except NothingToMerge as error:
         run.update_run(merge={"skipped": str(error)})
         raise
+    if record.copied_line:
+        show(record.copied_line)
     texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
     proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show)
     if proof.faults and _lost_in_rounding(proof):
@@ -241,6 +243,7 @@ def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[s
         "size_bytes": record.size_bytes,
         "relative_update": record.relative_update,
         "tensors_dithered": record.tensors_dithered,
+        **({"other_towers": dict(record.other_towers)} if record.other_towers else {}),
     }
 
 

@@ -21,6 +21,7 @@ from grpo_lite.files.manifest import MANIFEST_NAME, fault_in, read_manifest, sha
 from grpo_lite.models.base import Base, is_folder, trusts_remote_code
 from grpo_lite.models.load import lora_config
 from grpo_lite.models.snapshot import fetch_snapshot
+from grpo_lite.models.text_tower import causal_config
 from grpo_lite.models.unsloth import ALL_LINEAR, uses_unsloth
 from grpo_lite.recipe.load import read_yaml
 from grpo_lite.recipe.recipe import Recipe
@@ -395,17 +396,17 @@ def _fresh_shapes(recipe: Recipe, base: Base) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors that PEFT would save for a fresh adapter; no weight is read or made."""
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     code = trusts_remote_code(base.section)
-    config = lora_config(recipe)
-    if uses_unsloth(recipe.model) and recipe.lora.get("target_modules") == "all-linear":
-        config.target_modules = set(ALL_LINEAR)
-    config.init_lora_weights = False  # PiSSA and its like compute with the base's weights, which are not there
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            known = AutoConfig.from_pretrained(base.folder, trust_remote_code=code)
-            model = get_peft_model(AutoModelForCausalLM.from_config(known, trust_remote_code=code), config)
+            model = AutoModelForCausalLM.from_config(causal_config(base.folder, code), trust_remote_code=code)
+            config = lora_config(recipe, model)
+            if uses_unsloth(recipe.model) and recipe.lora.get("target_modules") == "all-linear":
+                config.target_modules = set(ALL_LINEAR)
+            config.init_lora_weights = False  # PiSSA and its like compute with the base's weights, which are not there
+            model = get_peft_model(model, config)
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()
         raise ModelError(f"lora: does not fit {base.section.id}: {reason[0] if reason else error!r}") from error

@@ -18,6 +18,8 @@ from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_un
 from grpo_lite.errors import ModelError
 from grpo_lite.models.base import Base, trusts_remote_code
 from grpo_lite.models.device import Device
+from grpo_lite.models.lora_targets import choose_targets
+from grpo_lite.models.text_tower import load_causal
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
 
@@ -45,13 +47,12 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def load_model(base: Base) -> Any:
-    """Return the base model, quantised as the recipe says, without an adapter.
+    """Return the base model, quantised as the recipe says, without an adapter; of a multimodal one the text tower.
 
     Raises:
         ModelError: not found, not loadable, or not quantisable here.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     section, device = base.section, base.device
     weights, dtype = base.weights, getattr(torch, base.dtype)
@@ -64,7 +65,7 @@ def load_model(base: Base) -> Any:
         kwargs["device_map"] = {"": this_process().local}  # one card, also where two are visible (Kaggle T4 x 2)
     leave_out_cudnn_attention(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
+        model = load_causal(weights, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"model: {section.id} cannot be loaded ({section.load_in}, {dtype}) on {device.name}: {_first_line(error)}"
@@ -113,18 +114,25 @@ def _quantization(section: ModelSection, dtype: Any, device: Device) -> Any:
     )
 
 
-def lora_config(recipe: Recipe) -> Any:
+def lora_config(recipe: Recipe, model: Any = None) -> Any:
     """Return peft's LoraConfig of the recipe.
 
+    Args:
+        recipe: its `lora`.
+        model: the base that it is for, its weights perhaps on the meta device; None: no layers are chosen yet.
+
     Raises:
-        ModelError: peft refuses the combination of values.
+        ModelError: peft refuses the combination of values, or the model's layers do not allow them.
     """
     from peft import LoraConfig
 
     try:
-        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora_arguments)
+        config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora_arguments)
     except Exception as error:  # peft uses some values without checking them first
         raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
+    if model is not None:
+        choose_targets(config, model)
+    return config
 
 
 def lora_to_float32(model: Any) -> None:
@@ -173,13 +181,12 @@ def load_merged(folder: Path, device: Device) -> Any:
     float32 where the model is known to overflow in float16.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     saved = Base(ModelSection(id=str(folder)), device, folder)  # type: ignore[call-arg]
     dtype = "auto" if device.bfloat16 else getattr(torch, saved.dtype)
     place = {"device_map": {"": 0}} if device.kind == "cuda" else {}
     leave_out_cudnn_attention(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).eval()
+    model = load_causal(folder, dtype=dtype, **place).eval()
     keep_odd_widths_unpacked(model)
     if attention.obstacle(model) is None:
         attention.install(model)

@@ -95,7 +95,7 @@ def make_trainer(
         advice=fit.advice,
         recover=recipe.memory.fit,
         rehearsal=longest if recipe.memory.fit and device.kind == "cuda" else None,
-        peft_config=lora_config(recipe),
+        peft_config=lora_config(recipe, arguments["model"]),
         **arguments,
     )
     lora_to_float32(trainer.model)

@@ -148,7 +148,7 @@ def _policy_at_start(recipe: Recipe, base: Base, adapter: SavedAdapter | None, s
         return model
     from peft import get_peft_model
 
-    model = get_peft_model(model, lora_config(recipe))
+    model = get_peft_model(model, lora_config(recipe, model))
     load_into(model, adapter)
     return model
 
@@ -255,7 +255,7 @@ def _build(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, stage: _St
     announce_weights(base, view.show)
     model = load_base(base, recipe, max(len(prompts.longest), stage.longest - recipe.max_completion_length))
     is_ours = not uses_unsloth(recipe.model)  # else the adapter is on the base, in the dtypes that Unsloth computes in
-    own = {"peft_config": lora_config(recipe)} if is_ours else {}
+    own = {"peft_config": lora_config(recipe, model)} if is_ours else {}
     set_seed(recipe.seed)
     try:
         trainer = WarmupTrainer(

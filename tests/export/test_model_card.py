@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -238,6 +239,23 @@ def test_it_says_how_to_load_it(run: RunDir, what: str, words: list[str]) -> Non
     _, body = card(run, what)
     for part in words:
         assert part in body
+
+
+@pytest.mark.parametrize(
+    ("what", "tag", "words"),
+    [
+        ("adapter", "text-generation", ["import load_causal", "use the merged model"]),
+        ("merged", "image-text-to-text", ['AutoModelForImageTextToText.from_pretrained("me/sums"', "weights are"]),
+    ],
+)
+def test_a_multimodal_base_is_loaded_as_what_was_trained(what: str, tag: str, words: list[str], run: RunDir) -> None:
+    facts = read_facts(run, ON_HUB)
+    facts = dataclasses.replace(facts, merge={**facts.merge, "other_towers": {"vision_tower": 436}})
+    text = model_card(facts, "me/sums", what)
+    assert all(word in text for word in words)
+    assert f"pipeline_tag: {tag}" in text
+    assert "AutoModelForCausalLM" not in text
+    assert "--enable-lora" not in text
 
 
 def test_text_recipe_says_that_it_is_asked_in_plain_text_after_its_examples(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.merge.merge import merge_adapter
@@ -17,6 +18,7 @@ from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged
 from tests.export.merge_cases import edit_config, make_adapter, make_base
 from tests.export.test_proof import PROMPTS, ByteTokenizer
+from tests.models.tiny_multimodal import save_multimodal
 
 pytest.importorskip("bitsandbytes")
 
@@ -45,6 +47,21 @@ def test_nf4_export_is_smaller_loads_in_4_bit_and_records_its_loss(merged: Path,
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     assert (tmp_path / "nf4/model.safetensors").stat().st_mode == (tmp_path / "nf4/config.json").stat().st_mode
+
+
+def test_nf4_of_a_multimodal_model_keeps_the_vision_tower_in_16_bits(tmp_path: Path) -> None:
+    save_multimodal(tmp_path / "m", dtype=torch.bfloat16)
+    record = export_nf4(tmp_path / "m", tmp_path / "nf4", PROMPTS)
+    assert 0 < record.agreement.mean_kl < 0.5
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "nf4"))
+    vision = [name for name in before if not name.startswith("language_model.")]
+    assert len(vision) > 10
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    tower = load_merged(tmp_path / "nf4", detect_device())
+    assert type(tower.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "nf4")
+    assert type(whole.model.multi_modal_projector).__name__ == "Gemma3MultiModalProjector"
+    assert "4bit" not in str(whole.model.vision_tower)
 
 
 @pytest.mark.slow

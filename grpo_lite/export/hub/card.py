@@ -45,6 +45,11 @@ class RunFacts:
     gguf: Sequence[Mapping[str, Any]] = field(default=())  # gguf.json of each file
     curves: bool = False  # the report's curves.png is pushed too
 
+    @property
+    def other_towers(self) -> Mapping[str, int]:
+        """Tensors beside the text tower, by part, where the base is a multimodal model; else empty."""
+        return self.merge.get("other_towers") or {}
+
 
 def read_facts(run: RunDir, base: BaseFacts, gguf: Sequence[Mapping[str, Any]] = ()) -> RunFacts:
     """Collect a run's facts for its card."""
@@ -73,7 +78,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
         f"The base is {base.note}.\n" if base.note else "",
         "".join(f"> **Pushed despite this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
-        _use(recipe, base, facts.gguf, repo_id, what),
+        _use(facts, repo_id, what),
         _training(facts),
         _not_measured(facts, what),
         _licence_text(base),
@@ -127,7 +132,7 @@ def _metadata(facts: RunFacts, title: str, what: str) -> str:
     base, recipe = facts.base, facts.recipe
     metadata: dict[str, Any] = {
         "library_name": _LIBRARIES[what],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.other_towers and what == "merged" else "text-generation",
         "tags": ["grpo", "lora", "trl", "grpo_lite", "reinforcement-learning", *(["sft"] if recipe.warmup else [])],
     }
     if base.licence:
@@ -243,13 +248,13 @@ def _proof_sentence(proof: Mapping[str, Any]) -> str:
     )
 
 
-def _use(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any]], repo_id: str, what: str) -> str:
+def _use(facts: RunFacts, repo_id: str, what: str) -> str:
     """Return the card's section on loading and asking the model.
 
     Args:
-        gguf: gguf.json of each file that is pushed.
         what: "adapter", "merged" or "gguf".
     """
+    recipe, base, gguf = facts.recipe, facts.base, facts.gguf
     base_name = base.hub_id or base.name
     title = repo_id.rpartition("/")[2]
     lines = ["## Use", ""]
@@ -265,28 +270,40 @@ def _use(recipe: Recipe, base: BaseFacts, gguf: Sequence[Mapping[str, Any]], rep
         lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", gguf_file="{file}")', "```", ""]
         lines += ["For vLLM, prefer the merged 16-bit model: `grpo-lite push RUN … --what merged`."]
         return "\n".join(lines) + "\n"
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    revision = f', revision="{base.revision}"' if base.revision else ""
-    if what == "adapter":
-        lines += [
-            "from peft import PeftModel",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")',
-            f'model = PeftModel.from_pretrained(base, "{repo_id}")',
-        ]
+    lines += _loaded(facts, base_name, repo_id, what)
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", ""]
+    if what == "merged":
+        lines += ["```sh", f"vllm serve {repo_id}", "```", ""]
+    elif not facts.other_towers:
+        served = f"--enable-lora --max-lora-rank {recipe.lora.get('r', 8)} --lora-modules {title}={repo_id}"
+        lines += ["```sh", f"vllm serve {base_name} {served}", "```", ""]
     else:
-        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "", "```sh"]
-    if what == "adapter":
-        rank = recipe.lora.get("r", 8)
-        lines += [f"vllm serve {base_name} --enable-lora --max-lora-rank {rank} --lora-modules {title}={repo_id}"]
-    else:
-        lines += [f"vllm serve {repo_id}"]
-    lines += ["```", ""]
+        lines += ["For vLLM, use the merged model: `grpo-lite push RUN … --what merged`.", ""]
     lines += [f"For Ollama, make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
     if what == "merged":
         lines += ["Without the run, use llama.cpp's `convert_hf_to_gguf.py` on a download of this repository."]
     return "\n".join(lines) + "\n"
+
+
+def _loaded(facts: RunFacts, base_name: str, repo_id: str, what: str) -> list[str]:
+    """Return the lines that load the model, up to the tokenizer."""
+    revision = f', revision="{facts.base.revision}"' if facts.base.revision else ""
+    if what == "merged":
+        loader = "AutoModelForImageTextToText" if facts.other_towers else "AutoModelForCausalLM"
+        lines = ["```python", f"from transformers import {loader}, AutoTokenizer"]
+        lines += ["", f'model = {loader}.from_pretrained("{repo_id}", dtype="auto")']
+        if facts.other_towers:
+            lines = ["The text tower was trained, on text alone; the other weights are the base's.", "", *lines]
+        return lines
+    if facts.other_towers:
+        base = f'load_causal(snapshot_download("{base_name}"{revision}), dtype="auto")'
+        before = ["from huggingface_hub import snapshot_download", "from peft import PeftModel"]
+        before += ["from transformers import AutoTokenizer", ""]
+        before += ["from grpo_lite.models.text_tower import load_causal  # the adapter is of the text tower alone"]
+    else:
+        base = f'AutoModelForCausalLM.from_pretrained("{base_name}"{revision}, dtype="auto")'
+        before = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "from peft import PeftModel"]
+    return ["```python", *before, "", f"base = {base}", f'model = PeftModel.from_pretrained(base, "{repo_id}")']
 
 
 def _asked(recipe: Recipe) -> list[str]:

@@ -28,6 +28,7 @@ import grpo_lite
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.merge.adapter import WEIGHTS_NAME, Adapter, LoraFactors, open_adapter
+from grpo_lite.export.merge.names import TensorNames, tensor_names
 from grpo_lite.export.merge.plan import Change, MergePlan, make_plan
 from grpo_lite.export.model_folder import copy_files, read_base_config
 from grpo_lite.export.safetensors import INDEX_NAME, SINGLE_NAME, Shard, build_head, open_checkpoint, row_blocks
@@ -62,8 +63,18 @@ class MergeRecord:
     tensors_dithered: int  # rounded stochastically, because their nearest_loss is above MAX_NEAREST_LOSS
     changed_share: float  # of the changed tensors' elements, those that differ from the base after rounding
     unchanged: tuple[str, ...]  # tensors whose whole update was lost to rounding, or was zero
+    other_towers: Mapping[str, int]  # tensors of a multimodal base beside its text tower, copied bit for bit, by part
     wall_s: float
     grpo_lite: str
+
+    @property
+    def copied_line(self) -> str | None:
+        """One line for people on what lies beside the text tower; None: the base is no multimodal model."""
+        if not self.other_towers:
+            return None
+        parts = ", ".join(f"{name} {count}" for name, count in self.other_towers.items())
+        total = sum(self.other_towers.values())
+        return f"{total} tensors beside the text tower are copied unchanged ({parts})"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for merge.json."""
@@ -95,7 +106,8 @@ def merge_adapter(
     config = read_base_config(base_dir)
     shards = open_checkpoint(base_dir)
     adapter = open_adapter(adapter_dir)
-    plan = make_plan(config, shards, adapter)
+    names = tensor_names(base_dir, (name for shard in shards for name in shard.tensors))
+    plan = make_plan(config, shards, adapter, names)
     adapter_sha256 = sha256_of(adapter_dir / WEIGHTS_NAME)
     _check_not_merged_before(base_dir, adapter_sha256)
     total = sum(len(shard.head) + sum(s.end - s.start for s in shard.tensors.values()) for shard in shards)
@@ -107,7 +119,7 @@ def merge_adapter(
         copy_files(base_dir, partial)
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
-        record = _record(writer, shards, adapter_sha256, total, time.monotonic() - began)
+        record = _record(writer, shards, names, adapter_sha256, total, time.monotonic() - began)
         (partial / MERGE_RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, writer.digests)
     return record
@@ -284,7 +296,7 @@ def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: to
 
 
 def _record(
-    writer: ShardWriter, shards: list[Shard], adapter_sha256: str, size_bytes: int, wall_s: float
+    writer: ShardWriter, shards: list[Shard], names: TensorNames, adapter_sha256: str, size_bytes: int, wall_s: float
 ) -> MergeRecord:
     """Return the record, or refuse a merge that changed nothing."""
     plan, adapter = writer.plan, writer.adapter
@@ -313,6 +325,7 @@ def _record(
         tensors_dithered=writer.dithered,
         changed_share=tally.changed / tally.elements,
         unchanged=tuple(writer.unchanged),
+        other_towers=dict(names.other_towers),
         wall_s=round(wall_s, 2),
         grpo_lite=grpo_lite.__version__,
     )
@@ -339,6 +352,8 @@ def _write_config(base_dir: Path, config: Mapping[str, Any], plan: MergePlan, fo
     changed = {key: value for key, value in config.items() if key != "_pre_quantization_dtype"}
     if plan.untied:
         changed["tie_word_embeddings"] = False
+        if isinstance(text := config.get("text_config"), dict):
+            changed["text_config"] = text | {"tie_word_embeddings": False}
     if changed == config:
         shutil.copyfile(base_dir / "config.json", folder / "config.json")
     else:

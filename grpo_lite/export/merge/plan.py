@@ -2,6 +2,7 @@
 
 The unmerged model (base + adapter, as PEFT computes it) is the truth. Where it uses one stored tensor in two ways (tied
 embeddings of which the adapter changes one side), the plan unties them: the output head becomes a tensor of its own.
+Adapter and base are matched by the trained model's names; what is written keeps the checkpoint's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import torch
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.merge.adapter import Adapter, LoraFactors
+from grpo_lite.export.merge.names import TensorNames
 from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, row_blocks
+from grpo_lite.models.text_tower import causal_name
 
 # transformers 5.23's users of Conv1D, which stores (in, out) where nn.Linear stores (out, in), and its layers' names.
 _CONV1D_MODELS = frozenset(["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"])
 _CONV1D_LAYERS = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")  # names of output heads that are stored
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed")
+
+# A checkpoint's tensors by the trained model's names.
+Base = Mapping[str, tuple[TensorSpec, Shard]]
 
 
 @dataclass(frozen=True)
@@ -37,22 +43,29 @@ class Change:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Changes by output tensor name; `added` are tensors that the base does not store under a name of their own."""
+    """Changes by the checkpoint's tensor names; `added` are tensors that it does not store under their own names."""
 
     changes: Mapping[str, Change]
     added: Mapping[str, Change]
     untied: bool
 
 
-def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) -> MergePlan:
+def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter, names: TensorNames) -> MergePlan:
     """Match every tensor of the adapter to the base.
+
+    Args:
+        config: the base's config.json.
+        shards: its checkpoint.
+        adapter: what is merged.
+        names: how the trained model calls the checkpoint's tensors.
 
     Raises:
         ExportError: names or shapes that do not match, base tensors that are not floats, layers the adapter lacks.
     """
-    base = {name: (spec, shard) for shard in shards for name, spec in shard.tensors.items()}
+    stored = {name: (spec, shard) for shard in shards for name, spec in shard.tensors.items()}
+    base = {names.of_model.get(name, name): place for name, place in stored.items()}
     pair = _tied_pair(config, base)
-    changes: dict[str, Change] = {}
+    changes: dict[str, Change] = {}  # by the trained model's names
     added: dict[str, Change] = {}
     faults: list[str] = []
     for name, update in _updates(adapter):
@@ -62,7 +75,7 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) 
         elif pair and name == pair[0]:
             (spec, shard), book, target = base[pair[1]], added, name
         else:
-            faults.append(f"{name}: the base has no such tensor")
+            faults.append(f"{name}: {_absence(name, names)}")
             continue
         change = _check_fit(update, spec, shard, config, faults, name)
         if change is not None:
@@ -82,7 +95,11 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter) 
         return _tie(adapter, changes, added, pair)
     # Head and embedding stored apart: they no longer are equal once either changes, whatever the config says.
     touched = any(name in _HEADS or name.split(".")[-2] in _EMBEDDINGS for name in changes)
-    return MergePlan(changes, added, untied=touched and config.get("tie_word_embeddings") is not False)
+    return _plan(changes, added, untied=touched and config.get("tie_word_embeddings") is not False)
+
+
+def _plan(changes: Mapping[str, Change], added: Mapping[str, Change], untied: bool) -> MergePlan:
+    return MergePlan({change.source.name: change for change in changes.values()}, added, untied)
 
 
 def _updates(adapter: Adapter) -> list[tuple[str, LoraFactors | TensorSpec]]:
@@ -92,10 +109,23 @@ def _updates(adapter: Adapter) -> list[tuple[str, LoraFactors | TensorSpec]]:
     ]
 
 
-def _resolve(name: str, base: Mapping[str, Any]) -> str | None:
-    """Return the base's name of a model's tensor; checkpoints such as gpt2's omit the prefix (`transformer.`)."""
-    short = name.partition(".")[2]
-    return name if name in base else short if short in base else None
+def _resolve(name: str, base: Base) -> str | None:
+    """Return the base's name of a model's tensor.
+
+    Checkpoints such as gpt2's omit the prefix (`transformer.`). An adapter that was trained on the whole multimodal
+    class has the prefix of the text tower.
+    """
+    candidates = (name, name.partition(".")[2], causal_name(name))
+    return next((candidate for candidate in candidates if candidate in base), None)
+
+
+def _absence(name: str, names: TensorNames) -> str:
+    """Return why a tensor of the trained model cannot be written."""
+    module = name.rpartition(".")[0]
+    parts = [stored for stored, whole in names.joined.items() if whole in (name, module)]
+    if parts:
+        return f"the base stores it in {len(parts)} tensors ({parts[0]}, …), which a merge cannot write"
+    return "the base has no such tensor"
 
 
 def _check_fit(
@@ -135,9 +165,7 @@ def _is_conv1d(config: Mapping[str, Any], name: str, shape: tuple[int, int], spe
     return config.get("model_type") in _CONV1D_MODELS and name.split(".")[-2] in _CONV1D_LAYERS
 
 
-def _copies_that_differ(
-    adapter: Adapter, base: Mapping[str, tuple[TensorSpec, Shard]], pair: tuple[str, str] | None
-) -> list[str]:
+def _copies_that_differ(adapter: Adapter, base: Base, pair: tuple[str, str] | None) -> list[str]:
     """PEFT saves a targeted embedding's base weight along; it must be the base's, else the base is another one."""
     faults = []
     for name, copy in adapter.copies.items():
@@ -152,19 +180,25 @@ def _copies_that_differ(
 
 
 def _missing_layers(
-    config: Mapping[str, Any], base: Mapping[str, Any], changes: Mapping[str, Change], adapter: Adapter
+    config: Mapping[str, Any], base: Base, changes: Mapping[str, Change], adapter: Adapter
 ) -> list[str]:
     """Name modules that the adapter changes in other layers but not in this one: a sign of a cut-off adapter."""
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     chosen = adapter.config.get("layers_to_transform") is not None or adapter.config.get("exclude_modules")
     if chosen or not isinstance(layers, int) or not isinstance(adapter.config["target_modules"], list):
         return []
     patterns = {_without_layer(name)[0] for name, change in changes.items() if change.lora is not None}
+    # Gemma 3n's and 4's last layers take the keys and values of earlier ones, and the model drops their own.
+    first_sharing = layers - (config.get("num_kv_shared_layers") or 0)
     faults = []
     for name in base:
         pattern, layer = _without_layer(name)
         named = any(f".{name}".endswith(f".{target}.weight") for target in adapter.config["target_modules"])
-        if named and pattern in patterns and layer is not None and layer < layers and name not in changes:
+        dropped = layer is not None and layer >= first_sharing and re.search(r"\.[kv]_proj\.", name)
+        expected = pattern in patterns and layer is not None and layer < layers and not dropped
+        if named and expected and name not in changes:
             faults.append(f"{name}: the adapter lacks its lora_A and lora_B, though it has those of other layers")
     return faults
 
@@ -176,7 +210,7 @@ def _without_layer(name: str) -> tuple[str, int | None]:
     return f".{name}"[: match.start()] + ".*." + f".{name}"[match.end() :], int(match[1] or match[2])
 
 
-def _tied_pair(config: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str] | None:
+def _tied_pair(config: Mapping[str, Any], base: Base) -> tuple[str, str] | None:
     """Return (head, stored embedding) where the checkpoint stores the output head only as the embedding.
 
     Every decoder of transformers 5.23 that ties its head calls it lm_head (their `_tied_weights_keys`).
@@ -192,19 +226,19 @@ def _tie(adapter: Adapter, changes: dict[str, Change], added: dict[str, Change],
     head, embedding = pair
     head_change, embedding_change = added.get(head), changes.get(embedding)
     if head_change is None and embedding_change is None:
-        return MergePlan(changes, added, untied=False)
+        return _plan(changes, added, untied=False)
     loaded_in_place = [
         change
         for name, change in ((head, head_change), (embedding, embedding_change))
         if change is not None and change.replacement is not None and not adapter.is_module_to_save(name)
     ]
     if loaded_in_place:  # PEFT loads such a tensor into the shared parameter, so both sides change
-        return MergePlan({**changes, embedding: loaded_in_place[-1]}, {}, untied=False)
+        return _plan({**changes, embedding: loaded_in_place[-1]}, {}, untied=False)
     if head_change and embedding_change and _same_change(adapter, head_change, embedding_change):
-        return MergePlan(changes, {}, untied=False)
+        return _plan(changes, {}, untied=False)
     if head_change is None and embedding_change is not None:
         head_change = Change(embedding_change.source, embedding_change.shard)  # the head stays the base's
-    return MergePlan(changes, {head: head_change} if head_change else {}, untied=True)
+    return _plan(changes, {head: head_change} if head_change else {}, untied=True)
 
 
 def _same_change(adapter: Adapter, head: Change, embedding: Change) -> bool:
