@@ -26,13 +26,14 @@ from grpo_lite.commands import either, hint, hint_setup
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import GRPOLiteError, RecipeError
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
-from grpo_lite.screen import printable, quiet_on_broken_pipe, ready_streams
+from grpo_lite.screen import printable, quiet_on_broken_pipe, reader_has_left, ready_streams, silence
 
 if TYPE_CHECKING:
     from grpo_lite.models.device import Card
     from grpo_lite.runs.run_dir import RunDir
 
 INTERRUPTED = 130  # the shell's exit status for SIGINT
+READER_LEFT = 141  # for SIGPIPE: `grpo-lite recipes | head -1`
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -65,6 +66,9 @@ class _Commands(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception as error:  # a fault of ours or of a library: one line, and how to see the rest
+            if isinstance(error, BrokenPipeError) and reader_has_left():
+                silence()
+                sys.exit(READER_LEFT)
             if os.environ.get("GRPO_LITE_TRACEBACK"):
                 raise
             click.echo(f"error: {_harmless(_explain(error))}", err=True)

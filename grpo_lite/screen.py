@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 import time
 import unicodedata
@@ -85,6 +86,16 @@ def ignore_closed_screen() -> Iterator[None]:
         yield
     except OSError:
         silence()
+
+
+def reader_has_left() -> bool:
+    """Return whether the standard output is a pipe that nobody reads any more, as after `| head -1`."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no real file
+        return False
 
 
 def silence() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from grpo_lite import screen
+from grpo_lite.cli import READER_LEFT
 from grpo_lite.screen import progress_lines, quiet_on_broken_pipe
 from grpo_lite.session.stop import StopCleanly
 from tests.command_line import GRPO_LITE, ROOT
+from tests.command_server import shared
 
 
 def test_what_cannot_be_written_ends_nothing() -> None:
@@ -41,6 +43,18 @@ def test_what_cannot_be_written_ends_nothing() -> None:
     assert process.wait(60) == 7
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("verb", [["recipes"], ["show", "smoke"], ["schema"], ["--help"], ["plan", "--all-gpus"]])
+def test_a_reader_that_leaves_ends_a_command_quietly(verb: list[str], tmp_path: Path) -> None:
+    """`grpo-lite recipes | head -1`, with a `head` that is gone before the first line."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as closed, open(tmp_path / "errors", "wb") as errors, open(os.devnull) as nothing:
+        descriptors = [nothing.fileno(), closed.fileno(), errors.fileno()]
+        status = shared().start(verb, descriptors, cwd=ROOT, environment=dict(os.environ)).wait(timeout=100)
+    assert (tmp_path / "errors").read_text() == ""
+    assert status in (0, 1, READER_LEFT)  # `--help` is click's own: 1
 
 
 @pytest.mark.slow
