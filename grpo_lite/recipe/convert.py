@@ -7,6 +7,7 @@ Source: trl 1.16, `scripts/grpo.py`, `trainer/model_config.py`, `trainer/utils.p
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from grpo_lite.recipe.recipe import GRPO_DEFAULTS
 from grpo_lite.recipe.trl_keys import RENAMED, why_left_out
 from grpo_lite.recipe.upstream import config_defaults, config_fields
 
+_EVERY = 10  # steps between held-out scores where the file says nothing, or a share of an unknown number
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 _QUIET = ("logging_steps", "save_steps", "save_total_limit", "report_to")  # they change no training
 _QUANTIZED_VLLM = "TRL would merge the adapter into quantized weights at each sync; rollout: shared needs no vLLM"
@@ -299,11 +301,25 @@ def _evaluation(file: _File, data: dict[str, Any]) -> dict[str, Any]:
         data["holdout"] = 0.1
         file.note("eval_strategy: a file has no test split; a tenth of its rows is held out, and not trained on")
     if strategy == "steps":
-        section["every"] = steps or file.values.get("logging_steps", 10)
+        section["every"] = _whole_steps(file, "eval_steps", steps or file.values.get("logging_steps", _EVERY))
     if rows:
         section["batch_size"] = rows
     file.note("eval_strategy: held-out rows are scored before and after training too (eval.limit of them)")
     return section
+
+
+def _whole_steps(file: _File, key: str, steps: Any) -> Any:
+    """Return steps as a whole number: below 1 TRL takes them as a share of all steps, rounded up."""
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or not 0 < steps < 1:
+        return steps  # the recipe's own check names a wrong value
+    total = file.values.get("max_steps")
+    if isinstance(total, int) and total > 0:
+        return math.ceil(steps * total)
+    file.note(
+        f"{key}: {steps:g} of all steps in TRL, and their number depends on the data; eval.every: {_EVERY} is set, in "
+        "steps"
+    )
+    return _EVERY
 
 
 def _grpo(file: _File, quantized: bool) -> dict[str, Any]:

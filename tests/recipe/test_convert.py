@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +173,23 @@ def test_lora_quantization_rewards_and_evaluation_are_carried_over(tmp_path: Pat
     assert "quantized weights" in note_on("use_vllm", conversion)
     assert "use_vllm" not in recipe.grpo
     assert "0.05 in TRL; 0 here" in note_on("lora_dropout", conversion)
+
+
+@pytest.mark.parametrize(
+    "keys, every",
+    [
+        ("eval_steps: 0.1\nmax_steps: 205", 21),  # 20.5, rounded up as in TrainerState.compute_steps
+        ("logging_steps: 0.05\nmax_steps: 40", 2),  # eval_steps is logging_steps where it is not given
+        ("eval_steps: 20.0", 20),
+        ("eval_steps: 0.1", 10),
+    ],
+)
+def test_a_share_of_all_steps_becomes_a_number_of_steps(keys: str, every: int, tmp_path: Path) -> None:
+    text = re.sub("^(eval|logging)_steps: .*\n", "", QLORA, flags=re.MULTILINE)
+    conversion, recipe = converted(f"{text}{keys}\n", tmp_path)
+    assert recipe.eval.every == every
+    unknown = keys == "eval_steps: 0.1"
+    assert any("0.1 of all steps in TRL" in note for note in conversion.notes) is unknown
 
 
 def test_the_batch_of_several_processes_is_kept_and_sharding_left_out(tmp_path: Path) -> None:
