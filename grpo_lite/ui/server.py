@@ -96,7 +96,7 @@ def build_app(folder: Path, token: str) -> ASGIApp:
         Route("/page/{name}", _asset),
         Route("/report", lambda request: _report(folder, request)),
         Route("/api/runs", lambda request: _runs(folder, request)),
-        Route("/api/run", lambda request: _run(folder, request)),
+        Route("/api/run", lambda request: _run(folder, token, request)),
         Route("/api/compare", lambda request: _Json(comparison(folder, request.query_params.getlist("run")))),
         Route("/api/plan", _plan),
         Route("/api/choices", lambda request: _Json(plan_choices())),
@@ -110,8 +110,8 @@ def build_app(folder: Path, token: str) -> ASGIApp:
 class Guard:
     """Refuses requests from other sites and without the token with 403, and adds the headers that keep the page tight.
 
-    The token comes in the address of a page (`/`, `/report`), and in a header for data: a form of another site cannot
-    send that.
+    The token comes in the address of the page (`/`), and in a header for data: a form of another site cannot send that.
+    A report opens by a key of its own (`report_key`), so that its address can be passed on.
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
@@ -144,12 +144,23 @@ class Guard:
         path = request.scope["path"]  # what is routed; old versions of Starlette made `url` from the Host header
         if path.startswith("/page/"):
             return ""  # the page's own script and style, the same for everybody
-        given = request.query_params.get("token", "")
+        given, wanted = request.query_params.get("token", ""), self.token
         if path.startswith("/api/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.token.encode()):
+        elif path == "/report":
+            given, wanted = request.query_params.get("key", ""), report_key(self.token, _run_name(request))
+        if not hmac.compare_digest(given.encode(), wanted.encode()):
             return "refused: the token is missing or wrong. Open the address that the command printed, token included."
         return ""
+
+
+def report_key(token: str, name: str) -> str:
+    """Return the key that opens the report of one run, as long as the server runs; it does not tell the token."""
+    return hmac.new(token.encode(), name.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+
+
+def _run_name(request: Request) -> str:
+    return str(request.query_params.get("run", ""))
 
 
 class _Json(JSONResponse):
@@ -197,7 +208,7 @@ def _asset(request: Request) -> Response:
 
 
 def _report(folder: Path, request: Request) -> Response:
-    html = report_html(find_run(folder, request.query_params.get("run", "")))
+    html = report_html(find_run(folder, _run_name(request)))
     return HTMLResponse(html, headers={"Content-Security-Policy": _REPORT_POLICY})
 
 
@@ -210,13 +221,13 @@ def _runs(folder: Path, request: Request) -> Response:
     return _Json({"folder": str(folder), "runs": cards}, headers={"ETag": tag})
 
 
-def _run(folder: Path, request: Request) -> Response:
-    name = request.query_params.get("run", "")
+def _run(folder: Path, token: str, request: Request) -> Response:
+    name = _run_name(request)
     run = find_run(folder, name)
     tag = f'"{version(run)}"'
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304)
-    return _Json(run_view(name, run), headers={"ETag": tag})
+    return _Json({**run_view(name, run), "report_key": report_key(token, name)}, headers={"ETag": tag})
 
 
 def _version_of(run: RunDir) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from grpo_lite.errors import DataError
 from grpo_lite.ui.ask import Asker, Busy
-from grpo_lite.ui.server import HOST, _Json, _listening, build_app
+from grpo_lite.ui.server import HOST, _Json, _listening, build_app, report_key
 from grpo_lite.ui.views import runs_in
 from tests.command_line import in_process
 from tests.run_files import write_run
@@ -89,6 +91,38 @@ def test_a_second_question_is_told_to_wait(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("grpo_lite.ui.ask.require_trained", lambda run: None)
     with asker._lock, pytest.raises(Busy, match="another question is being answered"):
         asker.ask(runs_in(folder)["good"], "1+1=")
+
+
+def test_an_idle_model_leaves_memory_and_comes_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+
+    class Loaded:
+        def __init__(self, run: Any, sampling: Any, compare: bool) -> None:
+            loaded.append(weakref.ref(self))
+
+        def ask(self, question: str) -> dict[str, str]:
+            return {"base": "1", "trained": "2"}
+
+    monkeypatch.setattr("grpo_lite.ui.chat.Chat", Loaded)
+    monkeypatch.setattr("grpo_lite.ui.ask.require_trained", lambda run: None)
+    run = runs_in(folder)["good"]
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    try:
+        asker = Asker()
+        for _ in range(2):
+            assert asker.ask(run, "1+1=")["answers"] == {"base": "1", "trained": "2"}
+        assert len(loaded) == 1  # ten minutes have not passed
+        monkeypatch.setattr("grpo_lite.ui.ask.IDLE_S", 0.05)
+        asker.ask(run, "1+1=")
+        ends = time.monotonic() + 20
+        while loaded[0]() is not None and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert loaded[0]() is None
+        asker.ask(run, "1+1=")
+        assert len(loaded) == 2
+    finally:
+        shutil.rmtree(run.adapter)
 
 
 def test_a_folder_without_runs_is_an_empty_page(tmp_path: Path) -> None:
@@ -165,11 +199,23 @@ def test_a_plan_that_cannot_be_says_why(client: Any, query: str, message: str) -
 
 
 def test_the_report_comes_in_an_origin_of_its_own_and_is_not_written(client: Any, folder: Path) -> None:
-    answer = client.get(f"/report?run=good&token={TOKEN}")
+    key = client.get("/api/run?run=good").json()["report_key"]
+    answer = client.get(f"/report?run=good&key={key}")
     assert answer.status_code == 200
     assert "GRPO run report" in answer.text
     assert "sandbox allow-scripts" in answer.headers["content-security-policy"]
     assert not (folder / "good" / "report.html").exists()
+
+
+def test_the_address_of_a_report_opens_nothing_else(client: Any, folder: Path) -> None:
+    """It is passed on by people, and stays in a browser's history."""
+    key = client.get("/api/run?run=good").json()["report_key"]
+    assert key != client.get("/api/run?run=warm").json()["report_key"]
+    stranger = TestClient(build_app(folder, TOKEN), base_url=SITE, headers={"Authorization": f"Bearer {key}"})
+    assert stranger.get("/report", params={"run": "good", "key": key}).status_code == 200
+    for path, query in {"/report": {"run": "warm", "key": key}, "/": {"token": key}, "/api/runs": {}}.items():
+        assert stranger.get(path, params=query).status_code == 403, path
+    assert client.get("/report", params={"run": "good", "token": TOKEN}).status_code == 403
 
 
 @pytest.mark.parametrize("path", [*DATA, f"/?token={TOKEN}", "/page/ui.js", "/page/page.css"])
@@ -223,7 +269,7 @@ def test_another_origin_is_refused(client: Any, origin: str) -> None:
 def test_only_runs_of_the_folder_are_read(client: Any, name: str) -> None:
     for answer in (
         client.get("/api/run", params={"run": name}),
-        client.get("/report", params={"run": name, "token": TOKEN}),
+        client.get("/report", params={"run": name, "key": report_key(TOKEN, name)}),
         client.post("/api/ask", json={"run": name, "question": "1+1="}),
     ):
         assert answer.status_code == 404

@@ -248,7 +248,7 @@
         add(hero, figures, add(make("div"), meter(run.share), between(percent(run.share), run.left ? run.left + " left" : run.state)));
       }
       const actions = make("div", "actions"), report = make("a", "button quiet", "Full report");
-      report.href = "/report?" + query({ run: name, token }); report.target = "_blank"; report.rel = "noopener noreferrer";
+      report.href = "/report?" + query({ run: name, key: run.report_key }); report.target = "_blank"; report.rel = "noopener noreferrer";
       actions.append(report);
       if (run.trained) {
         const ask = make("a", "button quiet", "Ask this model");
