@@ -206,7 +206,8 @@ def _prove(
     keep = positions_kept(model.config.get_text_config().vocab_size, len(prompts), CONTINUED_TOKENS)
     sequences, reference, base = [], [], []
     progress = progress_lines(show, "verifying the merge, base and adapter")
-    answers = greedy_answers(model, [prompt[0].tolist() for prompt in prompts], CONTINUED_TOKENS, tokenizer)
+    stops = stop_ids(model, tokenizer)
+    answers = greedy_answers(model, [prompt[0].tolist() for prompt in prompts], CONTINUED_TOKENS, stops)
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         sequences.append(torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype)], dim=1))
         reference.append(last_logits(model, sequences[-1], keep))
@@ -317,13 +318,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], cap: int, tokenizer: Any) -> list[list[int]]:
-    """Return transformers' greedy continuation of each prompt, with its end token if that comes within `cap` tokens."""
+def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], cap: int, stops: Sequence[int]) -> list[list[int]]:
+    """Return transformers' greedy continuation of each prompt, with its end token if that comes within `cap` tokens.
+
+    Args:
+        prompts: token ids.
+        cap: most tokens of an answer.
+        stops: every token that ends an answer (`stop_ids`).
+    """
     from transformers import GenerationConfig
 
-    stops = stop_ids(model, tokenizer)
     pad = stops[0] if stops else 0
-    config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=stops or None, pad_token_id=pad)
+    config = GenerationConfig(max_new_tokens=cap, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pad)
     answers: list[list[int]] = []
     rows = max(1, TOKENS_AT_ONCE // max(map(len, prompts), default=1))
     for start in range(0, len(prompts), rows):

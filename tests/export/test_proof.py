@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_lite.engine.generate import stop_ids
 from grpo_lite.errors import ExportError
 from grpo_lite.export import proof
 from grpo_lite.export.merge.merge import merge_adapter
@@ -93,11 +94,12 @@ def test_positions_cover_prompt_and_greedy_continuation(folder: Path) -> None:
 def test_greedy_answers_are_those_of_each_prompt_alone_with_its_end_token(folder: Path) -> None:
     model = load(folder / "base", torch.float32)
     prompts = [[1, 2, 3], [7], [5, 6, 7, 8, 9, 10], [11, 12]]
-    free = proof.greedy_answers(model, prompts, 6, ByteTokenizer())
+    free = proof.greedy_answers(model, prompts, 6, stop_ids(model, ByteTokenizer()))
     end = free[0][2]
     model.generation_config.eos_token_id = end
-    together = proof.greedy_answers(model, prompts, 6, ByteTokenizer())
-    assert together == [proof.greedy_answers(model, [prompt], 6, ByteTokenizer())[0] for prompt in prompts]
+    stops = stop_ids(model, ByteTokenizer())
+    together = proof.greedy_answers(model, prompts, 6, stops)
+    assert together == [proof.greedy_answers(model, [prompt], 6, stops)[0] for prompt in prompts]
     assert together == [row[: row.index(end) + 1] if end in row else row for row in free]
     assert together[0][-1] == end
     assert together[0] != free[0]

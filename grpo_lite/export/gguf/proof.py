@@ -172,7 +172,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], cap: 
     stops = stop_ids(model, tokenizer)
     return [
         _Answer(new, tokenizer.decode(new, skip_special_tokens=True), bool(new) and new[-1] in stops)
-        for new in greedy_answers(model, prompts, cap, tokenizer)
+        for new in greedy_answers(model, prompts, cap, stops)
     ]
 
 
