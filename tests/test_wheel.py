@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -19,18 +21,27 @@ BUILD_SDIST = "import sys, setuptools.build_meta as build; build.build_sdist(sys
 pytestmark = pytest.mark.slow
 
 
-def setuptools_is_too_old() -> bool:
+def pip() -> list[str]:
+    """Return the command of pip, with which a wheel can be built here without network; skip where there is none."""
     try:
-        return int(importlib.metadata.version("setuptools").partition(".")[0]) < 77
+        too_old = int(importlib.metadata.version("setuptools").partition(".")[0]) < 77
     except importlib.metadata.PackageNotFoundError:
-        return True
+        too_old = True
+    if too_old:
+        pytest.skip("building a wheel without network needs setuptools >= 77 in this environment (pyproject.toml)")
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # uv makes environments without pip; Python brings one for those that `venv` makes.
+    places = [Path(os.__file__).parent / "ensurepip" / "_bundled", Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "")]
+    if not (wheels := [wheel for place in places for wheel in place.glob("pip-*.whl")]):
+        pytest.skip("building a wheel needs pip, and neither this environment nor its Python has one")
+    return [sys.executable, str(wheels[0] / "pip"), "--disable-pip-version-check"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel that is built from an sdist, offline."""
-    if setuptools_is_too_old():
-        pytest.skip("building a wheel without network needs setuptools >= 77 in this environment (pyproject.toml)")
+    command = [*pip(), "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
     for folder in ("grpo_lite", "rewards", "recipes"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,8 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / file, source)
     run(sys.executable, "-c", BUILD_SDIST, str(out), cwd=source)
     (sdist,) = out.glob("*.tar.gz")
-    offline = ["--no-deps", "--no-index", "--disable-pip-version-check"]
-    run(sys.executable, "-m", "pip", "wheel", *offline, "--no-build-isolation", "-w", str(out), str(sdist), cwd=out)
+    run(*command, "-w", str(out), str(sdist), cwd=out)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -48,8 +58,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the installed wheel; its dependencies are those of the running environment."""
     site = tmp_path_factory.mktemp("site")
-    offline = ["--no-deps", "--no-index", "--disable-pip-version-check", "--no-compile"]
-    run(sys.executable, "-m", "pip", "install", *offline, "--target", str(site), str(wheel), cwd=site)
+    offline = ["--no-deps", "--no-index", "--no-compile"]
+    run(*pip(), "install", *offline, "--target", str(site), str(wheel), cwd=site)
     return site
 
 

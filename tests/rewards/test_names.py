@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_wheel import setuptools_is_too_old
+from tests.test_wheel import pip
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS_ONLY = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")  # what pip installs for it
@@ -104,16 +104,13 @@ def test_a_checkout_beside_a_foreign_rewards_uses_its_own(foreign: Path, tmp_pat
 
 def build(project: Path, out: Path) -> Path:
     """Build a wheel offline from a copy of the checkout, so that nothing is left in it, and return its contents."""
-    if setuptools_is_too_old():
-        pytest.skip("building a wheel without network needs setuptools >= 77 in this environment (pyproject.toml)")
+    command = [*pip(), "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(out)]
     source = out / "source"
     for folder in ("grpo_lite", "rewards", "recipes"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-index"]
-    command = [*pip, "--no-build-isolation", "-w", str(out), str(source / project)]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, str(source / project)], cwd=out, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = out.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(out / "site")
@@ -147,6 +144,13 @@ def test_a_wheel_has_no_top_level_rewards_and_every_module_of_it(site: Path, rew
         assert not (place / "rewards").exists()
         assert {path.relative_to(place / "grpo_lite").as_posix() for path in place.rglob("rewards/**/*.py")} == modules
     assert not (rewards_only / "grpo_lite" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+def test_the_rewards_alone_are_typed_and_carry_their_licence(rewards_only: Path) -> None:
+    assert (rewards_only / "grpo_lite" / "rewards" / "py.typed").is_file()
+    (licence,) = rewards_only.glob("grpo_lite_rewards-*.dist-info/licenses/LICENSE")
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()
 
 
 @pytest.mark.slow
