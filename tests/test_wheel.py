@@ -32,7 +32,8 @@ def pip() -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     # uv makes environments without pip; Python brings one for those that `venv` makes.
-    places = [Path(os.__file__).parent / "ensurepip" / "_bundled", Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "")]
+    distribution = sysconfig.get_config_var("WHEEL_PKG_DIR") or ""
+    places = [Path(os.__file__).parent / "ensurepip" / "_bundled", Path(distribution)]
     if not (wheels := [wheel for place in places for wheel in place.glob("pip-*.whl")]):
         pytest.skip("building a wheel needs pip, and neither this environment nor its Python has one")
     return [sys.executable, str(wheels[0] / "pip"), "--disable-pip-version-check"]
