@@ -36,8 +36,8 @@ train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate base and trained model
 warmup: $(VENV)/.ready  ## Run the warm-up of RECIPE alone, into RUN; `make train` on the same RUN continues with GRPO; GPUS=2
 	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) warmup "$(RECIPE)" --run "$(RUN)" $(ARGS)
 
-eval: $(VENV)/.ready  ## Evaluate the base and the trained model of RUN again
-	@$(CLI) eval "$(RUN)"
+eval: $(VENV)/.ready$(if $(findstring --lm-eval,$(ARGS)),-lm-eval)  ## Evaluate the base and the trained model of RUN again; ARGS="--lm-eval gsm8k" on other tasks
+	@$(CLI) eval "$(RUN)" $(ARGS)
 
 merge: $(VENV)/.ready  ## Merge RUN's adapter into the 16-bit base, and verify it
 	@$(CLI) merge "$(RUN)" $(ARGS)
@@ -116,6 +116,9 @@ $(VENV)/.ready-unsloth: $(VENV)/.ready
 
 $(VENV)/.ready-ui: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) ui && touch $@
+
+$(VENV)/.ready-lm-eval: $(VENV)/.ready
+	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) lm-eval && touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PYTHON) grpo_lite/bootstrap.py $(VENV) dev && touch $@

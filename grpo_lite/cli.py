@@ -149,7 +149,7 @@ def quieten(verbose: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    for name in ("transformers", "trl", "bitsandbytes", "datasets", "huggingface_hub", "accelerate", "peft"):
+    for name in ("transformers", "trl", "bitsandbytes", "datasets", "huggingface_hub", "accelerate", "peft", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -455,9 +455,18 @@ def _watch_web(folder: Path, port: int) -> None:
 
 @main.command("eval")
 @_run_argument
+@click.option("--lm-eval", "tasks", metavar="TASKS", help="Score tasks of lm-evaluation-harness: gsm8k,arc_easy.")
+@click.option("--limit", type=click.IntRange(1), help="Rows of each of these tasks.  [default: all]")
 @trust_option
-def evaluate(run_path: str) -> None:
-    """Evaluate a run again on its held-out prompts. Scores the base, the trained and the merged model."""
+def evaluate(run_path: str, tasks: str | None, limit: int | None) -> None:
+    """Evaluate a run again on its held-out prompts. Scores the base, the trained and the merged model.
+
+    With --lm-eval it scores other tasks on the same models, and says of each whether training unlearned it.
+    """
+    if limit and not tasks:
+        raise click.UsageError("--limit is for --lm-eval; the held-out prompts are the recipe's eval.limit.")
+    if tasks:
+        return _evaluate_tasks(run_path, tasks.split(","), limit)
     from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_run
     from grpo_lite.report.summary import score_lines
 
@@ -469,6 +478,21 @@ def evaluate(run_path: str) -> None:
             scores = evaluate_merged(run, say)
         say("\n".join(score_lines(scores)))
     say(f"records: {run.evaluation / 'records.jsonl'}")
+
+
+def _evaluate_tasks(run_path: str, tasks: list[str], limit: int | None) -> None:
+    """Score a run's models on tasks of lm-evaluation-harness, and write the report again, which shows the result."""
+    from grpo_lite.evaluation.lm_eval import evaluate_tasks, require_harness
+    from grpo_lite.report.page import write_report
+
+    require_harness()
+    run = _trained_run(run_path)
+    _say_why_not_on_the_gpu()
+    with run.locked():
+        for entry in evaluate_tasks(run, tasks, limit, say):
+            say(entry["sentence"])
+        report = write_report(run)
+    say(f"rows: {run.evaluation / 'lm_eval.jsonl'}\nreport: {report}")
 
 
 @main.command()

@@ -152,7 +152,7 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     recipe = run.load_recipe()
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
-    model = _load_saved(folder)
+    model = load_saved(folder)
     records = score_model(model, tokenizer, greedy_only(recipe), rows, show, name)
     usable = [record for record in records if record["lenient"] is not None]
     rates = {
@@ -164,7 +164,12 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     return result
 
 
-def _load_saved(folder: Path) -> Any:
+def load_saved(folder: Path) -> Any:
+    """Return a saved model for evaluation.
+
+    Raises:
+        MemoryBudgetError: it does not fit the device.
+    """
     device = detect_device()
     try:
         return load_merged(folder, device)

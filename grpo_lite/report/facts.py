@@ -38,6 +38,7 @@ class RunPage:
     recipe: Recipe
     record: Mapping[str, Any]  # run.json
     scores: Mapping[str, Any]  # metrics.json; empty: not evaluated
+    tasks: Sequence[Mapping[str, Any]]  # of lm-evaluation-harness; empty: not measured
     evidence: Evidence
     findings: Sequence[Finding]
     stated: Sequence[Mapping[str, Any]]
@@ -50,7 +51,8 @@ def read_page(run: RunDir) -> RunPage:
         RunDirError: the folder is not a run.
     """
     e = read_evidence(run)
-    return RunPage(run.name, e.recipe, run.read_run(), e.scores, e, examine(run), stated_findings(run))
+    tasks, stated = run.read_tasks(), stated_findings(run)
+    return RunPage(run.name, e.recipe, run.read_run(), e.scores, tasks, e, examine(run), stated)
 
 
 def headline(page: RunPage) -> dict[str, Any]:
@@ -183,7 +185,10 @@ def not_measured(page: RunPage) -> list[str]:
         lines.append("Spread over seeds: this is one run, and the intervals are over prompts only.")
     if scores and "merged" not in scores:
         lines.append("The score of the merged 16-bit model.")
-    lines.append("Anything but this task: other tasks, languages, safety, and what training may have unlearnt.")
+    if page.tasks:
+        lines.append("Anything but this task and those of lm-evaluation-harness above: languages, safety and more.")
+    else:
+        lines.append("Anything but this task: other tasks, languages, safety, and what training may have unlearnt.")
     lines.append("Whether held-out prompts were in the base model's own training data.")
     if (page.record.get("device") or {}).get("kind") == "cpu":
         lines.append("Speed and memory on a GPU: this run used a CPU.")

@@ -25,6 +25,7 @@ def run_summary(run: RunDir) -> str:
         ]
     if scores := run.read_scores():
         lines += score_lines(scores)
+    lines += task_lines(run)
     if record.get("merge"):
         lines.append(merge_line(record["merge"]))
     if record.get("faults"):
@@ -90,6 +91,11 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     if scores.get("unusable_golds"):
         lines.append(f"{scores['unusable_golds']} held-out rows have no usable gold answer and were left out")
     return lines
+
+
+def task_lines(run: RunDir) -> list[str]:
+    """Return what training changed at tasks of lm-evaluation-harness, a line each; none where it was not measured."""
+    return [str(task["sentence"]) for task in run.read_tasks()]
 
 
 def _table(scores: Mapping[str, Any]) -> list[str]:

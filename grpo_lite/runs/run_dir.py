@@ -46,6 +46,7 @@ class RunDir:
     warmup = property(lambda self: self.path / "warmup")  # its checkpoints while it trains, its adapter when it is done
     warm_adapter = property(lambda self: self.warmup / "adapter")
     evaluation = property(lambda self: self.path / "evaluation")
+    tasks_file = property(lambda self: self.evaluation / "lm_eval.json")  # scores of lm-evaluation-harness
 
     def prepare(self, recipe: Recipe) -> Literal["new", "resume", "finish", "report"]:
         """Create the folder, or recognise an interrupted run of the same recipe.
@@ -164,6 +165,11 @@ class RunDir:
     def write_scores(self, scores: Mapping[str, Any]) -> None:
         """Write metrics.json, atomically."""
         write_atomic(self.scores_file, json.dumps(scores, indent=2) + "\n")
+
+    def read_tasks(self) -> list[dict[str, Any]]:
+        """Return the results of `eval --lm-eval`, one entry a task and filter; none if the run has trained further."""
+        record = read_record(self.tasks_file)
+        return list(record.get("tasks") or []) if record.get("steps") == self.read_run().get("steps") else []
 
     def merged_adapter(self) -> str | None:
         """Return the sha256 of the adapter that was merged; a paused run that resumed has a newer adapter."""

@@ -44,6 +44,7 @@ class RunFacts:
     merge: Mapping[str, Any]  # run.json's `merge`; empty: not merged
     gguf: Sequence[Mapping[str, Any]] = field(default=())  # gguf.json of each file
     curves: bool = False  # the report's curves.png is pushed too
+    tasks: Sequence[Mapping[str, Any]] = field(default=())  # of lm-evaluation-harness
 
     @property
     def other_towers(self) -> Mapping[str, int]:
@@ -56,7 +57,8 @@ def read_facts(run: RunDir, base: BaseFacts, gguf: Sequence[Mapping[str, Any]] =
     scores = run.read_scores()
     record = run.read_run()
     curves = (run.path / CURVES).is_file()
-    return RunFacts(run.load_recipe(), base, record, scores, record.get("merge") or {}, gguf, curves)
+    merge, tasks = record.get("merge") or {}, run.read_tasks()
+    return RunFacts(run.load_recipe(), base, record, scores, merge, gguf, curves, tasks)
 
 
 def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] = ()) -> str:
@@ -78,6 +80,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
         f"The base is {base.note}.\n" if base.note else "",
         "".join(f"> **Pushed despite this:** {doubt}\n" for doubt in doubts),
         _measured(facts),
+        _other_tasks(facts),
         _use(facts, repo_id, what),
         _training(facts),
         _not_measured(facts, what),
@@ -187,6 +190,15 @@ def _measured(facts: RunFacts) -> str:
         if proof:
             lines += ["", f"`{record['file']}`: {_proof_sentence(proof)}"]
     return "\n".join(lines) + "\n"
+
+
+def _other_tasks(facts: RunFacts) -> str:
+    """Return what training changed elsewhere, a line for each task of lm-evaluation-harness; empty if not measured."""
+    if not facts.tasks:
+        return ""
+    lines = [f"- {_cell(task['sentence'])}" for task in facts.tasks]
+    source = "Tasks of lm-evaluation-harness, each row compared with itself; 95 % intervals of a paired bootstrap."
+    return "\n".join(["## What training unlearned", "", *lines, "", source, ""])
 
 
 def _verdicts(facts: RunFacts) -> list[str]:
@@ -352,6 +364,8 @@ def _not_measured(facts: RunFacts, what: str) -> str:
     scores, recipe = facts.scores, facts.recipe
     source = _source_name(recipe.data.eval or recipe.data.train)
     lines = [f"- Anything but {source}: other tasks, languages, safety, and what training may have unlearnt."]
+    if facts.tasks:
+        lines = [f"- Anything but {source} and the tasks above: languages, safety and more."]
     if not scores:
         lines = ["- The task itself: there is no score before or after training."]
     if scores and not recipe.eval.strict:
