@@ -38,7 +38,8 @@ from grpo_lite.memory.phases import (  # noqa: E402
     trained_parameters,
     training_phase,
 )
-from grpo_lite.models.config import KNOWN, known_config, read_shape  # noqa: E402
+from grpo_lite.models.config import KNOWN, known_config  # noqa: E402
+from grpo_lite.models.shape import read_shape  # noqa: E402
 from grpo_lite.recipe.recipe import TINY_MODEL  # noqa: E402
 
 GIB = 1 << 30

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, kept_items, static_items, wave_items
+from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, kept_items, mixing_bytes, static_items, wave_items
 
 
 def evaluation_phase(job: Job) -> PhaseBytes:
@@ -24,11 +24,14 @@ def evaluation_items(job: Job) -> list[tuple[str, int]]:
     if job.rollout != "generate":
         return static_items(job, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
-    dequantised = width * shape.hidden * shape.intermediate if job.load_in in ("4bit", "8bit") else 0
+    dequantised = width * shape.largest_linear if job.load_in in ("4bit", "8bit") else 0
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
-    reading = rows * job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
+    reading = rows * job.prompt * max((2 * width + 8) * (shape.intermediate + shape.hidden), mixing_bytes(shape))
     attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
-    prompt_kv, row_kv = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, longest))
+    states = rows * shape.state_bytes(width)
+    prompt_kv, row_kv = (
+        states + shape.attention_layers * per_token * rows * tokens for tokens in (job.prompt, longest)
+    )
     return wave_items(rows, (prompt_kv, reading), (row_kv, max(attention, rows * shape.vocab * 20) + dequantised))
 
 

@@ -20,7 +20,7 @@ from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, WORKSPACE
 from grpo_lite.memory.plan import advice, plan_memory, require_fit
 from grpo_lite.memory.warmup import padded_step, warmup_parts, warmup_tokens
 from grpo_lite.models.base import Base
-from grpo_lite.models.config import read_shape
+from grpo_lite.models.shape import read_shape
 from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from grpo_lite.memory.phases import Job
 from grpo_lite.memory.warmup import padded_step
-from grpo_lite.models.config import ModelShape
+from grpo_lite.models.shape import ModelShape
 from grpo_lite.recipe.recipe import Recipe
 
 ASSUMED_PROMPT = 256  # tokens, where the recipe does not cap its prompts and none have been read yet

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_lite.models.config import ModelShape
+from grpo_lite.models.shape import Block, ModelShape
 
 GIB = 1 << 30
 
@@ -24,6 +24,14 @@ FRAGMENTATION = 0.06  # of what is allocated beyond the weights, with expandable
 WORKSPACE_BYTES = 64 << 20
 CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
 PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
+
+# Bytes for each number that a token's recurrence computes with (Block.mixed): saved for backward, added by backward at
+# its peak, and held while prompts are read. Counted on the torch code of transformers 5.23 at the sizes of Qwen3.5,
+# LFM2.5 and Granite 4 H-Micro (docs/measurements/planner.md). It runs where the kernels of flash-linear-attention,
+# causal-conv1d and mamba-ssm are not installed, and takes more than they do.
+SAVED = {"delta": 34.0, "conv": 4.9, "mamba": 45.5}
+BACKWARD = {"delta": 2.4, "conv": 2.0, "mamba": 6.7}
+READING = {"delta": 19.2, "conv": 9.4, "mamba": 48.4}
 
 ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
 
@@ -115,26 +123,23 @@ class PhaseBytes:
 
 def trained_parameters(job: Job) -> int:
     """Return how many LoRA weights are trained."""
-    shapes = job.shape.linear_shapes
-    targets = shapes.values() if job.targets is None else [shapes[name] for name in job.targets if name in shapes]
-    return job.shape.layers * job.rank * sum(a + b for a, b in targets)
+    return job.shape.adapter_parameters(job.rank, job.targets)
 
 
 def weight_bytes(job: Job) -> int:
     """Return the frozen base's bytes as bitsandbytes and transformers lay them out."""
     shape = job.shape
-    linear, blocks = shape.linear_parameters, shape.layers * len(shape.linear_shapes)
+    linear = shape.linear_parameters
     width = job.dtype_bytes if job.load_in != "32bit" else 4
     if job.load_in == "4bit":
         # Two weights a byte; a byte of scale per 64 weights; a float of scale per 256 of those; two tables.
-        linear_bytes = linear / 2 + linear / 64 + linear / 64 / 256 * 4 + blocks * (1024 + 3 * 512)
+        linear_bytes = linear / 2 + linear / 64 + linear / 64 / 256 * 4 + shape.linear_layers * (1024 + 3 * 512)
     elif job.load_in == "8bit":
-        outs = sum(out for _, out in shape.linear_shapes.values()) * shape.layers
-        linear_bytes = linear + 4 * outs
+        linear_bytes = linear + 4 * shape.linear_outputs
     else:
         linear_bytes = linear * width
     heads = 1 if shape.tied else 2
-    return int(linear_bytes + width * (heads * shape.embedding_parameters + shape.small_parameters))
+    return int(linear_bytes + width * (heads * shape.embedding_parameters + shape.unquantized_parameters))
 
 
 def kept_items(job: Job) -> list[tuple[str, int]]:
@@ -152,7 +157,7 @@ def training_phase(job: Job) -> PhaseBytes:
     Without the decoding buffers of the last rollout, which are given back when memory runs out.
     """
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
-    saved, backward = _block(job)
+    counted = [(_block(job, block), count) for block, count in shape.blocks]
     block_inputs = shape.layers * tokens * shape.hidden * width
     rotary = 2 * tokens * shape.head_dim * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
@@ -162,10 +167,11 @@ def training_phase(job: Job) -> PhaseBytes:
     if job.checkpointing:
         on_card = 2 * tokens * shape.hidden * width if job.offload else block_inputs
         items.append(("checkpointed activations" + (", the rest in RAM" if job.offload else ""), on_card + rotary))
-        block = saved + backward + copies // shape.layers
+        block = max(saved + backward for (saved, backward), _ in counted) + copies // shape.layers
     else:
-        items.append(("activations of all layers", shape.layers * saved + rotary + copies))
-        block = backward
+        kept = sum(saved * count for (saved, _), count in counted)
+        items.append(("activations of all layers", kept + rotary + copies))
+        block = max(backward for (_, backward), _ in counted)
     head = _head(job)
     what = "one layer's working set" if block >= head else "output head's working set"
     items.append((what, max(block, head)))
@@ -188,9 +194,12 @@ def rollout_phase(job: Job) -> PhaseBytes:
         return PhaseBytes(tuple(items))
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
-    decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.hidden * shape.intermediate
-    reading = rows * job.prompt * width * (3 * shape.intermediate + 4 * shape.hidden)  # a block under autocast
-    prompt_kv, row_kv = (shape.layers * per_token * rows * tokens for tokens in (job.prompt, job.longest))
+    decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.largest_linear
+    reading = rows * job.prompt * max(width * (3 * shape.intermediate + 4 * shape.hidden), mixing_bytes(shape))
+    states = rows * shape.state_bytes(width)
+    prompt_kv, row_kv = (
+        states + shape.attention_layers * per_token * rows * tokens for tokens in (job.prompt, job.longest)
+    )
     items += wave_items(rows, (prompt_kv, reading), (row_kv, decoding))
     items.append(("kernels' workspace", WORKSPACE_BYTES))
     return PhaseBytes(tuple(items))
@@ -207,16 +216,23 @@ def static_items(
     shape, width = job.shape, job.dtype_bytes
     length = row_length(job.prompt + completion)
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
-    row_kv = shape.layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
+    row_kv = shape.attention_layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
     prompt_tokens = prompts * job.prompt
     # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
-    reading = prompt_tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    reading = prompt_tokens * max(width * (3 * shape.intermediate + 5 * shape.hidden), mixing_bytes(shape))
     logits = rows * shape.vocab * bytes_per_logit
-    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
+    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
+    if states := (rows + prompts) * shape.state_bytes(width):
+        items.append(("states of layers that do not attend", states))
     if reading > logits + weight:
         return [*items, ("logits", 4 * rows * shape.vocab), ("reading the prompts", reading)]
     return [*items, ("decoding buffers", logits + weight)]
+
+
+def mixing_bytes(shape: ModelShape) -> int:
+    """Return what a layer that does not attend holds of each token while prompts are read."""
+    return max((int(READING[b.mixer] * b.mixed) for b, _ in shape.blocks if b.mixer != "attention"), default=0)
 
 
 def row_length(tokens: int) -> int:
@@ -245,22 +261,36 @@ def wave(job: Job) -> tuple[int, int]:
     return rows, math.ceil(rows / job.group)
 
 
-def _block(job: Job) -> tuple[int, int]:
+def _block(job: Job, block: Block) -> tuple[int, int]:
     """Return, for one decoder layer, what its forward saves for backward, and what its backward adds at its peak."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
-    heads = shape.heads * shape.head_dim
-    attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
     norms = shape.norms_per_layer * (4 + width) * shape.hidden  # the input in float32, the output
+    gated = 4 * width * block.mlp  # gate, its activation, up, their product
+    adapters = 26 * job.rank * len(block.linears) // 7  # measured on blocks of seven linear layers
+    saved, recurrence = tokens * (norms + gated + adapters), 0
+    if block.mixer == "attention":
+        saved += tokens * _attention(shape, width)
+        attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
+        saved += 2 * width * shape.heads * shape.head_dim * attended
+        if not job.is_packed:
+            saved += width * job.rows * job.longest**2  # the mask in the compute dtype
+    else:
+        saved += int(SAVED[block.mixer] * tokens * block.mixed)
+        recurrence = int(BACKWARD[block.mixer] * tokens * block.mixed)
+    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
+    elementwise, product = 2 * width * tokens * block.mlp, width * tokens * block.mlp + weight
+    return saved, max(elementwise, product, recurrence) + width * tokens * shape.hidden
+
+
+def _attention(shape: ModelShape, width: int) -> int:
+    """Return what attention saves of a token, without its keys and values behind a prompt."""
+    heads = shape.heads * shape.head_dim
+    saved = 5 * width * heads  # queries, keys and values spread over the heads, output, its contiguous copy
     if shape.qk_norm:
-        norms += 4 * (heads + shape.kv_heads * shape.head_dim)
-    attention = 5 * width * heads  # queries, keys and values spread over the heads, output, its contiguous copy
-    gated = 4 * width * shape.intermediate  # gate, its activation, up, their product
-    saved = tokens * (norms + attention + gated + 26 * job.rank) + 2 * width * heads * attended
-    if not job.is_packed:
-        saved += width * job.rows * job.longest**2  # the mask in the compute dtype
-    weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.hidden * shape.intermediate  # dequantised
-    elementwise, product = 2 * width * tokens * shape.intermediate, width * tokens * shape.intermediate + weight
-    return saved, max(elementwise, product) + width * tokens * shape.hidden
+        saved += 4 * (heads + shape.kv_heads * shape.head_dim)
+    if shape.gated_attention:
+        saved += 2 * width * heads  # the gate's sigmoid, the product
+    return saved
 
 
 def _head(job: Job) -> int:

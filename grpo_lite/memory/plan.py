@@ -26,7 +26,8 @@ from grpo_lite.memory.phases import (
     weight_bytes,
 )
 from grpo_lite.memory.warmup import warmup_phase, warmup_tokens
-from grpo_lite.models.config import KNOWN, read_shape
+from grpo_lite.models.config import KNOWN
+from grpo_lite.models.shape import read_shape
 from grpo_lite.units import gib
 
 STEP = 64  # budgets are multiples of it

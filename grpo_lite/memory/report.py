@@ -13,8 +13,9 @@ from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
 from grpo_lite.memory.warmup import warmup_parts, warmup_tokens
-from grpo_lite.models.config import model_shape, too_long
+from grpo_lite.models.config import model_shape
 from grpo_lite.models.device import CARDS, Card
+from grpo_lite.models.positions import too_long
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.units import duration, gib, now
 

@@ -22,16 +22,10 @@ from grpo_lite.commands import either, hint_overrides
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.files.manifest import write_manifest
-from grpo_lite.models.config import (
-    TABLED,
-    ModelShape,
-    read_config,
-    read_positions,
-    read_shape,
-    too_long,
-    unreachable_model,
-)
+from grpo_lite.models.config import read_config, unreachable_model
 from grpo_lite.models.device import Device, DtypeName, detect_device
+from grpo_lite.models.positions import TABLED, read_positions, too_long
+from grpo_lite.models.shape import ModelShape, read_shape
 from grpo_lite.models.snapshot import fetch_snapshot
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL, ModelSection, Recipe
 
@@ -84,7 +78,7 @@ class Base:
         """Its sizes, as its config.json states them.
 
         Raises:
-            ModelError: it is not a dense decoder-only model, or has no config.json.
+            ModelError: its blocks are not among those that are counted, or it has no config.json.
         """
         return read_shape(self.config, f"model.id {self.section.id}")
 

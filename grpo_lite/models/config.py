@@ -1,83 +1,20 @@
-"""A model's config.json: the numbers that decide its memory, and how many positions it was made for. Torch-free.
+"""Where a model's config.json is read: a folder, the Hub's cache, a table of known models, or the Hub. Torch-free.
 
-`memory` plans from a shape and offers no length beyond the positions. A local folder's or a cached config.json is read;
-otherwise the facts of well-known models in the table below (copied from their config.json on the Hub); otherwise
-config.json alone is fetched.
+The table holds what decides memory and length, copied from the models' config.json on the Hub. Where each number of the
+later ones was read is in tests/data/configs/README.md; a test compares the two.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ModelError
 from grpo_lite.files.hub import hub_unreachable
+from grpo_lite.models.shape import ModelShape, read_shape
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, TINY_MODEL
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A dense decoder-only transformer's sizes."""
-
-    kind: str  # config.json's model_type
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    norms_per_layer: int = 2  # Gemma 2 and 3 have four
-    sliding_window: int | None = None
-    positions: int | None = field(default=None, compare=False)  # of the longest sequence it was made for
-
-    @property
-    def overflows_in_float16(self) -> bool:
-        """Whether activations are known to leave float16's range: Gemma 3, whose residual stream passes 65,504."""
-        return self.kind.startswith("gemma3")
-
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of the linear layers of one block: what is quantised, and what `all-linear` adapts."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, query),
-            "k_proj": (self.hidden, key),
-            "v_proj": (self.hidden, key),
-            "o_proj": (query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all blocks' linear layers, without biases."""
-        return self.layers * sum(a * b for a, b in self.linear_shapes.values())
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Weights of the token embedding (the output head has as many when it is not tied)."""
-        return self.vocab * self.hidden
-
-    @property
-    def small_parameters(self) -> int:
-        """Norms and biases."""
-        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
-        norms = self.norms_per_layer * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        return self.layers * (biases + norms) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All weights, as model cards count them."""
-        heads = 1 if self.tied else 2
-        return self.linear_parameters + heads * self.embedding_parameters + self.small_parameters
 
 
 def _config(kind: str, sizes: str, **more: Any) -> dict[str, Any]:
@@ -94,6 +31,15 @@ def _config(kind: str, sizes: str, **more: Any) -> dict[str, Any]:
 # model and the instruction-tuned one differ)
 _LOOSE: dict[str, Any] = {"tie_word_embeddings": False}
 _GEMMA3: dict[str, Any] = {"sliding_window": 512, "sliding_window_pattern": 6}
+_DELTA: dict[str, Any] = {  # every fourth layer attends, the others are gated delta nets
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_CONV: dict[str, Any] = {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "conv_L_cache": 3}  # of 16 layers
 KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _config("qwen2", "896 4864 24 14 2 64 151936 32768"),
     "qwen2.5-1.5b": _config("qwen2", "1536 8960 28 12 2 128 151936 32768"),
@@ -104,12 +50,28 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _config("qwen3", "2048 6144 28 16 8 128 151936 32768"),
     "qwen3-4b": _config("qwen3", "2560 9728 36 32 8 128 151936 32768"),
     "qwen3-8b": _config("qwen3", "4096 12288 36 32 8 128 151936 32768", **_LOOSE),
+    "qwen3.5-0.8b": _config("qwen3_5_text", "1024 3584 24 8 2 256 248320 262144", **_DELTA),
+    "qwen3.5-2b": _config("qwen3_5_text", "2048 6144 24 8 2 256 248320 262144", **_DELTA),
+    "qwen3.5-4b": _config(
+        "qwen3_5_text", "2560 9216 32 16 4 256 248320 262144", **_DELTA | {"linear_num_value_heads": 32}
+    ),
     "llama-3.2-1b": _config("llama", "2048 8192 16 32 8 64 128256 131072"),
     "llama-3.2-3b": _config("llama", "3072 8192 28 24 8 128 128256 131072"),
     "llama-3.1-8b": _config("llama", "4096 14336 32 32 8 128 128256 131072", **_LOOSE),
     "mistral-7b-v0.3": _config("mistral", "4096 14336 32 32 8 128 32768 32768", **_LOOSE),
     "gemma-3-1b": _config("gemma3_text", "1152 6912 26 4 1 256 262144 32768", **_GEMMA3),
     "gemma-3-270m": _config("gemma3_text", "640 2048 18 4 1 256 262144 32768", **_GEMMA3),
+    "gemma-3-4b": _config("gemma3_text", "2560 10240 34 8 4 256 262208 131072", **_GEMMA3 | {"sliding_window": 1024}),
+    "lfm2.5-1.2b": _config("lfm2", "2048 12288 16 32 8 64 65536 32768", **_CONV),
+    "granite-4.0-micro": _config(
+        "granitemoehybrid",
+        "2560 8192 40 40 8 64 100352 131072",
+        shared_intermediate_size=8192,
+        layer_types=["full_attention"] * 40,
+        num_local_experts=0,
+    ),
+    "phi-4-mini": _config("phi3", "3072 8192 32 24 8 128 200064 131072", sliding_window=262144),
+    "smollm3-3b": _config("smollm3", "2048 11008 36 16 4 128 128256 65536"),
     "smollm2-135m": _config("llama", "576 1536 30 9 3 64 49152 8192"),
     "smollm2-360m": _config("llama", "960 2560 32 15 5 64 49152 8192"),
     "smollm2-1.7b": _config("llama", "2048 8192 24 32 32 64 49152 8192"),
@@ -130,56 +92,6 @@ def known_config(model_id: str) -> dict[str, Any] | None:
     name = re.sub(r"^(qwen2\.5)-(coder|math)-", r"\1-", name)
     known = KNOWN.get(name)
     return known | {"max_position_embeddings": 4096} if known and "-math-" in model_id.lower() else known
-
-
-def read_shape(config: dict[str, Any], where: str) -> ModelShape:
-    """Read the sizes off a config.json.
-
-    Raises:
-        ModelError: it is not a dense decoder-only transformer with one kind of block.
-    """
-    text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, dict) else config
-    kind = str(config.get("model_type", "?"))
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]
-    experts = next(
-        (name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)), None
-    )
-    kinds = sorted(set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"})
-    if missing or experts or kinds:
-        what = f"it lacks {', '.join(missing)}" if missing else f"it is a mixture of experts ({experts})"
-        what = f"it has {', '.join(kinds)} layers" if kinds else what
-        raise ModelError(
-            f"{where}: no plan for this model ({kind}): {what}. Planned are dense decoder-only models; "
-            "train it without a plan: memory.fit=false."
-        )
-    heads = config["num_attention_heads"]
-    qwen2, gemma3 = kind.startswith("qwen2"), kind.startswith("gemma3")
-    return ModelShape(
-        kind=kind,
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", gemma3 or kind.startswith("gemma"))),
-        qkv_bias=qwen2 or bool(config.get("attention_bias")),
-        qk_norm=kind.startswith("qwen3") or gemma3,
-        norms_per_layer=4 if gemma3 or kind.startswith("gemma2") else 2,
-        sliding_window=config.get("sliding_window") if _slides(config, qwen2) else None,
-        positions=read_positions(config),
-    )
-
-
-def _slides(config: dict[str, Any], qwen2: bool) -> bool:
-    """Return whether some layer really attends within `sliding_window` only (attention.sliding_window)."""
-    kinds = config.get("layer_types")
-    if kinds is not None and "sliding_attention" not in kinds:
-        return False
-    return bool(config.get("use_sliding_window", not qwen2))
 
 
 def model_shape(model_id: str, revision: str | None = None) -> tuple[ModelShape, str]:
@@ -235,50 +147,6 @@ def _fetched(model_id: str, revision: str | None) -> Path:
         return Path(hf_hub_download(model_id, "config.json", revision=revision, etag_timeout=5))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelError(unreachable_model(model_id, error)) from None
-
-
-# A table of learned (or precomputed) positions: the next one is an index error, on a GPU a dead CUDA context.
-TABLED = {"codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"}
-
-
-def read_positions(config: dict[str, Any]) -> int | None:
-    """Return the longest sequence a config.json stands for, rope scaling counted; None where it says nothing.
-
-    `max_position_embeddings` holds the scaled length for llama3, longrope and Gemma 3, and the original one, to be
-    multiplied by the factor, for linear, dynamic and yarn.
-    Source: vLLM, `_get_and_verify_max_len` (v0.8), which refuses longer ones.
-    """
-    text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, dict) else config
-    declared = _count(config.get("max_position_embeddings")) or _count(config.get("n_positions"))
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if declared is None or not isinstance(rope, dict) or str(config.get("model_type")).startswith("gemma3"):
-        return declared
-    if rope and all(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
-        rope = rope.get("full_attention") or next(iter(rope.values()))
-    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
-    if kind not in ("linear", "dynamic", "yarn") or isinstance(factor, bool) or not isinstance(factor, int | float):
-        return declared
-    original = _count(rope.get("original_max_position_embeddings")) if kind == "yarn" else None
-    return max(declared, int((original or declared) * factor))
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def too_long(
-    model_id: str, positions: int | None, prompt: int, completion: int, key: str = "grpo.max_completion_length"
-) -> str | None:
-    """Return what is wrong with a prompt and a completion of so many tokens, and what to do; None if nothing is."""
-    if positions is None or prompt + completion <= positions:
-        return None
-    spare = positions - prompt
-    change = f"{key}={spare}" if spare > 0 else f"data.max_prompt_tokens={positions // 2}"
-    return (
-        f"{model_id} was made for {positions} positions, and prompts of up to {prompt} tokens with completions of up "
-        f"to {completion} need {prompt + completion}; paste: {change}"
-    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

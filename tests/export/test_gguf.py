@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import stat
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,7 @@ def load_gguf(path: Path) -> Any:
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"head_dim": 128}),  # transformers 5.23 takes 128, as all Qwen3 have, and does not read the key
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_L_cache": 4}),
     ],
     ids=[
         "llama",
@@ -70,6 +74,7 @@ def load_gguf(path: Path) -> Any:
         "qwen2",
         "qwen2-untied",
         "qwen3",
+        "lfm2",
     ],
 )
 def test_bf16_file_has_the_very_weights(tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
@@ -226,10 +231,11 @@ def test_begin_token_is_added_only_where_the_template_starts_with_it(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "mistral", "gpt2"])
-def test_other_architectures_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_other_architectures_are_refused_by_name_and_with_the_way_out(tmp_path: Path, kind: str) -> None:
     base = make_base(tmp_path / "base", kind)
     name = json.loads((base / "config.json").read_text())["architectures"][0]
-    with pytest.raises(ExportError, match=rf"architecture {name} cannot.*LlamaForCausalLM, Qwen2ForCausalLM"):
+    words = rf"architecture {name} cannot.*LlamaForCausalLM, Qwen2ForCausalLM.*LLAMA_CPP_CONVERT=/path"
+    with pytest.raises(ExportError, match=words):
         export_gguf(base, tmp_path / "out", "bf16")
     assert not (tmp_path / "out").exists()
 
@@ -368,6 +374,93 @@ def test_k_quant_without_llama_quantize_says_how_to_get_it(tmp_path: Path, monke
     monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
     with pytest.raises(ExportError, match=r"llama-quantize.*LLAMA_QUANTIZE=.*f16, bf16, q8_0"):
         export_gguf(tmp_path, tmp_path / "out", "q4_k_m")
+
+
+CONVERTER = """
+import argparse, os, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+options = argparse.ArgumentParser()
+options.add_argument("model")
+options.add_argument("--outfile")
+options.add_argument("--outtype")
+given = options.parse_args()
+assert os.environ["HF_HUB_OFFLINE"] == "1"
+from gguf import GGUFWriter
+writer = GGUFWriter(given.outfile, "gemma2")
+writer.add_tokenizer_pre(given.outtype)
+import numpy
+writer.add_tensor("token_embd.weight", numpy.zeros((2, 2), dtype=numpy.float32))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+def test_llama_cpp_s_converter_writes_what_is_not_written_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "gemma2")
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER.format(folder=str(tmp_path)))
+    monkeypatch.setenv("LLAMA_CPP_CONVERT", str(tmp_path))  # the folder of the script does, too
+    record = export_gguf(base, tmp_path / "out", "bf16")
+    assert (record.architecture, record.pre_tokenizer, record.tensors) == ("gemma2", "bf16", 1)
+    assert record.converted_by == record.quantised_by == "convert_hf_to_gguf.py"
+    assert record.stop_tokens
+    assert 'PARAMETER stop "' in (tmp_path / "out" / "Modelfile").read_text()
+    assert verify_manifest(tmp_path / "out") == len(list((tmp_path / "out").iterdir())) - 1
+
+
+def test_what_is_written_here_is_not_left_to_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("raise SystemExit(1)")
+    monkeypatch.setenv("LLAMA_CPP_CONVERT", str(script))
+    base = make_base(tmp_path / "base")
+    assert export_gguf(base, tmp_path / "out", "bf16").converted_by == "grpo_lite"
+    other = make_base(tmp_path / "other", "gemma2")
+    with pytest.raises(ExportError, match=r"convert_hf_to_gguf\.py on .*failed with status 1"):
+        export_gguf(other, tmp_path / "second", "bf16")
+    assert not (tmp_path / "second").exists()
+    monkeypatch.setenv("LLAMA_CPP_CONVERT", str(tmp_path / "nowhere.py"))
+    with pytest.raises(ExportError, match="there is no such file"):
+        export_gguf(other, tmp_path / "second", "bf16")
+
+
+def test_a_file_that_nothing_here_can_load_is_not_proven_and_says_what_can(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "qwen35")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ExportError, match=r"not proven: .* architecture qwen35.*pip install llama-cpp-python"):
+        prove_gguf(tmp_path / "model.gguf", "bf16", tmp_path, ["2+3="], loader="transformers")
+
+
+def test_k_quants_are_made_by_llama_cpp_python_where_there_is_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the library's interface: default parameters, a number for the kind, 0 on success."""
+    base = make_base(tmp_path / "base")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    library = types.ModuleType("llama_cpp")
+    asked: list[int] = []
+
+    def quantize(source: bytes, target: bytes, params: types.SimpleNamespace) -> int:
+        asked.append(params.ftype)
+        shutil.copyfile(os.fsdecode(source), os.fsdecode(target))
+        return 0
+
+    library.__version__ = "0.3.36"  # type: ignore[attr-defined]
+    library.llama_model_quantize_default_params = types.SimpleNamespace  # type: ignore[attr-defined]
+    library.llama_model_quantize = quantize  # type: ignore[attr-defined]
+    library.__spec__ = importlib.util.spec_from_loader("llama_cpp", loader=None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    record = export_gguf(base, tmp_path / "out", "q4_k_m")
+    assert asked == [15]  # llama.h: LLAMA_FTYPE_MOSTLY_Q4_K_M
+    assert record.quantised_by == "llama-cpp-python 0.3.36"
 
 
 def tool(folder: Path, script: str) -> str:

@@ -13,8 +13,10 @@ from grpo_lite.errors import ModelError
 from grpo_lite.memory.plan import largest_completion
 from grpo_lite.memory.report import plan_recipe, report_lines
 from grpo_lite.models.base import Base
-from grpo_lite.models.config import KNOWN, known_config, read_positions, read_shape, too_long
+from grpo_lite.models.config import KNOWN, known_config
 from grpo_lite.models.device import CARDS, find_card
+from grpo_lite.models.positions import read_positions, too_long
+from grpo_lite.models.shape import read_shape
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from grpo_lite.errors import RecipeError
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import kept_items, trained_parameters
-from grpo_lite.models.config import KNOWN, read_shape
+from grpo_lite.models.config import KNOWN
+from grpo_lite.models.shape import read_shape
 from grpo_lite.models.unsloth import lacks
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.runs.run_dir import RunDir

@@ -96,6 +96,8 @@ def prove_gguf(
     if not prompts:
         raise ExportError("gguf: there are no prompts to prove the file on. Give held-out prompts as text.")
     loader = loader or ("llama_cpp" if importlib.util.find_spec("llama_cpp") else "transformers")
+    if loader == "transformers" and (fault := _unread_by_transformers(gguf_file)):
+        raise ExportError(fault)
     tokenizer, ids, answers = _merged_answers(merged_dir, prompts, max_new_tokens)
     compare = _by_llama_cpp if loader == "llama_cpp" else _by_transformers
     try:
@@ -202,6 +204,24 @@ def _by_transformers(
     ]
     given = _answers(model, own, ids, cap)
     return best, given, None
+
+
+def _unread_by_transformers(path: Path) -> str | None:
+    """Return what to do where transformers' loader does not know a file's architecture; None where it does."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        field = GGUFReader(path).get_field("general.architecture")
+    except (OSError, ValueError, LookupError, struct.error):  # damaged: the loader says how
+        return None
+    arch = "" if field is None else str(field.contents())
+    if not arch or arch in GGUF_SUPPORTED_ARCHITECTURES:
+        return None
+    return (
+        f"{path}: is written, and not proven: transformers does not load GGUF files of architecture {arch}. Install "
+        "llama-cpp-python (pip install llama-cpp-python), which proves it, and export again."
+    )
 
 
 def _own_tokenizer(path: Path, merged: Any) -> Any:

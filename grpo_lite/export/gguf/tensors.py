@@ -1,7 +1,7 @@
 """The tensors of a GGUF: metadata keys, names and the order of rotary rows, then streamed a block of rows at a time.
 
-Llama, Qwen2 and Qwen3 dense models, as llama.cpp reads them. Everything else is refused by name: a file that loads and
-answers nonsense is worse than none.
+Dense Llama, Qwen2 and Qwen3 models and LFM2, as llama.cpp reads them. Everything else is refused by name, or left to
+llama.cpp's own converter (`convert`): a file that loads and answers nonsense is worse than none.
 """
 
 from __future__ import annotations
@@ -17,34 +17,44 @@ import torch
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, open_checkpoint
+from grpo_lite.models.shape import is_tied, layer_mixers, read_shape
 
 # transformers' class -> llama.cpp's architecture (gguf.MODEL_ARCH_NAMES)
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Lfm2ForCausalLM": "lfm2",
+}
 
 _BLOCK_BYTES = 64 << 20  # of float32 rows in memory at once
 _Q8_BLOCK = 32  # values that share a scale
 _ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 OTHER_WAY = (
-    "Convert the merged folder, which is complete, with llama.cpp's own convert_hf_to_gguf.py instead, or serve it "
-    "with vLLM or transformers."
+    "Let llama.cpp's own converter write it: LLAMA_CPP_CONVERT=/path/to/llama.cpp/convert_hf_to_gguf.py. "
+    "Or serve the merged folder, which is complete, with vLLM or transformers."
 )
+
+
+class NotWrittenHereError(ExportError):
+    """This writer does not know a model or its tokenizer; llama.cpp's own converter may."""
 
 
 def architecture(config: Mapping[str, Any], where: str) -> str:
     """Return llama.cpp's name of a config's architecture.
 
     Raises:
-        ExportError: an architecture, or a variant of it, that this converter does not write.
+        NotWrittenHereError: an architecture, or a variant of it, that this converter does not write.
     """
     given = (config.get("architectures") or ["none"])[0]
     if given not in ARCHITECTURES:
-        raise ExportError(
+        raise NotWrittenHereError(
             f"{where}: architecture {given} cannot be exported to GGUF here. Allowed: {', '.join(ARCHITECTURES)}. "
             f"{OTHER_WAY}"
         )
     wrong = _unsupported(config)
     if wrong:
-        raise ExportError(f"{where}: {given} with {wrong} cannot be exported to GGUF here. {OTHER_WAY}")
+        raise NotWrittenHereError(f"{where}: {given} with {wrong} cannot be exported to GGUF here. {OTHER_WAY}")
     return ARCHITECTURES[given]
 
 
@@ -62,6 +72,8 @@ def _unsupported(config: Mapping[str, Any]) -> str | None:
         return "partial rotary embeddings"
     if config.get("pretraining_tp", 1) not in (None, 1):
         return "pretraining_tp"
+    if config.get("conv_bias"):
+        return "biases in its convolutions"
     return None
 
 
@@ -82,14 +94,19 @@ def add_architecture_keys(writer: Any, config: Mapping[str, Any]) -> None:
     """Write the model's dimensions into a `gguf.GGUFWriter`."""
     import gguf
 
-    heads = int(config["num_attention_heads"])
-    writer.add_block_count(int(config["num_hidden_layers"]))
+    shape = read_shape(config, "config.json")
+    writer.add_block_count(shape.layers)
     writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    if config.get("model_type") == "lfm2":  # a layer without key/value heads is a convolution
+        mixers = layer_mixers(config)
+        writer.add_head_count_kv([shape.kv_heads if mixer == "attention" else 0 for mixer in mixers])
+        writer.add_shortconv_l_cache(int(config["conv_L_cache"]))
+    else:
+        writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or config.get("norm_eps") or 1e-6))
     writer.add_vocab_size(int(config["vocab_size"]))
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_key_length(head_dim(config))
@@ -183,9 +200,9 @@ def plan_tensors(folder: Path, config: Mapping[str, Any], arch: str, kind: str) 
             if spec.name.endswith("rotary_emb.inv_freq"):  # old checkpoints carry it; it is computed
                 continue
             name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
-            if name == "output.weight" and config.get("tie_word_embeddings"):
+            if name == "output.weight" and is_tied(config):
                 continue
-            if name is None or spec.dtype not in FLOATS or len(spec.shape) not in (1, 2):
+            if name is None or spec.dtype not in FLOATS or not (len(spec.shape) in (1, 2) or is_convolution(spec)):
                 raise ExportError(
                     f"{shard.path}: tensor {spec.name} ({spec.dtype}, {list(spec.shape)}) has no place in a GGUF of "
                     f"architecture {arch}. Merge again, or convert with llama.cpp's own converter."
@@ -198,16 +215,26 @@ def plan_tensors(folder: Path, config: Mapping[str, Any], arch: str, kind: str) 
         raise ExportError(
             f"{folder}: the embedding has {rows} rows, config.json says vocab_size {config['vocab_size']}. Merge again."
         )
-    if not config.get("tie_word_embeddings") and "output.weight" not in plans:
+    if not is_tied(config) and "output.weight" not in plans:
         raise ExportError(f"{folder}: there is no lm_head.weight, and config.json does not tie it. Merge again.")
     return list(plans.values())
+
+
+def is_convolution(spec: TensorSpec) -> bool:
+    """Tell whether a tensor is the kernel of a short convolution, (channels, 1, length)."""
+    return len(spec.shape) == 3 and spec.shape[1] == 1 and spec.name.endswith(".conv.conv.weight")
+
+
+def stored_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """Return a tensor's shape in a GGUF: a short convolution's is (channels, length)."""
+    return (spec.shape[0], spec.shape[2]) if is_convolution(spec) else tuple(spec.shape)
 
 
 def _storage(spec: TensorSpec, kind: str) -> Any:
     from gguf import GGMLQuantizationType as Type
 
-    if len(spec.shape) == 1:
-        return Type.F32  # llama.cpp computes norms and biases in it
+    if len(spec.shape) == 1 or is_convolution(spec):
+        return Type.F32  # llama.cpp computes norms, biases and short convolutions in it
     if kind == "q8_0":
         return Type.Q8_0 if spec.shape[1] % _Q8_BLOCK == 0 else Type.F16  # as llama.cpp does for odd widths
     return {"f16": Type.F16, "bf16": Type.BF16}[kind]
@@ -230,7 +257,9 @@ def write_tensors(writer: Any, plans: Sequence[TensorPlan], config: Mapping[str,
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", list(factors.shape), np.dtype(np.float32), factors.nbytes)
     for plan in plans:
-        writer.add_tensor_info(plan.name, list(plan.spec.shape), np.dtype(np.float32), plan.size_bytes, plan.kind)
+        writer.add_tensor_info(
+            plan.name, list(stored_shape(plan.spec)), np.dtype(np.float32), plan.size_bytes, plan.kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -258,7 +287,7 @@ def _blocks(plan: TensorPlan) -> Iterator[bytes]:
     """Read a tensor a block of rows at a time, reorder and encode it."""
     spec = plan.spec
     rows = spec.shape[0]
-    per_row = 4 * (spec.shape[1] if len(spec.shape) == 2 else 1)
+    per_row = 4 * math.prod(spec.shape[1:])
     step = rows if plan.heads else max(1, _BLOCK_BYTES // per_row)
     for start in range(0, rows, step):
         block = plan.shard.read(spec, start, start + step)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ExportError
-from grpo_lite.export.gguf.tensors import OTHER_WAY
+from grpo_lite.export.gguf.tensors import OTHER_WAY, NotWrittenHereError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -68,26 +68,52 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFacts:
         vocab_size: rows of the embedding; ids without a token become unused ones.
 
     Raises:
-        ExportError: no byte-level BPE, a splitting that llama.cpp has no name for, or no end token.
+        NotWrittenHereError: no byte-level BPE, or a splitting that llama.cpp has no name for.
+        ExportError: no fast tokenizer, no merges, or no end token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{folder}: has no fast tokenizer ({str(error).splitlines()[0]}). {OTHER_WAY}") from None
+    tokenizer, raw = _load(folder)
     model = raw["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or (raw.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ExportError(
+        raise NotWrittenHereError(
             f"{folder}: its tokenizer is {model['type']}{' with byte fallback' if model.get('byte_fallback') else ''}; "
-            f"only byte-level BPE (Llama 3, SmolLM2, Qwen) can be exported to GGUF here. {OTHER_WAY}"
+            f"only byte-level BPE (Llama 3, SmolLM2, Qwen, LFM2) can be exported to GGUF here. {OTHER_WAY}"
         )
     if not model["merges"]:
         raise ExportError(
             f"{folder}: its tokenizer has no merges (a test model), which llama.cpp does not load. Use a real one."
         )
     tokens, types = _tokens(folder, raw, vocab_size)
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    return _facts(folder, tokenizer, tokens, types, merges, pre_tokenizer_name(tokenizer.backend_tokenizer, folder))
+
+
+def read_written_tokenizer(folder: Path, pre: str) -> TokenizerFacts:
+    """Read what a Modelfile needs of a folder's tokenizer, whose file another program has written.
+
+    Args:
+        pre: the name under which that program wrote its splitting.
+
+    Raises:
+        ExportError: no fast tokenizer, or no end token.
+    """
+    tokenizer, _ = _load(folder)
+    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    return _facts(folder, tokenizer, tokens, [], [], pre)
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{folder}: has no fast tokenizer ({str(error).splitlines()[0]}). {OTHER_WAY}") from None
+
+
+def _facts(
+    folder: Path, tokenizer: Any, tokens: list[str], types: list[int], merges: list[str], pre: str
+) -> TokenizerFacts:
     turn_end = turn_end_id(tokenizer)
     stops = _stop_ids(folder, tokenizer, turn_end)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
@@ -95,8 +121,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFacts:
     return TokenizerFacts(
         tokens=tokens,
         types=types,
-        merges=[" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]],
-        pre=pre_tokenizer_name(tokenizer.backend_tokenizer, folder),
+        merges=merges,
+        pre=pre,
         eos_id=eos,
         eot_id=others[0] if others and others[0] != eos else None,
         bos_id=tokenizer.bos_token_id,
@@ -134,7 +160,7 @@ def pre_tokenizer_name(backend: Any, where: Path | str) -> str:
     """Return llama.cpp's name for the way a `tokenizers.Tokenizer` splits text.
 
     Raises:
-        ExportError: no known way splits the probe text alike.
+        NotWrittenHereError: no known way splits the probe text alike.
     """
     raw = json.loads(backend.to_str())
     ignore_merges = bool(raw["model"].get("ignore_merges"))
@@ -142,7 +168,7 @@ def pre_tokenizer_name(backend: Any, where: Path | str) -> str:
     for name, (patterns, looks_up) in PRE_TOKENIZERS.items():
         if looks_up == ignore_merges and _split(patterns) == pieces:
             return name
-    raise ExportError(
+    raise NotWrittenHereError(
         f"{where}: no way of splitting text that llama.cpp knows matches this tokenizer's (tried: "
         f"{', '.join(PRE_TOKENIZERS)}), and a wrong one silently gives worse answers. {OTHER_WAY}"
     )
