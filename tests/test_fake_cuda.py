@@ -1,4 +1,4 @@
-"""The CUDA path without a card: each scenario of `tests/fake_cuda` in a process of its own."""
+"""The CUDA path without a card: each scenario of `tests/fake_cuda` in a process of its own (a fork)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,24 @@ SCENARIOS = (
     "notebook_order",
 )
 LONGEST = ("decoding_at_28_layers",)  # two minutes: only `make test-all` runs it
+USUAL = [name for name in SCENARIOS if name not in LONGEST]
+BATCHES = [USUAL[i::4] for i in range(4)]  # one import of torch for several
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.matrix] * (name in LONGEST)) for name in SCENARIOS]
+    "names",
+    [
+        *(pytest.param(batch, id=f"{batch[0]} and others") for batch in BATCHES),
+        pytest.param(list(LONGEST), id="the longest", marks=pytest.mark.matrix),
+    ],
 )
-def test_scenario(name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.scenarios", name]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=1500)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"ok {name}" in result.stdout
+def test_scenarios(names: list[str]) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.scenarios", *names]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=1700)
+    failed = [name for name in names if f"ok {name}" not in result.stdout]
+    assert (result.returncode, failed) == (0, []), result.stdout[-3000:] + result.stderr[-5000:]
 
 
 def test_every_scenario_is_run() -> None:

@@ -59,7 +59,7 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
     [
         pytest.param(torch.float32, marks=pytest.mark.slow),
         torch.bfloat16,
-        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=[pytest.mark.slow, pytest.mark.matrix]),
     ],
     ids=["float32", "bfloat16", "float16"],
 )
@@ -109,7 +109,9 @@ def test_reloaded_merge_gives_the_logits_of_base_and_adapter(variant: str, tmp_p
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
-@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["one file", "sharded"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, marks=[pytest.mark.slow, pytest.mark.matrix]), True], ids=["one file", "sharded"]
+)
 def test_tied_embeddings_give_the_unmerged_logits(
     lora: dict[str, Any], untied: bool, kind: str, sharded: bool, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a user does on a GPU, on the make-believe one: `python -m tests.fake_cuda.scenarios NAME`, a process each.
+"""What a user does on a GPU, on the make-believe one: `python -m tests.fake_cuda.scenarios NAME …`, a process each.
 
 A scenario fails by an assertion. Every one ends with a look at what must hold on any card: packed compute on, static
 rows on, graphs on.
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -679,8 +680,31 @@ def main(name: str) -> None:
         logger.addHandler(_Lines())
         logger.setLevel(logging.INFO)
     SCENARIOS[name]()
-    print("ok", name)
+    print("ok", name, flush=True)
+
+
+def main_of_each(names: list[str]) -> bool:
+    """Run each scenario in a fork of this process, where torch has computed nothing yet; return whether all ended well.
+
+    Importing torch, transformers and TRL takes longer than most scenarios do.
+    """
+    statuses = []
+    for name in names:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                main(name)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        statuses.append(os.waitpid(child, 0)[1])
+    return not any(statuses)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(0 if main_of_each(sys.argv[1:]) else 1)

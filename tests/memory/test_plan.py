@@ -56,6 +56,8 @@ from tests.memory.memory_trace import trace_evaluation, trace_packed_warmup, tra
 from tests.memory.plain_trace import trace_generate, trace_plain_training, trace_warmup
 
 # As the models' cards on the Hub count them.
+EVERY = [pytest.mark.slow, pytest.mark.matrix]  # shapes beyond the first: `make test-all`
+
 PUBLISHED = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -139,8 +141,8 @@ def compare_rollout(config: dict[str, Any], prompt: int, completion: int, rows: 
     [
         pytest.param("qwen2.5-1.5b", 200, 512, 8, {}, marks=pytest.mark.slow),
         ("qwen2.5-0.5b", 200, 256, 16, {"group": 8, "load_in": "16bit", "rank": 64}),
-        pytest.param("qwen3-4b", 256, 1024, 2, {"group": 8}, marks=pytest.mark.slow),
-        pytest.param("llama-3.2-3b", 300, 400, 4, {"checkpointing": False}, marks=pytest.mark.slow),
+        pytest.param("qwen3-4b", 256, 1024, 2, {"group": 8}, marks=EVERY),
+        pytest.param("llama-3.2-3b", 300, 400, 4, {"checkpointing": False}, marks=EVERY),
         ("gemma-3-1b", 200, 300, 4, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -196,12 +198,12 @@ def test_the_tile_of_trl_s_head_is_the_one_that_is_planned() -> None:
     [
         pytest.param("qwen2.5-0.5b", 36, 28, 16, {}, marks=pytest.mark.slow),
         ("qwen2.5-1.5b", 100, 900, 4, {"checkpointing": False}),
-        pytest.param("qwen3-4b", 100, 900, 4, {"load_in": "16bit"}, marks=pytest.mark.slow),
+        pytest.param("qwen3-4b", 100, 900, 4, {"load_in": "16bit"}, marks=EVERY),
         pytest.param("llama-3.2-1b", 500, 500, 8, {}, marks=pytest.mark.slow),
         pytest.param("qwen2.5-0.5b", 36, 28, 16, {"compute": "plain"}, marks=pytest.mark.slow),
-        pytest.param("qwen2.5-1.5b", 100, 900, 4, {"compute": "plain", "checkpointing": False}, marks=pytest.mark.slow),
-        pytest.param("qwen3-4b", 100, 900, 4, {"compute": "plain", "load_in": "16bit"}, marks=pytest.mark.slow),
-        pytest.param("llama-3.2-1b", 500, 500, 8, {"compute": "plain"}, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-1.5b", 100, 900, 4, {"compute": "plain", "checkpointing": False}, marks=EVERY),
+        pytest.param("qwen3-4b", 100, 900, 4, {"compute": "plain", "load_in": "16bit"}, marks=EVERY),
+        pytest.param("llama-3.2-1b", 500, 500, 8, {"compute": "plain"}, marks=EVERY),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

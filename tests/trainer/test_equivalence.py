@@ -85,7 +85,9 @@ def test_group_size(group: int, tmp_path: Path):
     assert_same_training(tmp_path, num_generations=group, per_device_train_batch_size=2 * group)
 
 
-@pytest.mark.parametrize("budget", [pytest.param(1, marks=SLOW), 40, pytest.param(100, marks=SLOW)])
+@pytest.mark.parametrize(
+    "budget", [pytest.param(1, marks=SLOW), 40, pytest.param(100, marks=[SLOW, pytest.mark.matrix])]
+)
 @pytest.mark.parametrize(
     "loss_type",
     ["grpo", "dapo", "luspo", "vespo", *(pytest.param(x, marks=SLOW) for x in ("bnpo", "dr_grpo", "cispo", "sapo"))],

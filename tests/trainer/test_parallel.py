@@ -56,7 +56,7 @@ def launch(processes: int, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.matrix)])
 def test_two_processes_train_what_one_does(loss_type: str, tmp_path: Path) -> None:
     adapters = []
     for processes in (1, 2):
@@ -80,7 +80,7 @@ def test_two_processes_train_what_one_does(loss_type: str, tmp_path: Path) -> No
         pytest.param(["1:1"], id="the first backward", marks=pytest.mark.matrix),
         pytest.param(["1:2"], id="after the collectives"),
         pytest.param(["0:3", "1:2"], id="several", marks=pytest.mark.matrix),
-        pytest.param(["0:1", "1:1"], id="both at once"),
+        pytest.param(["0:1", "1:1"], id="both at once", marks=pytest.mark.matrix),
     ],
 )
 def test_memory_that_runs_out_in_one_process_holds_up_the_other_and_changes_nothing(

@@ -38,7 +38,9 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [150, 1], ids=["several rows each", "a row each"])
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(150, id="several rows each"), pytest.param(1, id="a row each", marks=pytest.mark.matrix)]
+)
 def test_two_processes_warm_up_to_what_one_does(tokens: int, tmp_path: Path) -> None:
     """The weights, and the figures: loss, held-out loss, accuracy and tokens are those of both together."""
     (one,) = steps(1, tmp_path / "one", tokens)
@@ -147,6 +149,7 @@ def test_the_first_process_samples_what_both_learn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_both_processes_end_when_the_first_finds_nothing_to_learn(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as caught:  # by `launch`; a process that waits for ever would be a timeout
         launch(2, str(HERE / "parallel_run.py"), str(tmp_path / "run"), *sampling(tmp_path, "0.0 * len(ids)"))

@@ -107,8 +107,7 @@ def test_a_run_is_followed_while_it_grows(browser: Any, site: str, folder: Path)
     until(lambda: any("step 10/12" in text for text in texts(browser, "a.run")))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size, scheme", [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop-light", "phone-dark"])
 def test_every_view_fits_the_screen_without_errors_and_from_here_alone(
     browser: Any, site: str, size: tuple[int, int, bool], scheme: str
 ) -> None:
