@@ -273,10 +273,15 @@ def _forward(
     """Stand where a recurrent layer's forward stood."""
     plain = partial(type(module).forward, module) if before is None else before
     layout: Any = kwargs.get("packed_layout", kwargs.get("seq_idx"))
-    if not hasattr(layout, "mix"):  # none, or another tool's `seq_idx`
-        return plain(hidden_states, *args, **kwargs)
     parameters = inspect.signature(type(module).forward).parameters
     cache = "cache_params" if "cache_params" in parameters else "past_key_values"
+    if not hasattr(layout, "mix"):  # none, or another tool's `seq_idx`
+        is_mamba = hasattr(module, "A_log") and hasattr(module, "D")
+        if is_mamba and module.training and not args and kwargs.get(cache) is None:
+            # Without a cache mamba_ssm's fused kernel multiplies by `out_proj.weight` itself: it would pass over an
+            # adapter, and cannot read 4-bit weights (transformers 5.17 to 5.23).
+            kwargs[cache] = States()
+        return plain(hidden_states, *args, **kwargs)
 
     def run(hidden: Tensor, states: States, mask: Tensor | None) -> Tensor:
         return plain(hidden, **{cache: states}, attention_mask=mask)

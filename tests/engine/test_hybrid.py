@@ -229,6 +229,19 @@ def test_installing_leaves_copies_pickles_and_other_calls_as_they_were():
         assert first.forward.args[0] is first
 
 
+@pytest.mark.parametrize("family", cases("granite", "falcon_h1 nemotron_h"))
+def test_plain_training_does_not_pass_over_the_output_projection(family: str, monkeypatch: pytest.MonkeyPatch):
+    model = model_of(family).train()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    expected = model(input_ids=ids, use_cache=False).logits
+    attention.install(model)
+    (mixer, *_) = states.mixers(model)
+    # Of mamba_ssm; in its absence transformers' own returns None.
+    fused = lambda *args, **kwargs: pytest.fail("the fused kernel was called")  # noqa: E731
+    monkeypatch.setattr(inspect.getmodule(type(mixer)), "mamba2_split_conv1d_scan_combined", fused)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+
+
 def test_a_wave_counts_what_a_row_keeps_besides_its_tokens():
     model = model_of("qwen3_5", torch.float32)
     attention.install(model)
