@@ -218,11 +218,14 @@ def _source(source: Any) -> str:
 @main.command()
 @recipe_argument
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print a resolved recipe. Every key, with defaults and overrides."""
-    from grpo_lite.recipe.load import load_recipe
+    """Print a resolved recipe. Every key, and where those of `grpo` come from."""
+    from grpo_lite.recipe.load import build_recipe, read_recipe
+    from grpo_lite.recipe.objective import with_origins
     from grpo_lite.runs.run_dir import dump_recipe
 
-    click.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)
+    raw, where = read_recipe(recipe, overrides)
+    resolved = build_recipe(raw, where)
+    click.echo(with_origins(dump_recipe(resolved), resolved, raw.get("grpo") or {}), nl=False)
 
 
 @main.command()
@@ -231,11 +234,12 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 def check(recipe: str, overrides: tuple[str, ...], previews: int) -> None:
     """Validate a recipe without training. Shows prompts and scores the gold answers."""
     from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.recipe.objective import notes
 
     loaded = load_recipe(recipe, overrides)
     from grpo_lite.task.check import check_recipe
 
-    for line in check_recipe(loaded, previews):
+    for line in [*notes(loaded), *check_recipe(loaded, previews)]:
         say(line)
 
 

@@ -12,8 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_lite.errors import RecipeError
+from grpo_lite.recipe.algorithms import expand_algorithm, follow_new_word
 from grpo_lite.recipe.checks import cross_faults, damage_faults, nearest, upstream_section
 from grpo_lite.recipe.find import find_recipe, recipe_names
+from grpo_lite.recipe.objective import combination_faults
 from grpo_lite.recipe.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, SourceSection
 from grpo_lite.recipe.trl_keys import is_trl_key, top_level_advice
 
@@ -40,13 +42,23 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every fault of the recipe and the overrides, one a line.
     """
+    return build_recipe(*read_recipe(name_or_path, overrides))
+
+
+def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Return a recipe as it is written, with the overrides applied and nothing else checked, and its path.
+
+    Raises:
+        RecipeError: there is no such recipe, it is not YAML, or an override does not fit it.
+    """
     path = find_recipe(name_or_path)
     raw = read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
     _follow_new_source(raw, overrides)
+    follow_new_word(raw, overrides)
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem))
-    return build_recipe(raw, str(path))
+    return raw, str(path)
 
 
 def load_all(overrides: Sequence[str] = ()) -> tuple[list[Recipe], list[str]]:
@@ -78,7 +90,7 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
         RecipeError: with every fault, one a line, each starting with `where: key`.
     """
     raw = dict(raw)
-    faults = drop_removed_keys(raw)
+    faults = [*drop_removed_keys(raw), *expand_algorithm(raw)]
     for section, defaults in (("lora", LORA_DEFAULTS), ("grpo", GRPO_DEFAULTS)):
         values = raw.get(section) or {}
         raw[section], section_faults = upstream_section(
@@ -92,7 +104,7 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
         faults += _own_faults(error)
     if recipe is not None and not faults:
         faults += cross_faults(recipe)
-        faults += damage_faults(recipe) if for_training else []
+        faults += [*damage_faults(recipe), *combination_faults(recipe)] if for_training else []
     if faults or recipe is None:
         lines = "\n".join(f"  {where}: {fault}" for fault in faults)
         if sum(key not in Recipe.model_fields and is_trl_key(key) for key in raw) >= _TRL_FILE:

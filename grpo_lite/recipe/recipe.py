@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from grpo_lite.recipe.algorithms import Word
 from grpo_lite.recipe.schedule import Schedule
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -295,6 +296,11 @@ class Recipe(_Section):
     rewards: list[RewardSection] = Field(min_length=1)
     warmup: WarmupSection | None = Field(
         None, description="Supervised fine-tuning of the same LoRA before GRPO; null: GRPO starts at once."
+    )
+    algorithm: Word = Field(
+        "trl",
+        description="The objective by one word: keys of `grpo` that belong together in a paper; a key that `grpo` "
+        "gives wins. trl: TRL's defaults.",
     )
     grpo: dict[str, Any] = Field(default_factory=dict, description="trl.GRPOConfig, upstream's names.")
     reference: Literal["base", "start"] = Field(

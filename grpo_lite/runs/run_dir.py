@@ -218,7 +218,7 @@ class RunDir:
 def fixed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
     # Keys that runs of earlier versions lack, with what they trained with.
-    since: dict[str, Any] = {"reference": "base", "warmup": None}
+    since: dict[str, Any] = {"reference": "base", "warmup": None, "algorithm": "trl"}
     free = ("limits", "log", "push_checkpoints")
     fixed = {key: value for key, value in {**since, **recipe}.items() if key not in free}
     fixed["eval"] = {"also": {}, **(fixed.get("eval") or {})}

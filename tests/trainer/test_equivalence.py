@@ -8,6 +8,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.recipe.algorithms import ALGORITHMS, Word
 from grpo_lite.trainer.gradients import Gradients
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import (
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 # The whole matrix takes minutes; each of its rows is among the default tests once.
 SLOW = pytest.mark.slow
 
+# Ratios, clipping and gates as TRL sets them by default.
+PLAIN = {"importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": None, "delta": None}
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
@@ -103,6 +106,32 @@ def test_loss_type_with_a_token_budget(loss_type: str, budget: int, tmp_path: Pa
 )
 def test_loss_type_with_kl_and_two_iterations(loss_type: str, tmp_path: Path):
     assert_same_training(tmp_path, loss_type=loss_type, beta=0.1, num_iterations=2, max_steps=4, learning_rate=3e-2)
+
+
+OBJECTIVES = [word for word in ALGORITHMS if word != "trl"]
+
+
+@pytest.mark.parametrize(
+    "word", [word if word == "dapo_80_20" else pytest.param(word, marks=SLOW) for word in OBJECTIVES]
+)
+def test_every_algorithm_off_policy(word: Word, tmp_path: Path):
+    settings = {"num_iterations": 2, "max_steps": 2, "learning_rate": 3e-2} | ALGORITHMS[word].grpo
+    assert_same_training(tmp_path, options=EngineOptions(tokens_per_microbatch=60), **settings)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [word if word == "cispo" else pytest.param(word, marks=SLOW) for word in OBJECTIVES if ALGORITHMS[word].on_policy],
+)
+def test_an_objective_of_ratios_takes_the_step_of_its_plain_loss_while_on_policy(word: Word, tmp_path: Path):
+    found = []
+    for settings in (
+        ALGORITHMS[word].grpo,
+        {**ALGORITHMS[word].grpo, **PLAIN, "loss_type": ALGORITHMS[word].on_policy},
+    ):
+        _, gradients = train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model()), tiny_args(tmp_path, **settings))
+        found.append(gradients.steps[0])
+    assert relative_difference(*found) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""The objective of a resolved recipe: where its keys come from, what in it has no effect, what cannot train together.
+
+`show` prints the origins and the notes, `check` the notes; `load` refuses the combinations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_lite.recipe.algorithms import ALGORITHMS
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.upstream import config_defaults
+
+_CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # losses with PPO's clipped ratio, trl 1.14 to 1.16
+# Keys that only some losses read -> these losses.
+_READ_BY = {
+    "epsilon": _CLIPPING,
+    "epsilon_high": (*_CLIPPING, "cispo"),
+    "delta": _CLIPPING,
+    **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",)),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("vespo",)),
+}
+_KEY = re.compile(r"  (\w+):")  # a section's key, in the YAML of a resolved recipe
+
+
+def combination_faults(recipe: Recipe) -> list[str]:
+    """Return the combinations of an objective with other keys that a training would stop at, after loading."""
+    grpo, faults = recipe.grpo, []
+    if recipe.sampling.refill and grpo.get("scale_rewards") == "batch":
+        faults.append(_no_refill(recipe, "grpo.scale_rewards", "batch", "group"))
+    if recipe.sampling.refill and grpo.get("multi_objective_aggregation") == "normalize_then_sum":
+        faults.append(
+            _no_refill(recipe, "grpo.multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize")
+        )
+    mode = grpo.get("vllm_importance_sampling_mode", "sequence_mask")
+    corrected = grpo.get("use_vllm") and grpo.get("vllm_importance_sampling_correction", True)
+    if grpo.get("loss_type") == "vespo" and corrected and not mode.startswith("token_"):
+        faults.append(
+            f"grpo.vllm_importance_sampling_mode: {mode} is in force with loss_type: vespo and use_vllm; allowed: "
+            "token_truncate, token_mask, since the loss weighs whole sequences itself."
+        )
+    return faults
+
+
+def _no_refill(recipe: Recipe, key: str, value: str, allowed: str) -> str:
+    return (
+        f"sampling.refill: {recipe.sampling.refill} is given with {key}: {value}; a refilled group's advantages must "
+        f"depend on that group only. Set {key}={allowed}, or sampling.refill=0."
+    )
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """Return what a reader should know about the objective of a recipe: overridden keys, keys without an effect."""
+    word, grpo = ALGORITHMS[recipe.algorithm], recipe.grpo
+    loss = grpo.get("loss_type") or config_defaults("grpo")["loss_type"]
+    lines = [
+        f"grpo.{key}: {_plain(grpo[key])} is given; {recipe.algorithm} sets {_plain(value)}"
+        for key, value in word.grpo.items()
+        if grpo.get(key) != value
+    ]
+    lines += [
+        f"grpo.{key}: has no effect with loss_type: {loss}"
+        for key, losses in _READ_BY.items()
+        if grpo.get(key, config_defaults("grpo")[key]) != config_defaults("grpo")[key] and loss not in losses
+    ]
+    if loss == "cispo" and grpo.get("epsilon_high") is None:
+        lines.append(
+            "grpo.epsilon_high: not given, so cispo caps the ratio at grpo.epsilon = "
+            f"{_plain(grpo.get('epsilon', 0.2))} and shrinks every gradient to that; algorithm: cispo sets 5.0"
+        )
+    if grpo.get("importance_sampling_level") == "sequence" and loss in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        lines.append(
+            f"grpo.importance_sampling_level: sequence with loss_type: {loss} weighs each sequence by its length; "
+            "algorithm: gspo takes loss_type: grpo"
+        )
+    if grpo.get("multi_objective_aggregation") == "normalize_then_sum" and len(recipe.rewards) == 1:
+        lines.append("grpo.multi_objective_aggregation: normalize_then_sum acts on several rewards, and here is one")
+    if word.on_policy and recipe.schedule.steps_per_round == 1:
+        lines.append(
+            f"algorithm: {recipe.algorithm} acts on steps after the first of a round, and here a round has one: it "
+            f"trains like loss_type: {word.on_policy}. Set "
+            f"grpo.steps_per_generation={4 * recipe.schedule.accumulation} (four steps), or grpo.num_iterations=2"
+        )
+    return lines + ([f"algorithm: {recipe.algorithm}: {word.besides}"] if word.besides else [])
+
+
+def with_origins(text: str, recipe: Recipe, given: Mapping[str, Any]) -> str:
+    """Return a resolved recipe with a comment behind each key of `grpo` that says where its value is from.
+
+    Args:
+        text: the recipe as YAML, every section and key on a line of its own.
+        recipe: the same recipe.
+        given: the section `grpo` as the recipe and the overrides give it.
+    """
+    word, lines, section = ALGORITHMS[recipe.algorithm], text.splitlines(), ""
+    for place, line in enumerate(lines):
+        if not line.startswith(" "):
+            section = line.partition(":")[0]
+            if section == "algorithm":
+                lines[place] += f"  # {word.paper}"
+        following = lines[place + 1] if place + 1 < len(lines) else "end"
+        key = _KEY.match(line) if section == "grpo" else None
+        # A comment inside a value of several lines would end it, or become a part of it.
+        if key and (key.end() == len(line) or _KEY.match(following) or following[:1].strip()):
+            lines[place] += f"  # {_origin(key[1], recipe, given)}"
+    return "\n".join([*lines, *(f"# {note}." for note in notes(recipe))]) + "\n"
+
+
+def _origin(key: str, recipe: Recipe, given: Mapping[str, Any]) -> str:
+    word = ALGORITHMS[recipe.algorithm]
+    if key not in given:
+        return f"algorithm: {recipe.algorithm}" if key in word.grpo else "default"
+    differs = key in word.grpo and recipe.grpo[key] != word.grpo[key]
+    return f"recipe; {recipe.algorithm} sets {_plain(word.grpo[key])}" if differs else "recipe"
+
+
+def _plain(value: Any) -> str:
+    """Write a value as YAML does."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
