@@ -137,8 +137,7 @@ class GroupDecoder:
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
         with self.autocast():  # once, so that the adapter's weights are cast once
-            row = longest + (0 if self.kv_tokens is None else state_tokens(model))
-            for wave in plan_waves(prompts, row, self.kv_tokens):
+            for wave in self._waves(model, prompts, longest):
                 finished |= self._decode(model, input_ids, wave, logits_processor, stopping_criteria, generation_config)
         width = max(len(ids) for ids in finished.values())
         out = input_ids.new_full((input_ids.size(0), width), 0 if pad is None else int(pad))
@@ -157,8 +156,7 @@ class GroupDecoder:
             capacity: tokens for which a row's buffer is laid out at that length.
         """
         with self.autocast():
-            row = longest + (0 if self.kv_tokens is None else state_tokens(model))
-        waves = plan_waves(group_rows(prompt_ids), row, self.kv_tokens)
+            waves = self._waves(model, group_rows(prompt_ids), longest)
         wave = max(waves, key=lambda groups: sum(len(p) + len(members) * longest for p, members in groups))
         device, length = model.device, len(prompt_ids[0])
         groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
@@ -172,6 +170,20 @@ class GroupDecoder:
             hidden = hidden_states(model, torch.zeros_like(last), last, cache)[:, 0]
             log_p = torch.log_softmax(next_logits(model, hidden) / 0.9, dim=-1)
             (log_p.exp() * log_p).sum(-1)
+
+    @torch.no_grad()
+    def _waves(
+        self, model: PreTrainedModel, prompts: dict[tuple[int, ...], list[int]], longest: int
+    ) -> list[list[tuple[tuple[int, ...], list[int]]]]:
+        """Divide groups into waves; a row's recurrent states count beside its keys and values.
+
+        memory/phases.py plans states for as many rows as `kv_tokens` hold at full length: the budget grows by those.
+        """
+        if self.kv_tokens is None or not states.mixers(model):
+            return plan_waves(prompts, longest, self.kv_tokens)
+        held = state_tokens(model)
+        planned = max(1, self.kv_tokens // (max(map(len, prompts)) + longest))
+        return plan_waves(prompts, longest + held, self.kv_tokens + planned * held)
 
     def _decode(
         self,
@@ -268,8 +280,6 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache:
 
 def state_tokens(model: PreTrainedModel) -> int:
     """Return how many tokens' keys and values take as much as the recurrent states of one row, rounded up."""
-    if not states.mixers(model):
-        return 0
     cache = GroupCache([2], torch.zeros(1, dtype=torch.long, device=model.device))
     pair = torch.arange(2, device=model.device).unsqueeze(0)
     hidden_states(model, pair, pair, cache)

@@ -17,7 +17,7 @@ import transformers
 from transformers.cache_utils import Cache
 
 from grpo_lite.engine import attention, states
-from grpo_lite.engine.decode import plan_waves, state_tokens
+from grpo_lite.engine.decode import GroupDecoder, state_tokens
 from grpo_lite.engine.static_decode import StaticDecoder
 from tests.engine.families import (
     LONG_COMPLETIONS,
@@ -250,8 +250,11 @@ def test_a_wave_counts_what_a_row_keeps_besides_its_tokens():
     # A row: 2 layers with 4 heads of 8 x 8 and 4 inputs of a convolution over 2 * 16 + 32 channels, in 4 bytes.
     # A token: 1 layer with keys and values of 2 heads of 8.
     assert tokens == -(-2 * (4 * 8 * 8 + 4 * 64) // (2 * 2 * 8)) == 32
-    assert len(plan_waves({(1, 2): [0, 1, 2]}, 10 + tokens, 90)) == 2
-    assert state_tokens(build("LlamaConfig", "LlamaForCausalLM")) == 0
+    # Rows of 10 + 10 tokens: 60 tokens hold three at full length, and so three states. Five rows that share a prompt
+    # would fit into 60 tokens but for their states: 10 + 3 * (10 + 32) of 60 + 3 * 32, and a fourth does not.
+    prompt = tuple(range(10))
+    waves = GroupDecoder(nullcontext, 60)._waves(model, {prompt: [0, 1, 2, 3, 4]}, 10)
+    assert [rows for ((_, rows),) in waves] == [[0, 1, 2], [3, 4]]
 
 
 def test_static_rows_leave_a_hybrid_to_the_group_decoder(caplog: pytest.LogCaptureFixture):
