@@ -1,12 +1,14 @@
 """Compare plain TRL with grpo_lite's engine, side by side in one process: seconds, tokens and peak memory of a step.
 
     python bench/compare_trl.py --model DIR [--shapes sums gsm8k long] [--repeats 3] [--curves] [--json FILE]
+    python bench/compare_trl.py --family gemma3 mistral … [--repeats 3]
 
-Both train the same 4-bit model with the same LoRA, settings and completions, in turns. Lengths are drawn afresh for
-each turn, as in training, so that what a kernel costs at a length it has not seen is part of the time; they are forced
-on both samplers. The samples are thrown away, and both train on the same invented completions, so that the two training
-phases do the same work and their gradient norms can be compared. No group has equal rewards, so the saving from skipped
-zero-advantage rows comes on top. On CPU the memory is the process's peak resident set per phase.
+Both engines train the same model (4-bit, or with `--family` a random one of `bench/families.py`) with the same LoRA,
+settings and completions, in turns. Lengths are drawn afresh for each turn, as in training, so that what a kernel costs
+at a length it has not seen is part of the time; they are forced on both samplers. The samples are thrown away, and both
+train on the same invented completions, so that the two training phases do the same work and their gradient norms can be
+compared. No group has equal rewards, so the saving from skipped zero-advantage rows comes on top. On CPU the memory is
+the process's peak resident set per phase.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from datasets import Dataset
 from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
+from bench.families import FAMILIES, family
+from grpo_lite.engine.attention import uninstall
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.score import base_model
@@ -62,6 +66,8 @@ SHAPES = {
     "gsm8k": Shape("gsm8k", 4, 8, 150, ("lognormal", 200, 0.45), 512, 8),
     "long": Shape("long", 2, 4, 150, ("uniform", 700, 1024), 1024, 4),
 }
+PHASES = ("rollout", "training")
+FAMILY_SHAPE = Shape("family", 2, 8, 150, ("lognormal", 60, 0.45), 160, 8)
 
 
 class EndAt(LogitsProcessor):  # type: ignore[misc]
@@ -148,7 +154,7 @@ def one_step(
     tokens = {"rollout": 0, "training": 0}
     inner = base_model(model)
     inner.__dict__.pop("forward", None)  # TRL's head of the previous trainer
-    inner.config._attn_implementation = "sdpa"
+    uninstall(inner)
     base = GRPOTrainer if engine == "plain" else PackedGRPOTrainer
 
     class Measured(base):  # type: ignore[misc, valid-type]
@@ -277,6 +283,22 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def family_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results of several families as a Markdown table, a line each."""
+    lines = [
+        "| family | rollout | training | whole step (CPU time) | tokens generated | tokens trained on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        ratio = result["ratio"]
+        rollout, training = (" → ".join(str(each[phase]) for each in result["tokens"].values()) for phase in PHASES)
+        lines.append(
+            f"| {name} | {ratio['rollout']['wall_s']:.1f}× | {ratio['training']['wall_s']:.1f}× "
+            f"| {ratio['step']['wall_s']:.1f}× ({ratio['step']['cpu_s']:.1f}×) | {rollout} | {training} |"
+        )
+    return "\n".join(lines)
+
+
 def curve_shapes() -> list[Shape]:
     """Return shapes along the group size and along the length, with about the same number of completion tokens."""
     groups = [Shape(f"G={g}", 32 // g, g, 100, ("lognormal", 40, 0.4), 96, 32) for g in (2, 4, 8, 16, 32)]
@@ -287,7 +309,9 @@ def curve_shapes() -> list[Shape]:
 def main() -> None:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal language model with a tokenizer")
+    of_what = parser.add_mutually_exclusive_group(required=True)
+    of_what.add_argument("--model", help="folder of a causal language model with a tokenizer")
+    of_what.add_argument("--family", nargs="+", choices=list(FAMILIES), help="random models of families")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--curves", action="store_true", help="also G = 2 ... 32 and C = 8 ... 384")
     parser.add_argument("--repeats", type=int, default=3, help="counted turns; 0 for one turn without warming up")
@@ -295,11 +319,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    options = EngineOptions(tokens_per_microbatch=arguments.tokens_per_microbatch)
+    if arguments.family:
+        compare_families(arguments.family, options, arguments.repeats)
+        return
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     model = load(arguments.model)
-    options = EngineOptions(tokens_per_microbatch=arguments.tokens_per_microbatch)
     results = []
     for shape in [SHAPES[name] for name in arguments.shapes] + (curve_shapes() if arguments.curves else []):
         results.append(compare(model, tokenizer, shape, options, arguments.repeats))
@@ -309,6 +336,14 @@ def main() -> None:
     print("\n" + table(results) + "\n\n" + json.dumps(record["versions"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def compare_families(names: list[str], options: EngineOptions, repeats: int) -> None:
+    """Compare the engines on a random model of each family, and print a table."""
+    from tests.tiny import tiny_tokenizer
+
+    results = {name: compare(family(name), tiny_tokenizer(), FAMILY_SHAPE, options, repeats) for name in names}
+    print(family_table(results) + "\n\n" + json.dumps(versions()))
 
 
 def versions() -> dict[str, str]:

@@ -370,6 +370,11 @@ def install(model: PreTrainedModel) -> None:
     states.install(model)
 
 
+def uninstall(model: PreTrainedModel) -> None:
+    """Give `model` the attention back that transformers would choose."""
+    model.config._attn_implementation = "eager" if _is_eager_only(model) else "sdpa"
+
+
 def is_installed(model: PreTrainedModel) -> bool:
     """Return whether `install` has prepared this model."""
     return model.config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
@@ -448,8 +453,10 @@ def _windows(model: PreTrainedModel) -> list[tuple[Any, int]]:
 
 
 def _is_eager_only(model: PreTrainedModel) -> bool:
-    beside = sys.modules[type(model).__module__]
-    return not getattr(type(model), "_supports_sdpa", False) and hasattr(beside, "eager_attention_forward")
+    """Return whether SDPA does not compute this model: transformers 5.17 offers it, and leaves out Gemma 2's cap."""
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    has_own = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
+    return has_own and (capped or not getattr(type(model), "_supports_sdpa", False))
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:

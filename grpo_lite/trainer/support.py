@@ -118,10 +118,9 @@ def pack_attention(
         scoring, autocast, plain: as for `engine.score.self_check`.
     """
     inner = base_model(model)
-    previous = inner.config._attn_implementation
     attention.install(inner)
     reason = self_check(model, scoring, autocast, plain)
     if reason is None:
         return None
-    inner.config._attn_implementation = previous
+    attention.uninstall(inner)
     return f"{type(inner).__name__}: {reason}"

@@ -72,6 +72,7 @@ FAMILIES: dict[str, Any] = {
         sliding_window=WINDOW,
         layer_types=TWO_KINDS,
         query_pre_attn_scalar=8,
+        attn_implementation="eager",  # transformers 5.17 takes SDPA otherwise, which leaves out the cap
         attn_logit_softcapping=0.7,
         final_logit_softcapping=1.5,
     ),
