@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import stat
@@ -114,6 +115,37 @@ def test_the_job_s_command_is_one_that_a_shell_runs(tmp_path: Path) -> None:
         "train RECIPE=math GPUS=4 ARGS=push_checkpoints=me/math-checkpoints",
         "push RUN=runs/math REPO=me/math PRIVATE=1",
     ]
+
+
+@pytest.mark.slow
+def test_modal_takes_the_file_and_its_options() -> None:
+    pytest.importorskip("modal", reason="modal is not installed")
+    command = [sys.executable, "-m", "modal", "run", "launch/modal_app.py", "--help"]  # reads the file, sends nothing
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"--recipe", "--args", "--repo"} <= set(done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The train function is executing locally")
+def test_modal_trains_then_pushes_by_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our part of what runs there, with make in the place of make; the image gets the code and no environment."""
+    pytest.importorskip("modal", reason="modal is not installed")
+    spec = importlib.util.spec_from_file_location("modal_app", ROOT / "launch" / "modal_app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    (tmp_path / "make").write_text('#!/bin/sh\nprintf "%s|" "$@" >> made\necho >> made\n')
+    (tmp_path / "make").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(app, "KIT", str(tmp_path))
+    app.train.local("math", 4, "grpo.max_steps=5 seed=7", "me/math")
+    assert (tmp_path / "made").read_text().splitlines() == [
+        "train|RECIPE=math|RUN=/runs/math|GPUS=4|ARGS=grpo.max_steps=5 seed=7|",
+        "push|RUN=/runs/math|REPO=me/math|PRIVATE=1|",
+    ]
+    assert {".venv*", "runs", ".git"} <= set(app.LEFT_OUT)
 
 
 @pytest.mark.slow
