@@ -1,10 +1,12 @@
 """Write the notebooks from source.py: `python notebooks/build.py`. Outputs of a cell whose code is unchanged are kept.
 
-`python notebooks/build.py --run quickstart_cpu` also executes one and keeps its outputs.
+`python notebooks/build.py --run quickstart_cpu` also executes one and keeps its outputs. The notebooks for a GPU show
+the output of one cell, the plan of its memory: arithmetic, which needs no GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -67,6 +69,23 @@ def with_outputs(notebook: Any, old: Any) -> Any:
     return notebook
 
 
+def with_plan(notebook: Any) -> Any:
+    """Run the cell that plans the GPU's memory, with the notebook's own parameters, and put its output there."""
+    from click.testing import CliRunner
+
+    from grpo_lite.cli import main as grpo_lite
+
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    (plan,) = [cell for cell in notebook.cells if cell.source.startswith('grpo_lite("plan"')]
+    values: dict[str, Any] = {}
+    exec(parameters.source, values)
+    with contextlib.chdir(HERE.parent):  # as the notebook does: its hints name the commands of a checkout
+        done = CliRunner().invoke(grpo_lite, ["plan", values["RECIPE"], *values["OVERRIDES"], "--gpu", values["GPU"]])
+    assert done.exit_code == 0, done.output
+    plan.outputs = [nbformat.v4.new_output("stream", name="stdout", text=done.output)]
+    return notebook
+
+
 def overridden(notebook: Any, **parameters: Any) -> Any:
     """Put a cell with other parameters behind the one tagged `parameters`, as papermill does."""
     (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
@@ -95,6 +114,8 @@ def main(arguments: list[str]) -> None:
                 cell.metadata.pop("execution", None)  # times of each message
         elif path.is_file():
             notebook = with_outputs(notebook, nbformat.read(path, as_version=4))
+        if NOTEBOOKS[name] != "quickstart":
+            notebook = with_plan(notebook)
         nbformat.write(notebook, path)
         print(path)
 

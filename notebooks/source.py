@@ -107,7 +107,8 @@ def grpo_lite(*words):
 grpo_lite("doctor")
 
 # %% [markdown] tags=["colab", "kaggle"]
-# How its memory will be used, counted before anything is loaded:
+# How its memory will be used, counted before anything is loaded. *The output below is no run on a GPU: a plan is
+# arithmetic, and it was printed by a machine without one. All other cells are empty until you run them.*
 
 # %% tags=["colab", "kaggle"]
 grpo_lite("plan", RECIPE, *OVERRIDES, "--gpu", GPU)

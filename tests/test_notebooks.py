@@ -56,6 +56,17 @@ def test_the_notebook_is_the_one_source_s(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["colab_gsm8k", "kaggle_gsm8k"])
+def test_a_gpu_notebook_shows_the_plan_as_it_is_today_and_no_other_output(name: str) -> None:
+    written = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    fresh = build.with_plan(build.build(name))
+    shown = [cell.outputs for cell in written.cells if cell.cell_type == "code"]
+    assert shown == [cell.outputs for cell in fresh.cells if cell.cell_type == "code"]
+    assert "peak allocation" in output_of(written, 'grpo_lite("plan"')
+    (before,) = [cell.source for cell in written.cells if "How its memory will be used" in cell.source]
+    assert "no run on a GPU" in before
+
+
 def test_a_badge_leads_to_the_platform_once_the_project_has_an_address() -> None:
     github = "https://github.com/me/grpo_lite"
     assert build.address("colab_gsm8k", github) == (
