@@ -168,10 +168,30 @@ def load_trained(base: Base, rollout: str, adapter: Path) -> Any:
     if not (adapter / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: there is no trained adapter. Train first: {hint('train', run=adapter.parent)}")
     model = load_for_sampling(base, rollout)
+    _require_modules(model, adapter)
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{adapter}: does not load onto {base.section.id}: {_first_line(error)}") from error
+
+
+def _require_modules(model: Any, adapter: Path) -> None:
+    """Refuse an adapter of modules that the model lacks: PEFT would leave them out with a warning."""
+    from safetensors import SafetensorError, safe_open
+
+    modules = {name for name, _ in model.named_modules()}
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            names = [name for name in file.keys() if ".lora_" in name]  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError):
+        return  # PEFT says what is wrong
+    strangers = [name for name in names if name.removeprefix("base_model.model.").partition(".lora_")[0] not in modules]
+    if strangers:
+        raise ModelError(
+            f"{adapter}: {len(strangers)} of its {len(names)} tensors belong to modules that "
+            f"{type(model).__name__} does not have, for example {strangers[0]}. It was trained on another class: of a "
+            "multimodal model the text tower is loaded alone. Merge it, and use the merged model."
+        )
 
 
 def load_merged(folder: Path, device: Device) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from grpo_lite.commands import either, hint_run, hint_setup
 from grpo_lite.errors import ModelError
 from grpo_lite.files.cache import cache_dir
+from grpo_lite.models.config import read_config
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import ModelSection, Recipe
 
@@ -136,6 +137,7 @@ def load_arguments(recipe: Recipe, base: Path | str, max_seq_length: int, dtype:
         "fast_inference": False,  # its vLLM path is fragile on a T4
         "max_lora_rank": int(recipe.lora.get("r", 8)),
         "random_state": recipe.seed,
+        **({"text_only": True} if read_config(Path(base)).get("vision_config") else {}),
     }
 
 
@@ -185,6 +187,8 @@ def load_with_unsloth(recipe: Recipe, base: Path, max_seq_length: int, dtype: An
 
     try:
         model, _ = FastLanguageModel.from_pretrained(**load_arguments(recipe, base, max_seq_length, dtype))
+        if model.config.get_text_config() is not model.config:
+            raise ValueError(f"it gives the whole multimodal {type(model).__name__}, where text alone is trained")
         return FastLanguageModel.get_peft_model(model, **adapter_arguments(recipe))
     except (OSError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         lines = str(error).strip().splitlines()

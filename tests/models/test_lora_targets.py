@@ -31,7 +31,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "falcon_h1": ({**_MAMBA, "mamba_d_ssm": 64}, {*_ATTENTION, *_MLP, "in_proj"}),
     "granitemoehybrid": (
-        {**_MAMBA, "layers_block_type": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48},
+        {
+            **_MAMBA, "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 0, "shared_intermediate_size": 48,
+        },
         {*_ATTENTION, "in_proj", "input_linear", "output_linear"},
     ),
     "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, _ATTENTION),

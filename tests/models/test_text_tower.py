@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from grpo_lite.engine import attention
 from grpo_lite.errors import ModelError
 from grpo_lite.export.merge.names import tensor_names
+from grpo_lite.models.base import Base
+from grpo_lite.models.load import load_trained
 from grpo_lite.models.text_tower import load_causal, other_towers
+from grpo_lite.recipe.recipe import ModelSection
 from tests.models.tiny_multimodal import KINDS, save_multimodal
 
 IDS = torch.arange(3, 3 + 48).reshape(2, 24) * 7 % 300
@@ -86,3 +89,12 @@ def test_saving_an_adapter_of_a_tower_saves_no_embedding(tmp_path: Path):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path / "adapter")
     assert all(".lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_adapter_of_the_whole_class_is_refused_and_not_left_out_silently(tmp_path: Path):
+    whole = save_multimodal(tmp_path / "base")
+    targets = r".*language_model.*\.q_proj"
+    get_peft_model(whole, LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "adapter")
+    section = ModelSection(id=str(tmp_path / "base"), load_in="16bit")  # type: ignore[call-arg]
+    with pytest.raises(ModelError, match=r"4 of its 4 tensors belong to modules that Gemma3ForCausalLM does not have"):
+        load_trained(Base.resolve(section), "shared", tmp_path / "adapter")

@@ -64,6 +64,14 @@ def test_every_argument_for_loading_exists(name: str, source: Path) -> None:
     assert set(load_arguments(load_recipe(name), "folder", 2048, None)) <= known
 
 
+def test_of_a_multimodal_base_the_text_tower_is_asked_for(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}, "vision_config": {"depth": 1}}')
+    recipe = load_recipe("unsloth-gemma3-1b")
+    assert load_arguments(recipe, tmp_path, 2048, None)["text_only"] is True
+    assert "text_only" not in load_arguments(recipe, "folder", 2048, None)
+    assert "text_only" in parameters(source / "models" / "loader.py", "FastLanguageModel", "from_pretrained")
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_argument_for_the_adapter_exists(name: str, source: Path) -> None:
     known = parameters(source / "models" / "llama.py", "FastLlamaModel", "get_peft_model")
