@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from transformers.cache_utils import Cache
 from grpo_lite.engine import attention, states
 from grpo_lite.engine.decode import GroupDecoder, state_tokens
 from grpo_lite.engine.static_decode import StaticDecoder
+from tests.conftest import ROOT
 from tests.engine.families import (
     LONG_COMPLETIONS,
     LONG_PROMPTS,
+    SIZES,
     build,
     check_greedy_equals_generate,
     check_packed_equals_plain,
@@ -167,6 +170,22 @@ def test_the_trainer_accepts_the_model(family: str):
     model = model_of(family, torch.float32)
     assert attention.obstacle(model) is None
     check_self_check(model)
+
+
+@pytest.mark.parametrize("name", cases("lfm2.5-1.2b-instruct qwen3.5-0.8b", "granite-4.0-micro"))
+def test_the_flags_of_a_released_checkpoint(name: str):
+    """Its config.json with smaller sizes; tests/data/configs says where each was read."""
+    released = json.loads((ROOT / "tests" / "data" / "configs" / f"{name}.json").read_text())
+    released |= released.pop("text_config", {}) | {"dtype": None}
+    if name.startswith("granite"):
+        released["mamba_n_heads"] = 4  # its layers all attend; the class demands a divisor all the same
+    architecture = released.pop("architectures")[0].replace("ConditionalGeneration", "CausalLM")
+    config = type(transformers.AutoConfig.for_model(released.pop("model_type"))).__name__
+    sizes = SIZES | {name: DELTA[name] for name in DELTA if name.startswith("linear_")}
+    sizes |= {"num_hidden_layers": 4, "layer_types": released["layer_types"][:4], "block_ff_dim": 48}
+    model = build(config, architecture, **(released | {name: sizes[name] for name in sizes if name in released}))
+    assert attention.obstacle(model) is None
+    check_packed_equals_plain(model)
 
 
 def served_classes() -> Iterator[Any]:
