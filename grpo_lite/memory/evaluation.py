@@ -26,7 +26,8 @@ def evaluation_items(job: Job) -> list[tuple[str, int]]:
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     dequantised = width * shape.largest_linear if job.load_in in ("4bit", "8bit") else 0
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
-    reading = rows * job.prompt * max((2 * width + 8) * (shape.intermediate + shape.hidden), mixing_bytes(shape))
+    mlp = job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
+    reading = rows * max(mlp, mixing_bytes(shape, job.prompt))
     attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
     states = rows * shape.state_bytes(width)
     prompt_kv, row_kv = (

@@ -32,6 +32,8 @@ PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's
 SAVED = {"delta": 34.0, "conv": 4.9, "mamba": 45.5}
 BACKWARD = {"delta": 2.4, "conv": 2.0, "mamba": 6.7}
 READING = {"delta": 19.2, "conv": 9.4, "mamba": 48.4}
+# Each prompt and each completion is filled up to whole chunks of so many tokens.
+CHUNK = {"delta": 64, "conv": 1, "mamba": 256}
 
 ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
 
@@ -195,7 +197,8 @@ def rollout_phase(job: Job) -> PhaseBytes:
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
     decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.largest_linear
-    reading = rows * job.prompt * max(width * (3 * shape.intermediate + 4 * shape.hidden), mixing_bytes(shape))
+    mlp = job.prompt * width * (3 * shape.intermediate + 4 * shape.hidden)
+    reading = rows * max(mlp, mixing_bytes(shape, job.prompt))
     states = rows * shape.state_bytes(width)
     prompt_kv, row_kv = (
         states + shape.attention_layers * per_token * rows * tokens for tokens in (job.prompt, job.longest)
@@ -217,9 +220,9 @@ def static_items(
     length = row_length(job.prompt + completion)
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     row_kv = shape.attention_layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
-    prompt_tokens = prompts * job.prompt
     # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
-    reading = prompt_tokens * max(width * (3 * shape.intermediate + 5 * shape.hidden), mixing_bytes(shape))
+    mlp = job.prompt * width * (3 * shape.intermediate + 5 * shape.hidden)
+    reading = prompts * max(mlp, mixing_bytes(shape, job.prompt))
     logits = rows * shape.vocab * bytes_per_logit
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
@@ -230,9 +233,14 @@ def static_items(
     return [*items, ("decoding buffers", logits + weight)]
 
 
-def mixing_bytes(shape: ModelShape) -> int:
-    """Return what a layer that does not attend holds of each token while prompts are read."""
-    return max((int(READING[b.mixer] * b.mixed) for b, _ in shape.blocks if b.mixer != "attention"), default=0)
+def mixing_bytes(shape: ModelShape, prompt: int) -> int:
+    """Return what a layer that does not attend holds of a prompt of so many tokens while it is read."""
+    kinds = {(b.mixer, b.mixed) for b, _ in shape.blocks if b.mixer != "attention"}
+    return max((int(READING[mixer] * mixed * _whole_chunks(prompt, CHUNK[mixer])) for mixer, mixed in kinds), default=0)
+
+
+def _whole_chunks(tokens: int, chunk: int) -> int:
+    return -(-tokens // chunk) * chunk
 
 
 def row_length(tokens: int) -> int:
@@ -275,11 +283,21 @@ def _block(job: Job, block: Block) -> tuple[int, int]:
         if not job.is_packed:
             saved += width * job.rows * job.longest**2  # the mask in the compute dtype
     else:
-        saved += int(SAVED[block.mixer] * tokens * block.mixed)
-        recurrence = int(BACKWARD[block.mixer] * tokens * block.mixed)
+        mixed = block.mixed * _chunked_tokens(job, CHUNK[block.mixer])
+        saved += int(SAVED[block.mixer] * mixed)
+        recurrence = int(BACKWARD[block.mixer] * mixed)
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     elementwise, product = 2 * width * tokens * block.mlp, width * tokens * block.mlp + weight
     return saved, max(elementwise, product, recurrence) + width * tokens * shape.hidden
+
+
+def _chunked_tokens(job: Job, chunk: int) -> int:
+    """Return the tokens of a micro-batch with every prompt and completion filled up to whole chunks."""
+    rows = job.microbatch_rows
+    if not job.is_packed:
+        return rows * _whole_chunks(job.longest, chunk)
+    prompts = math.ceil(rows / job.group) * _whole_chunks(job.prompt, chunk)
+    return max(job.microbatch_tokens, prompts + rows * _whole_chunks(job.completion, chunk))
 
 
 def _attention(shape: ModelShape, width: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -51,6 +52,7 @@ from grpo_lite.models.config import KNOWN, known_config, model_shape
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.models.shape import ModelShape, read_shape
 from grpo_lite.recipe.load import load_recipe, recipe_names
+from tests.memory import memory_trace
 from tests.memory.known_models import job_of, known_base
 from tests.memory.memory_trace import trace_evaluation, trace_packed_warmup, trace_rollout, trace_training
 from tests.memory.plain_trace import trace_generate, trace_plain_training, trace_warmup
@@ -182,6 +184,23 @@ def test_plain_compute_is_planned_as_counted(name: str, row: int) -> None:
     assert (
         0.97 <= compare_training(shallow(name, layers), prompt, completion, rows, compute="plain", **settings) <= 1.10
     )
+
+
+@pytest.mark.slow
+def test_packed_delta_nets_are_planned_as_counted_on_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed row is cut by its contents, which fake tensors lack; so a small layer with heads of the real size."""
+    real = memory_trace.materialise
+
+    def filled(model: torch.nn.Module) -> None:
+        real(model)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+
+    monkeypatch.setattr(memory_trace, "FakeTensorMode", lambda **settings: contextlib.nullcontext())
+    monkeypatch.setattr(memory_trace, "materialise", filled)
+    config = shallow("qwen3.5-0.8b", 1) | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+    config |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "num_attention_heads": 2}
+    assert 0.95 <= compare_training(config, 96, 160, 8, load_in="16bit") <= 1.2
 
 
 @pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL before 1.16 has another head")
