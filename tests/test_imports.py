@@ -25,6 +25,7 @@ ALLOWED = {
     "alias": "rewards",  # gives the rewards their second name
     "__init__": "alias",
     "bootstrap": "",
+    "environments": "rewards",  # its python tool runs code in the rewards' sandbox
     "files": "",
     "recipe": "",
     "engine": "",
@@ -32,7 +33,7 @@ ALLOWED = {
     "models": "bootstrap engine recipe files",  # set-up and a run judge a driver by the same facts
     "runs": "recipe files screen",
     "memory": "models engine.options engine.out_of_memory recipe files screen",
-    "task": "models recipe files screen rewards",
+    "task": "environments models recipe files screen rewards",
     "report": "runs recipe files screen rewards",
     "trainer": "engine memory task.tokens task.traces runs.checkpoints models.device",
     "evaluation": "task engine memory models runs recipe files screen rewards",
@@ -241,6 +242,7 @@ def test_only_the_cli_prints_or_exits() -> None:
         "import grpo_lite.session.backend, grpo_lite.runs.remote, grpo_lite.reproduce",  # Unsloth comes before
         "import grpo_lite.memory.report, grpo_lite.memory.fit",
         "import grpo_lite.ui.server",
+        "import grpo_lite.environments.play, grpo_lite.environments.calculator",
     ],
 )
 def test_light_things_stay_free_of_torch(code: str) -> None:

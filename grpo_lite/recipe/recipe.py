@@ -71,7 +71,7 @@ class SourceSection(_Section):
     split: str = Field("train", description="Hub dataset split.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
-    generator: Literal["sums", "chain", "countdown", "reasoning_gym"] | None = Field(
+    generator: Literal["sums", "products", "chain", "countdown", "reasoning_gym"] | None = Field(
         None, description="A named generator."
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")

@@ -56,6 +56,25 @@ def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int
     ]
 
 
+def products(seed: int, low: int = 12, high: int = 999, size: int = 1000) -> list[Row]:
+    """Return distinct products `{question: '17*23', answer: '391'}` of factors low…high, in random order.
+
+    Args:
+        seed: of the problems.
+        low: smallest factor.
+        high: largest factor.
+        size: how many, all distinct.
+    """
+    if not 0 <= low <= high:
+        raise ValueError("0 <= low <= high is needed")
+    count = (high - low + 1) ** 2
+    if not 1 <= size <= count:
+        raise ValueError(f"there are {count} distinct problems, so size is 1 to {count}")
+    width = high - low + 1
+    pairs = (divmod(number, width) for number in random.Random(seed).sample(range(count), size))
+    return [{"question": f"{low + a}*{low + b}", "answer": str((low + a) * (low + b))} for a, b in pairs]
+
+
 def chain(seed: int, terms: int = 4, low: int = 1, high: int = 9, size: int = 1000, direct: float = 0.0) -> list[Row]:
     """Return distinct sums of several numbers `{question: '4+7+8+9', answer: '28', trace: …}`, in random order.
 
@@ -155,6 +174,7 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
 
 GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "sums": sums,
+    "products": products,
     "chain": chain,
     "countdown": countdown,
     "reasoning_gym": reasoning_gym,

@@ -1,0 +1,90 @@
+"""Whether an answer came out of a tool: what the model sent, what the tool showed, and what of it is paid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
+_SMALL = 10  # a number below stands in any program, so sending it states no answer
+_LONGEST = 200  # characters of an answer; longer text equals no number
+
+
+class Working:
+    """The working of one episode.
+
+    It is paid if the last result is the answer, the model sent something of the question, and it never sent the answer
+    itself before it was shown. Who hides a known answer in arithmetic (`390+1`) is not noticed. He gains
+    nothing: he knows the answer.
+    """
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self._answer = row.get("answer")
+        self._shown = _question(row)
+        self._numbers = _numbers(self._shown)
+        self._used = not self._numbers  # a question without numbers is used by any call
+        self._stated = False
+        self._result: str | None = None
+
+    def send(self, text: str) -> None:
+        """Note what the model sent to a tool."""
+        self._used = self._used or bool(self._numbers & _numbers(text))
+        self._stated = self._stated or self._states_answer(text)
+
+    def show(self, result: str, text: str = "") -> None:
+        """Note a tool's result, and the whole text that the model sees of it."""
+        self._result = result
+        self._shown += f"\n{text or result}"
+
+    def reward(self) -> float | None:
+        """Return 1 or 0; None for a row without an answer."""
+        if self._answer is None:
+            return None
+        right = self._result is not None and same(self._result, str(self._answer))
+        return float(right and self._used and not self._stated)
+
+    def _states_answer(self, text: str) -> bool:
+        answer = str(self._answer).strip()
+        number = _number(answer)
+        if number is None:
+            return (
+                bool(answer)
+                and answer.casefold() in text.casefold()
+                and answer.casefold() not in self._shown.casefold()
+            )
+        size = abs(number)
+        return size >= _SMALL and size in _numbers(text) and size not in _numbers(self._shown)
+
+
+def same(text: str, answer: str) -> bool:
+    """Return whether two texts are equal, or the same number: `1,024` and `1024.0`."""
+    if text.strip() == answer.strip():
+        return True
+    number = _number(text)
+    return number is not None and number == _number(answer)
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """Return the text that the model was asked: the column `question`, or the messages of `prompt`."""
+    question = row.get("question", row.get("prompt", ""))
+    if not isinstance(question, list):
+        return str(question)
+    return "\n".join(str(part.get("content")) for part in question if isinstance(part, Mapping))
+
+
+def _number(text: str) -> Fraction | None:
+    stripped = text.strip().replace(",", "")
+    if len(stripped) > _LONGEST or not re.fullmatch(r"[+-]?\d+(\.\d*)?(/\d+)?", stripped, re.ASCII):
+        return None
+    try:
+        return Fraction(stripped)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _numbers(text: str) -> set[Fraction]:
+    """Return the numbers in a text, without their signs."""
+    runs = (run.replace(",", "") for run in _NUMBER.findall(text))
+    return {Fraction(run) for run in runs if len(run) <= _LONGEST}
