@@ -73,13 +73,18 @@ _VERB = re.compile(r"\s(?:is|are|equals?)\s", re.IGNORECASE)
 _SEVERAL_CLAUSES = re.compile(r"[,;:=<>?!]")
 _UNCERTAIN = re.compile(
     r"n['’]t\b|\b(?:not|no|nor|never|neither|either|or|if|unless|but|except|although|though|while|whereas|otherwise|else"
-    r"|instead|maybe|perhaps|possibly|probably|likely|unlikely|can|could|might|may|should|would|wrong|incorrect|false"
+    r"|instead|maybe|perhaps|possibly|probably|likely|unlikely|could|might|may|should|would|wrong|incorrect|false"
     r"|mistaken|guess\w*|estimate\w*|approximat\w*|about|around|roughly|nearly|almost|unknown|previous|other|another"
-    r"|options?|choices?|cases?|possibilit\w+|candidates?|examples?)\b",
+    r"|option|choice|case|possibility|candidate|example|claim\w*|hypothe\w+|conjectur\w*|assum\w+|suppos\w+"
+    r"|suspect\w*|hop(?:e|ed|es|ing)|believ\w+|think\w*|thought|says?|said)\b",
     re.IGNORECASE,
 )
+_NO_UNIT = (
+    r"(?!(?:more|less|fewer|greater|than|times|that|which|who|where|when|for|with|without|at|by|in|on|of|to|from|until|after"
+    r"|before|only|too|so|as|the|an?|it|this|above|below|over|under|off|short|away)\b)"
+)
 _MEASURE = re.compile(
-    r"(?:[$€£¥]|\\\$)?[-−+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s(?!(?:more|less|fewer|greater|than|times)\b)[a-zA-Z]+){1,3}"
+    r"(?:[$€£¥]|\\\$)?[-−+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s" + _NO_UNIT + r"[a-zA-Z]+){1,3}", re.IGNORECASE
 )
 _OR_BEFORE = re.compile(r"(-?[\d.,/]*\d)[\s$]*(?:\\[()\[\]])?\s*\bor[\s$]*(?:\\[()\[\]])?\s*\Z", re.IGNORECASE)
 _OR_AFTER = re.compile(
@@ -272,11 +277,14 @@ def _sentence(text: str, start: int) -> Commitment:
                 end = end_match.start() if end_match else limit
                 content = text[start:end].strip()
             break
-    if (value := _clause_value(content)) is not None:  # before the reason goes: "the largest n for which … is 34"
+    is_question = text[end : end + 1] == "?"
+    if (
+        not is_question and (value := _clause_value(content)) is not None
+    ):  # before the reason goes: "the largest n for which … is 34"
         return _unbox(value), end
     content = _CONTRAST.sub("", _REASON.sub("", content).strip())
     content = _LEAD_IN.sub("", content.strip("*_").strip())
-    value = _clause_value(content)
+    value = None if is_question else _clause_value(content)
     return _unbox(content if value is None else value), end
 
 

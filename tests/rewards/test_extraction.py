@@ -160,6 +160,7 @@ CLAUSES = {
     "Final answer: $n$ is 34.": "34",
     "Final answer: \\(f(3)\\) is 34.": "34",
     "Final answer: It equals 34.": "34",
+    "Answer: The largest number of choices that can be made is 34.": "34",
     "Final Answer: The largest $n$ is 34, not 35.": "34",
     "\\boxed{41}. Final Answer: The largest $n$ is 34.": "34",
 }
@@ -194,6 +195,10 @@ NO_CLAUSES = [
     "Final Answer: The other candidate is 34.",
     "Final Answer: My guess is 34.",
     "Final Answer: The largest $n$ is 34, which is wrong.",
+    "Final Answer: The largest $n$ is 34?",
+    "Final Answer: It is 34 that fails.",
+    "Final Answer: The largest $n$ is 34 below the bound.",
+    "Final Answer: The claim is that $n$ is 34.",
     "Final Answer: $41$ is 34.",
     "Final Answer: $n = 41$ is 34.",
     "Final Answer: The largest $n$ is",
