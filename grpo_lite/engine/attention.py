@@ -421,12 +421,12 @@ def rope_border(model: PreTrainedModel, shortest: int, longest: int) -> int | No
         longest: tokens of the longest one, padding included.
     """
     config = model.config.get_text_config()
-    parameters = config.rope_parameters or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        rope_type = kind.get("rope_type") or ""
-        original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope_type == "longrope" and shortest <= original < longest:
-            return int(original)
+        rope_type, original = kind.get("rope_type") or "", kind.get("original_max_position_embeddings")
+        if rope_type == "longrope" and shortest <= (original or config.max_position_embeddings) < longest:
+            return int(original or config.max_position_embeddings)
+        # At that length, too, which is computed as the call before left it (transformers 5.23).
         if "dynamic" in rope_type and longest >= config.max_position_embeddings:
             return int(config.max_position_embeddings)
     return None

@@ -8,10 +8,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import GroupDecoder
@@ -229,6 +231,14 @@ def test_longrope_is_packed_where_every_row_takes_the_same_factors(
     else:  # what the border saves from
         with pytest.raises(AssertionError):
             check_packed_equals_plain(model, prompts, completions, budget=40)
+
+
+@pytest.mark.parametrize(
+    "kind", ["OlmoHybridConfig", "Gemma3TextConfig", "NemotronHConfig"], ids=["no positions", "by layer", "not rotary"]
+)
+def test_other_positions_have_no_border(kind: str) -> None:
+    model: Any = SimpleNamespace(config=getattr(transformers, kind)())
+    assert attention.rope_border(model, 1, 10**6) is None
 
 
 def test_a_rollout_beyond_the_border_of_longrope_is_that_of_generate() -> None:
