@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_lite.engine import attention
 from tests.conftest import ROOT
@@ -45,3 +49,18 @@ def test_the_families_on_trl_s_compute_are_refused_by_name(name: str) -> None:
 
 def test_every_family_on_trl_s_compute_is_tried() -> None:
     assert sorted(classes("TRL's own compute")) == sorted(REFUSED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "data" / "configs").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_flags_of_real_checkpoints_are_served(path: Path) -> None:
+    """By the text tower's class, without weights; Phi-4-mini's positions change beyond 4,096 tokens, no others do."""
+    facts = json.loads(path.read_text())
+    config = AutoConfig.for_model(facts.pop("model_type"), **facts).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ in classes("Shared") + classes("Shared, with a remark")
+    assert attention.obstacle(model) is None
+    assert attention.rope_border(model, 100, 5000) == (4096 if "phi-4" in path.stem else None)
