@@ -21,7 +21,7 @@ from grpo_lite.errors import ModelError
 # Text towers without a causal class of their own, and the model whose layers, names and arithmetic are the same for
 # text: the three rotary positions of an image's token (mrope) are one and the same for a word.
 _SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_MROPE = ("mrope_section", "mrope_interleaved")
+_MROPE = ("mrope_section", "mrope_interleaved", "type")  # beside `rope_type`, which holds the kind
 # How checkpoints call the text tower (`language_model.model.layers …`, `model.language_model.layers …`), and the names
 # in the causal class; in the form of transformers' `key_mapping`.
 KEY_MAPPING = {

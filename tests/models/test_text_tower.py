@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from grpo_lite.engine import attention
 from grpo_lite.errors import ModelError
 from grpo_lite.export.merge.names import tensor_names
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_trained
-from grpo_lite.models.text_tower import load_causal, other_towers
+from grpo_lite.models.text_tower import causal_config, load_causal, other_towers
 from grpo_lite.recipe.recipe import ModelSection
+from tests.conftest import ROOT
 from tests.models.tiny_multimodal import KINDS, save_multimodal
 
 IDS = torch.arange(3, 3 + 48).reshape(2, 24) * 7 % 300
@@ -98,3 +101,34 @@ def test_adapter_of_the_whole_class_is_refused_and_not_left_out_silently(tmp_pat
     section = ModelSection(id=str(tmp_path / "base"), load_in="16bit")  # type: ignore[call-arg]
     with pytest.raises(ModelError, match=r"4 of its 4 tensors belong to modules that Gemma3ForCausalLM does not have"):
         load_trained(Base.resolve(section), "shared", tmp_path / "adapter")
+
+
+FLAT = {
+    "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 128000,
+    "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 70, "tie_word_embeddings": True,
+    "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "eos_token_id": 151645,
+    "torch_dtype": "bfloat16", "vision_config": {"depth": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "billions"),
+    [
+        ("gemma-3-4b-it", "Gemma3ForCausalLM", 3.88),
+        ("qwen3.5-0.8b", "Qwen3_5ForCausalLM", 0.752),
+        ("flat", "Qwen2ForCausalLM", 3.086),  # Qwen2.5-VL-3B: the text's sizes stand beside `vision_config`
+    ],
+)
+def test_a_released_config_gives_the_tower_its_sizes(
+    name: str, class_name: str, billions: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    released = FLAT if name == "flat" else json.loads((ROOT / f"tests/data/configs/{name}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    config = causal_config(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == class_name
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert (config.dtype, config.tie_word_embeddings) == (torch.bfloat16, True)
+    assert not any("mrope" in str(value) for value in (config.rope_parameters, caplog.text)) or "3_5" in class_name
