@@ -35,7 +35,8 @@ SCENARIOS = (
     "memory_runs_out_in_the_warm_up",
     "notebook_order",
 )
-LONGEST = ("decoding_at_28_layers",)  # two minutes: only `make test-all` runs it
+# Minutes, or of a card whose other dtype is among the usual ones: only `make test-all` runs them.
+LONGEST = ("decoding_at_28_layers", "whole_smoke_bf16", "warm_up_bf16")
 USUAL = [name for name in SCENARIOS if name not in LONGEST]
 BATCHES = [USUAL[i::4] for i in range(4)]  # one import of torch for several
 

@@ -101,6 +101,7 @@ def test_the_second_round(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
 def test_the_branches_for_cuda(root: Path, tmp_path: Path) -> None:
     """What the script asserts of a GPU holds on the make-believe one: packed compute, static rows and graphs on."""

@@ -141,7 +141,7 @@ def test_every_cell_of_the_cpu_notebook_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["colab_gsm8k", "kaggle_gsm8k"])
+@pytest.mark.parametrize("name", ["colab_gsm8k", pytest.param("kaggle_gsm8k", marks=pytest.mark.matrix)])
 def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str, tmp_path: Path) -> None:
     rows = "".join(f'{{"question": "What is {i} + {i}?", "answer": "So #### {2 * i}"}}\n' for i in range(40))
     (tmp_path / "rows.jsonl").write_text(rows)

@@ -513,7 +513,13 @@ def test_llama_cpp_reads_the_model_that_went_in(tmp_path: Path, kind: str, split
 
 @pytest.mark.weights
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["transformers", pytest.param("llama_cpp", marks=needs_llama_cpp)])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        pytest.param("transformers", marks=pytest.mark.matrix),  # test_export_weights.py reads a real one back too
+        pytest.param("llama_cpp", marks=needs_llama_cpp),
+    ],
+)
 def test_real_model_answers_alike_and_stops(smollm2_dir: Path, tmp_path: Path, loader: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     prompts = [

@@ -108,6 +108,7 @@ def test_a_whole_run_by_two_processes_ends_as_one_s_does(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_two_processes_start_from_the_same_adapter(tmp_path: Path) -> None:
     """A step too small to change a float32 weight: what is saved is what both started from."""
     overrides = ["smoke", *FAST, *ALONE, "grpo.beta=0.01", "grpo.max_steps=2"]
