@@ -32,6 +32,23 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [2.0] * 16,
     "original_max_position_embeddings": 2048,
 }
+HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+DELTA: dict[str, Any] = {
+    "layer_types": HYBRID,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+MAMBA: dict[str, Any] = {
+    "layer_types": HYBRID,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 768,
+    "logits_scaling": 4.0,
+}
 # name on the command line -> name of the configuration class and of the model's without their endings, settings
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "Llama", {}),
@@ -55,6 +72,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
     ),
+    "lfm2": ("Lfm2", "Lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "qwen3.5": ("Qwen3_5Text", "Qwen3_5", DELTA),
+    "granite4": ("GraniteMoeHybrid", "GraniteMoeHybrid", MAMBA),
 }
 
 
