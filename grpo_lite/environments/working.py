@@ -31,7 +31,7 @@ class Working:
     def send(self, text: str) -> None:
         """Note what the model sent to a tool."""
         self._used = self._used or bool(self._numbers & _numbers(text))
-        self._stated = self._stated or self._states_answer(text)
+        self._stated = self._stated or self.states_answer(text)
 
     def show(self, result: str, text: str = "") -> None:
         """Note a tool's result, and the whole text that the model sees of it."""
@@ -45,17 +45,21 @@ class Working:
         right = self._result is not None and same(self._result, str(self._answer))
         return float(right and self._used and not self._stated)
 
-    def _states_answer(self, text: str) -> bool:
-        answer = str(self._answer).strip()
-        number = _number(answer)
-        if number is None:
-            return (
-                bool(answer)
-                and answer.casefold() in text.casefold()
-                and answer.casefold() not in self._shown.casefold()
-            )
-        size = abs(number)
-        return size >= _SMALL and size in _numbers(text) and size not in _numbers(self._shown)
+    def states_answer(self, text: str) -> bool:
+        """Return whether a text holds the answer, which neither the question nor a result has shown so far."""
+        number = _number(str(self._answer))
+        if number is not None and abs(number) < _SMALL:
+            return False
+        return holds(text, self._answer) and not holds(self._shown, self._answer)
+
+
+def holds(text: str, answer: Any) -> bool:
+    """Return whether a text contains an answer: as a number of its own, or as words in any case."""
+    wanted = str(answer).strip()
+    number = _number(wanted)
+    if number is not None:
+        return abs(number) in _numbers(text)
+    return bool(wanted) and wanted.casefold() in text.casefold()
 
 
 def same(text: str, answer: str) -> bool:

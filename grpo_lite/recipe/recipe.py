@@ -71,9 +71,9 @@ class SourceSection(_Section):
     split: str = Field("train", description="Hub dataset split.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
-    generator: Literal["sums", "products", "chain", "countdown", "reasoning_gym"] | None = Field(
-        None, description="A named generator."
-    )
+    generator: (
+        Literal["sums", "products", "chain", "countdown", "counting", "wordle", "sudoku", "reasoning_gym"] | None
+    ) = Field(None, description="A named generator.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
     limit: int | None = Field(None, ge=1, description="Use the first rows only.")
 

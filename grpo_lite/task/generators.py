@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_lite.environments import sudoku as sudoku_environment
+from grpo_lite.environments import wordle as wordle_environment
 from grpo_lite.errors import DataError
 
 Row = dict[str, Any]
@@ -150,6 +152,66 @@ def _random_expression(nums: list[int], rng: random.Random) -> tuple[str, int]:
     return text[1:-1], value
 
 
+def counting(seed: int, size: int = 1000, high: int = 2000) -> list[Row]:
+    """Return distinct questions `How many whole numbers from 1 to … are …?` with `answer`, and `code` that prints it.
+
+    They are hard in the head and one line of Python. Answers are at least 10, and no number of the question.
+
+    Args:
+        seed: of the problems.
+        size: how many, all distinct.
+        high: the largest number to count to, at least 200.
+    """
+    if size < 1 or high < 200:
+        raise ValueError("size >= 1 and high >= 200 are needed")
+    rng = random.Random(seed)
+    rows: dict[tuple[int, int, int], Row] = {}
+    for _ in range(size * 20):
+        last, divisor, kind = rng.randint(150, high), rng.randint(3, 9), rng.randrange(len(_CONDITIONS))
+        words, test = _CONDITIONS[kind]
+        answer = sum(map(eval(f"lambda n: {test}"), range(divisor, last + 1, divisor)))
+        if answer >= 10 and answer != last:
+            rows[last, divisor, kind] = {
+                "question": f"How many whole numbers from 1 to {last} are divisible by {divisor} and {words}?",
+                "answer": str(answer),
+                "code": f"print(sum(1 for n in range(1, {last + 1}) if n % {divisor} == 0 and {test}))",
+            }
+        if len(rows) == size:
+            return list(rows.values())
+    raise ValueError(f"only {len(rows)} distinct problems turned up; ask for fewer or raise high")
+
+
+_CONDITIONS = (
+    ("have an even digit sum", "sum(map(int, str(n))) % 2 == 0"),
+    ("have an odd digit sum", "sum(map(int, str(n))) % 2 == 1"),
+    ("contain no digit 5", "'5' not in str(n)"),
+    ("do not end in 0", "n % 10 != 0"),
+    ("have a first digit that is even", "int(str(n)[0]) % 2 == 0"),
+    ("have an odd number of odd digits", "sum(int(d) % 2 for d in str(n)) % 2 == 1"),
+)
+
+
+def wordle(seed: int, size: int = 500) -> list[Row]:
+    """Return Wordle rows `{question, answer}` with distinct hidden words, for the environment `wordle`.
+
+    Args:
+        seed: of the words and their order.
+        size: how many.
+    """
+    return wordle_environment.rows(seed, size)
+
+
+def sudoku(seed: int, size: int = 1000, empty: int = 6) -> list[Row]:
+    """Return distinct 4 x 4 Sudokus `{question, puzzle, answer}` with one solution each, for the environment `sudoku`.
+
+    Args:
+        seed: of the puzzles.
+        size: how many.
+        empty: empty cells, 1 to 10.
+    """
+    return sudoku_environment.rows(seed, size, empty)
+
+
 def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) -> list[Row]:
     """Return rows of a reasoning-gym task; `entry` keeps what its own verifier needs (rewards.reasoning_gym_reward)."""
     try:
@@ -177,5 +239,8 @@ GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "products": products,
     "chain": chain,
     "countdown": countdown,
+    "counting": counting,
+    "wordle": wordle,
+    "sudoku": sudoku,
     "reasoning_gym": reasoning_gym,
 }

@@ -5,19 +5,31 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo_lite.rewards.sandbox import SandboxError
 
 from grpo_lite.environments import BUILT_IN
 from grpo_lite.environments.calculator import Calculator, evaluate
 from grpo_lite.environments.play import play, play_in, tools_of
+from grpo_lite.environments.python import Python
+from grpo_lite.environments.search import Search
+from grpo_lite.environments.sudoku import Sudoku, solutions
+from grpo_lite.environments.wordle import Wordle, marks
+from grpo_lite.environments.words import WORDS
+from grpo_lite.errors import DataError
 from grpo_lite.task.generators import generate_rows
 
 Rows = Callable[[int], list[dict[str, Any]]]
-ROWS: dict[str, Rows] = {
-    "calculator": lambda size: generate_rows("products", {"size": size}, seed=3),
-}
+GENERATORS = {"calculator": "products", "python": "counting", "wordle": "wordle", "sudoku": "sudoku"}
+TOWNS = [
+    f"{a}{b}{c}"
+    for a in ("Vel", "Tor", "Kas", "Ond")
+    for b in ("mo", "li", "ra")
+    for c in ("ra", "by", "wick", "tun", "dal")
+]
 HOSTILE = [None, 3, -1, 2**70, 1.5, True, [], {}, [["a"]], "", " ", "\x00", "é" * 9, "\ud800", "＋１", "9" * 50_000,
            "(" * 300, "<tool_call>{}</tool_call>", "__import__('os').getcwd()", "1;2", "\n\n"]  # fmt: skip
 
@@ -28,35 +40,57 @@ def module_and_class(name: str) -> tuple[Any, Any]:
     return loaded, getattr(loaded, class_name)
 
 
-@pytest.fixture(params=sorted(ROWS))
+@pytest.fixture(params=sorted(BUILT_IN))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_the_gold_policy_earns_everything_and_repeats(name: str) -> None:
+@pytest.fixture(scope="session")
+def towns(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Questions about invented towns, with the file that answers them."""
+    corpus = tmp_path_factory.mktemp("towns") / "towns.txt"
+    years = {town: 1700 + 3 * i for i, town in enumerate(TOWNS)}
+    lines = [f"The harbour of {town} was built in {year} by stonemasons." for town, year in years.items()]
+    corpus.write_text("\n\n".join(lines), encoding="utf-8")
+    return [
+        {"question": f"When was the harbour of {town} built?", "answer": str(year), "corpus": str(corpus)}
+        for town, year in years.items()
+    ]
+
+
+@pytest.fixture
+def rows(name: str, towns: list[dict[str, Any]]) -> Rows:
+    if name != "search":
+        return lambda size: generate_rows(GENERATORS[name], {"size": size}, seed=3)
+    pytest.importorskip("bm25s")
+    return lambda size: towns[:size]
+
+
+def test_the_gold_policy_earns_everything_and_repeats(name: str, rows: Rows) -> None:
     module, environment = module_and_class(name)
-    rows = ROWS[name](50)
-    assert len({str(row) for row in rows}) == 50
-    assert rows == ROWS[name](50)
-    episodes = [play(environment, row, module.gold(row)) for row in rows]
-    assert [reward for reward, _ in episodes] == [1.0] * 50
-    assert play(environment, rows[0], module.gold(rows[0])) == episodes[0]
+    size = 12 if name == "python" else 50  # each of its rows is a process
+    every = rows(size)
+    assert len({str(row) for row in every}) == size
+    assert every == rows(size)
+    episodes = [play(environment, row, module.gold(row)) for row in every]
+    assert [reward for reward, _ in episodes] == [1.0] * size
+    assert play(environment, every[0], module.gold(every[0])) == episodes[0]
 
 
-def test_no_cheat_is_paid(name: str) -> None:
+def test_no_cheat_is_paid(name: str, rows: Rows) -> None:
     module, environment = module_and_class(name)
     paid = [
         (cheat, row, reward)
-        for row in ROWS[name](5)
+        for row in rows(2)
         for cheat, turns in module.cheats(row).items()
         if (reward := play(environment, row, turns)[0]) != 0.0
     ]
     assert paid == []
 
 
-def test_hostile_arguments_give_one_short_error_and_no_exception(name: str) -> None:
+def test_hostile_arguments_give_one_short_error_and_no_exception(name: str, rows: Rows) -> None:
     module, environment = module_and_class(name)
-    instance, row = environment(), ROWS[name](1)[0]
+    instance, row = environment(), rows(1)[0]
     instance.reset(**row)
     for call, tool in tools_of(instance).items():
         good = next(c for turn in module.gold(row) for c in turn if c["name"] == call)["arguments"]
@@ -69,9 +103,9 @@ def test_hostile_arguments_give_one_short_error_and_no_exception(name: str) -> N
     assert instance.get_reward() == 0.0
 
 
-def test_an_episode_leaves_nothing_to_the_next(name: str) -> None:
+def test_an_episode_leaves_nothing_to_the_next(name: str, rows: Rows) -> None:
     module, environment = module_and_class(name)
-    instance, (first, second) = environment(), ROWS[name](2)
+    instance, (first, second) = environment(), rows(2)
     assert play_in(instance, first, module.gold(first))[0] == 1.0
     assert play_in(instance, second, ["I do not know"])[0] == 0.0
     assert play_in(instance, second, module.gold(second)) == play(environment, second, module.gold(second))
@@ -169,3 +203,131 @@ def test_a_failing_call_shows_what_trl_would_show() -> None:
                          "{'error': 'Tool reset not found.'}"]  # fmt: skip
     assert all(text.startswith("{'error': ") for text in shown[4:])
     assert messages[-1] == {"role": "assistant", "content": "end"}
+
+
+def calls(tool: str, argument: str, *values: Any) -> list[Any]:
+    return [[{"name": tool, "arguments": {argument: value}}] for value in values]
+
+
+@pytest.mark.parametrize(
+    "guess, hidden, expected",
+    [("eerie", "elder", "GYY--"), ("llama", "label", "GYY--"), ("sheep", "sheep", "GGGGG"),
+     ("speed", "abide", "--Y-Y"), ("geese", "eerie", "-GY-G")],
+)  # fmt: skip
+def test_wordle_marks_a_letter_as_often_as_it_is_hidden(guess: str, hidden: str, expected: str) -> None:
+    assert marks(guess, hidden) == expected
+
+
+def test_wordle_pays_less_for_each_turn_and_nothing_after_the_last() -> None:
+    wrong = [word for word in WORDS if word != "tiger"][:6]
+    paid = [play(Wordle, {"answer": "tiger"}, calls("guess", "word", *wrong[:n], " TIGER "))[0] for n in range(7)]
+    assert paid == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0]
+    reward, messages = play(Wordle, {"answer": "tiger"}, calls("guess", "word", "zzzzz", "tower", "tower", "tiger"))
+    assert reward == 0.7  # a word that is none and a repeated one are turns
+    assert [message["content"] for message in messages if message["role"] == "tool"][1] == (
+        "T O W E R\nG - - G G\n4 of 6 guesses are left."
+    )
+
+
+def test_wordle_picks_a_word_by_seed_and_judges_no_row_without_one() -> None:
+    game = Wordle()
+    for seed in (1, 2):
+        game.reset(seed=seed)
+        assert game.guess(random.Random(seed).choice(WORDS)).endswith("Solved.")
+        assert game.guess("tiger") == "Error: the game is over."
+    for row in ({}, {"answer": 391}, {"answer": "tree"}):
+        assert play(Wordle, row, calls("guess", "word", "tiger"))[0] is None
+    assert all(len(word) == 5 and word.isascii() and word.islower() for word in WORDS)
+
+
+@pytest.mark.parametrize("empty", [1, 6, 10])
+def test_a_sudoku_has_one_solution(empty: int) -> None:
+    for row in generate_rows("sudoku", {"size": 5, "empty": empty}, seed=7):
+        puzzle = row["puzzle"].replace("\n", "")
+        assert puzzle.count(".") == empty
+        assert list(solutions(puzzle)) == [row["answer"].replace("\n", "")]
+
+
+def test_sudoku_counts_moves_and_keeps_to_the_rules() -> None:
+    row = {"question": "Solve", "puzzle": "12.4\n3412\n2143\n.321", "answer": ""}
+    game = Sudoku()
+    assert game.reset(**row) == "\n\n1 2 . 4\n3 4 1 2\n2 1 4 3\n. 3 2 1"
+    assert game.place(1, 1, 2) == "Error: this cell is a clue. 5 moves are left."
+    assert game.place(1, 3, 4) == "Error: the digit 4 is in the same row, column or box already. 4 moves are left."
+    assert game.place(1, 3, "3") == "Error: digit must be a whole number from 1 to 4. 3 moves are left."  # type: ignore[arg-type]
+    assert game.place(1, 3, 3).endswith("2 moves are left.")
+    assert game.get_reward() == 0.0
+    assert game.place(4, 1, 4).endswith("4 3 2 1\nSolved.")
+    assert game.get_reward() == 0.7  # five moves for two cells
+    assert game.place(1, 3, 3) == "Error: the game is over."
+    assert game.reset(puzzle="12..") is None
+    assert game.get_reward() is None
+
+
+def test_sudoku_is_made_by_seed() -> None:
+    game, other = Sudoku(), Sudoku()
+    assert game.reset(seed=4) == other.reset(seed=4) != game.reset(seed=5)
+
+
+def test_python_keeps_state_by_replay_and_hides_earlier_output() -> None:
+    tool = Python()
+    tool.reset(question="?", answer=1)
+    assert tool.run("x = 20\nprint('once')") == "once"
+    assert tool.run("def twice(n): return 2 * n") == "(no output; use print to see a value)"
+    assert tool.run("twice(x)") == "40"
+    assert tool.run("y = 1\n1 / 0") == "Error: ZeroDivisionError: division by zero (line 2)"
+    assert tool.run("y") == "Error: NameError: name 'y' is not defined (line 1)"  # what failed is not replayed
+    tool.reset(question="?", answer=1)
+    assert tool.run("x").startswith("Error: NameError")
+
+
+def test_python_survives_code_that_leaves_floods_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_lite.environments.python.TIMEOUT_S", 0.5)
+    tool = Python()
+    tool.reset(question="?", answer=7)
+    assert tool.run("print(7)\nimport sys; sys.exit(0)").endswith("Error: 7\nSystemExit: 0 (line 2)")
+    assert tool.run("import os; os._exit(0)") == "Error: the code ended its process"
+    flood = tool.run("print('ab' * 5000)")
+    assert "[8600 characters left out]" in flood
+    assert len(flood) <= 1500
+    assert tool.run("while True: print('x' * 999)").endswith("RuntimeError: too much output (line 1)")
+    assert tool.run("while True: pass") == "Error: out of time after 0.5 s"
+    assert tool.run("def f(:") == "Error: SyntaxError: invalid syntax (<code>, line 1) (line 1)"
+    assert tool.get_reward() == 0.0
+
+
+def test_python_pays_no_episode_whose_sandbox_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise SandboxError("no worker")
+
+    tool = Python()
+    tool.reset(question="2*9", answer=18)
+    monkeypatch.setattr("grpo_lite.environments.python.run_tests", broken)
+    for action in (lambda: tool.run("print(2*9)"), tool.get_reward):
+        with pytest.raises(SandboxError, match="no worker"):
+            action()
+
+
+def test_search_shows_bounded_passages_of_text_and_json_lines(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    corpus = tmp_path / "facts.jsonl"
+    corpus.write_text('{"title": "Owls", "text": "Owls hunt\\nat night."}\n{"text": "' + "Cats sleep. " * 90 + '"}\n')
+    tool = Search()
+    tool.reset(corpus=str(corpus), answer="night")
+    assert tool.search("owls hunt") == "[1] Owls: Owls hunt at night."
+    assert tool.get_reward() == 1.0
+    assert len(tool.search("cats")) <= 404
+    assert [tool.search("zqxj") for _ in range(7)][-1] == "Error: no searches are left; 8 are allowed."
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [("none.txt", None, "It must name"), ("a.jsonl", "{}", "KeyError"), ("a.jsonl", "[1", "cannot be read"),
+     ("a.txt", " \n\n ", "no passages"), ("a.txt", "\udcff", "cannot be read")],
+)  # fmt: skip
+def test_search_refuses_a_file_without_passages(tmp_path: Path, name: str, content: str | None, expected: str) -> None:
+    pytest.importorskip("bm25s")
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=expected):
+        Search().reset(corpus=str(tmp_path / name), answer="x")
