@@ -2,7 +2,8 @@
 
 peft takes every linear layer but the output head, and two kinds too many:
 - The routed experts of Mixtral and Qwen MoE, whose weights transformers 5 holds in one tensor for all experts. peft
-  adapts that tensor as a parameter, and a merge cannot write its change into the checkpoint's tensors by expert.
+  adapts that tensor as a parameter, and a merge cannot write its change into the checkpoint's tensors by expert. It
+  goes by the last part of a name, so dense layers and shared experts of the same name (`gate_proj` …) are left out too.
 - The output projection of a Mamba-2 layer. Its kernels multiply by the weight directly, so an adapter there would not
   be trained; peft refuses it for some families and not for others.
 Read in peft 0.21.2: `utils/transformers_weight_conversion.py`, `tuners/tuners_utils.py`.
