@@ -129,8 +129,8 @@ def decoding_at_28_layers() -> None:
 
 @scenario
 def graphs_draw_what_the_steps_would() -> None:
-    """Sampling: the same tokens, probabilities and random state with graphs as kernel by kernel."""
-    model = policy_on_cuda("llama", torch.bfloat16)
+    """Sampling, with an attention window: the same tokens, probabilities and random state as kernel by kernel."""
+    model = policy_on_cuda("mistral", torch.bfloat16, sliding_window=12)
     sampling = {"do_sample": True, "top_k": 0, "temperature": 0.8, "eos_token_id": list(range(200, 260))}
     results = []
     for graphs in (True, False, True):
