@@ -64,7 +64,8 @@ class GroupCache:
         """Forget all rows but `keep`, and the prompts that no row needs any more."""
         for layer, (keys, values) in self.completions.items():
             self.completions[layer] = keys[keep], values[keep]
-        self.states = {layer: rows.select(keep) for layer, rows in self.states.items()}
+        for layer, rows in self.states.items():  # one by one: old and new states of all layers may not fit together
+            self.states[layer] = rows.select(keep)
         groups = self.groups[keep]
         used, groups = torch.unique(groups, return_inverse=True)
         if len(used) < len(self.lengths):
@@ -131,7 +132,8 @@ class GroupCache:
             prompt_weight = prompt_weight.view(shape).transpose(1, 2)[self.groups, self.slots]
             share = torch.sigmoid(prompt_weight - weight).unsqueeze(-1)  # softmax over the two parts
             out = torch.lerp(out.to(share.dtype), prompt.to(share.dtype), share)
-            weight = torch.logaddexp(weight, prompt_weight)
+            if rule.sinks is not None:
+                weight = torch.logaddexp(weight, prompt_weight)
         sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, repeat)
         out = beside_sinks(out, weight, sinks)
         return out.to(query.dtype).view(rows, heads, 1, size).transpose(1, 2)

@@ -179,7 +179,7 @@ class GroupDecoder:
 
         memory/phases.py plans states for as many rows as `kv_tokens` hold at full length: the budget grows by those.
         """
-        if self.kv_tokens is None or not states.mixers(model):
+        if self.kv_tokens is None or not states.has_mixers(model):
             return plan_waves(prompts, longest, self.kv_tokens)
         held = state_tokens(model)
         planned = max(1, self.kv_tokens // (max(map(len, prompts)) + longest))

@@ -10,8 +10,9 @@ completions reach the prompt. No arithmetic of a layer is repeated here. Other c
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -214,18 +215,47 @@ def _join(parts: list[States]) -> States:
     return States(cat([x.conv_states[0] for x in parts]), cat([x.recurrent_states[0] for x in parts]))
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """What a model's modules say, read once: a scan of them takes milliseconds, and a decoding step asks."""
+
+    mixers: int  # recurrent layers that are served
+    calls: int  # layers that mix tokens in one pass
+    takes_seq_idx: bool  # a layer around a mixer hands on `seq_idx` alone
+
+
+_LAYERS: WeakKeyDictionary[PreTrainedModel, _Layers] = WeakKeyDictionary()
+
+
+def _layers(model: PreTrainedModel) -> _Layers:
+    if model not in _LAYERS:
+        served = mixers(model)
+        attentions = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+        calls = len(served) + len(attentions) if served else int(model.config.num_hidden_layers)
+        parameters = _parameters(type(served[0])) if served else ()
+        _LAYERS[model] = _Layers(len(served), calls, "seq_idx" in parameters and "kwargs" not in parameters)
+    return _LAYERS[model]
+
+
+@cache
+def _parameters(layer: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of a layer's arguments."""
+    return tuple(inspect.signature(layer.forward).parameters)
+
+
 def mixers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the recurrent layers of a model that are served."""
     return [m for m in model.modules() if type(m).__name__ in SERVED and type(m).__module__.startswith("transformers.")]
 
 
+def has_mixers(model: PreTrainedModel) -> bool:
+    """Return whether a model has recurrent layers that are served."""
+    return _layers(model).mixers > 0
+
+
 def calls_per_pass(model: PreTrainedModel) -> int:
     """Return how many layers mix tokens in one pass: attentions and recurrent layers."""
-    recurrent = len(mixers(model))
-    if not recurrent:
-        return int(model.config.num_hidden_layers)
-    attentions = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    return recurrent + len(attentions)
+    return _layers(model).calls
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -262,9 +292,7 @@ def arguments(model: PreTrainedModel, layout: Any) -> dict[str, Any]:
 
     LFM2's block of transformers 5.17 hands its convolution nothing but `seq_idx`.
     """
-    named = [inspect.signature(type(module).forward).parameters for module in mixers(model)[:1]]
-    carries = any("seq_idx" in parameters and "kwargs" not in parameters for parameters in named)
-    return {"packed_layout": layout} | ({"seq_idx": layout} if carries else {})
+    return {"packed_layout": layout} | ({"seq_idx": layout} if _layers(model).takes_seq_idx else {})
 
 
 def _forward(
@@ -273,18 +301,17 @@ def _forward(
     """Stand where a recurrent layer's forward stood."""
     plain = partial(type(module).forward, module) if before is None else before
     layout: Any = kwargs.get("packed_layout", kwargs.get("seq_idx"))
-    parameters = inspect.signature(type(module).forward).parameters
-    cache = "cache_params" if "cache_params" in parameters else "past_key_values"
+    argument = "cache_params" if "cache_params" in _parameters(type(module)) else "past_key_values"
     if not hasattr(layout, "mix"):  # none, or another tool's `seq_idx`
         is_mamba = hasattr(module, "A_log") and hasattr(module, "D")
-        if is_mamba and module.training and not args and kwargs.get(cache) is None:
+        if is_mamba and module.training and not args and kwargs.get(argument) is None:
             # Without a cache mamba_ssm's fused kernel multiplies by `out_proj.weight` itself: it would pass over an
             # adapter, and cannot read 4-bit weights (transformers 5.17 to 5.23).
-            kwargs[cache] = States()
+            kwargs[argument] = States()
         return plain(hidden_states, *args, **kwargs)
 
     def run(hidden: Tensor, states: States, mask: Tensor | None) -> Tensor:
-        return plain(hidden, **{cache: states}, attention_mask=mask)
+        return plain(hidden, **{argument: states}, attention_mask=mask)
 
     mixed: Tensor = layout.mix(module.layer_idx, hidden_states, run)
     return mixed

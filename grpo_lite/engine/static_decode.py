@@ -276,8 +276,8 @@ class Engine:
         criteria: StoppingCriteriaList,
     ) -> bool:
         """Return whether static rows compute what these settings ask for."""
-        if self.obstacle is None and states.mixers(self._model):
-            self.step_aside("its recurrent layers keep states that fixed buffers have no place for yet")
+        if self.obstacle is None and states.has_mixers(self._model):
+            self.step_aside("it is not built for recurrent layers yet")
         if self.obstacle is not None:
             return False
         if not all(type(processor) in ROW_BY_ROW for processor in processors):
@@ -315,7 +315,7 @@ class Engine:
     def _say_once(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            logger.warning("Decoding without CUDA graphs, some times slower: %s.", reason)
+            logger.warning("Decoding without CUDA graphs, which is several times slower: %s.", reason)
 
     def release(self) -> bool:
         """Give the buffers and graphs back; return whether there were any."""

@@ -89,6 +89,8 @@ def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
     """Yield what the arithmetic takes for granted about how a job is computed."""
     if not job.is_packed:
         yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)"
+    if job.shape.kind.startswith("gemma2"):
+        yield "attention without capped scores: those of Gemma 2 take memory in the square of the longest row"
     if recipe.model.backend == "unsloth":
         yield "our engine: how much the backend unsloth takes is not counted"
 

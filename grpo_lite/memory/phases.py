@@ -218,6 +218,9 @@ def static_items(
     """
     shape, width = job.shape, job.dtype_bytes
     length = row_length(job.prompt + completion)
+    states = (rows + prompts) * shape.state_bytes(width)
+    if states:  # recurrent layers are decoded by the group decoder, whose buffers double
+        length = max(length, cache_capacity(completion) + math.ceil(prompts * job.prompt / rows))
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     row_kv = shape.attention_layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
     # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
@@ -226,7 +229,7 @@ def static_items(
     logits = rows * shape.vocab * bytes_per_logit
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
-    if states := (rows + prompts) * shape.state_bytes(width):
+    if states:
         items.append(("states of layers that do not attend", states))
     if reading > logits + weight:
         return [*items, ("logits", 4 * rows * shape.vocab), ("reading the prompts", reading)]

@@ -66,7 +66,8 @@ class Support:
         if border is None:
             return True
         self._show_once(
-            f"Packed compute and shared rollouts are off for batches that cross {border} tokens, TRL's own are used: "
+            f"Packed compute and shared rollouts are off for batches that reach or cross {border} tokens, "
+            "TRL's own are used: "
             f"{type(inner).__name__} changes its rotary frequencies there."
         )
         return False

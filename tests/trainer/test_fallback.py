@@ -68,7 +68,7 @@ CASES = {
             max_position_embeddings=16,
             rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
         ),
-        "for batches that cross 16 tokens, TRL's own are used: LlamaForCausalLM changes its rotary frequencies there",
+        "for batches that reach or cross 16 tokens, TRL's own are used: LlamaForCausalLM changes its rotary",
     ),
     "windows of different lengths": (
         lambda: with_another_window(tiny_model("mistral", sliding_window=8)),
