@@ -35,6 +35,8 @@ SERVED = frozenset(
         "NemotronHMamba2Mixer",
     }
 )
+# What transformers calls its Cache in a layer's call: 5.24 on, before that, and in layers named after attention.
+CACHE_ARGUMENTS = ("cache", "cache_params", "past_key_values")
 # What a configuration calls layers that hold one of them, and layers that mix no tokens.
 RECURRENT_KINDS = frozenset({"conv", "linear_attention", "mamba", "hybrid"})
 TOKENWISE_KINDS = frozenset({"mlp", "moe"})
@@ -301,7 +303,7 @@ def _forward(
     """Stand where a recurrent layer's forward stood."""
     plain = partial(type(module).forward, module) if before is None else before
     layout: Any = kwargs.get("packed_layout", kwargs.get("seq_idx"))
-    argument = "cache_params" if "cache_params" in _parameters(type(module)) else "past_key_values"
+    argument = next(name for name in CACHE_ARGUMENTS if name in _parameters(type(module)))
     if not hasattr(layout, "mix"):  # none, or another tool's `seq_idx`
         is_mamba = hasattr(module, "A_log") and hasattr(module, "D")
         if is_mamba and module.training and not args and kwargs.get(argument) is None:
