@@ -10,7 +10,7 @@ completions reach the prompt. No arithmetic of a layer is repeated here. Other c
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -239,10 +239,14 @@ def _layers(model: PreTrainedModel) -> _Layers:
     return _LAYERS[model]
 
 
-@cache
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {}
+
+
 def _parameters(layer: type[nn.Module]) -> tuple[str, ...]:
     """Return the names of a layer's arguments."""
-    return tuple(inspect.signature(layer.forward).parameters)
+    if layer not in _PARAMETERS:
+        _PARAMETERS[layer] = tuple(inspect.signature(layer.forward).parameters)
+    return _PARAMETERS[layer]
 
 
 def mixers(model: PreTrainedModel) -> list[nn.Module]:
