@@ -11,7 +11,7 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards report compare watch ui reproduce doctor test test-slow test-all test-newest test-oldest lint clean
+.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards check-env report compare watch ui reproduce doctor test test-slow test-all test-newest test-oldest lint clean
 
 help:  ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ check: $(VENV)/.ready  ## Validate RECIPE, preview its prompts, score its gold a
 
 check-rewards: $(VENV)/.ready  ## Score gold answers and many cheats with RECIPE's rewards
 	@$(CLI) rewards check "$(RECIPE)" $(ARGS)
+
+check-env: $(VENV)/.ready  ## Play RECIPE's environment with its gold policy, its cheats and random calls
+	@$(CLI) check-env "$(RECIPE)" $(ARGS)
 
 report: $(VENV)/.ready  ## Write RUN's report.html: verdict, curves, completions on one page (train writes it too)
 	@$(CLI) report "$(RUN)"

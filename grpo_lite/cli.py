@@ -263,6 +263,21 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
         sys.exit(1)
 
 
+@main.command("check-env")
+@recipe_argument
+def check_env(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Play a recipe's environment: its gold policy, its cheats, random calls. Exits 1 if one earns what gold does."""
+    from grpo_lite.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from grpo_lite.task.check_environments import check_environments
+
+    played = check_environments(loaded)
+    say("\n".join(line for environment in played for line in environment.lines()))
+    if any(environment.beaten_by for environment in played):
+        sys.exit(1)
+
+
 @main.command()
 @click.argument("recipe", metavar="RECIPE", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

@@ -100,7 +100,7 @@ def _train(
         How it ended, and the trained model if it is still in memory.
     """
     rewards = load_rewards(recipe, prompts.columns, prompts.lead_in)
-    if recipe.check.enabled:
+    if recipe.check.enabled and recipe.environment is None:  # an environment scores episodes, not golden texts
         require_paid_gold(recipe, prompts, show)
     if beyond := base.positions_note(recipe, len(prompts.longest)):
         show(beyond)

@@ -50,6 +50,8 @@ def imported_before() -> list[str]:
 
 def lacks(recipe: Recipe) -> str | None:
     """Return what the recipe asks for and Unsloth's trainer lacks, if anything; what only saves time does not count."""
+    if recipe.has_tools:
+        return "unsloth's trainer calls tools without limits (tools, environment)"
     if recipe.reference == "start":
         return "unsloth's trainer measures KL against the base, not against the start (reference)"
     return "unsloth's trainer has no sampling.refill" if recipe.sampling.refill else None

@@ -121,7 +121,7 @@ def cross_faults(recipe: Recipe) -> list[str]:
         return [
             f"grpo.{key}: null is given; a whole number is needed. Remove the key for TRL's own." for key in missing
         ]
-    faults = [*_batch_faults(recipe), *_range_faults(recipe)]
+    faults = [*_batch_faults(recipe), *_range_faults(recipe), *_episode_faults(recipe)]
     if recipe.lora.get("lora_dropout"):
         faults.append(
             f"lora.lora_dropout: {recipe.lora['lora_dropout']} is given; only 0 is allowed: TRL generates in train "
@@ -146,6 +146,31 @@ def cross_faults(recipe: Recipe) -> list[str]:
             "data.holdout: 0 rows are held out and data.eval is not given, but eval.enabled is true. "
             "Set data.holdout=100, or data.eval.path=…, or eval.enabled=false."
         )
+    return faults
+
+
+def _episode_faults(recipe: Recipe) -> list[str]:
+    """Return what does not go together with tools and environments."""
+    if not recipe.has_tools:
+        return []
+    key = "tools" if recipe.tools else "environment"
+    faults = []
+    if recipe.data.format != "chat":
+        faults.append(
+            f"data.format: {recipe.data.format} is given with {key}; only chat is allowed, because the chat template "
+            "writes the calls and their results. Set data.format=chat."
+        )
+    if recipe.model.backend == "unsloth":
+        faults.append(f"model.backend: unsloth is given with {key}; allowed is hf. Set model.backend=hf.")
+    if recipe.grpo.get("use_vllm"):
+        faults.append(f"grpo.use_vllm: true is given with {key}; only false is allowed. Remove the key.")
+    if recipe.eval.enabled:
+        faults.append(
+            f"eval.enabled: true is given with {key}; the evaluation does not play episodes yet, and would score the "
+            "first turn. Set eval.enabled=false, and follow the reward in metrics.jsonl."
+        )
+    if recipe.warmup is not None and recipe.warmup.source == "self":
+        faults.append(f"warmup.source: self is given with {key}; it samples one turn only. Use warmup.source=data.")
     return faults
 
 

@@ -262,6 +262,15 @@ class LimitsSection(_Section):
     reward_failures: int = Field(
         3, ge=1, description="Batches in a row that a reward may mostly fail to score before the run stops."
     )
+    tool_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest call of a tool, and of an environment's reset, in seconds.",
+    )
+    tool_result_chars: int = Field(
+        4000, ge=100, description="Longest result of a tool that the model gets; the rest is cut off, with a note."
+    )
     skipped_steps: int = Field(
         5, ge=1, description="Steps in a row that may be skipped for a NaN or infinite loss or gradient."
     )
@@ -293,7 +302,19 @@ class Recipe(_Section):
         default_factory=dict, description="peft.LoraConfig, upstream's names; and init_from, an adapter to start from."
     )
     data: DataSection
-    rewards: list[RewardSection] = Field(min_length=1)
+    rewards: list[RewardSection] = Field(
+        description="Reward functions; [] is allowed where every environment has `get_reward`."
+    )
+    tools: list[str] = Field(
+        default_factory=list,
+        description="Functions that the model may call: `module.function` or `file.py:function`, with type hints and "
+        "a docstring.",
+    )
+    environment: str | dict[str, str] | None = Field(
+        None,
+        description="Class whose public methods are tools, reset for each completion (TRL's `environment_factory`): "
+        "`module.Class` or `file.py:Class`. Several by name: the row's column `environment` says which.",
+    )
     warmup: WarmupSection | None = Field(
         None, description="Supervised fine-tuning of the same LoRA before GRPO; null: GRPO starts at once."
     )
@@ -341,9 +362,25 @@ class Recipe(_Section):
     @field_validator("rewards")
     @classmethod
     def _first_is_no_gate(cls, rewards: list[RewardSection]) -> list[RewardSection]:
-        if rewards[0].gate:
+        if rewards and rewards[0].gate:
             raise ValueError("the first reward opens the gate, so it cannot be gated itself")
         return rewards
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> Recipe:
+        if not self.rewards and self.environment is None:
+            raise ValueError(
+                "rewards: [] is given; at least one reward is needed, unless `environment` names a class with "
+                "`get_reward`"
+            )
+        if self.environment == {}:
+            raise ValueError("environment: an empty mapping is given; name at least one class, or remove the key")
+        return self
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether completions are episodes, in which the model's calls of tools are answered."""
+        return bool(self.tools) or self.environment is not None
 
     @property
     def reward_names(self) -> list[str]:

@@ -7,6 +7,8 @@ It gets TRL's arguments, the guarded rewards and the callbacks. A tracker that i
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,8 @@ from grpo_lite.session.preflight import add_preflight
 from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward
 from grpo_lite.task.prompts import Prompts
-from grpo_lite.task.rewards import Reward
+from grpo_lite.task.rewards import Reward, checked_reward
+from grpo_lite.task.tool_guard import ToolGuard
 
 # A tracker in `grpo.report_to` -> packages, one of which must be installed. Upstream checks its other trackers itself.
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
@@ -211,9 +214,11 @@ def build_trainer(
             recipe, plan, base.device, prompts.longest, view.show,
             model=model, args=arguments, reward_funcs=guarded, train_dataset=rows,
             processing_class=prompts.tokenizer, callbacks=[MetricsFile(run)] if first else [],
+            **_tool_arguments(recipe, prompts, view.show),
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
+    _guard_environment_rewards(trainer, recipe, len(guarded), view.show)
     if adapter is not None:
         load_into(trainer.model, adapter)
     if recipe.holds_reference:
@@ -229,6 +234,36 @@ def build_trainer(
             run.update_run(init_from=adapter.to_json())
         add_preflight(recipe, run, base.device, trainer, prompts, view.show)
     return trainer, view
+
+
+def _tool_arguments(recipe: Recipe, prompts: Prompts, show: Show) -> dict[str, Any]:
+    """Return what the trainer gets of the recipe's tools and environments, with their guard."""
+    if prompts.toolkit is None:
+        return {}
+    # TRL warns of each environment_factory that it is experimental; docs/tools-and-environments.md says so.
+    warnings.filterwarnings("ignore", message=r"(?s).*'environment_factory'")
+    limits = recipe.limits
+    return {**prompts.toolkit.arguments, "guard": ToolGuard(limits.tool_timeout_s, limits.tool_result_chars, show)}
+
+
+def _guard_environment_rewards(trainer: Any, recipe: Recipe, given: int, show: Show) -> None:
+    """Guard the rewards that TRL has added for environments with `get_reward`, behind the recipe's own."""
+    if recipe.environment is None:
+        return
+    for i in range(given, len(trainer.reward_funcs)):
+        function, name = trainer.reward_funcs[i], f"{trainer.reward_func_names[i]}.get_reward"
+        if inspect.iscoroutinefunction(function):
+            function = _awaited(function, trainer.episodes.guard)
+        reward = GuardedReward(checked_reward(function, name), recipe.num_generations, recipe.limits, show)
+        reward.__name__ = name
+        trainer.reward_funcs[i] = reward
+
+
+def _awaited(function: Callable[..., Any], guard: ToolGuard) -> Callable[..., Any]:
+    def reward(**columns: Any) -> Any:
+        return guard.wait_for(function(**columns), None)
+
+    return reward
 
 
 def _add_callbacks(recipe: Recipe, run: RunDir, trainer: Any, prompts: Prompts, view: View) -> None:

@@ -164,21 +164,17 @@ def counting(seed: int, size: int = 1000, high: int = 2000) -> list[Row]:
     """
     if size < 1 or high < 200:
         raise ValueError("size >= 1 and high >= 200 are needed")
-    rng = random.Random(seed)
-    rows: dict[tuple[int, int, int], Row] = {}
-    for _ in range(size * 20):
-        last, divisor, kind = rng.randint(150, high), rng.randint(3, 9), rng.randrange(len(_CONDITIONS))
-        words, test = _CONDITIONS[kind]
+    problems = list(itertools.product(range(150, high + 1), range(3, 10), _CONDITIONS))
+    rows: list[Row] = []
+    for last, divisor, (words, test) in random.Random(seed).sample(problems, len(problems)):
         answer = sum(map(eval(f"lambda n: {test}"), range(divisor, last + 1, divisor)))
         if answer >= 10 and answer != last:
-            rows[last, divisor, kind] = {
-                "question": f"How many whole numbers from 1 to {last} are divisible by {divisor} and {words}?",
-                "answer": str(answer),
-                "code": f"print(sum(1 for n in range(1, {last + 1}) if n % {divisor} == 0 and {test}))",
-            }
+            question = f"How many whole numbers from 1 to {last} are divisible by {divisor} and {words}?"
+            code = f"print(sum(1 for n in range(1, {last + 1}) if n % {divisor} == 0 and {test}))"
+            rows.append({"question": question, "answer": str(answer), "code": code})
         if len(rows) == size:
-            return list(rows.values())
-    raise ValueError(f"only {len(rows)} distinct problems turned up; ask for fewer or raise high")
+            return rows
+    raise ValueError(f"there are {len(rows)} distinct problems; ask for fewer or raise high")
 
 
 _CONDITIONS = (

@@ -17,6 +17,7 @@ from typing import Any
 from grpo_lite.errors import DataError
 from grpo_lite.files.hub import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.recipe.recipe import DataSection, Recipe, SourceSection
+from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template
 from grpo_lite.task.generators import Row, generate_rows
 from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
 
@@ -36,6 +37,7 @@ class Prompts:
     tokenizer: Any = None
     template_kwargs: dict[str, Any] | None = None  # what the chat template gets besides the messages
     also: dict[str, list[Row]] = field(default_factory=dict)  # `eval.also`: further rows that are never trained on
+    toolkit: Toolkit | None = None  # what the model may call
 
     @property
     def held_out(self) -> list[Row]:
@@ -44,11 +46,17 @@ class Prompts:
 
     def text(self, row: Row) -> str:
         """Return a row's prompt as the model sees it."""
-        return prompt_text(row["prompt"], self.tokenizer, self.template_kwargs)
+        return prompt_text(row["prompt"], self.tokenizer, self._template_of(row))
 
     def ids(self, row: Row) -> list[int]:
         """Return a row's prompt as token ids."""
-        return prompt_ids(row["prompt"], self.tokenizer, self.template_kwargs)
+        return prompt_ids(row["prompt"], self.tokenizer, self._template_of(row))
+
+    def _template_of(self, row: Row) -> dict[str, Any] | None:
+        """Return what the chat template gets for a row: with tools also their schemas."""
+        if self.toolkit is None:
+            return self.template_kwargs
+        return {**(self.template_kwargs or {}), "tools": self.toolkit.offered(row) or None}
 
     @cached_property
     def longest(self) -> list[int]:
@@ -77,6 +85,11 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         DataError: source missing or unreachable, a column missing, no rows, or held-out rows also trained on.
     """
     data = recipe.data
+    toolkit = load_toolkit(recipe)
+    template_kwargs = recipe.template_kwargs
+    if toolkit is not None and tokenizer is not None:
+        template = tool_template(tokenizer, recipe.model.id)
+        template_kwargs = {**(template_kwargs or {}), **({"chat_template": template} if template else {})}
     rows = read_rows(data.train, recipe.seed, "data.train")
     notes: list[str] = []
     if data.eval is not None:
@@ -85,8 +98,9 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         train, held_out = _hold_out(rows, data.holdout, recipe.seed)
     train = [render_row(data, row, "data.train", i) for i, row in enumerate(train)]
     held_out = [render_row(data, row, "data.eval", i) for i, row in enumerate(held_out)]
-    train, note = _without(train, held_out)
-    notes += note
+    if recipe.environment is None:  # else rows differ by what `reset` gets, and may all have one prompt
+        train, note = _without(train, held_out)
+        notes += note
     if tokenizer is not None:
         marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
         notes += [f"{marked} prompts hold the text of a special token; it is read as text, not as markup"][
@@ -105,8 +119,10 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         raise DataError("data.train: no rows are left to train on. " + " ".join(notes) + " Give more or shorter rows.")
     if recipe.eval.enabled and not held_out:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
+    if toolkit is not None:
+        require_environment_columns(toolkit, train, "data.train")
     opening = lead_in(train, recipe, tokenizer)
-    return Prompts(train, held_out, tuple(notes), opening, tokenizer, recipe.template_kwargs, also)
+    return Prompts(train, held_out, tuple(notes), opening, tokenizer, template_kwargs, also, toolkit)
 
 
 def _further(recipe: Recipe, train: list[Row], tokenizer: Any) -> tuple[dict[str, list[Row]], list[str]]:

@@ -48,12 +48,14 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     Raises:
         RewardError: not importable, wrong signature, or an argument that no column provides.
     """
-    columns = list(columns)
+    columns = [*columns, *(["environments"] if recipe.environment is not None else [])]
     functions: list[Reward] = []
     for i, section in enumerate(recipe.rewards):
         function = load_function(section, f"rewards[{i}]", columns, lead_in)
         function.__name__ = recipe.reward_names[i]  # as the recipe calls it: a closure's own name may be "inner"
         functions.append(function)
+    if not functions:
+        return [], []  # an environment pays
     opinion = load_second_opinion(functions[0], recipe.rewards[0], "rewards[0]", columns, lead_in)
     if opinion is not None:
         functions[0] = _logging_second_opinion(functions[0], opinion)
@@ -181,6 +183,11 @@ def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> 
     tags = section.kwargs.get("tags", parameters["tags"].default if "tags" in parameters else ())
     is_open = ends_with_tag(lead_in, tags[0]) if tags else prompt_prefills_think(lead_in)
     return {"prefilled": True} if is_open and (open_ended or "prefilled" in parameters) else {}
+
+
+def checked_reward(function: Callable[..., Any], name: str) -> Reward:
+    """Return a reward that the recipe does not name, an environment's, with the same checks of what it returns."""
+    return _wrap(function, ScoreSection(function=name, threshold=1.0), "environment", {})
 
 
 def import_function(reference: str, where: str) -> Callable[..., Any]:

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from grpo_lite.errors import DataError
 
 _PATTERNS: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
+_MARKUP: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
+_IN_BRACKETS = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
 def prompt_text(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> str:
@@ -105,7 +107,56 @@ def holds_special_tokens(prompt: Any, tokenizer: Any) -> bool:
     return any(pattern.search(text) for text in _texts(prompt))
 
 
-def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None) -> list[int]:
+def holds_markup(messages: list[dict[str, Any]], tokenizer: Any) -> bool:
+    """Say whether results of tools contain the text of a special token, or of another one such as `<tool_call>`."""
+    pattern = _markup(tokenizer)
+    return any(pattern.search(text) for text in _texts(messages))
+
+
+def tool_result_ids(
+    messages: list[dict[str, Any]], tokenizer: Any, template_kwargs: dict[str, Any]
+) -> list[int] | None:
+    """Return the ids that results of tools add before the model's next turn, markup in the results spelled out.
+
+    As TRL's `_get_tool_suffix_ids` (trl 1.14-1.16), the call before them is a stand-in. None where the template
+    changes the text of a result, so that its parts cannot be told apart.
+    """
+    call = {"type": "function", "function": {"name": messages[0]["name"], "arguments": {}}}
+    before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    options = {key: value for key, value in template_kwargs.items() if value is not None}
+    prefix = tokenizer.apply_chat_template(before, tokenize=True, return_dict=False, **options)
+    ends = [i for i, token in enumerate(prefix) if token == tokenizer.eos_token_id]
+    prefix = prefix[: ends[-1] + 1] if ends else prefix
+    try:
+        ids = _spelled_out([*before, *messages], tokenizer, options, _markup(tokenizer))
+    except DataError:
+        return None
+    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else None
+
+
+def without_markup(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the messages with a space in each piece of markup, so that it is none."""
+    pattern = _markup(tokenizer)
+    changed: list[dict[str, Any]] = _replaced(
+        messages, lambda text: pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+    )
+    return changed
+
+
+def _markup(tokenizer: Any) -> re.Pattern[str]:
+    """Match special tokens, and added ones in brackets that are not special (Qwen's `<tool_call>`, `<think>`)."""
+    if tokenizer not in _MARKUP:
+        added = map(str, getattr(tokenizer, "added_tokens_decoder", {}).values())
+        bracketed = {text for text in added if _IN_BRACKETS.fullmatch(text)}
+        alternatives = sorted(map(re.escape, bracketed), key=lambda text: (-len(text), text))
+        special = _pattern(tokenizer).pattern
+        _MARKUP[tokenizer] = re.compile("|".join([*alternatives, special]))
+    return _MARKUP[tokenizer]
+
+
+def _spelled_out(
+    prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None, pattern: re.Pattern[str] | None = None
+) -> list[int]:
     """Tokenise with stand-ins for the special tokens in the messages, then put their letters' tokens there."""
     everything = "".join(_texts(prompt))
     mark = next(mark for n in itertools.count() if (mark := f"\ue0f3{n}\ue0f4") not in everything)
@@ -115,7 +166,7 @@ def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | 
         specials.append(match[0])
         return mark
 
-    pattern = _pattern(tokenizer)
+    pattern = pattern or _pattern(tokenizer)
     safe = _replaced(prompt, lambda text: pattern.sub(stand_in, text))
     pieces = prompt_text(safe, tokenizer, template_kwargs).split(mark)
     if len(pieces) != len(specials) + 1:
@@ -128,8 +179,18 @@ def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | 
         if piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         if special:
-            ids += tokenizer(special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += _letters(special, tokenizer)
     return ids
+
+
+def _letters(token: str, tokenizer: Any) -> list[int]:
+    """Return the ids of a token's text written in ordinary tokens."""
+    ids = list(tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    if len(ids) > 1 or len(token) < 2:
+        return ids
+    # An added token that is not special is not split: write its first letter apart.
+    parts = (tokenizer(part, add_special_tokens=False, split_special_tokens=True) for part in (token[0], token[1:]))
+    return [number for part in parts for number in part["input_ids"]]
 
 
 def _pattern(tokenizer: Any) -> re.Pattern[str]:

@@ -42,11 +42,18 @@ class Faults:
         self._loss_is_finite: Tensor | bool = True  # of the micro-steps since the last optimizer step
         trainer.add_callback(_BeforeOptimizerStep(self))
 
-    def exclude(self, rewards: Tensor) -> None:
-        """Set the rewards `(B, functions)` of unusable groups to NaN, in place, so that they get no advantage."""
+    def exclude(self, rewards: Tensor, failed_rows: Sequence[int] = ()) -> None:
+        """Set the rewards `(B, functions)` of unusable groups to NaN, in place, so that they get no advantage.
+
+        Args:
+            rewards: of all processes.
+            failed_rows: rows of this process that are unusable whatever their rewards.
+        """
         trainer = self.trainer
         # Each process knows the rows that it scored itself; the rewards here are those of all processes, in order.
         failed = torch.zeros(rewards.size(0) // trainer.accelerator.num_processes, device=rewards.device)
+        for row in failed_rows:
+            failed[row] = 1.0
         for function in trainer.reward_funcs:
             for row in getattr(function, "excluded", ()):
                 failed[row] = 1.0

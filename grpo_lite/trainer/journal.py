@@ -66,11 +66,22 @@ class Journal:
         if reward is not None and math.isfinite(reward):
             self.rewards_since_save.append(float(reward))
 
-    def note_completions(self, inputs: list[dict[str, Any]], completion_ids: list[list[int]]) -> None:
-        """Keep each completion's length, whether the cap cut it off, and its gold beside TRL's logged completions."""
+    def note_completions(
+        self,
+        inputs: list[dict[str, Any]],
+        completion_ids: list[list[int]],
+        tool_mask: list[list[int]] | None = None,
+    ) -> None:
+        """Keep each completion's length, whether the cap cut it off, and its gold beside TRL's logged completions.
+
+        The length of an episode counts what the model wrote (`tool_mask` 1), not the results of tools.
+        """
         log = self.trainer._log_completion_extra
         ends = {self.trainer._tokenizer.eos_token_id, self.trainer._tokenizer.pad_token_id}
-        log("completion_tokens", [len(ids) for ids in completion_ids])
+        log(
+            "completion_tokens",
+            [len(ids) for ids in completion_ids] if tool_mask is None else list(map(sum, tool_mask)),
+        )
         log("completion_truncated", [not ids or ids[-1] not in ends for ids in completion_ids])
         log("gold", [row.get("answer") for row in inputs])
 
@@ -81,7 +92,8 @@ class Journal:
 
         Returns:
             Rows `{step, prompt, completion, rewards: {name: value}, reward, advantage, tokens, truncated, answer}`.
-            A reward that was None, and the sum where all were, is None.
+            A reward that was None, and the sum where all were, is None. An episode of several messages has them all
+            under `turns`, and its last one as `completion`.
         """
         logs = self.trainer._logs
         names = list(logs["rewards"])
@@ -95,7 +107,8 @@ class Journal:
                 {
                     "step": self.trainer.state.global_step,
                     "prompt": prompt,
-                    "completion": completion if isinstance(completion, str) else completion[-1]["content"],
+                    "completion": completion if isinstance(completion, str) else _last_text(completion),
+                    **({"turns": completion} if _is_episode(completion) else {}),
                     "rewards": parts,
                     "reward": sum(paid) if paid else None,
                     "advantage": _number(logs["advantages"][i]),
@@ -103,6 +116,16 @@ class Journal:
                 }
             )
         return rows
+
+
+def _is_episode(completion: Any) -> bool:
+    return not isinstance(completion, str) and (len(completion) > 1 or "tool_calls" in completion[0])
+
+
+def _last_text(messages: list[dict[str, Any]]) -> str:
+    """Return what the model said last; an episode that was cut off may end with a call or a tool's result."""
+    written = [message for message in messages if message.get("role") != "tool"]
+    return str((written or messages)[-1].get("content") or "")
 
 
 def _number(value: Any) -> float | None:

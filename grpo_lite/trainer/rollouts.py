@@ -15,7 +15,7 @@ from grpo_lite.engine.out_of_memory import trim_heap
 from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder
-from grpo_lite.task.tokens import holds_special_tokens
+from grpo_lite.task.tokens import holds_markup, holds_special_tokens, tool_result_ids, without_markup
 from grpo_lite.task.tokens import prompt_ids as tokens_of_prompt
 
 
@@ -33,16 +33,23 @@ class Rollouts:
     def reread_special_tokens(self, prompts: list[Any], ids: list[list[int]]) -> None:
         """Replace the ids of prompts whose text spells special tokens, which TRL reads as markup."""
         trainer = self.trainer
-        if trainer.environment_factories is not None:
-            return
-        template = {
-            "chat_template": trainer.chat_template,
-            "tools": trainer.tools or None,
-            **trainer.chat_template_kwargs,
-        }
         for row, prompt in enumerate(prompts):
             if holds_special_tokens(prompt, trainer.processing_class):
-                ids[row] = tokens_of_prompt(prompt, trainer.processing_class, template)
+                tools = trainer.tools
+                if trainer.environment_factories is not None:
+                    tools = trainer._env_tools[trainer._batch_environments[row]]
+                template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+                ids[row] = tokens_of_prompt(prompt, trainer.processing_class, {**template, "tools": tools or None})
+
+    def tool_suffix(self, plain: Callable[[Any], list[int]], messages: list[dict[str, Any]]) -> list[int]:
+        """Return the ids of results of tools, as `plain`, TRL's `_get_tool_suffix_ids`; markup in them is only text."""
+        trainer = self.trainer
+        tokenizer = trainer.processing_class
+        if trainer._is_vlm or not holds_markup(messages, tokenizer):
+            return plain(messages)
+        template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        ids = tool_result_ids(messages, tokenizer, template)
+        return plain(without_markup(messages, tokenizer)) if ids is None else ids
 
     def generate(self, plain: Callable[..., Any], prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Return what `plain`, TRL's `_generate_single_turn`, does; its model may generate by our decoder."""

@@ -19,6 +19,8 @@ from transformers import TrainerState
 from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.task.tool_guard import ToolGuard
+from grpo_lite.trainer.episodes import Episodes
 from grpo_lite.trainer.finite import Faults, LossScale
 from grpo_lite.trainer.gradients import Gradients, Scores
 from grpo_lite.trainer.journal import Journal
@@ -41,6 +43,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         advice: see `Recovery`, as for the next two.
         recover: whether a step that runs out of memory is repeated with a smaller budget.
         rehearsal: the longest prompt's ids.
+        guard: calls the tools and environments, where there are any.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         advice: str | None = None,
         recover: bool = True,
         rehearsal: list[int] | None = None,
+        guard: ToolGuard | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +65,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self.support = Support(self)
         self.order = PromptOrder(self)
         self.rollouts = Rollouts(self)
+        self.episodes = Episodes(self, guard)
         self.gradients = Gradients(self)
         self.recovery = Recovery(self, show, advice, recover, rehearsal)
         self.loss_scale = LossScale(self, self.recovery.show)
@@ -105,12 +110,16 @@ class PackedGRPOTrainer(GRPOTrainer):
     # A round of generation
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self.episodes.replace_hung()
         score = partial(self.rollouts.score, super()._generate_and_score_completions)
         return self.order.refill(score, inputs, score(inputs))
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.journal.spending("rollout"):
-            return super()._generate(*args, **kwargs)
+            return self.episodes.note(super()._generate(*args, **kwargs))
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return self.episodes.play(partial(super()._tool_call_loop, *args, **kwargs))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, images, multimodal = super()._tokenize_prompts(prompts)
@@ -124,11 +133,14 @@ class PackedGRPOTrainer(GRPOTrainer):
             prompt_ids, generate, partial(self.support.can_share_rollout, prompt_ids, *args, **kwargs)
         )
 
+    def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
+        return self.rollouts.tool_suffix(super()._get_tool_suffix_ids, tool_messages)
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
         with self.journal.spending("reward"):
             rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
-        self.faults.exclude(rewards)  # before anyone reads them
-        self.journal.note_completions(inputs, completion_ids)
+        self.faults.exclude(rewards, self.episodes.failed_rows())  # before anyone reads them
+        self.journal.note_completions(inputs, completion_ids, self.episodes.tool_mask)
         return rewards
 
     # A micro-step: inputs, loss, gradient

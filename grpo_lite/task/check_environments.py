@@ -1,0 +1,137 @@
+"""Play a recipe's environments without a model: what the gold policy, a random one and each cheat earn.
+
+The policies stand beside the environment's class, as functions of a row: `gold(row)` and `cheats(row)`
+(grpo_lite/environments/__init__.py says what they return). The random policy calls tools with values of the right
+types.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_lite.environments.play import Turn, play, tools_of
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.environments import Toolkit
+from grpo_lite.task.generators import Row
+from grpo_lite.task.guard import TimeLimitExceeded, call_within
+from grpo_lite.task.prompts import load_prompts
+
+ROWS = 32  # of each environment
+RANDOM_CALLS = 8
+GOLD, RANDOM = "gold", "random calls"
+_WORDS = ("apple", "crane", "1", "42", "2+2", "print(1)", "")
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the policies earned in one environment.
+
+    Attributes:
+        name: of the class.
+        rewards: by policy, of each row that has one.
+    """
+
+    name: str
+    rewards: dict[str, list[float]]
+
+    @property
+    def beaten_by(self) -> list[str]:
+        """Return the policies that earned on some row at least what the gold one did."""
+        gold = self.rewards.get(GOLD)
+        if gold is None:
+            return []
+        others = ((name, rewards) for name, rewards in self.rewards.items() if name != GOLD)
+        return [name for name, rewards in others if any(r >= g for r, g in zip(rewards, gold, strict=True))]
+
+    def lines(self) -> Iterator[str]:
+        """Yield a table, and what is wrong."""
+        rows = max(map(len, self.rewards.values()), default=0)
+        yield f"environment {self.name}: {rows} rows played"
+        width = max(map(len, self.rewards), default=0)
+        for name, rewards in self.rewards.items():
+            mean = sum(rewards) / len(rewards)
+            yield f"  {name:<{width}}  mean {mean:.2f}  least {min(rewards):.2f}  most {max(rewards):.2f}"
+        if GOLD not in self.rewards:
+            yield "  no gold policy: add `def gold(row)` beside the class, to show that a reward can be had"
+        for name in self.beaten_by:
+            yield f"  {name} earns as much as gold on some rows: the environment pays for something else than its task"
+
+
+def check_environments(recipe: Recipe) -> list[Played]:
+    """Play the policies on the recipe's first training rows.
+
+    Raises:
+        RewardError: the recipe has no environment, one has no `get_reward`, or an episode does not end or raises.
+    """
+    prompts = load_prompts(recipe)
+    toolkit = prompts.toolkit
+    if toolkit is None or not toolkit.factories:
+        raise RewardError(f"{recipe.name}: there is no `environment` to check. Name one: environment=my_env.py:Env")
+    return [_played(recipe, toolkit, name, prompts.train) for name in toolkit.factories]
+
+
+def _played(recipe: Recipe, toolkit: Toolkit, name: str | None, train: Sequence[Row]) -> Played:
+    factory = toolkit.factories[name]
+    title = getattr(factory, "__name__", str(factory))
+    if name not in toolkit.rewarding:
+        raise RewardError(f"environment: {title} has no get_reward, so playing it shows nothing. Add the method.")
+    rows = [row for row in train if toolkit.name_of(row) == name][:ROWS]
+    beside = getattr(getattr(factory, "reset", None), "__globals__", {})
+    chance = random.Random(recipe.seed)
+    rewards: dict[str, list[float]] = {}
+    for row in rows:
+        for policy, turns in _policies(beside, row, factory, chance).items():
+            reward = _episode(recipe, factory, title, row, turns)
+            if reward is not None:
+                rewards.setdefault(policy, []).append(reward)
+    return Played(title, rewards)
+
+
+def _policies(
+    beside: Mapping[str, Any], row: Row, factory: Callable[[], Any], chance: random.Random
+) -> dict[str, Sequence[Turn]]:
+    policies: dict[str, Sequence[Turn]] = {}
+    if callable(beside.get("gold")):
+        policies[GOLD] = beside["gold"](row)
+    if callable(beside.get("cheats")):
+        policies |= beside["cheats"](row)
+    return policies | {RANDOM: _random_turns(factory, chance)}
+
+
+def _random_turns(factory: Callable[[], Any], chance: random.Random) -> list[Turn]:
+    from transformers.utils import get_json_schema
+
+    tools = list(tools_of(factory()).values())
+    turns: list[Turn] = []
+    for _ in range(RANDOM_CALLS if tools else 0):
+        tool = chance.choice(tools)
+        properties = get_json_schema(tool)["function"]["parameters"].get("properties", {})
+        arguments = {name: _random_value(schema, chance) for name, schema in properties.items()}
+        turns.append([{"name": tool.__name__, "arguments": arguments}])
+    return turns
+
+
+def _random_value(schema: Mapping[str, Any], chance: random.Random) -> Any:
+    if schema.get("enum"):
+        return chance.choice(schema["enum"])
+    values = {"integer": chance.randint(0, 9), "number": chance.uniform(0, 9), "boolean": chance.random() < 0.5}
+    return values.get(str(schema.get("type")), chance.choice(_WORDS))
+
+
+def _episode(recipe: Recipe, factory: Callable[[], Any], title: str, row: Row, turns: Sequence[Turn]) -> float | None:
+    seconds = recipe.limits.tool_timeout_s * (len(turns) + 1)
+    try:
+        reward, _ = call_within(seconds, lambda: play(factory, row, turns))
+    except TimeLimitExceeded:
+        raise RewardError(
+            f"environment: an episode of {title} took longer than {seconds:g} s (limits.tool_timeout_s a turn)."
+        ) from None
+    except Exception as error:
+        raise RewardError(
+            f"environment: {title} raised {type(error).__name__}: {error}, with the row {row}."
+        ) from error
+    return reward

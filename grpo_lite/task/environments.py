@@ -1,0 +1,216 @@
+"""load_toolkit: the recipe's `tools` and `environment` -> what TRL's GRPOTrainer gets, and the schemas in a prompt.
+
+The contract is TRL's (`tools=`, `environment_factory=`, trl 1.14-1.16): a tool is a function with type hints and a
+docstring; an environment is a class with `reset(**row)`, whose other public methods are tools, and perhaps
+`get_reward()`. A class for plain TRL runs unchanged. Whatever TRL or transformers would refuse later, with the model
+loaded, is refused here from the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lite.errors import ModelError, RewardError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.generators import Row
+from grpo_lite.task.rewards import import_function
+
+# Not tools, in TRL's contract of an environment.
+OWN_METHODS = ("reset", "get_reward")
+_KNOWN = "the original templates of Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1/3.2 Instruct are known to TRL"
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What the model may call.
+
+    Attributes:
+        tools: functions that every prompt offers.
+        factories: environments by the name that a row's column `environment` gives; None for a single one.
+        methods: the tools of each environment, bound to an instance that no episode uses.
+        rewarding: the names of the environments that have `get_reward`.
+    """
+
+    tools: tuple[Callable[..., Any], ...]
+    factories: dict[str | None, Callable[[], Any]]
+    methods: dict[str | None, tuple[Callable[..., Any], ...]]
+    rewarding: frozenset[str | None]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What TRL's GRPOTrainer gets."""
+        several = None not in self.factories
+        factory: Any = dict(self.factories) if several else self.factories[None]
+        return {
+            **({"tools": list(self.tools)} if self.tools else {}),
+            **({"environment_factory": factory} if self.factories else {}),
+        }
+
+    def name_of(self, row: Row) -> str | None:
+        """Return the name of a row's environment; None for a single one, or none."""
+        return None if None in self.factories or not self.factories else row.get("environment")
+
+    def offered(self, row: Row) -> list[Callable[..., Any]]:
+        """Return the tools that a row's prompt offers."""
+        return [*self.tools, *self.methods.get(self.name_of(row), ())]
+
+
+def load_toolkit(recipe: Recipe) -> Toolkit | None:
+    """Import and check the recipe's tools and environments; None where it has neither.
+
+    Raises:
+        RewardError: not importable, not in TRL's contract, or nothing pays a reward.
+    """
+    if not recipe.has_tools:
+        return None
+    tools = tuple(_import(reference, f"tools[{i}]") for i, reference in enumerate(recipe.tools))
+    for i, tool in enumerate(tools):
+        _require_schema(tool, f"tools[{i}]: {recipe.tools[i]}")
+    named: dict[str | None, str] = {}
+    if isinstance(recipe.environment, str):
+        named = {None: recipe.environment}
+    elif recipe.environment is not None:
+        named.update(iter(recipe.environment.items()))
+    factories: dict[str | None, Callable[[], Any]] = {}
+    methods: dict[str | None, tuple[Callable[..., Any], ...]] = {}
+    rewarding = set()
+    for name, reference in named.items():
+        where = "environment" if name is None else f"environment.{name}"
+        factories[name] = _import(reference, where)
+        instance = _instance(factories[name], f"{where}: {reference}")
+        methods[name] = _methods(instance, f"{where}: {reference}", bool(tools))
+        if "get_reward" in _functions(instance):
+            rewarding.add(name)
+        _require_distinct([*tools, *methods[name]], f"{where}: {reference}")
+    _require_distinct(tools, "tools")
+    unpaid = [name for name in factories if name not in rewarding]
+    if not recipe.rewards and unpaid:
+        which = ", ".join(named[name] for name in unpaid)
+        raise RewardError(f"rewards: [] is given, and {which} has no get_reward. Add the method, or a reward function.")
+    return Toolkit(tools, factories, methods, frozenset(rewarding))
+
+
+def require_environment_columns(toolkit: Toolkit, rows: list[Row], where: str) -> None:
+    """Refuse rows that do not say which of several environments they use.
+
+    Raises:
+        RewardError: a row's column `environment` is missing or names none of them.
+    """
+    if None in toolkit.factories or not toolkit.factories:
+        return
+    allowed = ", ".join(map(str, toolkit.factories))
+    for index, row in enumerate(rows):
+        if row.get("environment") not in toolkit.factories:
+            given = repr(row["environment"]) if "environment" in row else "no such column"
+            raise RewardError(
+                f"{where}: row {index}: environment: {given} is given; allowed: {allowed}. Give each row the name of "
+                "its environment, or name a single class under `environment`."
+            )
+
+
+def tool_template(tokenizer: Any, model_id: str) -> str | None:
+    """Return the chat template that TRL takes for episodes, None for the tokenizer's own; adds the parser of calls.
+
+    Raises:
+        ModelError: the chat template has no tools, or TRL cannot parse its calls or keep its prefix.
+    """
+    from trl.chat_template_utils import (
+        add_response_schema,
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        supports_tool_calling,
+    )
+
+    advice = f"Choose a model whose template has tools: {_KNOWN}."
+    if not supports_tool_calling(tokenizer):
+        raise ModelError(f"model.id: the chat template of {model_id} cannot show calls of tools and results. {advice}")
+    if not any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
+        try:
+            add_response_schema(tokenizer)
+        except ValueError:
+            raise ModelError(
+                f"model.id: TRL does not know the chat template of {model_id}, so it cannot read the calls that the "
+                f"model writes. {advice}"
+            ) from None
+    if is_chat_template_prefix_preserving(tokenizer):
+        return None
+    try:
+        template: str | None = get_training_chat_template(tokenizer)
+    except ValueError:
+        raise ModelError(
+            f"model.id: the chat template of {model_id} rewrites earlier turns when a result follows, and TRL has no "
+            f"corrected one for it. {advice}"
+        ) from None
+    return template
+
+
+def _import(reference: str, where: str) -> Callable[..., Any]:
+    """Import `module.name`, `module:name` or `file.py:name`."""
+    module, colon, name = reference.rpartition(":")
+    if colon and not module.endswith(".py") and not Path(module).exists() and "/" not in module:
+        reference = f"{module}.{name}"
+    try:
+        return import_function(reference, where)
+    except RewardError as error:
+        raise RewardError(str(error).replace(f"{where}.function:", f"{where}:", 1)) from None
+
+
+def _instance(factory: Callable[[], Any], where: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise RewardError(
+            f"{where}: cannot be made without arguments: {type(error).__name__}: {error}. TRL calls it with none; a "
+            "row's values arrive in reset(**row)."
+        ) from error
+
+
+def _functions(instance: Any) -> list[str]:
+    return [name for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction)]
+
+
+def _methods(instance: Any, where: str, has_tools: bool) -> tuple[Callable[..., Any], ...]:
+    names = _functions(instance)
+    if "reset" not in names:
+        raise RewardError(f"{where}: has no method `reset`. Add `def reset(self, **row)`; it begins an episode.")
+    if inspect.iscoroutinefunction(instance.reset):
+        raise RewardError(f"{where}: `reset` is async; TRL calls it without awaiting it. Make it a plain method.")
+    if not hasattr(instance, "__dict__"):
+        raise RewardError(f"{where}: has __slots__ and no __dict__, so `reset` cannot be guarded. Remove __slots__.")
+    public = [name for name in names if not name.startswith("_") and name not in OWN_METHODS]
+    if not public and not has_tools:
+        raise RewardError(
+            f"{where}: has no public method beside reset and get_reward, so the model has nothing to call. Add a "
+            "method with type hints and a docstring."
+        )
+    methods = tuple(getattr(instance, name) for name in public)
+    for method in methods:
+        _require_schema(method, f"{where}.{method.__name__}")
+    return methods
+
+
+def _require_schema(tool: Callable[..., Any], where: str) -> None:
+    """Refuse a function of which transformers makes no schema: without a docstring, or an argument without a type."""
+    from transformers.utils import get_json_schema
+
+    if not inspect.isroutine(tool):
+        raise RewardError(f"{where}: is a {type(tool).__name__}; a tool is a function. Put it in one.")
+    try:
+        get_json_schema(tool)
+    except Exception as error:  # DocstringParsingException, TypeHintParsingException, and what signatures may raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise RewardError(
+            f"{where}: transformers makes no schema of it: {reason}. A tool has a type hint for each argument, and a "
+            "docstring with a line for the tool and an `Args:` line for each argument."
+        ) from None
+
+
+def _require_distinct(tools: Any, where: str) -> None:
+    names = [tool.__name__ for tool in tools]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RewardError(f"{where}: two tools are called {', '.join(twice)}; the model calls by name. Rename one.")

@@ -1,0 +1,140 @@
+"""ToolGuard: a tool that raises, hangs, or returns something huge or no text costs the model a message, not the run.
+
+TRL turns what a tool raises into `{'error': …}` for the model, and the guard leaves it at that: it only sees to it that
+an ordinary exception arrives there in time, and that a result is text of bounded length. `reset` has the same limit;
+a `reset` that fails costs its group (`failed`), as a reward that fails does (`guard.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_lite.screen import Show
+from grpo_lite.task.guard import TimeLimitExceeded, call_within
+
+_LONGEST_ERROR = 500  # characters of an error that the model gets
+_LINES_PER_TOOL = 3  # failures of one tool that are shown; all are counted
+
+
+class ToolFailure(Exception):
+    """What the model gets as the tool's error."""
+
+
+@dataclass
+class ToolGuard:
+    """Calls tools within limits.
+
+    Attributes:
+        timeouts: calls that were over their time, of the whole run.
+        hung: ids of the environments in which a call was over its time; they are not used again.
+    """
+
+    timeout_s: float
+    result_chars: int
+    show: Show
+    timeouts: int = 0
+    hung: set[int] = field(default_factory=set)
+    loop: asyncio.AbstractEventLoop | None = None  # runs async tools
+    _shown: Counter[str] = field(default_factory=Counter)
+
+    def wrap(self, tool: Callable[..., Any]) -> Callable[..., str]:
+        """Return the tool with its limits: text, or a ToolFailure. An async tool becomes a plain one."""
+
+        @functools.wraps(tool)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = self._within(functools.partial(tool, *args, **kwargs), _text)
+                return self._shortened(result, self.result_chars) if isinstance(result, str) else result
+            except TimeLimitExceeded:
+                self.timeouts += 1
+                if (owner := getattr(tool, "__self__", None)) is not None:
+                    self.hung.add(id(owner))
+                reason = f"took longer than {self.timeout_s:g} s"
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+            except SystemExit:
+                reason = "called exit"
+            self._say(tool.__name__, reason)
+            raise ToolFailure(self._shortened(reason, _LONGEST_ERROR))
+
+        return guarded
+
+    def reset(self, environment: Any, row: dict[str, Any], reset: Callable[..., Any]) -> Any:
+        """Return the first observation: text, a list of content parts, or None.
+
+        Raises:
+            ToolFailure: `reset` raised, hung or returned something else.
+        """
+        try:
+            observation = self._within(functools.partial(reset, **row))
+        except TimeLimitExceeded:
+            self.hung.add(id(environment))
+            reason = f"took longer than limits.tool_timeout_s = {self.timeout_s:g} s"
+        except (Exception, SystemExit) as error:
+            reason = f"raised {type(error).__name__}: {error}"
+        else:
+            if observation is None or isinstance(observation, str | list):
+                return observation
+            reason = f"returned a {type(observation).__name__}; allowed are text, content parts and None"
+        self._say(f"{type(environment).__name__}.reset", reason)
+        raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
+        """Return what a coroutine returns; all run on one event loop, so that a client's connection stays usable.
+
+        Raises:
+            TimeLimitExceeded: it took longer, and was cancelled.
+        """
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, name="tools", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            if future.done():  # the coroutine's own
+                raise
+            future.cancel()
+            raise TimeLimitExceeded from None
+
+    def _within(self, call: functools.partial[Any], convert: Callable[[Any], Any] = lambda result: result) -> Any:
+        if inspect.iscoroutinefunction(call.func):
+            return convert(self.wait_for(call(), self.timeout_s))
+        return call_within(self.timeout_s, lambda: convert(call()))
+
+    def _say(self, name: str, reason: str) -> None:
+        self._shown[name] += 1
+        if self._shown[name] <= _LINES_PER_TOOL:
+            last = "; further ones are only counted" if self._shown[name] == _LINES_PER_TOOL else ""
+            self.show(f"tool failed: {name}: {self._shortened(reason, _LONGEST_ERROR)}{last}")
+
+    @staticmethod
+    def _shortened(text: str, limit: int) -> str:
+        return text if len(text) <= limit else f"{text[:limit]}\n[cut: {len(text)} characters, the first {limit} shown]"
+
+
+def _text(result: Any) -> Any:
+    """Return a result as text, by `str` as TRL does; parts of a message stay a list if one is an image.
+
+    Raises:
+        ToolFailure: it cannot be written as text.
+    """
+    if isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result):
+        if any(part["type"] == "image" for part in result):
+            return result
+        result = "".join(str(part.get("text", "")) for part in result)
+    if isinstance(result, str):
+        text = result
+    else:
+        try:
+            text = str(result)
+        except Exception as error:
+            raise ToolFailure(f"returned a {type(result).__name__} that is no text: {type(error).__name__}") from None
+    return text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer reads half a surrogate pair

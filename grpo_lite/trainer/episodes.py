@@ -1,0 +1,113 @@
+"""`Episodes`: TRL's loop over turns and tools, with each tool and environment guarded, and what it leaves to note.
+
+TRL generates a turn, calls the tools that it names, appends their results and generates again (`_tool_call_loop`, trl
+1.14-1.16). Each turn's generation comes to our decoder as longer prompts. The tools' tokens are context: `tool_mask`
+is 0 there, and TRL's loss and its lengths leave them out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+
+
+class Episodes:
+    """Guards the tools and environments of a trainer.
+
+    Args:
+        trainer: a GRPOTrainer.
+        guard: calls them; None: TRL calls them itself, without limits.
+    """
+
+    def __init__(self, trainer: Any, guard: ToolGuard | None) -> None:
+        self.trainer, self.guard = trainer, guard
+        self.tool_mask: list[list[int]] | None = None  # of the last generation: 1 where the model wrote the token
+        self._failed: set[int] = set()  # ids of the environments whose last reset failed
+        if guard is None:
+            return
+        if trainer._has_async_funcs:
+            guard.loop = trainer.async_loop
+        if trainer.environment_factories is None:
+            return
+        for instances in trainer._environment_pool.values():
+            for instance in instances:
+                self._guard(instance)
+        trainer.environment_factories = {
+            name: self._guarded(factory) for name, factory in trainer.environment_factories.items()
+        }
+
+    def replace_hung(self) -> None:
+        """Give the place of an environment in which a call hung to a fresh one: the call may still be running."""
+        if self.guard is None or not self.guard.hung:
+            return
+        for name, instances in self.trainer._environment_pool.items():
+            for i, instance in enumerate(instances):
+                if id(instance) in self.guard.hung:
+                    instances[i] = self.trainer.environment_factories[name]()
+        self.guard.hung.clear()
+
+    def play(self, loop: Callable[[], Any]) -> Any:
+        """Return what `loop`, TRL's `_tool_call_loop`, does; tools are guarded meanwhile, and calls counted."""
+        trainer = self.trainer
+        if self.guard is None:
+            return loop()
+        wrap = self.guard.wrap
+        together = zip(trainer._sync_tool_dicts, trainer._async_tool_dicts, strict=True)
+        trainer._sync_tool_dicts = [
+            {name: wrap(tool) for name, tool in {**plain, **awaited}.items()} for plain, awaited in together
+        ]
+        trainer._async_tool_dicts = [{} for _ in trainer._sync_tool_dicts]
+        before = self.guard.timeouts
+        played = loop()
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        counts = {"calls": played[4], "failures": played[5], "timeouts": self.guard.timeouts - before}
+        for name, count in counts.items():
+            metrics[f"tools/{name}"].append(float(count))
+        return played
+
+    def note(self, generated: Any) -> Any:
+        """Keep what rewards and records need of TRL's `_generate`, and return it."""
+        self.tool_mask = generated[2]
+        return generated
+
+    def failed_rows(self) -> list[int]:
+        """Return the rows of the last round whose environment could not be reset."""
+        environments = self.trainer.environments or ()
+        return [row for row, environment in enumerate(environments) if id(environment) in self._failed]
+
+    def _guarded(self, factory: Callable[[], Any]) -> Callable[[], Any]:
+        def make() -> Any:
+            instance = factory()
+            self._guard(instance)
+            return instance
+
+        return make
+
+    def _guard(self, instance: Any) -> None:
+        plain, guard = instance.reset, self.guard
+        assert guard is not None
+
+        def reset(**row: Any) -> Any:
+            self._failed.discard(id(instance))
+            try:
+                return guard.reset(instance, row, plain)
+            except ToolFailure:
+                self._failed.add(id(instance))
+                return None
+
+        instance.reset = reset
+        if hasattr(instance, "get_reward"):
+            instance.get_reward = self._guarded_reward(instance, instance.get_reward)
+
+    def _guarded_reward(self, instance: Any, plain: Callable[[], Any]) -> Callable[[], Any]:
+        """Return `get_reward`, which is not asked where `reset` failed: the instance may hold nothing to score."""
+        if inspect.iscoroutinefunction(plain):
+
+            async def awaited() -> Any:
+                return None if id(instance) in self._failed else await plain()
+
+            return awaited
+        return lambda: None if id(instance) in self._failed else plain()

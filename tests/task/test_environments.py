@@ -1,0 +1,155 @@
+"""The recipe's tools and environments: what loads, and the one line for each thing that does not."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_lite.errors import GRPOLiteError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template
+from grpo_lite.task.rewards import load_rewards
+from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+
+SOURCE = '''
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: one.
+        b: the other.
+    """
+    return a + b
+
+def untyped(a):
+    """Do something.
+
+    Args:
+        a: a thing.
+    """
+
+def undocumented(a: int) -> int:
+    return a
+
+class Env:
+    def reset(self, **row) -> None: ...
+    def look(self) -> str:
+        """Look around."""
+        return "here"
+    def get_reward(self) -> float:
+        return 1.0
+
+class Unpaid:
+    def reset(self, **row) -> None: ...
+    look = Env.look
+
+class WithoutReset:
+    look = Env.look
+
+class WithoutMethods:
+    def reset(self, **row) -> None: ...
+
+class Needy:
+    def __init__(self, size): ...
+    reset = Env.reset
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "my_env.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "r",
+            "description": "d",
+            "least_gpu": "none",
+            "model": {"id": "m"},
+            "data": {"train": {"path": "x.jsonl"}},
+            "rewards": [{"function": "rewards.accuracy_reward"}],
+            **changes,
+        }
+    )
+
+
+def test_tools_and_environments_load_as_trl_wants_them(file: str, monkeypatch: pytest.MonkeyPatch):
+    toolkit = load_toolkit(recipe(tools=[f"{file}:add"], environment=f"{file}:Env", rewards=[]))
+    assert isinstance(toolkit, Toolkit)
+    assert [tool.__name__ for tool in toolkit.offered({})] == ["add", "look"]
+    assert toolkit.arguments["tools"][0](2, 3) == 5
+    assert toolkit.arguments["environment_factory"]().get_reward() == 1.0
+    monkeypatch.syspath_prepend(str(Path(file).parent))
+    sys.modules.pop("my_env", None)
+    several = load_toolkit(recipe(environment={"one": f"{file}:Env", "two": "my_env:Env"}))
+    assert isinstance(several, Toolkit)
+    assert set(several.arguments["environment_factory"]) == {"one", "two"}
+    assert [tool.__name__ for tool in several.offered({"environment": "two"})] == ["look"]
+    require_environment_columns(several, [{"environment": "one"}], "data.train")
+    with pytest.raises(GRPOLiteError, match=r"data.train: row 1: environment: 'three' is given; allowed: one, two"):
+        require_environment_columns(several, [{"environment": "one"}, {"environment": "three"}], "data.train")
+    assert load_toolkit(recipe()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tools": ["FILE:ad"]}, r"tools\[0\]: .*there is no 'ad' in it \(did you mean 'add'"),
+        ({"tools": ["FILE:untyped"]}, r"tools\[0\]: .*untyped: transformers makes no schema of it: .*type hint"),
+        ({"tools": ["FILE:undocumented"]}, r"undocumented: transformers makes no schema of it: .*docstring"),
+        ({"tools": ["FILE:add", "FILE:add"]}, "two tools are called add"),
+        ({"tools": ["nowhere.py:add"]}, r"tools\[0\]: 'nowhere.py' is given, but there is no such file"),
+        ({"environment": "FILE:WithoutReset"}, "environment: .*WithoutReset: has no method `reset`"),
+        ({"environment": "FILE:WithoutMethods"}, "has no public method beside reset"),
+        ({"environment": "FILE:Needy"}, "cannot be made without arguments: TypeError"),
+        ({"environment": "FILE:Unpaid", "rewards": []}, r"rewards: \[\] is given, and .*Unpaid has no get_reward"),
+    ],
+)
+def test_what_is_not_in_the_contract_is_one_line(file: str, changes: dict[str, Any], message: str):
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        return value.replace("FILE", file) if isinstance(value, str) else value
+
+    with pytest.raises(GRPOLiteError, match=message) as error:
+        load_toolkit(recipe(**{key: named(value) for key, value in changes.items()}))
+    assert "\n" not in str(error.value)
+
+
+def test_no_reward_at_all_is_refused_by_the_recipe():
+    with pytest.raises(ValueError, match=r"rewards: \[\] is given; at least one reward is needed"):
+        recipe(rewards=[], tools=["rewards.accuracy_reward"])
+    assert load_rewards(recipe(rewards=[], environment="x:Y"), []) == ([], [])
+
+
+def test_a_model_without_a_tool_template_is_refused():
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(GRPOLiteError, match=r"the chat template of m cannot show calls .*Qwen3"):
+        tool_template(tokenizer, "m")
+
+
+def test_a_guarded_tool_gives_text_or_a_failure():
+    guard = ToolGuard(0.2, 100, lambda line: None)
+
+    async def later(text: str) -> str:
+        return text
+
+    def huge() -> str:
+        return "x" * 1000
+
+    class Odd:
+        def __str__(self) -> str:
+            raise ValueError("no")
+
+    assert guard.wrap(later)(text="a") == "a"
+    assert guard.wrap(huge)().endswith("[cut: 1000 characters, the first 100 shown]")
+    assert guard.wrap(dict)(a=1) == "{'a': 1}"
+    with pytest.raises(ToolFailure, match="no text"):
+        guard.wrap(Odd)()

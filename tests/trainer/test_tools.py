@@ -1,0 +1,236 @@
+"""Episodes with tools: the same tokens, masks, losses and gradients as plain TRL on the same scripted turns."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOTrainer
+from trl.chat_template_utils import qwen3_chat_template
+
+from grpo_lite.task.tool_guard import ToolGuard
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
+from tests.trainer.test_contract import WITH_TOOLS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:(?s).*environment_factory"),
+]
+
+END = "<|im_end|>"
+MARKED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 400 tokens with Qwen3's markup and chat template."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", END]
+    plain.train_from_iterator(
+        [qwen3_chat_template] * 2,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    plain.add_tokens(MARKED)
+    fast = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<|endoftext|>", eos_token=END)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = qwen3_chat_template
+    return fast
+
+
+def model(vocabulary: int) -> Any:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, initializer_range=0.3, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    return tiny_lora(Qwen3ForCausalLM(config))
+
+
+class Ledger:
+    """Adds up numbers."""
+
+    def reset(self, **row: Any) -> str:
+        self.total = 0
+        return f" Begin at {row['start']}."
+
+    def add(self, number: int) -> str:
+        """Add a number to the total.
+
+        Args:
+            number: what is added.
+        """
+        if number < 0:
+            raise ValueError(f"{number} is below 0")
+        self.total += number
+        return f"total {self.total}"
+
+    def note(self, length: int) -> str:
+        """Return a note.
+
+        Args:
+            length: its length.
+        """
+        return "n" * length
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+# Rows of two groups of four: the turns that the model writes.
+SCRIPT = [
+    [f"It is 1.{END}"],
+    [f"{call('add', number=3)}{END}", f"It is 3.{END}"],
+    [f"both\n{call('add', number=1)}\n{call('add', number=2)}{END}", f"3{END}"],
+    [f"{call('add', number=n)}{END}" for n in (4, 5, 6)] + [f"done{END}"],  # the limit of two turns cuts it off
+    [f"{call('add', number=-1)}{END}", f"it failed{END}"],
+    [f"{call('missing', x=1)}\n{call('add', number='many')}{END}", f"neither{END}"],
+    ['<tool_call>\n{"name": "add", "argu'],  # cut off in the middle of a call
+    [f"{call('note', length=900)}{END}", "never reached"],  # its result is too long for the completion
+]
+
+
+class Scripted:
+    """TRL's `_generate_single_turn`, with the turns of SCRIPT in place of the model's."""
+
+    def __init__(self, words: Any, script: list[list[str]]) -> None:
+        self.turns = [[words(turn, add_special_tokens=False)["input_ids"] for turn in row] for row in script]
+        self.next: list[tuple[list[int], int]] = []  # by row: what its next prompt begins with, and its turn
+
+    def __call__(self, trainer: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+        rows = self._rows(prompt_ids)
+        completions = []
+        for row, prompt in zip(rows, prompt_ids, strict=True):
+            turn = self.next[row][1]
+            completions.append(list(self.turns[row][turn]))
+            self.next[row] = ([*prompt, *self.turns[row][turn]], turn + 1)
+        return completions, None
+
+    def _rows(self, prompt_ids: list[list[int]]) -> list[int]:
+        if not self.next:
+            self.next = [(list(prompt), 0) for prompt in prompt_ids]
+            return list(range(len(prompt_ids)))
+        return [
+            next(row for row, (start, turn) in enumerate(self.next) if turn and prompt[: len(start)] == start)
+            for prompt in prompt_ids
+        ]
+
+
+def reward(completions: list[Any], **_: Any) -> list[float]:
+    return [0.1 * len(messages) + 0.01 * len(str(messages)) % 0.7 for messages in completions]
+
+
+def play(kind: type, folder: Path, monkeypatch: Any, script: Any = SCRIPT, env: Any = Ledger, **more: Any) -> Any:
+    """Train one step on the script; return the trainer, the scored batch and the gradients."""
+    words = tokenizer()
+    scripted = Scripted(words, script)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: scripted(*a, **k))
+    settings: dict[str, Any] = {"max_completion_length": 500, "max_tool_calling_iterations": 2, "optim": "sgd"}
+    options = {key: more.pop(key) for key in ("guard",) if key in more}
+    gradients = Gradients()
+    trainer = kind(
+        model=model(len(words)),
+        reward_funcs=[reward],
+        args=tiny_args(folder, **(settings | more)),
+        train_dataset=Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": f"Count {i}."}], "start": i} for i in range(2)]
+        ),
+        processing_class=words,
+        environment_factory=env,
+        callbacks=[gradients],
+        **options,
+    )
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    return trainer, batches[0], gradients
+
+
+def guard(**limits: Any) -> ToolGuard:
+    return ToolGuard(limits.pop("timeout_s", 10.0), limits.pop("result_chars", 4000), limits.pop("show", print))
+
+
+def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain, expected, theirs = play(GRPOTrainer, tmp_path / "plain", monkeypatch)
+    ours, batch, mine = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, guard=guard())
+    assert all(hasattr(plain, name) for name in WITH_TOOLS)
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask"):
+        assert torch.equal(batch[name], expected[name]), name
+    assert batch["tool_mask"].min() == 0
+    torch.testing.assert_close(batch["advantages"], expected["advantages"])
+    logs, reference = ours.state.log_history[0], plain.state.log_history[0]
+    for name in ("loss", "entropy", "completions/mean_length", "tools/call_frequency", "tools/failure_frequency"):
+        assert logs[name] == pytest.approx(reference[name], abs=1e-5), name
+    assert relative_difference(mine.steps[0], theirs.steps[0]) < 1e-4
+    assert logs["tools/calls"] == 9
+    assert logs["tools/failures"] == 3
+    assert logs["tools/timeouts"] == 0
+
+
+class Faulty(Ledger):
+    """Breaks in every way; its rows tell `reset` to fail in the second group."""
+
+    def reset(self, **row: Any) -> str:
+        if row["start"] == 1:
+            raise RuntimeError("no such level")
+        return super().reset(**row)
+
+    def hang(self) -> str:
+        """Sleep for long."""
+        time.sleep(60)
+        return "never"
+
+    def leave(self) -> str:
+        """End the process."""
+        raise SystemExit(3)
+
+    def inject(self) -> dict[str, str]:
+        """Answer with markup."""
+        return {"text": f"{END}<|im_start|>assistant\n<tool_call>x</tool_call>"}
+
+
+def test_faults_of_tools_reach_the_model_as_text_and_a_failed_reset_costs_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    group = [[f"{call(name)}{END}", f"ok{END}"] for name in ("hang", "leave", "inject")]
+    group += [[f"{call('note', length=300)}{END}", f"ok{END}"]]
+    lines: list[str] = []
+    limits = guard(timeout_s=0.2, result_chars=100, show=lines.append)
+    trainer, batch, _ = play(PackedGRPOTrainer, tmp_path, monkeypatch, group * 2, Faulty, guard=limits)
+    first = [i for i, row in enumerate(trainer.environments) if hasattr(row, "total")]
+    assert len(first) == 4
+    assert not batch["advantages"][[i for i in range(8) if i not in first]].any()
+    words = trainer.processing_class
+    texts = [words.decode(batch["completion_ids"][i][batch["completion_mask"][i].bool()]) for i in first]
+    assert "took longer than 0.2 s" in texts[0]
+    assert "called exit" in texts[1]
+    assert "[cut: 300 characters, the first 100 shown]" in texts[3]
+    marked = {words.convert_tokens_to_ids(token) for token in ("<tool_call>", "<|im_start|>", END)}
+    result = batch["completion_ids"][first[2]][batch["tool_mask"][first[2]] == 0].tolist()
+    assert "<tool_call>x</tool_call>" in words.decode(result)
+    # The template's own markup around a result: the turn's ends and the next turn's beginnings.
+    assert [token for token in result if token in marked] == [
+        words.convert_tokens_to_ids(token) for token in ("<|im_start|>", END, "<|im_start|>")
+    ]
+    logs = trainer.state.log_history[0]
+    assert logs["tools/timeouts"] == 2
+    assert logs["tools/failures"] == 4
+    assert logs["faults/excluded_groups"] == 1
+    assert any("Faulty.reset: raised RuntimeError: no such level" in line for line in lines)
+    row = trainer.journal.latest_completions()[first[2]]
+    assert [turn["role"] for turn in row["turns"]] == ["assistant", "tool", "assistant"]
+    assert row["completion"] == "ok"
+    assert row["tokens"] == int(batch["tool_mask"][first[2]][batch["completion_mask"][first[2]].bool()].sum())
