@@ -62,7 +62,8 @@ def config_fields(section: Literal["grpo", "lora"]) -> Mapping[str, Any]:
     return fields
 
 
-def config_defaults(section: Literal["grpo", "lora"]) -> dict[str, Any]:
+@cache
+def config_defaults(section: Literal["grpo", "lora"]) -> Mapping[str, Any]:
     """Return field name -> upstream's default, of the fields whose default is written as a plain value.
 
     Raises:
