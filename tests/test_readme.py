@@ -109,12 +109,13 @@ def test_make_alone_prints_every_target(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_gsm8k_commands_run_in_the_order_of_the_page(workplace: Path) -> None:
     ran = []
     for command in commands(COMMANDS):
         if "gsm8k" not in command or command in ran or "GGUF=" in command:
             continue  # a GGUF needs a real tokenizer: export/test_gguf.py
+        if "--lm-eval" in command:
+            continue  # arc_easy lies on the Hub; a task of a file is scored in evaluation/test_lm_eval.py
         if "GPUS=" in command:
             continue  # needs two cards: trainer/test_parallel.py
         if command.startswith("make train") and "ARGS" in command:
@@ -128,6 +129,13 @@ def test_the_gsm8k_commands_run_in_the_order_of_the_page(workplace: Path) -> Non
     assert (workplace / "runs" / "gsm8k" / "merged" / "model.safetensors").is_file()
     assert (workplace / "runs" / "again" / "merged" / "model.safetensors").is_file()
     assert len(ran) >= 7
+
+
+def test_scoring_other_tasks_installs_its_extra() -> None:
+    dry = ["make", "-n", "VENV=nowhere", "eval", "RUN=runs/gsm8k", "ARGS=--lm-eval arc_easy"]
+    shown = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "bootstrap.py nowhere lm-eval" in shown
+    assert shown.rstrip().endswith("--lm-eval arc_easy")
 
 
 def test_ui_installs_its_extra_and_serves_the_runs() -> None:

@@ -317,8 +317,18 @@ def test_a_multimodal_base_runs_the_whole_line_and_keeps_its_vision_tower(tmp_pa
     base = tmp_path / "gemma"
     save_multimodal(base, dtype=torch.bfloat16)
     AutoTokenizer.from_pretrained(resolve_base(TINY_MODEL)).save_pretrained(base)
-    # Of 64 random tokens some are the end, so that rewards differ and a gradient flows.
-    settings = ["model.load_in=4bit", "grpo.max_steps=2", "grpo.learning_rate=1e-2", "grpo.max_completion_length=64"]
+    # A random model earns no reward of the recipe's own, and without a difference in a group no gradient flows.
+    (tmp_path / "varied.py").write_text(
+        "def varied(completion_ids, **kwargs):\n    return [sum(ids) % 7 for ids in completion_ids]\n"
+    )
+    settings = [
+        "model.load_in=4bit",
+        "grpo.max_steps=2",
+        "grpo.learning_rate=1e-2",
+        "check.enabled=false",
+        f"rewards[0].function={tmp_path / 'varied.py'}:varied",
+        "rewards[0].kwargs={}",
+    ]
     text = grpo_lite("train", "smoke", f"model.id={base}", *settings, "--run", str(tmp_path / "run"))
     assert "34 tensors beside the text tower are copied unchanged (multi_modal_projector 2, vision_tower 32)" in text
     assert "verified on 8 held-out prompts" in text

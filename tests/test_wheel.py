@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,13 +22,11 @@ pytestmark = pytest.mark.slow
 
 def pip() -> list[str]:
     """Return the command of pip, with which a wheel can be built here without network; skip where there is none."""
-    try:
-        too_old = int(importlib.metadata.version("setuptools").partition(".")[0]) < 77
-    except importlib.metadata.PackageNotFoundError:
-        too_old = True
-    if too_old:
+    # By what is installed: finding the module pip makes setuptools warn of a distutils imported before.
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    if int(installed.get("setuptools", "0").partition(".")[0]) < 77:
         pytest.skip("building a wheel without network needs setuptools >= 77 in this environment (pyproject.toml)")
-    if importlib.util.find_spec("pip"):
+    if "pip" in installed:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     # uv makes environments without pip; Python brings one for those that `venv` makes.
     distribution = sysconfig.get_config_var("WHEEL_PKG_DIR") or ""
