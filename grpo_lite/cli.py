@@ -266,7 +266,10 @@ def rewards_check(recipe: str, overrides: tuple[str, ...]) -> None:
 @main.command("check-env")
 @recipe_argument
 def check_env(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Play a recipe's environment: its gold policy, its cheats, random calls. Exits 1 if one earns what gold does."""
+    """Play a recipe's environment: its gold policy, its cheats, random calls. Exits 1 if one earns what gold does.
+
+    Exits 1 too where an instance keeps state from one episode to the next.
+    """
     from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -274,7 +277,7 @@ def check_env(recipe: str, overrides: tuple[str, ...]) -> None:
 
     played = check_environments(loaded)
     say("\n".join(line for environment in played for line in environment.lines()))
-    if any(environment.beaten_by for environment in played):
+    if not all(environment.passes for environment in played):
         sys.exit(1)
 
 

@@ -17,6 +17,9 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "rollout": ("grpo_lite.engine.decode:GroupDecoder.__call__", "before"),
     "after rollout": ("grpo_lite.engine.decode:GroupDecoder.__call__", "after"),
     "forward": ("transformers.models.llama.modeling_llama:LlamaModel.forward", "before"),
+    "reset": ("grpo_lite.task.tool_guard:ToolGuard.reset", "before"),
+    "tool call": ("grpo_lite.task.tool_guard:_text", "before"),  # the tool has run, and its caller does not know yet
+    "between turns": ("grpo_lite.trainer.rollouts:Rollouts.tool_suffix", "before"),
     "reward": ("grpo_lite.task.guard:GuardedReward.__call__", "before"),
     "after reward": ("grpo_lite.task.guard:GuardedReward.__call__", "after"),
     "backward": ("accelerate:Accelerator.backward", "before"),
@@ -96,6 +99,13 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
         "learning_rate: 0.001, tokens_per_step: 200}",
         "grpo.beta=0.05", "reference=start", "grpo.max_steps=3", "grpo.save_steps=2", "merge=false",
     ),
+    # a model that calls a tool in most turns; rounds are reused, and saves fall inside them
+    "environment": (
+        "model.id=TOOL_MODEL", "data={train: {path: TOOL_MODEL/rows.jsonl}, format: chat, prompt: '{question}', "
+        "answer: null, holdout: 0}", f"environment={Path(__file__).with_name('tool_model.py')}:Ledger",
+        "grpo.max_tool_calling_iterations=3", "grpo.max_completion_length=200", "grpo.steps_per_generation=2",
+        "grpo.max_steps=7", "grpo.save_steps=3", *ALONE,
+    ),
     "plain TRL": (
         "compute=plain", "rollout=generate", "grpo.max_steps=5", "grpo.save_steps=2", "data.train.limit=14", *ALONE,
     ),
@@ -109,7 +119,17 @@ def uneven(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 def train(run: Path, configuration: str, *more: str) -> list[str]:
     """Return the command line of a run."""
-    return ["train", "smoke", "--run", str(run), *FAST, *CONFIGURATIONS[configuration], *more]
+    settings = CONFIGURATIONS[configuration]
+    if any("TOOL_MODEL" in setting for setting in settings):
+        folder = str(_tool_model(run.parent / "tool-model"))
+        settings = tuple(setting.replace("TOOL_MODEL", folder) for setting in settings)
+    return ["train", "smoke", "--run", str(run), *FAST, *settings, *more]
+
+
+def _tool_model(folder: Path) -> Path:
+    from tests.tool_model import write_tool_model
+
+    return folder if folder.is_dir() else write_tool_model(folder)
 
 
 def outcome(run: Path) -> dict[str, Any]:

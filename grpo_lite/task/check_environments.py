@@ -2,7 +2,8 @@
 
 The policies stand beside the environment's class, as functions of a row: `gold(row)` and `cheats(row)`
 (grpo_lite/environments/__init__.py says what they return). The random policy calls tools with values of the right
-types.
+types. An episode is also repeated, in a fresh instance and in one that has been used: training uses an instance for
+many episodes, and a killed run resumes exactly only where an episode depends on nothing but its row and its turns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite.environments.play import Turn, play, tools_of
+from grpo_lite.environments.play import Message, Turn, play_in, tools_of
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.environments import Toolkit
@@ -21,6 +22,7 @@ from grpo_lite.task.guard import TimeLimitExceeded, call_within
 from grpo_lite.task.prompts import load_prompts
 
 ROWS = 32  # of each environment
+REPEATED = 4  # rows whose episodes are repeated
 RANDOM_CALLS = 8
 GOLD, RANDOM = "gold", "random calls"
 _WORDS = ("apple", "crane", "1", "42", "2+2", "print(1)", "")
@@ -33,10 +35,19 @@ class Played:
     Attributes:
         name: of the class.
         rewards: by policy, of each row that has one.
+        keeps_state: whether an instance that has been used plays another episode than a fresh one.
+        is_repeatable: whether fresh instances play equal episodes.
     """
 
     name: str
     rewards: dict[str, list[float]]
+    keeps_state: bool = False
+    is_repeatable: bool = True
+
+    @property
+    def passes(self) -> bool:
+        """Whether the environment may be trained on."""
+        return not self.beaten_by and not self.keeps_state
 
     @property
     def beaten_by(self) -> list[str]:
@@ -59,6 +70,13 @@ class Played:
             yield "  no gold policy: add `def gold(row)` beside the class, to show that a reward can be had"
         for name in self.beaten_by:
             yield f"  {name} earns as much as gold on some rows: the environment pays for something else than its task"
+        if self.keeps_state:
+            yield "  an instance keeps state of the episode before: set everything in reset"
+        if not self.is_repeatable:
+            yield (
+                "  the same turns gave another episode: a resumed run will differ from one that nobody stopped. Let "
+                "chance come from the row, or from Python's `random`, whose state a checkpoint keeps"
+            )
 
 
 def check_environments(recipe: Recipe) -> list[Played]:
@@ -83,12 +101,37 @@ def _played(recipe: Recipe, toolkit: Toolkit, name: str | None, train: Sequence[
     beside = getattr(getattr(factory, "reset", None), "__globals__", {})
     chance = random.Random(recipe.seed)
     rewards: dict[str, list[float]] = {}
+    first: list[tuple[Row, Sequence[Turn]]] = []  # the first policy's turns
     for row in rows:
-        for policy, turns in _policies(beside, row, factory, chance).items():
-            reward = _episode(recipe, factory, title, row, turns)
+        policies = _policies(beside, row, factory, chance)
+        first.append((row, next(iter(policies.values()))))
+        for policy, turns in policies.items():
+            reward, _ = _episode(recipe, factory(), title, row, turns)
             if reward is not None:
                 rewards.setdefault(policy, []).append(reward)
-    return Played(title, rewards)
+    return Played(title, rewards, *_repeated(recipe, factory, title, first[:REPEATED]))
+
+
+def _repeated(
+    recipe: Recipe, factory: Callable[[], Any], title: str, episodes: Sequence[tuple[Row, Sequence[Turn]]]
+) -> tuple[bool, bool]:
+    """Return whether an instance keeps state from one episode to the next, and whether episodes can be repeated."""
+    keeps_state, is_repeatable = False, True
+    state = random.getstate()
+    used = factory()
+    try:
+        for row, turns in episodes:
+            outcomes = []
+            for instance in (factory(), factory(), used):
+                random.seed(recipe.seed)
+                outcomes.append(_episode(recipe, instance, title, row, turns))
+            if outcomes[0] != outcomes[1]:
+                is_repeatable = False
+            elif outcomes[0] != outcomes[2]:
+                keeps_state = True
+    finally:
+        random.setstate(state)
+    return keeps_state, is_repeatable
 
 
 def _policies(
@@ -122,10 +165,12 @@ def _random_value(schema: Mapping[str, Any], chance: random.Random) -> Any:
     return values.get(str(schema.get("type")), chance.choice(_WORDS))
 
 
-def _episode(recipe: Recipe, factory: Callable[[], Any], title: str, row: Row, turns: Sequence[Turn]) -> float | None:
+def _episode(
+    recipe: Recipe, environment: Any, title: str, row: Row, turns: Sequence[Turn]
+) -> tuple[float | None, list[Message]]:
     seconds = recipe.limits.tool_timeout_s * (len(turns) + 1)
     try:
-        reward, _ = call_within(seconds, lambda: play(factory, row, turns))
+        return call_within(seconds, lambda: play_in(environment, row, turns))
     except TimeLimitExceeded:
         raise RewardError(
             f"environment: an episode of {title} took longer than {seconds:g} s (limits.tool_timeout_s a turn)."
@@ -134,4 +179,3 @@ def _episode(recipe: Recipe, factory: Callable[[], Any], title: str, row: Row, t
         raise RewardError(
             f"environment: {title} raised {type(error).__name__}: {error}, with the row {row}."
         ) from error
-    return reward

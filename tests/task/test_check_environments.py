@@ -38,6 +38,29 @@ def test_one_that_pays_for_any_guess_is_found_out(tmp_path: Path) -> None:
     assert any("pays for something else" in line for line in played.lines())
 
 
+def test_one_that_keeps_state_over_episodes_fails(tmp_path: Path) -> None:
+    source = (
+        "\n".join(BLOCKS)
+        .replace("    def reset", "    tries = 0\n\n    def reset")
+        .replace("self.number, self.tries, self.last = number, 0, None", "self.number, self.last = number, None")
+    )
+    (played,) = check_environments(load_recipe("smoke", recipe_with(tmp_path, source)))
+    assert played.keeps_state
+    assert played.is_repeatable
+    assert "keeps state of the episode before" in grpo_lite(
+        "check-env", "smoke", *recipe_with(tmp_path, source), expect=1
+    )
+
+
+@pytest.mark.parametrize(("chance", "repeatable"), [("random", True), ("random.SystemRandom()", False)])
+def test_chance_that_no_checkpoint_keeps_is_said(tmp_path: Path, chance: str, repeatable: bool) -> None:
+    source = "import random\n" + "\n".join(BLOCKS).replace('"right" if', f'"right " + str({chance}.random()) if')
+    (played,) = check_environments(load_recipe("smoke", recipe_with(tmp_path, source)))
+    assert played.is_repeatable is repeatable
+    assert played.passes
+    assert any("a resumed run will differ" in line for line in played.lines()) is not repeatable
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -53,6 +53,11 @@ KILLS: list[tuple[str, list[tuple[str, int]]]] = [
         [("backward", 4), ("warm-up: ended", 2), ("warm-up: adapter", 1), ("warm-up: done", 1), ("backward", 3)],
     ),
     ("all at once", [("backward", 17), ("checkpoint: tensors written", 2)]),
+    # Between the turns of an episode, in a call of a tool, in the optimizer step after it, and before a reward.
+    (
+        "environment",
+        [("between turns", 5), ("tool call", 40), ("after backward", 5), ("optimizer step", 2), ("reward", 2)],
+    ),
     ("to the merge", [("checkpoint: older removed", 3), ("adapter written", 1), ("merge: a block", 5), ("report", 1)]),
 ]
 

@@ -1,6 +1,5 @@
 """Episodes with tools: the same tokens, masks, losses and gradients as plain TRL on the same scripted turns."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,41 +7,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
-from trl.chat_template_utils import qwen3_chat_template
 
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
+from tests.tool_model import END, call, tool_tokenizer
 from tests.trainer.test_contract import WITH_TOOLS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
     pytest.mark.filterwarnings("ignore:(?s).*environment_factory"),
 ]
-
-END = "<|im_end|>"
-MARKED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of 400 tokens with Qwen3's markup and chat template."""
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", END]
-    plain.train_from_iterator(
-        [qwen3_chat_template] * 2,
-        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
-    )
-    plain.add_tokens(MARKED)
-    fast = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<|endoftext|>", eos_token=END)
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = qwen3_chat_template
-    return fast
 
 
 def model(vocabulary: int) -> Any:
@@ -83,10 +60,6 @@ class Ledger:
 
     def get_reward(self) -> float:
         return float(self.total)
-
-
-def call(name: str, **arguments: Any) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 # Rows of two groups of four: the turns that the model writes.
@@ -134,7 +107,7 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 
 def play(kind: type, folder: Path, monkeypatch: Any, script: Any = SCRIPT, env: Any = Ledger, **more: Any) -> Any:
     """Train one step on the script; return the trainer, the scored batch and the gradients."""
-    words = tokenizer()
+    words = tool_tokenizer()
     scripted = Scripted(words, script)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: scripted(*a, **k))
     settings: dict[str, Any] = {"max_completion_length": 500, "max_tool_calling_iterations": 2, "optim": "sgd"}

@@ -1,0 +1,85 @@
+"""A random Qwen3 that calls a tool in most turns, and an environment for it: episodes of several turns in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl.chat_template_utils import qwen3_chat_template
+
+END = "<|im_end|>"
+MARKED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+
+
+def tool_tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 400 tokens with Qwen3's markup and chat template, and some tokens more."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", END]
+    plain.train_from_iterator(
+        [qwen3_chat_template] * 2,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    plain.add_tokens([*MARKED, *more])
+    fast = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<|endoftext|>", eos_token=END)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = qwen3_chat_template
+    return fast
+
+
+def call(name: str, **arguments: Any) -> str:
+    """Return a call as Qwen3 writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+class Ledger:
+    """Adds up numbers, from a random start of Python's own generator; one below 0 is an error."""
+
+    def reset(self, start: int = 0, **row: Any) -> str:
+        self.total = start + random.randrange(3)
+        return f" Begin at {self.total}."
+
+    def add(self, number: int) -> str:
+        """Add a number to the total.
+
+        Args:
+            number: what is added.
+        """
+        if number < 0:
+            raise ValueError(f"{number} is below 0")
+        self.total += number
+        return f"total {self.total}"
+
+    def get_reward(self) -> float:
+        return float(self.total % 5) / 4
+
+
+def write_tool_model(folder: Path) -> Path:
+    """Write a model whose likely tokens are calls of `add`, each one token, the end of a turn, and two letters."""
+    calls = tuple(call("add", number=number) for number in (-1, 1, 2, 3, 5))
+    words = tool_tokenizer(calls)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, initializer_range=0.1, pad_token_id=0,
+            eos_token_id=2, bos_token_id=None, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    likely = [words.convert_tokens_to_ids(token) for token in (*calls, END, "a", "b")]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 1.0  # every hidden state has a large first entry …
+        model.lm_head.weight[:, 0] = -2.0
+        model.lm_head.weight[likely, 0] = 2.0  # … which makes these tokens likely
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    rows = [{"question": f"Count {n}.", "start": n % 3} for n in range(12)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
