@@ -19,6 +19,15 @@ VOCABULARY = 320
 OUR_METRICS = {"time/rollout_s", "time/reward_s", "memory/peak_gib"}
 # Two layers of a hybrid: one recurrent, one with attention.
 HYBRIDS: dict[str, dict[str, Any]] = {
+    "granite4": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "shared_intermediate_size": 24,
+        "num_local_experts": 0,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_5": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -28,6 +37,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 PROMPTS = ["2+3=", "Name a colour and say why you like it.", "7+9=", "Count: one two three"]
 
 
@@ -63,6 +73,7 @@ def tiny_model(
         "mistral": "Mistral",
         "mixtral": "Mixtral",
         "gpt2": "GPT2",
+        "granite4": "GraniteMoeHybrid",
         "lfm2": "Lfm2",
         "qwen3_5": "Qwen3_5",
     }
@@ -79,7 +90,7 @@ def tiny_model(
             "max_position_embeddings": 512,
             "initializer_range": 0.1,
         }
-    settings |= HYBRIDS.get(kind, {}) | {
+    settings |= HYBRIDS.get(kind, EXPERTS if kind == "mixtral" else {}) | {
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": True,
         "bos_token_id": 1,

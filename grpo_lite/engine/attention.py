@@ -409,27 +409,62 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 def rope_border(model: PreTrainedModel, shortest: int, longest: int) -> int | None:
-    """Return the length at which the rotary frequencies change between these lengths, or None.
+    """Return the length at which the rotary frequencies change while rows of these lengths are decoded, or None.
 
     transformers chooses them by the longest position in a call: longrope has one set up to the original length and
-    one beyond, dynamic scaling another one for every length beyond. Calls of packed rows, of padded ones and of a
-    decoding step have different longest positions, and agree only where all of them choose the same.
+    one beyond, dynamic scaling another one for every length beyond. The passes over a prompt and those of a decoding
+    step have different longest positions, and agree only where all of them choose the same.
 
     Args:
         model: the causal language model.
         shortest: tokens of the shortest row.
         longest: tokens of the longest one, padding included.
     """
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        rope_type, original = kind.get("rope_type") or "", kind.get("original_max_position_embeddings")
-        if rope_type == "longrope" and shortest <= (original or config.max_position_embeddings) < longest:
-            return int(original or config.max_position_embeddings)
-        # At that length, too, which is computed as the call before left it (transformers 5.23).
-        if "dynamic" in rope_type and longest >= config.max_position_embeddings:
-            return int(config.max_position_embeddings)
+    original = _longrope_length(model)
+    if original is not None and shortest <= original < longest:
+        return original
+    return dynamic_rope_border(model, longest)
+
+
+def dynamic_rope_border(model: PreTrainedModel, longest: int) -> int | None:
+    """Return the length from which rotary frequencies depend on what was computed before, or None below it.
+
+    Dynamic scaling keeps the frequencies of the longest row so far, and at that length those of the call before
+    (transformers 5.24).
+    """
+    dynamic = any("dynamic" in (kind.get("rope_type") or "") for kind in _rope_kinds(model))
+    border = int(model.config.get_text_config().max_position_embeddings) if dynamic else None
+    return border if border is not None and longest >= border else None
+
+
+def longrope_shift(model: PreTrainedModel, longest: int, padded: int) -> int:
+    """Return what to add to the positions of packed rows, so that longrope chooses the factors of the padded rows.
+
+    transformers takes the long ones where the largest position of a call, padding counted, is beyond the original
+    length. Attention sees differences of positions only.
+
+    Args:
+        model: the causal language model.
+        longest: tokens of the longest row.
+        padded: tokens of a row with its padding.
+    """
+    original = _longrope_length(model)
+    return padded - longest if original is not None and longest <= original < padded else 0
+
+
+def _longrope_length(model: PreTrainedModel) -> int | None:
+    """Return up to how many tokens longrope has short factors, or None for other models."""
+    for kind in _rope_kinds(model):
+        if kind.get("rope_type") == "longrope":
+            length = kind.get("original_max_position_embeddings")
+            return int(length or model.config.get_text_config().max_position_embeddings)
     return None
+
+
+def _rope_kinds(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the rotary parameters of all kinds of layers."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
 
 
 @contextmanager

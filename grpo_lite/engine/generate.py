@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import decoding_obstacle
@@ -16,6 +17,8 @@ from grpo_lite.engine.static_decode import StaticDecoder, choose_decoder
 from grpo_lite.errors import MemoryBudgetError
 
 logger = logging.getLogger(__name__)
+
+_CROSSED: WeakSet[Any] = WeakSet()  # models of which that was said
 
 
 def generate_completions(
@@ -127,7 +130,7 @@ def _fewer(rows: int, cap: int) -> int:
 
 
 def shared_decoder(model: Any, config: Any, shortest: int, longest: int) -> Any:
-    """Return our decoder for a model that has been made ready for it, or None.
+    """Return our decoder for a model that has been made ready for it, or None; say where the rows prevent it.
 
     Args:
         model: with or without an adapter.
@@ -138,7 +141,16 @@ def shared_decoder(model: Any, config: Any, shortest: int, longest: int) -> Any:
     inner = base_model(model)
     if not attention.is_installed(inner) or decoding_obstacle(config):
         return None
-    if attention.rope_border(inner, shortest, longest):
+    if border := attention.rope_border(inner, shortest, longest):
+        if inner not in _CROSSED:
+            _CROSSED.add(inner)
+            logger.warning(
+                "Answers of up to %d tokens are generated without shared prompts and CUDA graphs, which is slower: %s "
+                "changes its rotary frequencies at %d.",
+                longest,
+                type(inner).__name__,
+                border,
+            )
         return None
     return choose_decoder(inner, nullcontext)
 

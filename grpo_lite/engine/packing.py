@@ -38,6 +38,7 @@ class PackedBatch:
     predictors: Tensor  # (N,) position in T of the hidden state that predicts each completion token
     targets: Tensor  # (N,) the completion tokens
     scatter: Tensor  # (N,) position of each completion token in the flattened (B, C) result
+    padded_width: int  # tokens of the rows it was packed from, padding included
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +72,9 @@ def read_padded_batch(input_ids: Tensor, attention_mask: Tensor, completion_widt
     return PaddedBatch(input_ids, prompt_lengths, completion_mask.sum(1).tolist(), prompt_width, list(groups.values()))
 
 
-def plan_microbatches(batch: PaddedBatch, rows: Sequence[int], budget: int | None) -> list[list[list[int]]]:
+def plan_microbatches(
+    batch: PaddedBatch, rows: Sequence[int], budget: int | None, every_prompt: bool = False
+) -> list[list[list[int]]]:
     """Divide rows into micro-batches of at most `budget` tokens, groups kept together where they fit.
 
     A group longer than the budget is split into pieces that repeat the prompt; one completion that is too long on
@@ -81,6 +84,7 @@ def plan_microbatches(batch: PaddedBatch, rows: Sequence[int], budget: int | Non
         batch: The padded batch.
         rows: Which of its rows to process.
         budget: Tokens per micro-batch; None for one micro-batch.
+        every_prompt: Whether a prompt of which no row has completion tokens is a piece too, of one such row.
 
     Returns:
         Micro-batches, each a list of pieces, each a list of rows with the same prompt.
@@ -88,7 +92,10 @@ def plan_microbatches(batch: PaddedBatch, rows: Sequence[int], budget: int | Non
     wanted = set(rows)
     pieces: list[tuple[int, list[int]]] = []  # tokens, rows
     for group in batch.groups:
-        live = [row for row in group if row in wanted and batch.completion_lengths[row] > 0]
+        chosen = [row for row in group if row in wanted]
+        live = [row for row in chosen if batch.completion_lengths[row] > 0]
+        if not live and chosen and every_prompt:
+            live = chosen[:1]
         if not live:
             continue
         prompt_length = batch.prompt_lengths[live[0]]
@@ -115,7 +122,7 @@ def _first_fit(items: list[int], sizes: list[int], capacity: int | None) -> list
 
 
 def pack(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> PackedBatch:
-    """Lay out the given pieces (rows with one prompt each, every completion non-empty) as one flat row."""
+    """Lay out the given pieces (rows with one prompt each) as one flat row."""
     device = batch.input_ids.device
     width, prompt_width = batch.input_ids.size(1), batch.prompt_width
     sources: list[Tensor] = []  # where each token of the flat row lies in the flattened padded batch
@@ -130,7 +137,8 @@ def pack(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> PackedBatch:
         sources.append(torch.arange(prompt_width - prompt_length, prompt_width) + piece[0] * width)
         positions.append(torch.arange(prompt_length))
         offset += prompt_length
-        for row in piece:
+        completions = [row for row in piece if batch.completion_lengths[row] > 0]
+        for row in completions:
             length = batch.completion_lengths[row]
             sources.append(torch.arange(prompt_width, prompt_width + length) + row * width)
             positions.append(torch.arange(prompt_length, prompt_length + length))
@@ -138,18 +146,43 @@ def pack(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> PackedBatch:
             predictors.append(torch.arange(offset, offset + length - 1))
             scatter.append(torch.arange(length) + row * batch.completion_width)
             offset += length
-        segments.append((prompt_length, tuple(batch.completion_lengths[row] for row in piece)))
+        segments.append((prompt_length, tuple(batch.completion_lengths[row] for row in completions)))
+    none = torch.empty(0, dtype=torch.long)
     flat_ids = batch.input_ids.reshape(-1)
-    scattered = torch.cat(scatter).to(device)
+    scattered = torch.cat([none, *scatter]).to(device)
     targets = batch.input_ids[:, prompt_width:].reshape(-1)[scattered]
     return PackedBatch(
         input_ids=flat_ids[torch.cat(sources).to(device)].unsqueeze(0),
         position_ids=torch.cat(positions).to(device).unsqueeze(0),
         segments=tuple(segments),
-        predictors=torch.cat(predictors).to(device),
+        predictors=torch.cat([none, *predictors]).to(device),
         targets=targets,
         scatter=scattered,
+        padded_width=width,
     )
+
+
+def token_weights(batch: PaddedBatch, microbatches: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
+    """Return how many tokens of the padded rows each token of the packed ones stands for: `(T,)` per micro-batch.
+
+    Args:
+        batch: The padded batch.
+        microbatches: From `plan_microbatches` for all rows, with every prompt.
+    """
+    group_of = {row: index for index, group in enumerate(batch.groups) for row in group}
+    # Rows without completion tokens are in no piece: the first piece of their group stands for them.
+    absent = [sum(batch.completion_lengths[row] == 0 for row in group) for group in batch.groups]
+    weights = []
+    for pieces in microbatches:
+        parts = []
+        for piece in pieces:
+            completions = [batch.completion_lengths[row] for row in piece if batch.completion_lengths[row] > 0]
+            group = group_of[piece[0]]
+            rows, absent[group] = len(completions) + absent[group], 0
+            parts.append(torch.full((batch.prompt_lengths[piece[0]],), float(rows)))
+            parts.append(torch.ones(sum(completions)))
+        weights.append(torch.cat(parts).to(batch.input_ids.device))
+    return weights
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedBatch:
@@ -172,6 +205,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Pack
         predictors=places - 1,
         targets=flat_labels[places],
         scatter=(labels != -100).reshape(-1).nonzero().squeeze(1),
+        padded_width=input_ids.size(1),
     )
 
 

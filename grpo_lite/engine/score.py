@@ -56,6 +56,7 @@ def score(
     scoring: Scoring,
     autocast: Callable[[], AbstractContextManager[Any]],
     top1: Tensor | None = None,
+    note_router: Callable[[tuple[Tensor, ...]], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities `(N,)` and entropies `(N,)` (or None) of a packed batch's completion tokens.
 
@@ -65,6 +66,7 @@ def score(
         scoring: Temperature and what to return.
         autocast: Makes the context to run the model in.
         top1: As for `selected_logprobs`.
+        note_router: Gets the router logits `(T, experts)` of each layer of a mixture of experts.
     """
     inner = base_model(model)
     device = packed.input_ids.device
@@ -73,13 +75,17 @@ def score(
     # positions as packed sequences and build a (T, T) mask; the packed attention ignores it.
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
     with autocast():
-        hidden = inner.base_model(
+        outputs = inner.base_model(
             input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
+            position_ids=packed.position_ids + attention.longrope_shift(inner, layout.longest, packed.padded_width),
             attention_mask=no_mask,
             use_cache=False,
             **states.arguments(inner, layout),
-        ).last_hidden_state
+            **({} if note_router is None else {"output_router_logits": True}),
+        )
+    hidden = outputs.last_hidden_state
+    if note_router is not None:
+        note_router(outputs.router_logits)
     if layout.calls < states.calls_per_pass(inner):
         raise NotImplementedError("some layers did not attend through transformers' attention interface")
     head = cast(nn.Linear, inner.get_output_embeddings())

@@ -7,7 +7,7 @@ read in trl 1.14.0 and 1.16.0; `tests/trainer/test_contract.py` compares it with
 
 # Part -> the attributes and methods of GRPOTrainer (warmup: SFTTrainer) that it uses. Names that it writes end in "=".
 INTERNALS: dict[str, str] = {
-    "trainer": "_load_from_checkpoint accelerator args aux_loss_enabled model state= use_vllm",
+    "trainer": "_load_from_checkpoint accelerator args aux_loss_enabled= model state= use_vllm",
     "support": "accelerator args generation_config max_completion_length model temperature "
     "use_transformers_continuous_batching use_vllm",
     "refill": "_buffered_inputs= _generate_and_score_completions _get_train_sampler _logs= _metrics= _step= "

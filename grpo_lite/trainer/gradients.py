@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo_lite.engine.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.engine.packing import PaddedBatch, pack, plan_microbatches, read_padded_batch, token_weights, unpack
+from grpo_lite.engine.router_loss import RouterLogits, RouterLoss
 from grpo_lite.engine.score import Scoring, base_model, score
 
-Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probabilities, entropies, auxiliary loss
+Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probabilities, entropies, the router's loss
+NoteRouter = Callable[[RouterLogits], None]
 
 
 class Gradients:
@@ -25,7 +28,7 @@ class Gradients:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.ready: tuple[Tensor, Tensor] | None = None  # answers TRL's next request for log-probabilities
+        self.ready: Scores | None = None  # answers TRL's next request for log-probabilities
 
     # Scoring
 
@@ -41,7 +44,7 @@ class Gradients:
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> Scores:
-        """Return what `plain`, TRL's `_get_per_token_logps_and_entropies`, does: `(B, C)`, `(B, C)` or None, and None.
+        """Return what `plain`, TRL's `_get_per_token_logps_and_entropies`, does: `(B, C)` twice, and a router's loss.
 
         TRL asks for three kinds (trl 1.14-1.16). Its loss wants the policy's, which `loss` has computed and keeps in
         `ready`. A round wants those of the policy that sampled it, which the rollout has noted. With `beta` above 0 the
@@ -49,14 +52,14 @@ class Gradients:
         there is one (`models.reference`), and they are computed here.
         """
         if self.ready is not None:
-            return *self.ready, None
+            return self.ready
         if not torch.is_grad_enabled() and not compute_entropy:
             sampled = self.trainer.rollouts.sampled_logps(logits_to_keep, input_ids.device)
             if sampled is not None:
                 return sampled, None, None
         batch = None
         is_text = all(value is None for value in multimodal.values())
-        if is_text and not compute_aux_loss and self.trainer.support.is_packable(model):
+        if is_text and self.trainer.support.is_packable(model):
             batch = self._read(model, input_ids, attention_mask, logits_to_keep)
         if batch is None:
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **multimodal}
@@ -67,10 +70,13 @@ class Gradients:
             rows = min(batch_size or input_ids.size(0), input_ids.size(0))
             budget = self.trainer.options.tokens_per_microbatch or rows * input_ids.size(1)
         logps, entropies = self._blank(batch)
+        microbatches = plan_microbatches(batch, range(input_ids.size(0)), budget, every_prompt=compute_aux_loss)
+        router = self._router_loss(batch, microbatches) if compute_aux_loss else None
         with nullcontext() if torch.is_grad_enabled() else self.trainer.support.no_checkpointing(model):
-            for pieces in plan_microbatches(batch, range(input_ids.size(0)), budget):
-                logps, entropies = self.score_into(model, batch, pieces, logps, entropies, compute_entropy)
-        return logps, entropies if compute_entropy else None, None
+            for index, pieces in enumerate(microbatches):
+                note = None if router is None else partial(router.note, index)
+                logps, entropies = self.score_into(model, batch, pieces, logps, entropies, compute_entropy, note)
+        return logps, entropies if compute_entropy else None, None if router is None else router.value()
 
     def score_into(
         self,
@@ -80,12 +86,14 @@ class Gradients:
         logps: Tensor,
         entropies: Tensor,
         compute_entropy: bool = True,
+        note_router: NoteRouter | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return `logps` and `entropies` `(B, C)` with the rows in `pieces` replaced by computed values."""
         trainer, packed = self.trainer, pack(batch, pieces)
         entropy_grad = trainer._entropy_bonus_enabled
         scoring = Scoring(trainer.temperature, trainer.args.cast_lm_head_to_fp32, compute_entropy, entropy_grad)
-        values, entropy = score(trainer.accelerator.unwrap_model(model), packed, scoring, self._forward_context)
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        values, entropy = score(unwrapped, packed, scoring, self._forward_context, note_router=note_router)
         logps = unpack(values.to(logps.dtype), packed, logps)
         return logps, entropies if entropy is None else unpack(entropy.to(entropies.dtype), packed, entropies)
 
@@ -106,15 +114,18 @@ class Gradients:
         batch = read_padded_batch(input_ids, attention_mask, width)
         if batch is None:
             return None
-        shortest = min(map(sum, zip(batch.prompt_lengths, batch.completion_lengths, strict=True)))
-        return batch if self.trainer.support.has_one_rope(model, shortest, input_ids.size(1)) else None
+        return batch if self.trainer.support.has_fixed_rope(model, input_ids.size(1)) else None
+
+    def _router_loss(self, batch: PaddedBatch, microbatches: list[list[list[int]]]) -> RouterLoss:
+        config = base_model(self.trainer.accelerator.unwrap_model(self.trainer.model)).config
+        return RouterLoss(config.get_text_config(), token_weights(batch, microbatches))
 
     # Loss and backward
 
     def read(self, model: nn.Module, inputs: dict[str, Any]) -> PaddedBatch | None:
         """Return a micro-step's batch, or None where TRL's own loss must be taken."""
         trainer = self.trainer
-        if not torch.is_grad_enabled() or trainer.aux_loss_enabled or not trainer.support.is_packable(model):
+        if not torch.is_grad_enabled() or not trainer.support.is_packable(model):
             return None
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -125,18 +136,22 @@ class Gradients:
         budget = self.trainer.options.tokens_per_microbatch
         rows = range(batch.input_ids.size(0))
         live = [row for row, counts in enumerate(self._has_gradient(inputs)) if counts]
-        microbatches = plan_microbatches(batch, live, budget)
+        has_router_loss = self.trainer.aux_loss_enabled
+        microbatches = plan_microbatches(batch, live, budget, every_prompt=has_router_loss)
         rest = plan_microbatches(batch, sorted(set(rows) - set(live)), budget)
         logps, entropies = self._blank(batch)
         if self._sampled_by_this_policy(inputs):
             entropies = inputs["rollout_entropies"]  # all that TRL still asks of rows without a gradient
         else:
             logps, entropies = self._score_without_gradient(model, batch, rest, logps, entropies)
+        router = self._router_loss(batch, microbatches) if has_router_loss else None
         if len(microbatches) == 1:
-            return self._trl_loss(model, inputs, *self.score_into(model, batch, microbatches[0], logps, entropies))
+            note = None if router is None else partial(router.note, 0)
+            scored = self.score_into(model, batch, microbatches[0], logps, entropies, note_router=note)
+            return self._trl_loss(model, inputs, *scored, router)
         if not microbatches:
             return self._trl_loss(model, inputs, logps, entropies) + _connected_zero(model)
-        return self._accumulated_loss(model, inputs, batch, microbatches, logps, entropies)
+        return self._accumulated_loss(model, inputs, batch, microbatches, logps, entropies, router)
 
     def _accumulated_loss(
         self,
@@ -146,22 +161,25 @@ class Gradients:
         microbatches: list[list[list[int]]],
         logps: Tensor,
         entropies: Tensor,
+        router: RouterLoss | None,
     ) -> Tensor:
         """Take one backward per micro-batch; together they are the gradient of the loss over the whole batch.
 
         TRL's loss is evaluated on the whole batch each time, with only one micro-batch's rows differentiable, so its
         divisors are right whatever the loss type. The other rows are constants, whose values do not reach these rows'
-        gradients, except through the entropy threshold over the batch; then they are computed beforehand.
+        gradients, except through the entropy threshold and the experts' shares over the batch; then they are computed
+        beforehand.
         """
-        quantile = self.trainer.top_entropy_quantile
-        if quantile < 1.0:
-            logps, entropies = self._score_without_gradient(model, batch, microbatches, logps, entropies)
-        constants = inputs.get("old_per_token_logps", logps) if quantile == 1.0 else logps
+        known = self.trainer.top_entropy_quantile < 1.0 or router is not None
+        if known:
+            logps, entropies = self._score_without_gradient(model, batch, microbatches, logps, entropies, router)
+        constants = logps if known else inputs.get("old_per_token_logps", logps)
         loss = logps.new_zeros(())
         for index, pieces in enumerate(microbatches):
-            scored = self.score_into(model, batch, pieces, constants, entropies)
+            note = None if router is None else partial(router.note, index)
+            scored = self.score_into(model, batch, pieces, constants, entropies, note_router=note)
             with self.unrecorded():
-                loss = self._trl_loss(model, inputs, *scored)
+                loss = self._trl_loss(model, inputs, *scored, router)
             rows = [row for piece in pieces for row in piece]
             logps, entropies = logps.clone(), entropies.clone()
             logps[rows], entropies[rows] = scored[0][rows].detach(), scored[1][rows].detach()
@@ -169,7 +187,7 @@ class Gradients:
                 with torch.autocast(loss.device.type, enabled=False):
                     self.trainer.accelerator.backward(loss)
         with torch.no_grad():
-            total = self._trl_loss(model, inputs, logps, entropies)
+            total = self._trl_loss(model, inputs, logps, entropies, router)
         return loss + (total - loss).detach()
 
     def _score_without_gradient(
@@ -179,14 +197,23 @@ class Gradients:
         microbatches: list[list[list[int]]],
         logps: Tensor,
         entropies: Tensor,
+        router: RouterLoss | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.trainer.support.no_checkpointing(model):
-            for pieces in microbatches:
-                logps, entropies = self.score_into(model, batch, pieces, logps, entropies)
+            for index, pieces in enumerate(microbatches):
+                note = None if router is None else partial(router.note, index)
+                logps, entropies = self.score_into(model, batch, pieces, logps, entropies, note_router=note)
         return logps, entropies
 
-    def _trl_loss(self, model: nn.Module, inputs: dict[str, Any], logps: Tensor, entropies: Tensor) -> Tensor:
-        self.ready = (logps, entropies)
+    def _trl_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        logps: Tensor,
+        entropies: Tensor,
+        router: RouterLoss | None = None,
+    ) -> Tensor:
+        self.ready = (logps, entropies, None if router is None else router.value())
         try:
             loss: Tensor = self.trainer._compute_loss(model, inputs)
             return loss
@@ -194,9 +221,12 @@ class Gradients:
             self.ready = None
 
     def _has_gradient(self, inputs: dict[str, Any]) -> list[bool]:
-        """Return for each row whether it can contribute to the gradient; with a KL term (`beta`) every row can."""
-        advantages = inputs["advantages"]
-        if self.trainer.beta != 0.0 or self.trainer._entropy_bonus_enabled:
+        """Return for each row whether it can contribute to the gradient.
+
+        Every row can with a KL term (`beta`), an entropy bonus or a router's loss.
+        """
+        trainer, advantages = self.trainer, inputs["advantages"]
+        if trainer.beta != 0.0 or trainer._entropy_bonus_enabled or trainer.aux_loss_enabled:
             return [True] * advantages.size(0)
         return (advantages.view(advantages.size(0), -1) != 0).any(1).tolist()
 

@@ -60,17 +60,22 @@ class Support:
         return self.has_one_rope(trainer.model, min(lengths), max(lengths) + trainer.max_completion_length)
 
     def has_one_rope(self, model: nn.Module, shortest: int, longest: int) -> bool:
-        """Return whether the model's rotary frequencies are the same for all of these lengths."""
+        """Return whether rows of all of these lengths are decoded with the same rotary frequencies."""
         inner = base_model(self.trainer.accelerator.unwrap_model(model))
-        border = attention.rope_border(inner, shortest, longest)
-        if border is None:
-            return True
-        self._show_once(
-            f"Packed compute and shared rollouts are off for batches that reach or cross {border} tokens, "
-            "TRL's own are used: "
-            f"{type(inner).__name__} changes its rotary frequencies there."
-        )
-        return False
+        return not self._is_beyond(attention.rope_border(inner, shortest, longest), inner, "Shared rollouts are")
+
+    def has_fixed_rope(self, model: nn.Module, longest: int) -> bool:
+        """Return whether the rotary frequencies of rows up to this length, padding included, depend on it alone."""
+        inner = base_model(self.trainer.accelerator.unwrap_model(model))
+        return not self._is_beyond(attention.dynamic_rope_border(inner, longest), inner, "Packed compute is")
+
+    def _is_beyond(self, border: int | None, inner: nn.Module, what: str) -> bool:
+        if border is not None:
+            self._show_once(
+                f"{what} off for batches that reach or cross {border} tokens, TRL's own is used: "
+                f"{type(inner).__name__} changes its rotary frequencies there."
+            )
+        return border is not None
 
     def no_checkpointing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Switch activation checkpointing off: without a backward it saves nothing, and its reentrant kind warns."""

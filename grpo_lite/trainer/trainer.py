@@ -7,7 +7,6 @@ TRL's or transformers' and delegates to a part; they stand in the order of a ste
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from transformers import TrainerState
 from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.router_loss import has_experts
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.episodes import Episodes
 from grpo_lite.trainer.finite import Faults, LossScale
@@ -30,8 +30,6 @@ from grpo_lite.trainer.refill import PromptOrder
 from grpo_lite.trainer.rollouts import Rollouts
 from grpo_lite.trainer.state import Checkpoints, ExactState
 from grpo_lite.trainer.support import Support
-
-logger = logging.getLogger(__name__)
 
 
 class PackedGRPOTrainer(GRPOTrainer):
@@ -58,6 +56,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.aux_loss_enabled &= has_experts(self.model.config.get_text_config())
         self.options = options or EngineOptions()
         self.journal = Journal(self)
         self.peers = Peers(self)
@@ -71,11 +70,6 @@ class PackedGRPOTrainer(GRPOTrainer):
         self.loss_scale = LossScale(self, self.recovery.show)
         self.exact = ExactState(self)
         self.checkpoints = Checkpoints(self, self.peers, (self.exact.save, self.order.save), self.recovery.facts)
-        if self.options.compute == "packed" and self.aux_loss_enabled:
-            logger.warning(
-                "Packed training is off, TRL's own is used: the experts' router has an auxiliary loss over the batch "
-                "(grpo.router_aux_loss_coef: 0 leaves it out). Rollouts stay shared."
-            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.journal.start()

@@ -268,8 +268,8 @@ class WarmupTrainer(SFTTrainer):
         if reason := model_obstacle(model):
             return reason
         inner = base_model(model)
-        lengths = [len(row) for row in self.data_collator.rows] or [0]
-        if border := attention.rope_border(inner, min(lengths), max(lengths)):
+        longest = max((len(row) for row in self.data_collator.rows), default=0)
+        if border := attention.dynamic_rope_border(inner, longest):
             return f"{type(inner).__name__} changes its rotary frequencies at {border} tokens, and rows cross that"
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
             plain = partial(scores_from_logits, model, autocast, 1.0)

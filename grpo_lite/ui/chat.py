@@ -101,8 +101,10 @@ class Chat:
         config = self._generation_config()
         streamer = _streamer(self.tokenizer, stream) if stream else None
         options: dict[str, Any] = {"streamer": streamer}
-        decoder = shared_decoder(self.model, config, ids.shape[1], ids.shape[1] + config.max_new_tokens)
-        if isinstance(decoder, StaticDecoder):  # on a GPU; it streams by itself
+        decoder = None
+        if ids.device.type == "cuda":  # on a CPU a single row has nothing to share
+            decoder = shared_decoder(self.model, config, ids.shape[1], ids.shape[1] + config.max_new_tokens)
+        if isinstance(decoder, StaticDecoder):  # it streams by itself
             options = {"custom_generate": decoder}
             if streamer is not None:
                 streamer.put(ids.cpu())

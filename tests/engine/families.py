@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import GroupDecoder
-from grpo_lite.engine.packing import pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.engine.packing import pack, plan_microbatches, read_padded_batch, token_weights, unpack
+from grpo_lite.engine.router_loss import RouterLoss, has_experts
 from grpo_lite.engine.score import Scoring, score, self_check
 
 VOCABULARY = 96
@@ -187,6 +190,53 @@ def _gradients(model: Any, values: tuple[Tensor, Tensor], weights: Tensor, valid
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+
+def check_router_loss(model: Any, budget: int | None = 30) -> None:
+    """Compare the auxiliary loss of a mixture of experts and its gradients with that of the padded rows.
+
+    One group has no completion tokens at all, one has a row without. Where a budget divides the groups, the gradient is
+    the sum of the parts'.
+    """
+    allowed = 1e-9 if model.dtype == torch.float64 else 1e-4
+    ids, mask, width = padded_rows((*PROMPTS, 6), (*COMPLETIONS, (0, 0)))
+    batch = read_padded_batch(ids, mask, width)
+    assert batch is not None
+    microbatches = plan_microbatches(batch, range(len(ids)), budget, every_prompt=True)
+    assert (len(microbatches) > 1) == (budget is not None)
+    assert has_experts(model.config)
+    parameters = dict(model.named_parameters())
+
+    def differentiate(loss: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+    def read(index: int) -> None:
+        score(model, pack(batch, microbatches[index]), Scoring(1.0), nullcontext, note_router=partial(loss.note, index))
+
+    with widened(model):
+        logits = model.base_model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True
+        ).router_logits
+        config = model.config
+        expected = load_balancing_loss_func(logits, config.num_experts, config.num_experts_per_tok, mask)
+        gradients = differentiate(expected)
+        attention.install(model)
+        loss = RouterLoss(config, token_weights(batch, microbatches))
+        with torch.no_grad():
+            for index in range(len(microbatches)):
+                read(index)
+        found: dict[str, Tensor] = {}
+        for index in range(len(microbatches)):
+            read(index)
+            assert abs(float((loss.value() - expected).detach())) <= allowed
+            for name, gradient in differentiate(loss.value()).items():
+                found[name] = found[name] + gradient if name in found else gradient
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    assert largest > 1e-3
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).norm()) <= allowed * largest, name
 
 
 def prompt_rows(lengths: Sequence[int], repeats: int) -> dict[str, Tensor]:

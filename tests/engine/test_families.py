@@ -22,6 +22,7 @@ from tests.engine.families import (
     build,
     check_greedy_equals_generate,
     check_packed_equals_plain,
+    check_router_loss,
     check_sampled_logps,
     check_self_check,
     padded_rows,
@@ -182,6 +183,12 @@ def test_noted_log_probabilities_are_those_of_a_forward_pass(name: str, decoder:
     check_sampled_logps(FAMILIES[name](dtype=torch.float32), decoder(nullcontext))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "gpt-oss"])
+def test_the_routers_loss_is_that_of_the_padded_rows(name: str, dtype: torch.dtype) -> None:
+    check_router_loss(FAMILIES[name](dtype=dtype))
+
+
 @every_family
 def test_nothing_in_the_configuration_is_refused_and_the_self_check_passes(name: str) -> None:
     model = FAMILIES[name]()
@@ -212,25 +219,22 @@ def test_of_a_prompt_a_sliding_layer_holds_what_its_window_can_still_see(
     assert endless[WINDOW].keys() == {1}
 
 
+@pytest.mark.parametrize("budget", [None, 40], ids=["whole", "divided"])
 @pytest.mark.parametrize(
-    "prompts, completions, border",
+    "prompts, completions",
     [
-        pytest.param((11, 3), ((9, 14), (6,)), None, id="all below the border: the short factors"),
-        pytest.param((70, 66), ((9, 14), (6,)), None, id="all beyond it: the long ones"),
-        pytest.param((11, 60), ((9, 14), (3,)), 64, id="on both sides"),
+        pytest.param((11, 3), ((9, 14), (6,)), id="all below the border: the short factors"),
+        pytest.param((70, 66), ((9, 14), (6,)), id="all beyond it: the long ones"),
+        pytest.param((11, 60), ((9, 14), (3,)), id="beyond it by padding alone: the long ones"),
+        pytest.param((11, 60), ((9, 14), (30, 2)), id="on both sides: the long ones"),
+        pytest.param((50, 3), ((1, 14), (3,)), id="up to it: the short ones"),
     ],
 )
-def test_longrope_is_packed_where_every_row_takes_the_same_factors(
-    prompts: tuple[int, ...], completions: tuple[tuple[int, ...], ...], border: int | None
+def test_longrope_takes_the_factors_of_the_padded_rows(
+    prompts: tuple[int, ...], completions: tuple[tuple[int, ...], ...], budget: int | None
 ) -> None:
     model = FAMILIES["Phi 3 and 4 (longrope)"](sliding_window=None)
-    _, mask, _ = padded_rows(prompts, completions)
-    assert attention.rope_border(model, int(mask.sum(1).min()), mask.size(1)) == border
-    if border is None:
-        check_packed_equals_plain(model, prompts, completions)
-    else:  # what the border saves from
-        with pytest.raises(AssertionError):
-            check_packed_equals_plain(model, prompts, completions, budget=40)
+    check_packed_equals_plain(model, prompts, completions, budget=budget)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,7 @@ def test_other_positions_have_no_border(kind: str) -> None:
 def test_a_rollout_beyond_the_border_of_longrope_is_that_of_generate() -> None:
     model = FAMILIES["Phi 3 and 4 (longrope)"](dtype=torch.float32, sliding_window=None)
     assert attention.rope_border(model, 65, 90) is None
+    assert attention.rope_border(model, 3, 64) is None
     assert attention.rope_border(model, 64, 84) == 64
     check_greedy_equals_generate(model, [GroupDecoder(nullcontext)], (70, 66), repeats=1, max_new_tokens=8)
 

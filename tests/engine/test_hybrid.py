@@ -28,6 +28,7 @@ from tests.engine.families import (
     build,
     check_greedy_equals_generate,
     check_packed_equals_plain,
+    check_router_loss,
     check_sampled_logps,
     check_self_check,
 )
@@ -147,6 +148,12 @@ def test_with_checkpointing_and_groups_that_repeat_their_prompt(family: str):
 @pytest.mark.parametrize("family", cases("qwen3_5", "lfm2 granite", f"falcon_h1 {REST}"))
 def test_in_float32(family: str):
     check_packed_equals_plain(model_of(family, torch.float32), dense=True)
+
+
+@pytest.mark.parametrize("family", cases("granite", "qwen3_5_moe", "qwen3_next lfm2_moe"))
+def test_the_routers_loss_is_that_of_the_padded_rows(family: str):
+    check_router_loss(model_of(family))
+    check_router_loss(model_of(family, torch.float32), budget=None)
 
 
 @SLOW

@@ -174,6 +174,23 @@ def test_sharing_the_prompt_changes_no_greedy_answer(tiny_dir: Path) -> None:
     ] * 3
 
 
+def test_answers_across_a_border_of_longrope_are_those_of_generate_and_it_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from grpo_lite.engine import attention
+    from tests.engine.test_families import FAMILIES
+    from tests.tiny import tiny_tokenizer
+
+    model = FAMILIES["Phi 3 and 4 (longrope)"](dtype=torch.float32, sliding_window=None, vocab_size=300)
+    prompts, settings = [[5] * 60, [6, 7] * 30], {"max_new_tokens": 8}
+    expected = generate_completions(model, tiny_tokenizer(), prompts, **settings)
+    attention.install(model)
+    for _ in range(2):
+        assert generate_completions(model, tiny_tokenizer(), prompts, **settings) == expected
+    (line,) = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
+    assert "Phi3ForCausalLM changes its rotary frequencies at 64" in line
+
+
 def test_samples_repeat_with_their_seed_and_leave_the_caller_s_randomness_alone(tiny: tuple[Any, Any]) -> None:
     import torch
 

@@ -215,7 +215,7 @@ def trace_packed_warmup(
         ids, scored = torch.zeros((1, rows * (prompt + completion)), dtype=torch.long), rows * completion
         places = torch.zeros(scored, dtype=torch.long)
         segments = tuple((prompt, (completion,)) for _ in range(rows))
-        packed = PackedBatch(ids, ids, segments, predictors=places, targets=places, scatter=places)
+        packed = PackedBatch(ids, ids, segments, predictors=places, targets=places, scatter=places, padded_width=0)
         top1 = torch.zeros(scored, dtype=torch.bool)
         return trace_passes(
             live,

@@ -8,6 +8,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.packing import pack
 from grpo_lite.recipe.algorithms import ALGORITHMS, Word
 from grpo_lite.trainer.gradients import Gradients
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
@@ -72,6 +73,51 @@ def test_architecture(kind: str, tmp_path: Path):
 def test_hybrid_with_kl_checkpointing_and_a_token_budget(kind: str, tmp_path: Path):
     options = EngineOptions(tokens_per_microbatch=40)
     assert_same_training(tmp_path, kind, options, beta=0.05, gradient_checkpointing=True, num_iterations=2, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="one micro-batch", marks=SLOW),
+        pytest.param({"options": EngineOptions(tokens_per_microbatch=40)}, id="several"),
+        pytest.param(
+            {"gradient_checkpointing": True, "beta": 0.05, "num_iterations": 2, "max_steps": 2},
+            id="kl",
+            marks=pytest.mark.filterwarnings("ignore:The following rank_pattern keys"),  # peft's own, for experts
+        ),
+        pytest.param({"mask_truncated_completions": True, "lengths": [12] * 4 + [12, 1, 5, 3]}, id="a group masked"),
+        pytest.param({"mask_truncated_completions": True, "lengths": [12] * 8}, id="all masked", marks=SLOW),
+    ],
+)
+def test_the_routers_loss_of_a_mixture_of_experts(settings: dict[str, Any], tmp_path: Path):
+    """Large enough to matter; `aux_loss` is among the metrics compared."""
+    lora = "beta" in settings  # else TRL would load the reference from the Hub
+    assert_same_training(tmp_path, "mixtral", lora=lora, router_aux_loss_coef=0.5, learning_rate=1e-3, **settings)
+
+
+def test_the_routers_loss_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed, losses = [], []
+    monkeypatch.setattr("grpo_lite.trainer.gradients.pack", lambda *args: packed.append(1) or pack(*args))
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "learning_rate": 0.0}
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        args = tiny_args(tmp_path, router_aux_loss_coef=0.5, **settings)
+        data = {"eval_dataset": tiny_prompts(4), "prompts": tiny_prompts(8)}
+        trainer, _ = train_fixed(trainer_class, tiny_model("mixtral"), args, **data)
+        losses.append([log["eval_aux_loss"] for log in trainer.state.log_history if "eval_aux_loss" in log])
+    assert len(packed) >= 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=SLOW)])
+def test_granite_4_trains_whether_it_has_experts_or_not(experts: int, tmp_path: Path):
+    """TRL 1.16 asks its configuration for `num_experts`, which it does not have, and fails on both."""
+    found = []
+    for options in (EngineOptions(), EngineOptions(compute="plain")):
+        model = tiny_model("granite4", num_local_experts=experts)
+        trainer, gradients = train_fixed(PackedGRPOTrainer, model, tiny_args(tmp_path), options=options)
+        assert ("aux_loss" in trainer.state.log_history[0]) == (experts > 0)
+        found.append(gradients.steps[0])
+    assert relative_difference(*found) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])

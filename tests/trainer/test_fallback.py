@@ -68,7 +68,7 @@ CASES = {
             max_position_embeddings=16,
             rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
         ),
-        "for batches that reach or cross 16 tokens, TRL's own are used: LlamaForCausalLM changes its rotary",
+        "for batches that reach or cross 16 tokens, TRL's own is used: LlamaForCausalLM changes its rotary",
     ),
     "windows of different lengths": (
         lambda: with_another_window(tiny_model("mistral", sliding_window=8)),
@@ -156,26 +156,6 @@ def test_the_self_check_finds_a_window_of_another_convention(
     assert set(trainer.support.decided.values()) == {False}
     assert "its log-probabilities differ from padded ones" in caplog.text
     assert base_model(trainer.model).config.sliding_window == 300
-
-
-@pytest.mark.parametrize(("coefficient", "packed_calls"), [(0.01, 0), (0.0, 1)])
-def test_a_router_with_an_auxiliary_loss_is_trained_by_trl_and_said(
-    coefficient: float,
-    packed_calls: int,
-    tmp_path: Path,
-    packed: list[int],
-    caplog: pytest.LogCaptureFixture,
-):
-    found = []
-    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
-        model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
-        settings = tiny_args(tmp_path, router_aux_loss_coef=coefficient)
-        found.append(train_fixed(trainer_class, model, settings)[1].steps[0])
-    assert len(packed) == packed_calls
-    lines = [record.message for record in caplog.records if record.name.startswith("grpo_lite")]
-    assert len(lines) == 1 - packed_calls
-    assert all("auxiliary loss" in line for line in lines)
-    assert relative_difference(found[1], found[0]) < 1e-4
 
 
 def test_unsupported_decoding_settings_use_generate_and_say_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
