@@ -3,7 +3,7 @@
 #   bash launch/hf_jobs.sh gsm8k user/grpo-gsm8k                 one T4, six hours at most
 #   bash launch/hf_jobs.sh gsm8k user/grpo-gsm8k --dry-run       what would be submitted
 #   FLAVOR=l4x4 GPUS=4 bash launch/hf_jobs.sh math user/grpo-math --detach
-# The job gets the committed files. Checkpoints are kept in user/REPO-checkpoints: the same command resumes.
+# The job gets the committed files. Checkpoints are kept in the bucket user/REPO-checkpoints: the same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipe=$1 repo=$2

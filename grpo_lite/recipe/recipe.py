@@ -344,19 +344,19 @@ class Recipe(_Section):
     push_checkpoints: str | None = Field(
         None,
         min_length=1,
-        description="Keep checkpoints there too: `user/repo` (Hub, private) or a folder's path.",
+        description="Keep checkpoints there too: `user/name` (a private bucket on the Hub) or a folder's path.",
     )
     merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
 
     @field_validator("push_checkpoints")
     @classmethod
-    def _a_path_or_a_repository(cls, address: str | None) -> str | None:
+    def _a_path_or_a_bucket(cls, address: str | None) -> str | None:
         if (
             address
             and not address.startswith(("/", "./", "../", "~"))
             and not re.fullmatch(r"[\w.-]+/[\w.-]+", address)
         ):
-            raise ValueError(f"{address!r} is given; write user/repo, or a path that begins with /, ./ or ~")
+            raise ValueError(f"{address!r} is given; write user/name, or a path that begins with /, ./ or ~")
         return address
 
     @field_validator("rewards")

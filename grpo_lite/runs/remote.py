@@ -1,4 +1,4 @@
-"""Copies of a run's checkpoints in a mounted folder or a private Hub repository, and how a new machine fetches them.
+"""Copies of a run's checkpoints in a mounted folder or a private bucket on the Hub, and how a new machine fetches them.
 
 The disk of a free GPU is lost when its session ends. With `push_checkpoints` every checkpoint is copied once it is
 saved; on a new machine the same command finds the copy, checks its sums and resumes. A copy that fails is reported and
@@ -7,13 +7,14 @@ does not stop training; the next checkpoint is copied as usual.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
 import shutil
-from pathlib import Path
-from typing import Protocol
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
 
 from grpo_lite.errors import RunDirError, TrainingError
 from grpo_lite.files.atomic import publish, write_atomic
@@ -31,6 +32,9 @@ from grpo_lite.runs.checkpoints import (
 )
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
+
+if TYPE_CHECKING:
+    from huggingface_hub import BucketFile
 
 # What a run needs beside its checkpoint; the last where the base samples the warm-up's rows itself.
 _RUN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "warmup/traces.jsonl")
@@ -72,7 +76,7 @@ def remote_of(address: str, run: RunDir, stage: str = "") -> Remote:
     """Return the place that `push_checkpoints` names for a run.
 
     Args:
-        address: a path (`/…`, `./…`, `~/…`) or `user/repo`.
+        address: a path (`/…`, `./…`, `~/…`) or a bucket's `user/name`.
         run: the run.
         stage: the folder of the stage's checkpoints in the run directory; "": GRPO's lie in it.
     """
@@ -144,57 +148,87 @@ class FolderRemote:
 
 
 class HubRemote:
-    """A private repository on the Hub, with one folder for each run."""
+    """A private bucket on the Hub, with one folder for each run.
 
-    def __init__(self, repo_id: str, folder: str, stage: str = "") -> None:
-        self.repo_id, self.folder, self.name, self.stage = repo_id, folder, f"{repo_id} on the Hub", stage
+    A bucket keeps no history, so a removed checkpoint frees its space; a repository would keep it in its commits.
+    """
+
+    def __init__(self, bucket_id: str, folder: str, stage: str = "") -> None:
+        self.bucket_id, self.folder, self.name, self.stage = bucket_id, folder, f"{bucket_id} on the Hub", stage
         self.prefix = f"{stage}/{PREFIX}" if stage else PREFIX
 
     def steps(self) -> list[int]:
-        pattern = re.compile(rf"{self.prefix}(\d+)/{re.escape(MANIFEST_NAME)}")
-        return sorted(int(match[1]) for name in self._files() if (match := pattern.fullmatch(name)))
+        return self._steps(self._files())
 
     def push(self, run: RunDir, checkpoint: Path, keep: list[int]) -> None:
-        """Send and delete in one commit: whoever fetches meanwhile sees all of it or nothing."""
+        """Send a checkpoint, its manifest last, and remove old ones only once all of it is there.
+
+        A bucket has no transactions: whoever fetches meanwhile checks the manifest, and takes the one before.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(self.repo_id, private=True, exist_ok=True)
-        if not api.repo_info(self.repo_id).private:
+        api.create_bucket(self.bucket_id, private=True, exist_ok=True)
+        if not api.bucket_info(self.bucket_id).private:
             raise RunDirError("it exists and is public, and checkpoints hold your data's prompts. Make it private.")
-        api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=run.path,
-            path_in_repo=self.folder,
-            allow_patterns=[f"{checkpoint.relative_to(run.path).as_posix()}/*", *_RUN_FILES],
-            delete_patterns=[f"{self.prefix}{step}/*" for step in self.steps() if step not in keep],
-            commit_message=f"{self.folder}: {checkpoint.name}",
+        files = [run.path / name for name in _RUN_FILES] + sorted(checkpoint.rglob("*"), key=_is_manifest)
+        api.batch_bucket_files(
+            self.bucket_id,
+            add=[(f, f"{self.folder}/{f.relative_to(run.path).as_posix()}") for f in files if f.is_file()],
         )
+        there = self._files()
+        stale = tuple(f"{self.prefix}{step}/" for step in self._steps(there) if step not in keep)
+        if removed := [file.path for name, file in there.items() if name.startswith(stale)]:
+            api.batch_bucket_files(self.bucket_id, delete=removed)
 
     def fetch(self, step: int, target: Path) -> None:
-        from huggingface_hub import snapshot_download
-
-        folder = f"{self.folder}/{self.prefix}{step}"
-        cache = snapshot_download(self.repo_id, allow_patterns=f"{glob.escape(folder)}/*")
-        shutil.copytree(Path(cache) / folder, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        folder = f"{self.prefix}{step}/"
+        files = {name.removeprefix(folder): file for name, file in self._files().items() if name.startswith(folder)}
+        self._download({target / name: file for name, file in files.items() if _stays_inside(name)})
 
     def read(self, name: str) -> str | None:
-        from huggingface_hub import hf_hub_download
-
-        if name not in self._files():
+        file = self._files().get(name)
+        if file is None:
             return None
-        return Path(hf_hub_download(self.repo_id, f"{self.folder}/{name}")).read_text(encoding="utf-8")
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch, "file")
+            self._download({copy: file})
+            return copy.read_text(encoding="utf-8")
 
-    def _files(self) -> list[str]:
-        """Return the names of the run's files there, relative to its folder."""
+    def _download(self, files: dict[Path, BucketFile]) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
 
+        HfApi().download_bucket_files(self.bucket_id, [(file, path) for path, file in files.items()])
+
+    def _steps(self, names: Iterable[str]) -> list[int]:
+        pattern = re.compile(rf"{self.prefix}(\d+)/{re.escape(MANIFEST_NAME)}")
+        return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
+
+    def _files(self) -> dict[str, BucketFile]:
+        """Return the run's files there by their names relative to its folder."""
+        from huggingface_hub import BucketFile, HfApi
+        from huggingface_hub.errors import BucketNotFoundError
+
+        folder = f"{self.folder}/"
         try:
-            names = HfApi().list_repo_files(self.repo_id)
-        except RepositoryNotFoundError:
-            return []
-        return [name.removeprefix(f"{self.folder}/") for name in names if name.startswith(f"{self.folder}/")]
+            files = list(HfApi().list_bucket_tree(self.bucket_id, prefix=self.folder, recursive=True))
+        except BucketNotFoundError:
+            return {}
+        return {
+            file.path.removeprefix(folder): file
+            for file in files
+            if isinstance(file, BucketFile) and file.path.startswith(folder)  # the prefix finds "run2" for "run" too
+        }
+
+
+def _is_manifest(path: Path) -> bool:
+    return path.name == MANIFEST_NAME
+
+
+def _stays_inside(name: str) -> bool:
+    """Return whether a name from the Hub stays below the folder that it is written to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _fetch(run: RunDir, remote: Remote, show: Show) -> None:

@@ -1,7 +1,10 @@
-"""A small Hub on the loopback: the endpoints that huggingface_hub 1.33 calls for a push and a fetch, over real HTTP.
+"""A small Hub on the loopback: the endpoints that huggingface_hub 1.33 and 2.4 call, over real HTTP.
 
-Create, repo info, card check, pre-upload, LFS batch, upload, verify, commit; list and download. What is uploaded is
-kept by its sha256, as on the Hub, so that a second push finds it. Faults are switched on by the test.
+Repositories: create, repo info, card check, pre-upload, LFS batch, upload, verify, commit; list and download. What is
+uploaded is kept by its sha256, as on the Hub, so that a second push finds it.
+Buckets: create, info, tree, batch, the address of a file and tokens. Their content goes by xet: the real hf_xet
+cuts it, packs it and puts it together again, in a folder (`local://`) instead of the Hub's storage servers.
+Faults are switched on by the test.
 """
 
 from __future__ import annotations
@@ -33,11 +36,22 @@ class Repo:
 
 
 @dataclass
+class Bucket:
+    """A bucket: the files as hf_xet describes them in the batches that it sent."""
+
+    private: bool
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batches: list[list[dict[str, Any]]] = field(default_factory=list)
+
+
+@dataclass
 class Hub:
     """The server's state, and the faults that a test wants."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    xet: str = ""  # where the content of buckets lies, as hf_xet is told it
     stored: dict[str, bytes] = field(default_factory=dict)  # uploaded content by sha256
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)  # what came as Authorization
@@ -123,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/lfs-verify":
             asked = json.loads(body)
             return self._answer({}, 200 if asked["oid"] in hub.stored else 404)
+        if path.startswith(("/api/buckets/", "/buckets/")):
+            return self._bucket(method, path, body)
         if "/resolve/" in path:
             return self._download(method, path)
         repo_id = "/".join(
@@ -142,6 +158,64 @@ class _Handler(BaseHTTPRequestHandler):
             return self._commit(body, repo, repo_id)
         siblings = [{"rfilename": name} for name in repo.files]
         self._answer({"id": repo_id, "private": repo.private, "sha": repo.commits[-1], "siblings": siblings})
+
+    def _bucket(self, method: str, path: str, body: bytes) -> None:
+        hub = self.state
+        parts = path.removeprefix("/api").removeprefix("/buckets/").split("/", 2)
+        bucket_id, rest = "/".join(parts[:2]), unquote(parts[2]) if len(parts) == 3 else ""
+        if method == "POST" and not rest:
+            url = f"{hub.url}/buckets/{bucket_id}"
+            if bucket_id in hub.buckets:
+                return self._answer({"error": "You already created this bucket", "url": url}, 409)
+            asked = json.loads(body)
+            hub.buckets[bucket_id] = Bucket(asked.get("visibility") == "private" or bool(asked.get("private")))
+            return self._answer({"url": url})
+        bucket = hub.buckets.get(bucket_id)
+        if bucket is None:
+            return self._answer({"error": "Bucket not found"}, 404, code="RepoNotFound")
+        if rest == "batch":
+            return self._bucket_batch(bucket, [json.loads(line) for line in body.splitlines()])
+        if rest.startswith("xet-"):
+            return self._answer({"casUrl": hub.xet, "accessToken": "xet", "exp": 2**33})
+        if rest.partition("/")[0] == "tree":
+            prefix = rest.partition("/")[2]
+            return self._answer([file for name, file in bucket.files.items() if name.startswith(prefix)])
+        if rest.startswith("resolve/"):
+            file = bucket.files[rest.removeprefix("resolve/")]
+            return self._answer({}, headers={
+                "X-Xet-Hash": file["xetHash"], "X-Linked-Size": str(file["size"]),
+                "Link": f'<{hub.url}/api/buckets/{bucket_id}/xet-read-token>; rel="xet-auth"',
+            })  # fmt: skip
+        self._answer({
+            "id": bucket_id, "private": bucket.private, "createdAt": "2026-01-01T00:00:00.000Z",
+            "size": sum(file["size"] for file in bucket.files.values()), "totalFiles": len(bucket.files),
+        })  # fmt: skip
+
+    def _bucket_batch(self, bucket: Bucket, operations: list[dict[str, Any]]) -> None:
+        bucket.batches.append(operations)
+        for operation in operations:
+            name = operation["path"]
+            if operation["type"] == "deleteFile":
+                del bucket.files[name]
+            else:
+                oid = operation["xetHash"]
+                bucket.files[name] = {"type": "file", "path": name, "size": self._xet_size(oid), "xetHash": oid}
+        self._answer({"success": True, "failed": []})
+
+    def _xet_size(self, oid: str) -> int:
+        """Return a file's size by the shard that hf_xet sent for it (xet-core's MDB format).
+
+        The hash, 4 words, then per segment 48 bytes, of which the word behind hash and flags is its length. A hash is
+        printed as four 64-bit numbers, which lie in the file in little-endian order.
+        """
+        key = b"".join(bytes.fromhex(oid[at : at + 16])[::-1] for at in range(0, 64, 16))
+        for shard in Path(self.state.xet.removeprefix("local://")).rglob("xorbs/**/*.mdb"):
+            data = shard.read_bytes()
+            if (at := data.find(key)) >= 0:
+                segments = int.from_bytes(data[at + 36 : at + 40], "little")
+                lengths = (data[at + 48 * number + 36 :][:4] for number in range(1, segments + 1))
+                return sum(int.from_bytes(length, "little") for length in lengths)
+        raise AssertionError(f"{oid} was never uploaded")
 
     def _preupload(self, asked: dict[str, Any], repo: Repo) -> None:
         files = [
@@ -215,9 +289,13 @@ class _Handler(BaseHTTPRequestHandler):
         if method == "GET":
             self.wfile.write(data)
 
-    def _answer(self, value: Any, status: int = 200, kind: str = "application/json", code: str = "") -> None:
+    def _answer(
+        self, value: Any, status: int = 200, kind: str = "application/json", code: str = "", headers: Any = None
+    ) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        for name, content in (headers or {}).items():
+            self.send_header(name, content)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", kind)
@@ -241,4 +319,6 @@ def hub_in_place(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub.xet = f"local://{cache.parent / 'xet'}"
+        (cache.parent / "xet").mkdir(exist_ok=True)
         yield hub

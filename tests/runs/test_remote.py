@@ -18,11 +18,10 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.records import PushCheckpoints
 from tests.command_line import in_process, steps_of
 from tests.command_server import Server
-from tests.export.hub_server import Hub, Repo, hub_in_place
+from tests.export.hub_server import Bucket, Hub, hub_in_place
 from tests.killing import ALONE, FAST
 
-REPO = "me/checkpoints"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+BUCKET = "me/checkpoints"
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def train_until(run: RunDir, address: str, show: Callable[[str], None], *steps: 
 
 
 def places(tmp_path: Path) -> dict[str, str]:
-    return {"folder": str(tmp_path / "drive"), "hub": REPO}
+    return {"folder": str(tmp_path / "drive"), "hub": BUCKET}
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])
@@ -74,23 +73,56 @@ def test_a_new_machine_gets_the_newest_checkpoint_and_what_goes_with_it(hub: Hub
 
 def test_a_run_on_the_hub_may_have_a_name_that_reads_as_a_pattern(hub: Hub, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run [1-3] *")
-    train_until(run, REPO, lambda line: None, 1, 2, 3)
+    train_until(run, BUCKET, lambda line: None, 1, 2, 3)
     shutil.rmtree(run.path)
-    fetch_checkpoint(run, REPO, lambda line: None)
+    fetch_checkpoint(run, BUCKET, lambda line: None)
     assert last_usable(run.path).folder == run.path / "checkpoint-3"
 
 
-def test_a_hub_repository_for_checkpoints_is_private(hub: Hub, tmp_path: Path) -> None:
-    train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
-    assert hub.repos[REPO].private
+def test_a_bucket_for_checkpoints_is_private(hub: Hub, tmp_path: Path) -> None:
+    train_until(RunDir(tmp_path / "run"), BUCKET, lambda line: None, 1)
+    assert hub.buckets[BUCKET].private
 
 
-def test_checkpoints_are_not_put_into_a_public_repository(hub: Hub, tmp_path: Path) -> None:
+def test_checkpoints_are_not_put_into_a_public_bucket(hub: Hub, tmp_path: Path) -> None:
     lines: list[str] = []
-    hub.repos[REPO] = Repo(private=False)
-    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
+    hub.buckets[BUCKET] = Bucket(private=False)
+    train_until(RunDir(tmp_path / "run"), BUCKET, lines.append, 1)
     assert "it exists and is public" in lines[0]
-    assert hub.repos[REPO].files == {}
+    assert hub.buckets[BUCKET].files == {}
+
+
+def test_what_goes_to_a_bucket_ends_with_the_manifest_and_old_files_are_deleted_after_it(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """A bucket has no transactions and no history: a batch that breaks must leave the last whole checkpoint."""
+    train_until(RunDir(tmp_path / "run"), BUCKET, lambda line: None, 1, 2, 3)
+    names = ["adapter_model.safetensors", checkpoints.FACTS_FILE, "MANIFEST.sha256"]
+    assert [[(line["type"], line["path"]) for line in batch] for batch in hub.buckets[BUCKET].batches[-2:]] == [
+        [("addFile", f"run/{name}") for name in ("recipe.yaml", "metrics.jsonl")]
+        + [("addFile", f"run/checkpoint-3/{name}") for name in names],
+        [("deleteFile", f"run/checkpoint-1/{name}") for name in names],
+    ]
+    assert not any("checkpoint-1/" in name for name in hub.buckets[BUCKET].files)
+
+
+def test_runs_whose_names_begin_alike_share_a_bucket(hub: Hub, tmp_path: Path) -> None:
+    train_until(RunDir(tmp_path / "run2"), BUCKET, lambda line: None, 7)
+    train_until(RunDir(tmp_path / "run"), BUCKET, lambda line: None, 1, 2, 3)
+    assert remote_of(BUCKET, RunDir(tmp_path / "run")).steps() == [2, 3]
+    assert remote_of(BUCKET, RunDir(tmp_path / "run2")).steps() == [7]
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a/../../../escaped"])
+def test_names_in_a_bucket_that_lead_outside_are_left_out(hub: Hub, tmp_path: Path, name: str) -> None:
+    train_until(RunDir(tmp_path / "run"), BUCKET, lambda line: None, 1)
+    files = hub.buckets[BUCKET].files
+    secret = dict(files["run/checkpoint-1/adapter_model.safetensors"], path=f"run/checkpoint-1/{name}")
+    files[str(secret["path"])] = secret
+    shutil.rmtree(tmp_path / "run")
+    fetch_checkpoint(RunDir(tmp_path / "run"), BUCKET, lambda line: None)
+    assert last_usable(tmp_path / "run").folder == tmp_path / "run" / "checkpoint-1"
+    assert not list(tmp_path.rglob("escaped"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])
@@ -101,8 +133,8 @@ def test_a_damaged_copy_is_passed_over_for_the_one_before(hub: Hub, tmp_path: Pa
     if kind == "folder":
         (tmp_path / "drive" / "run" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"2")
     else:
-        files = hub.repos[REPO].files
-        files["run/checkpoint-2/adapter_model.safetensors"] = files["run/checkpoint-1/adapter_model.safetensors"]
+        files, name = hub.buckets[BUCKET].files, "adapter_model.safetensors"
+        files[f"run/checkpoint-2/{name}"] = dict(files[f"run/checkpoint-1/{name}"], path=f"run/checkpoint-2/{name}")
     run = RunDir(tmp_path / "run")
     fetch_checkpoint(run, address, lines.append)
     assert last_usable(run.path).folder == run.path / "checkpoint-1"
@@ -110,9 +142,9 @@ def test_a_damaged_copy_is_passed_over_for_the_one_before(hub: Hub, tmp_path: Pa
 
 
 def test_what_lies_here_is_never_replaced_from_there(hub: Hub, tmp_path: Path) -> None:
-    train_until(RunDir(tmp_path / "run"), REPO, lambda line: None, 1)
+    train_until(RunDir(tmp_path / "run"), BUCKET, lambda line: None, 1)
     asked = len(hub.requests)
-    fetch_checkpoint(RunDir(tmp_path / "run"), REPO, lambda line: None)
+    fetch_checkpoint(RunDir(tmp_path / "run"), BUCKET, lambda line: None)
     assert len(hub.requests) == asked
 
 
@@ -125,12 +157,12 @@ def test_nothing_there_yet_means_a_run_from_the_beginning(hub: Hub, tmp_path: Pa
 
 def test_a_copy_that_fails_is_told_and_training_goes_on(hub: Hub, tmp_path: Path) -> None:
     lines: list[str] = []
-    hub.status["/commit/"] = 403
-    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 1)
+    hub.status["/batch"] = 403
+    train_until(RunDir(tmp_path / "run"), BUCKET, lines.append, 1)
     hub.status.clear()
     assert "checkpoint-1 was not copied to me/checkpoints on the Hub: your token may not write" in lines[0]
-    train_until(RunDir(tmp_path / "run"), REPO, lines.append, 2)
-    assert remote_of(REPO, RunDir(tmp_path / "run")).steps() == [2]
+    train_until(RunDir(tmp_path / "run"), BUCKET, lines.append, 2)
+    assert remote_of(BUCKET, RunDir(tmp_path / "run")).steps() == [2]
 
 
 def test_a_folder_that_goes_away_midway_is_told_and_is_filled_again(hub: Hub, tmp_path: Path) -> None:
@@ -220,14 +252,14 @@ def test_links_on_a_shared_drive_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_asked_stops_before_it_could_be_overwritten(hub: Hub, tmp_path: Path) -> None:
-    hub.status["/tree/"] = 500
+    hub.status["/tree"] = 500
     with pytest.raises(RunDirError, match="set push_checkpoints=null"):
-        fetch_checkpoint(RunDir(tmp_path / "run"), REPO, lambda line: None)
+        fetch_checkpoint(RunDir(tmp_path / "run"), BUCKET, lambda line: None)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("address", ["drive/my/run", "", "user/", "a b/c"])
-def test_an_address_is_a_path_or_a_repository(root: Path, address: str) -> None:
+def test_an_address_is_a_path_or_a_bucket(root: Path, address: str) -> None:
     assert "push_checkpoints" in in_process("show", "smoke", f"push_checkpoints='{address}'", expect=1)
 
 
