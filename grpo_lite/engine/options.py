@@ -22,10 +22,22 @@ class EngineOptions:
     """Whether what is kept for backward waits in main memory; with activation checkpointing, the layers' inputs."""
     refill: int = 0
     """Most extra groups generated per step to replace groups whose rewards are all equal."""
+    replay: int = 0
+    """Steps for which a group with a signal is kept, to take the place of one whose rewards are all equal."""
+    length_stages: tuple[tuple[int, int], ...] = ()
+    """`(until, tokens)`, ascending: before optimizer step `until`, completions have at most `tokens` tokens."""
     max_skipped_steps: int = 5
     """Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the run stops."""
 
     @property
     def is_plain(self) -> bool:
         """Whether everything is left to TRL."""
-        return self.compute == "plain" and self.rollout == "generate" and not self.refill
+        return (
+            self.compute == "plain"
+            and self.rollout == "generate"
+            and not (self.refill or self.replay or self.length_stages)
+        )
+
+    def longest_completion(self, step: int, longest: int) -> int:
+        """Return the most tokens of a completion in a step (counted from 0); `longest` after the last stage."""
+        return next((tokens for until, tokens in self.length_stages if step < until), longest)

@@ -46,6 +46,8 @@ def engine_options(recipe: Recipe) -> EngineOptions:
         rollout=recipe.rollout,
         rollout_kv_tokens=recipe.memory.rollout_kv_tokens,
         refill=recipe.sampling.refill,
+        replay=recipe.sampling.replay,
+        length_stages=tuple(sorted(recipe.sampling.length_stages.items())),
         offload_activations=recipe.memory.offload_activations,
         max_skipped_steps=recipe.limits.skipped_steps,
     )

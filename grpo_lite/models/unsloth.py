@@ -54,7 +54,8 @@ def lacks(recipe: Recipe) -> str | None:
         return "unsloth's trainer calls tools without limits (tools, environment)"
     if recipe.reference == "start":
         return "unsloth's trainer measures KL against the base, not against the start (reference)"
-    return "unsloth's trainer has no sampling.refill" if recipe.sampling.refill else None
+    given = [f"sampling.{key}" for key in ("refill", "replay", "length_stages") if getattr(recipe.sampling, key)]
+    return f"unsloth's trainer has no {' and no '.join(given)}" if given else None
 
 
 def prepare(recipe: Recipe, begun: bool = False) -> None:

@@ -121,7 +121,7 @@ def cross_faults(recipe: Recipe) -> list[str]:
         return [
             f"grpo.{key}: null is given; a whole number is needed. Remove the key for TRL's own." for key in missing
         ]
-    faults = [*_batch_faults(recipe), *_range_faults(recipe), *_episode_faults(recipe)]
+    faults = [*_batch_faults(recipe), *_range_faults(recipe), *_episode_faults(recipe), *_sampling_faults(recipe)]
     if recipe.lora.get("lora_dropout"):
         faults.append(
             f"lora.lora_dropout: {recipe.lora['lora_dropout']} is given; only 0 is allowed: TRL generates in train "
@@ -171,6 +171,31 @@ def _episode_faults(recipe: Recipe) -> list[str]:
         )
     if recipe.warmup is not None and recipe.warmup.source == "self":
         faults.append(f"warmup.source: self is given with {key}; it samples one turn only. Use warmup.source=data.")
+    return faults
+
+
+def _sampling_faults(recipe: Recipe) -> list[str]:
+    """Return what does not go together with replay and with stages of length."""
+    elsewhere = [
+        *(["grpo.use_vllm: true"] if recipe.grpo.get("use_vllm") else []),
+        *(["tools" if recipe.tools else "environment"] if recipe.has_tools else []),
+    ]
+    faults = []
+    for other in [*elsewhere, *(["rollout: generate"] if recipe.rollout == "generate" else [])]:
+        if recipe.sampling.replay:
+            faults.append(
+                f"sampling.replay: {recipe.sampling.replay} is given with {other}; replayed tokens are weighed by the "
+                f"log-probabilities that our decoder notes. Remove one of the two."
+            )
+    stages = sorted(recipe.sampling.length_stages.items())
+    faults += [f"sampling.length_stages is given with {other}; remove one of the two." for other in elsewhere if stages]
+    lengths = [*(tokens for _, tokens in stages), recipe.max_completion_length]
+    if lengths != sorted(set(lengths)) or any(until < 1 for until, _ in stages):
+        faults.append(
+            f"sampling.length_stages: {dict(stages)} is given with grpo.max_completion_length: "
+            f"{recipe.max_completion_length}; steps from 1 on with growing lengths are allowed, all of them below "
+            f"grpo.max_completion_length, such as {{50: {max(1, recipe.max_completion_length // 2)}}}."
+        )
     return faults
 
 

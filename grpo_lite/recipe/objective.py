@@ -22,18 +22,23 @@ _READ_BY = {
     **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",)),
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("vespo",)),
 }
+_OVER_BATCH = (  # keys whose value makes advantages depend on other groups, and the value that does not
+    ("scale_rewards", "batch", "group"),
+    ("multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize"),
+)
 _KEY = re.compile(r"  (\w+):")  # a section's key, in the YAML of a resolved recipe
 
 
 def combination_faults(recipe: Recipe) -> list[str]:
     """Return the combinations of an objective with other keys that a training would stop at, after loading."""
     grpo, faults = recipe.grpo, []
-    if recipe.sampling.refill and grpo.get("scale_rewards") == "batch":
-        faults.append(_no_refill(recipe, "grpo.scale_rewards", "batch", "group"))
-    if recipe.sampling.refill and grpo.get("multi_objective_aggregation") == "normalize_then_sum":
-        faults.append(
-            _no_refill(recipe, "grpo.multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize")
-        )
+    for part, given in (("refill", recipe.sampling.refill), ("replay", recipe.sampling.replay)):
+        faults += [
+            f"sampling.{part}: {given} is given with grpo.{key}: {value}; the advantages of a group put in must "
+            f"depend on that group only. Set grpo.{key}={allowed}, or sampling.{part}=0."
+            for key, value, allowed in _OVER_BATCH
+            if given and grpo.get(key) == value
+        ]
     mode = grpo.get("vllm_importance_sampling_mode", "sequence_mask")
     corrected = grpo.get("use_vllm") and grpo.get("vllm_importance_sampling_correction", True)
     if grpo.get("loss_type") == "vespo" and corrected and not mode.startswith("token_"):
@@ -42,13 +47,6 @@ def combination_faults(recipe: Recipe) -> list[str]:
             "token_truncate, token_mask, since the loss weighs whole sequences itself."
         )
     return faults
-
-
-def _no_refill(recipe: Recipe, key: str, value: str, allowed: str) -> str:
-    return (
-        f"sampling.refill: {recipe.sampling.refill} is given with {key}: {value}; a refilled group's advantages must "
-        f"depend on that group only. Set {key}={allowed}, or sampling.refill=0."
-    )
 
 
 def notes(recipe: Recipe) -> list[str]:

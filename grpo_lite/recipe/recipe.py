@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -203,6 +203,13 @@ class SamplingSection(_Section):
     """Better use of each rollout."""
 
     refill: int = Field(0, ge=0, description="Most extra groups generated a step to replace groups of equal rewards.")
+    replay: int = Field(
+        0, ge=0, description="Groups of this many last steps may replace groups of equal rewards, each once more."
+    )
+    length_stages: dict[int, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Shorter completions at first: {50: 128} allows 128 tokens in the first 50 steps.",
+    )
 
 
 class FurtherSource(SourceSection):

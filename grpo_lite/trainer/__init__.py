@@ -13,8 +13,10 @@ INTERNALS: dict[str, str] = {
     "refill": "_buffered_inputs= _generate_and_score_completions _get_train_sampler _logs= _metrics= _step= "
     "_tokenizer _train_batch_size args model multi_objective_aggregation num_generations num_iterations "
     "scale_rewards shuffle_dataset state train_dataset",
+    "replay": "_metrics _tokenizer args model multi_objective_aggregation num_generations scale_rewards state",
     "rollouts": "_batch_environments _env_tools _is_vlm accelerator args chat_template chat_template_kwargs "
-    "environment_factories model num_iterations processing_class temperature tools use_vllm",
+    "environment_factories generation_config max_completion_length model num_iterations processing_class state "
+    "temperature tools use_vllm",
     "episodes": "_async_tool_dicts= _environment_pool _has_async_funcs _metrics _sync_tool_dicts= async_loop "
     "environment_factories= environments model",
     "gradients": "_compute_loss _entropy_bonus_enabled _entropy_window_stats= _last_world_entropy= _metrics= "

@@ -23,7 +23,7 @@ class Peers:
     """What the processes of a training ask of each other.
 
     Raises:
-        ValueError: the model is sharded, or refilling is asked for with several processes.
+        ValueError: the model is sharded, or refilling or replay is asked for with several processes.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -34,6 +34,8 @@ class Peers:
             raise ValueError("FSDP shards what this trainer reads whole: take launch/fsdp_qlora.py (docs/scaling.md)")
         if self.are_there and trainer.options.refill:
             raise ValueError("sampling.refill looks at one process's rewards: set GPUS=1")
+        if self.are_there and trainer.options.replay:
+            raise ValueError("sampling.replay keeps one process's groups: set GPUS=1")
 
     def can_average_gradients(self) -> bool:
         """Plain data parallelism with whole groups on each process; an entropy quantile spans all of them."""

@@ -106,6 +106,7 @@ PADDING: dict[str, tuple[str, int | None]] = {
     "old_per_token_logps": ("right", 0),
     "ref_per_token_logps": ("right", 0),
     "sampling_per_token_logps": ("right", 0),
+    "sampled_logps": ("right", 0),
     "rollout_entropies": ("right", 0),
 }
 

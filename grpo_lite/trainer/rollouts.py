@@ -77,6 +77,7 @@ class Rollouts:
 
     def score(self, plain: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
         """Return what `plain`, TRL's `_generate_and_score_completions`, does, with the entropies noted on the way."""
+        self._limit_length()
         # When TRL asks for old log-probabilities, it does so first (trl 1.14-1.16); see `sampled_logps`.
         args = self.trainer.args
         wanted = args.gradient_accumulation_steps % (args.steps_per_generation * self.trainer.num_iterations) != 0
@@ -87,7 +88,19 @@ class Rollouts:
             self._old_logps_wanted = False
         if self.last is not None and not self.trainer.tools:
             output["rollout_entropies"] = _padded(self.last.entropies, output["completion_mask"])
+            if self.trainer.options.replay:
+                output["sampled_logps"] = _padded(self.last.logps, output["completion_mask"])
         return output
+
+    def _limit_length(self) -> None:
+        """Let completions be as long as this step's stage allows; a divisor of the loss stays the longest length."""
+        trainer = self.trainer
+        if not trainer.options.length_stages or not trainer.model.training:
+            return
+        limit = trainer.options.longest_completion(trainer.state.global_step, trainer.max_completion_length)
+        before, trainer.generation_config.max_new_tokens = trainer.generation_config.max_new_tokens, limit
+        if before != limit or trainer.state.global_step == 0:
+            trainer.recovery.show(f"completions of up to {limit} tokens from step {trainer.state.global_step + 1} on")
 
     def sampled_logps(self, width: int, device: torch.device) -> Tensor | None:
         """Return the log-probabilities `(B, width)` noted while sampling, where TRL asks for the old policy's."""

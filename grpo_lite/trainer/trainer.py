@@ -27,6 +27,7 @@ from grpo_lite.trainer.journal import Journal
 from grpo_lite.trainer.parallel import Peers
 from grpo_lite.trainer.recovery import Recovery
 from grpo_lite.trainer.refill import PromptOrder
+from grpo_lite.trainer.replay import Replay
 from grpo_lite.trainer.rollouts import Rollouts
 from grpo_lite.trainer.state import Checkpoints, ExactState
 from grpo_lite.trainer.support import Support
@@ -63,13 +64,16 @@ class PackedGRPOTrainer(GRPOTrainer):
         self.faults = Faults(self, self.options.max_skipped_steps, self.peers.all_agree)
         self.support = Support(self)
         self.order = PromptOrder(self)
+        self.replay = Replay(self)
         self.rollouts = Rollouts(self)
         self.episodes = Episodes(self, guard)
         self.gradients = Gradients(self)
         self.recovery = Recovery(self, show, advice, recover, rehearsal)
         self.loss_scale = LossScale(self, self.recovery.show)
         self.exact = ExactState(self)
-        self.checkpoints = Checkpoints(self, self.peers, (self.exact.save, self.order.save), self.recovery.facts)
+        self.checkpoints = Checkpoints(
+            self, self.peers, (self.exact.save, self.order.save, self.replay.save), self.recovery.facts
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.journal.start()
@@ -106,7 +110,7 @@ class PackedGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self.episodes.replace_hung()
         score = partial(self.rollouts.score, super()._generate_and_score_completions)
-        return self.order.refill(score, inputs, score(inputs))
+        return self.replay.fill(self.order.refill(score, inputs, score(inputs)))
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.journal.spending("rollout"):
@@ -194,7 +198,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         """Let each part restore its state from the checkpoint that `train` resumes from."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            for part in (self.order, self.checkpoints, self.exact, self.recovery):
+            for part in (self.order, self.replay, self.checkpoints, self.exact, self.recovery):
                 part.load(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

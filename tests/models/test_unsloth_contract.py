@@ -286,6 +286,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], r"cannot be imported: .*unsloth.* Install it anew"),
         (["sampling.refill=2"], r"no sampling\.refill"),
+        (["sampling.replay=2", "sampling.length_stages={3: 4}"], r"no sampling\.replay and no sampling\.length_stages"),
     ],
 )
 @pytest.mark.usefixtures("card")

@@ -103,6 +103,13 @@ def test_all_faults_are_reported_together() -> None:
         ("grpo: {num_generations: three}", "grpo.num_generations: 'three' is given; allowed: int or null"),
         ("lora: {lora_dropout: 0.05}", "only 0 is allowed"),
         ("lora: {target_modules: [q_proj, lm_head]}", "would never be trained"),
+        ("sampling: {replay: 2}\nrollout: generate", "sampling.replay: 2 is given with rollout: generate"),
+        ("sampling: {replay: 2}\ngrpo: {scale_rewards: batch}", "Set grpo.scale_rewards=group, or sampling.replay=0"),
+        ("sampling: {length_stages: {9: 999}}", "all of them below grpo.max_completion_length, such as {50: "),
+        ("sampling: {length_stages: {5: 9, 9: 8}}", "steps from 1 on with growing lengths are allowed"),
+        ("sampling: {length_stages: {5: 0}}", "sampling.length_stages[5]: 0 is given"),
+        ("sampling: {length_stages: {0: 8}}", "steps from 1 on"),
+        ("sampling: {length_stages: {5: 8}}\ntools: [a.py:b]", "sampling.length_stages is given with tools"),
         ("grpo: 3", "allowed is a mapping of trl.GRPOConfig keys"),
         ("grpo: {learning_rate: 0}", "it must be above 0"),
         ("grpo: {num_generations: 1}", "needs at least 2"),
@@ -252,7 +259,7 @@ def test_a_removed_key_is_ignored_where_it_changed_nothing_and_else_explained(ro
     text = (root / "recipes" / "smoke.yaml").read_text()
     path = tmp_path / "old.yaml"
     path.write_text(text + "\nsampling: {refill: 1, difficulty: false}\n")
-    assert load_recipe(str(path)).sampling.model_dump() == {"refill": 1}
+    assert load_recipe(str(path)).sampling.model_dump(exclude_defaults=True) == {"refill": 1}
     path.write_text(text + "\nsampling: {difficulty: true}\n")
     with pytest.raises(RecipeError, match=r"sampling\.difficulty: removed\..* no gain .*Delete the key"):
         load_recipe(str(path))
