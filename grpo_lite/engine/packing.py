@@ -191,8 +191,8 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Pack
     Args:
         input_ids: `(B, L)`, padded on the right.
         attention_mask: `(B, L)`, 1 on real tokens.
-        labels: `(B, L)`, the token where it is to be scored, -100 elsewhere; in each row the scored tokens end it, and
-            at least one token stands before them.
+        labels: `(B, L)`, the token where it is to be scored, -100 elsewhere; in each row at least one token stands
+            before the first that is scored.
     """
     mask = attention_mask.bool()
     lengths, scored = mask.sum(1).tolist(), (labels != -100).sum(1).tolist()

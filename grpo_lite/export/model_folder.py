@@ -15,6 +15,7 @@ from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked
 from grpo_lite.errors import ExportError
 from grpo_lite.export.safetensors import open_checkpoint
+from grpo_lite.models.chat_template import FILE_NAME
 from grpo_lite.models.text_tower import load_causal
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ def copy_files(model_dir: Path, out_dir: Path) -> None:
         _copy_matching(model_dir, pattern, out_dir)
     if not [name for pattern in _TOKENIZER_FILES for name in _copy_matching(model_dir, pattern, out_dir)]:
         logger.warning("%s has no tokenizer, so the export has none: add one before using it.", model_dir)
+
+
+def copy_chat_template(adapter_dir: Path, out_dir: Path) -> None:
+    """Copy the chat template that an adapter was saved with: it was trained on that one, the base's may be another."""
+    _copy_matching(adapter_dir, FILE_NAME, out_dir)
 
 
 def _copy_matching(folder: Path, pattern: str, out_dir: Path) -> list[str]:

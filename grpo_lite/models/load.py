@@ -17,6 +17,7 @@ from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
 from grpo_lite.errors import ModelError
 from grpo_lite.models.base import Base, trusts_remote_code
+from grpo_lite.models.chat_template import set_chat_template
 from grpo_lite.models.device import Device
 from grpo_lite.models.lora_targets import choose_targets
 from grpo_lite.models.text_tower import load_causal
@@ -28,10 +29,10 @@ CUDNN_ATTENTION_VARIABLES = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "TORCH_CUDNN_SDPA
 
 
 def load_tokenizer(base: Base) -> Any:
-    """Return the base model's tokenizer, padding on the left.
+    """Return the base model's tokenizer, padding on the left, with the recipe's chat template if it has one.
 
     Raises:
-        ModelError: the folder holds no tokenizer.
+        ModelError: the folder holds no tokenizer, or the chat template is at fault.
     """
     from transformers import AutoTokenizer
 
@@ -43,6 +44,8 @@ def load_tokenizer(base: Base) -> Any:
         raise ModelError(f"model.id: {base.section.id} has no usable tokenizer: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if base.section.chat_template:
+        set_chat_template(tokenizer, base.section.chat_template)
     return tokenizer
 
 

@@ -61,6 +61,12 @@ class ModelSection(_Section):
         description="What loads and trains it: hf anywhere, unsloth on CUDA with its package; auto: the faster there.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template in place of the model's own, saved with what is trained: `smollm2-tools` (ChatML "
+        "with tools), or a .jinja file.",
+    )
 
 
 class SourceSection(_Section):
@@ -474,7 +480,8 @@ def without_paths(recipe: Recipe) -> Recipe:
             return {name: shorten(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [shorten(item, key) for item in value]
-        local = key == "path" or (key in ("id", "function", "init_from") and str(value).startswith(("/", "~", ".")))
+        may_be_path = key in ("id", "function", "init_from", "chat_template")
+        local = key == "path" or (may_be_path and str(value).startswith(("/", "~", ".")))
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if local and isinstance(value, str) else value
 
     return Recipe.model_validate(shorten(recipe.model_dump()))

@@ -22,6 +22,7 @@ from grpo_lite.task.rewards import import_function
 # Not tools, in TRL's contract of an environment.
 OWN_METHODS = ("reset", "get_reward")
 _KNOWN = "the original templates of Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1/3.2 Instruct are known to TRL"
+_OWN = "or set model.chat_template=smollm2-tools where the model speaks ChatML"
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,18 @@ def tool_template(tokenizer: Any, model_id: str) -> str | None:
         supports_tool_calling,
     )
 
-    advice = f"Choose a model whose template has tools: {_KNOWN}."
+    advice = f"Choose a model whose template has tools: {_KNOWN}; {_OWN}."
     if not supports_tool_calling(tokenizer):
         raise ModelError(f"model.id: the chat template of {model_id} cannot show calls of tools and results. {advice}")
     if not any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
         try:
             add_response_schema(tokenizer)
         except ValueError:
-            raise ModelError(
-                f"model.id: TRL does not know the chat template of {model_id}, so it cannot read the calls that the "
-                f"model writes. {advice}"
-            ) from None
+            if not _reads_calls_as_qwen3(tokenizer):
+                raise ModelError(
+                    f"model.id: TRL does not know the chat template of {model_id}, so it cannot read the calls that "
+                    f"the model writes. {advice}"
+                ) from None
     if is_chat_template_prefix_preserving(tokenizer):
         return None
     try:
@@ -146,6 +148,32 @@ def tool_template(tokenizer: Any, model_id: str) -> str | None:
             f"corrected one for it. {advice}"
         ) from None
     return template
+
+
+def _reads_calls_as_qwen3(tokenizer: Any) -> bool:
+    """Give a tokenizer Qwen3's parser of calls if that reads what its own template writes; say whether it does."""
+    from trl.chat_template_utils import add_response_schema, parse_response, qwen3_chat_template
+
+    own = tokenizer.chat_template
+    tokenizer.chat_template = qwen3_chat_template
+    add_response_schema(tokenizer)
+    tokenizer.chat_template = own
+    call = {"type": "function", "function": {"name": "tool_name", "arguments": {"text": 'a "b"\n', "number": 3}}}
+    question = [{"role": "user", "content": "question"}]
+    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        [*question, {"role": "assistant", "content": "", "tool_calls": [call]}], tokenize=False
+    )
+    if whole.startswith(before):
+        prefix, written = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole[len(before) :])
+        )
+        if parse_response(tokenizer, written, prefix=prefix).get("tool_calls") == [call]:
+            return True
+    for name in ("response_template", "response_schema"):
+        if getattr(tokenizer, name, None) is not None:
+            delattr(tokenizer, name)
+    return False
 
 
 def _import(reference: str, where: str) -> Callable[..., Any]:

@@ -58,23 +58,41 @@ def sums(seed: int, low: int = 1, high: int = 20, operator: str = "+", size: int
     ]
 
 
-def products(seed: int, low: int = 12, high: int = 999, size: int = 1000) -> list[Row]:
+def products(seed: int, low: int = 12, high: int = 999, size: int = 1000, direct: float | None = None) -> list[Row]:
     """Return distinct products `{question: '17*23', answer: '391'}` of factors low…high, in random order.
+
+    With `direct` each row also has `trace`, the assistant's messages: a call of the environment calculator, its result
+    and the answer. Or it answers directly.
 
     Args:
         seed: of the problems.
         low: smallest factor.
         high: largest factor.
         size: how many, all distinct.
+        direct: share of the rows whose trace answers directly, 0 to 1; None: no traces.
     """
-    if not 0 <= low <= high:
-        raise ValueError("0 <= low <= high is needed")
+    if not 0 <= low <= high or not 0 <= (direct or 0) <= 1:
+        raise ValueError("0 <= low <= high and 0 <= direct <= 1 are needed")
     count = (high - low + 1) ** 2
     if not 1 <= size <= count:
         raise ValueError(f"there are {count} distinct problems, so size is 1 to {count}")
-    width = high - low + 1
-    pairs = (divmod(number, width) for number in random.Random(seed).sample(range(count), size))
-    return [{"question": f"{low + a}*{low + b}", "answer": str((low + a) * (low + b))} for a, b in pairs]
+    rng, width = random.Random(seed), high - low + 1
+    pairs = (divmod(number, width) for number in rng.sample(range(count), size))
+    rows: list[Row] = [{"question": f"{low + a}*{low + b}", "answer": str((low + a) * (low + b))} for a, b in pairs]
+    if direct is not None:
+        for row in rows:
+            row["trace"] = _calculated(row["question"], row["answer"], calls=rng.random() >= direct)
+    return rows
+
+
+def _calculated(question: str, answer: str, calls: bool) -> list[Row]:
+    final: Row = {"role": "assistant", "content": f"The answer is {answer}."}
+    call = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": question}}}
+    before: list[Row] = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "calculate", "content": answer},
+    ]
+    return [*before, final] if calls else [final]
 
 
 def chain(seed: int, terms: int = 4, low: int = 1, high: int = 9, size: int = 1000, direct: float = 0.0) -> list[Row]:

@@ -46,13 +46,13 @@ class Prompts:
 
     def text(self, row: Row) -> str:
         """Return a row's prompt as the model sees it."""
-        return prompt_text(row["prompt"], self.tokenizer, self._template_of(row))
+        return prompt_text(row["prompt"], self.tokenizer, self.template_of(row))
 
     def ids(self, row: Row) -> list[int]:
         """Return a row's prompt as token ids."""
-        return prompt_ids(row["prompt"], self.tokenizer, self._template_of(row))
+        return prompt_ids(row["prompt"], self.tokenizer, self.template_of(row))
 
-    def _template_of(self, row: Row) -> dict[str, Any] | None:
+    def template_of(self, row: Row) -> dict[str, Any] | None:
         """Return what the chat template gets for a row: with tools also their schemas."""
         if self.toolkit is None:
             return self.template_kwargs

@@ -101,6 +101,21 @@ def encode(texts: Sequence[str], tokenizer: Any, *, special: bool = False, at_on
     return ids
 
 
+def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of completions, each with the end token at its end and nowhere else.
+
+    A text that holds the end token's letters is spelled out in ordinary tokens, as prompts are.
+    """
+    end, end_id = str(tokenizer.eos_token or ""), tokenizer.eos_token_id
+    if end_id is None:
+        raise DataError("warmup: the model's tokenizer has no end token, so no completion can end. Take another model.")
+    ids = encode(texts, tokenizer)
+    for i, text in enumerate(texts):
+        if end in text:
+            ids[i] = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return [[*tokens, end_id] for tokens in ids]
+
+
 def holds_special_tokens(prompt: Any, tokenizer: Any) -> bool:
     """Say whether a prompt's own words contain the text of a special token."""
     pattern = _pattern(tokenizer)

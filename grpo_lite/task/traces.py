@@ -1,7 +1,8 @@
 """load_traces: rows with completions -> the token ids that the warm-up trains on, and what the rewards pay for them.
 
 Prompts become tokens as GRPO's do, so that both stages see the same ones. A completion ends with the model's end token,
-once. Rows that cannot or must not be trained on are dropped and counted in notes.
+once. It may be a whole episode with calls of tools, whose results are read and not trained on. Rows that cannot or must
+not be trained on are dropped and counted in notes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from grpo_lite.commands import hint
 from grpo_lite.errors import DataError, RewardError
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.conversations import episode_ids, is_episode, read_episode, split_conversation
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import (
@@ -31,7 +33,7 @@ from grpo_lite.task.prompts import (
     render_row,
 )
 from grpo_lite.task.rewards import Reward, highest_sum, load_rewards, top_of, weighted_scores
-from grpo_lite.task.tokens import batch_prompt_ids, encode, require_messages
+from grpo_lite.task.tokens import batch_prompt_ids, completion_ids, require_messages
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Trace:
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    tool_mask: list[int] | None = None  # 1 where the model writes the token; None: everywhere
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -62,7 +65,8 @@ class Traces:
 
     rows: list[Trace]
     notes: list[str]  # what was dropped and why, for people
-    sources: list[Row]  # of each row: `prompt` as GRPO renders it, `completion` (text), and the columns for rewards
+    sources: list[Row]  # of each row: `prompt` as GRPO renders it, `completion` (text, or an episode's messages), and
+    # the columns for rewards
 
     @property
     def longest(self) -> int:
@@ -75,8 +79,9 @@ class _Draft:
     """A rendered row, not yet in tokens."""
 
     source: Row
-    text: str | None  # of the completion; None: null
+    text: str | None  # of the completion, of an episode's last turn; None: null
     prompt_keys: set[str]  # by which its prompt is compared with the held-out ones
+    episode: list[dict[str, Any]] | None = None  # its messages, where it has calls of tools
 
 
 def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
@@ -91,16 +96,14 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
     """
     if recipe.warmup is None or recipe.warmup.data is None:
         raise ValueError("the recipe has no warmup.data")
-    rows, tokenizer = read_rows(recipe.warmup.data, recipe.seed, WHERE), prompts.tokenizer
+    rows, _tokenizer = read_rows(recipe.warmup.data, recipe.seed, WHERE), prompts.tokenizer
     notes: list[str] = []
     drafts = [_draft(recipe, row, i, prompts) for i, row in enumerate(rows)]
-    held_out = {prompt_key(row) for row in prompts.held_out}
+    held_out = {_problem_key(recipe, row) for row in prompts.held_out}
     drafts = _only(drafts, lambda draft: not draft.prompt_keys & held_out, "rows have a held-out prompt", notes)
     drafts = _only(drafts, lambda draft: draft.text is not None, "completions are null", notes)
     drafts = _only(drafts, lambda draft: bool((draft.text or "").strip()), "completions are empty", notes)
-    prompt_tokens = batch_prompt_ids([draft.source["prompt"] for draft in drafts], tokenizer, prompts.template_kwargs)
-    completions = completion_ids([draft.text or "" for draft in drafts], tokenizer)
-    pairs = list(zip(drafts, map(Trace, prompt_tokens, completions), strict=True))
+    pairs = list(zip(drafts, _tokenised(drafts, prompts), strict=True))
     if longest := recipe.data.max_prompt_tokens:
         why = f"prompts are over {longest} tokens (data.max_prompt_tokens)"
         pairs = _only(pairs, lambda pair: len(pair[1].prompt_ids) <= longest, why, notes)
@@ -113,9 +116,30 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
             "Give other rows, or raise the limit that drops them."
         )
     notes += _note_on_unclosed([draft for draft, _ in pairs], prompts.lead_in)
-    sources = [{**draft.source, "completion": draft.text} for draft, _ in pairs]
+    sources = [{**draft.source, "completion": draft.episode or draft.text} for draft, _ in pairs]
     traces = Traces([trace for _, trace in pairs], notes, sources)
     return _only_right(recipe, prompts, traces) if recipe.warmup.only_right else traces
+
+
+def _tokenised(drafts: Sequence[_Draft], prompts: Prompts) -> list[Trace]:
+    if prompts.toolkit is None:
+        rows = [draft.source["prompt"] for draft in drafts]
+        ids = batch_prompt_ids(rows, prompts.tokenizer, prompts.template_kwargs)
+    else:
+        ids = [prompts.ids(draft.source) for draft in drafts]
+    completions = completion_ids([draft.text or "" for draft in drafts], prompts.tokenizer)
+    traces = list(map(Trace, ids, completions))
+    for i, draft in enumerate(drafts):
+        if draft.episode is not None:
+            template = prompts.template_of(draft.source) or {}
+            parts = episode_ids(draft.source["prompt"], draft.episode, prompts.tokenizer, template, WHERE)
+            traces[i] = Trace(ids[i], *parts)
+    return traces
+
+
+def _problem_key(recipe: Recipe, row: Row) -> str:
+    """Return what two rows of one problem have in common; in an environment all rows may have one prompt."""
+    return prompt_key(row) if recipe.environment is None else prompt_key(row) + str(row.get("answer"))
 
 
 def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
@@ -154,12 +178,18 @@ def _scores(
     Raises:
         RewardError: the rows lack a column that a reward needs, or a reward fails.
     """
-    rows, columns, texts = traces.sources, columns_of(traces.sources), _seen_by_rewards(prompts, traces)
+    rows, columns = traces.sources, columns_of(traces.sources)
+    texts = _seen_by_rewards(prompts, traces)
     chat = recipe.data.format == "chat"
     functions, weights = load_rewards(recipe, columns, prompts.lead_in)
     scores = [
         limited(function, recipe.limits.reward_timeout_s, WHERE)(
-            completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+            completions=[
+                row["completion"] if is_episode(row["completion"]) else [{"role": "assistant", "content": text}]
+                for row, text in zip(rows, texts, strict=True)
+            ]
+            if chat
+            else texts,
             prompts=[row["prompt"] for row in rows],
             completion_ids=[trace.completion_ids for trace in traces.rows],
             **{key: [row.get(key) for row in rows] for key in columns},
@@ -172,21 +202,6 @@ def _scores(
 def _seen_by_rewards(prompts: Prompts, traces: Traces) -> list[str]:
     ids = [trace.completion_ids for trace in traces.rows]
     return list(prompts.tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-
-def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of completions, each with the end token at its end and nowhere else.
-
-    A text that holds the end token's letters is spelled out in ordinary tokens, as prompts are.
-    """
-    end, end_id = str(tokenizer.eos_token or ""), tokenizer.eos_token_id
-    if end_id is None:
-        raise DataError("warmup: the model's tokenizer has no end token, so no completion can end. Take another model.")
-    ids = encode(texts, tokenizer)
-    for i, text in enumerate(texts):
-        if end in text:
-            ids[i] = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return [[*tokens, end_id] for tokens in ids]
 
 
 def _only(items: list[_Item], keep: Callable[[_Item], bool], why: str, notes: list[str]) -> list[_Item]:
@@ -206,23 +221,44 @@ def _draft(recipe: Recipe, row: Row, index: int, prompts: Prompts) -> _Draft:
     if section is None:
         raise ValueError("the recipe has no warmup")
     columns = {name: value for name, value in row.items() if name is not None}
-    template = section.prompt or recipe.data.prompt
+    template, episode = section.prompt or recipe.data.prompt, None
     if section.completion == "{completion}" and "completion" not in columns and "messages" in columns:
-        before, text = _split(columns["messages"], index)
+        if recipe.has_tools and is_episode(columns["messages"]):
+            before, episode = _split_episode(columns["messages"], index)
+            text = None
+        else:
+            before, text = _split(columns["messages"], index)
         if section.prompt is None:
             template = "{prompt}"
             columns["prompt"] = before[1:] if recipe.data.system and before[0].get("role") == "system" else before
     else:
-        text = _completion(section.completion, columns, index)
+        episode = _episode_in(section.completion, columns) if recipe.has_tools else None
+        text = None if episode else _completion(section.completion, columns, index)
     source = _rendered(recipe, template, columns, index)
-    keys = {prompt_key(source)}
+    keys = {_problem_key(recipe, source)}
     if template != recipe.data.prompt:  # the same problem in other words
         names = map(column_of, fields_of(recipe.data.prompt, "data.prompt"))
         if all(row.get(name) is not None for name in names):
-            keys.add(prompt_key(_rendered(recipe, recipe.data.prompt, row, index)))
+            keys.add(_problem_key(recipe, _rendered(recipe, recipe.data.prompt, row, index)))
+    if episode is not None and prompts.toolkit is not None:
+        tools = [tool.__name__ for tool in prompts.toolkit.offered(source)]
+        episode = read_episode(episode, tools, f"{WHERE}: row {index}")
+        return _Draft(source, str(episode[-1]["content"]), keys, episode)
     if text is not None:
         text = _without_tag(_without_end(text, prompts.tokenizer), source["prompt"], prompts.lead_in)
     return _Draft(source, text, keys)
+
+
+def _split_episode(messages: Any, index: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    where = f"{WHERE}: row {index}"
+    require_messages([{**message, "content": message.get("content") or ""} for message in messages], where)
+    return split_conversation(messages, where)
+
+
+def _episode_in(template: str, columns: Row) -> list[dict[str, Any]] | None:
+    """Return the messages of an episode where the template is one column that holds them."""
+    value = columns.get(template[1:-1]) if template == f"{{{template[1:-1]}}}" else None
+    return value if isinstance(value, list) and is_episode(value) else None
 
 
 def _rendered(recipe: Recipe, template: str, columns: Row, index: int) -> Row:
@@ -236,11 +272,12 @@ def _rendered(recipe: Recipe, template: str, columns: Row, index: int) -> Row:
 
 def _completion(template: str, columns: Row, index: int) -> str | None:
     """Return the text of a completion without its end, or None where a column that it takes is null."""
-    if template == "{completion}" and isinstance(columns.get("completion"), list | dict):
-        messages = columns["completion"]
+    column = template[1:-1]
+    messages = columns.get(column) if template == f"{{{column}}}" else None
+    if isinstance(messages, list | dict):
         if not isinstance(messages, list) or len(messages) != 1:
             raise DataError(
-                f"{WHERE}: row {index} has {str(messages)[:SHOWN_CHARACTERS]} in the column 'completion'. Allowed: "
+                f"{WHERE}: row {index} has {str(messages)[:SHOWN_CHARACTERS]} in the column {column!r}. Allowed: "
                 "text, or a list with one assistant message. Set warmup.completion to a template over the columns."
             )
         return _assistant_text(messages[0], index)

@@ -126,7 +126,10 @@ class StepRows:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor([*row.prompt_ids, *row.completion_ids])
             mask[i, : len(row)] = 1
-            labels[i, len(row.prompt_ids) : len(row)] = torch.tensor(row.completion_ids)
+            written = torch.tensor(row.completion_ids)
+            if row.tool_mask is not None:
+                written = written.masked_fill(torch.tensor(row.tool_mask) == 0, IGNORED)
+            labels[i, len(row.prompt_ids) : len(row)] = written
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -221,6 +221,16 @@ def test_merged_folder_has_tokenizer_template_generation_config_and_manifest(tmp
     assert verify_manifest(folder) == len(list(folder.iterdir())) - 1
 
 
+def test_merged_folder_has_the_chat_template_that_the_adapter_was_trained_with(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    (base / "tokenizer.json").write_text("from the base")
+    (base / "chat_template.jinja").write_text("from the base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "chat_template.jinja").write_text("of the recipe")
+    merge_adapter(base, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "of the recipe"
+
+
 def test_progress_reaches_the_total(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", shard_bytes=3000)
     seen: list[tuple[str, int, int]] = []

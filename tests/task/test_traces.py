@@ -16,8 +16,8 @@ from grpo_lite.errors import DataError
 from grpo_lite.recipe.load import build_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.prompts import Prompts, load_prompts
-from grpo_lite.task.tokens import batch_prompt_ids, prompt_ids
-from grpo_lite.task.traces import Traces, completion_ids, earning, earning_lines, load_traces
+from grpo_lite.task.tokens import batch_prompt_ids, completion_ids, prompt_ids
+from grpo_lite.task.traces import Traces, earning, earning_lines, load_traces
 from tests.conftest import SHARED
 from tests.tiny import tiny_tokenizer
 

@@ -134,8 +134,9 @@ def in_float64(rows: list[Trace]) -> tuple[dict[str, Tensor], float]:
     for row in rows:
         logits = model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0]
         logs = torch.log_softmax(logits[len(row.prompt_ids) - 1 : -1], dim=-1)
-        total = total - logs[range(len(row.completion_ids)), row.completion_ids].sum()
-        count += len(row.completion_ids)
+        mask = torch.tensor(row.tool_mask or [1] * len(row.completion_ids))
+        total = total - (logs[range(len(row.completion_ids)), row.completion_ids] * mask).sum()
+        count += int(mask.sum())
     loss = total / count
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
@@ -157,6 +158,16 @@ def test_the_gradient_is_that_of_the_mean_loss_of_a_completion_token(
     assert log["loss"] == pytest.approx(loss, abs=2e-4)  # transformers rounds it to four digits
     assert log["num_tokens"] == sum(map(len, rows))
     assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compute", ["packed", "plain"])
+def test_results_of_tools_are_read_and_not_trained_on(tmp_path: Path, compute: str) -> None:
+    rows = [*traces(4), Trace([5, 6], [7, END, 8, 9, 10, 11, END], [1, 1, 0, 0, 0, 1, 1])]
+    gradients, log = trained(trainer_of(tmp_path, rows, 40, compute))
+    expected, loss = in_float64(rows)
+    assert log["loss"] == pytest.approx(loss, abs=2e-4)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient.float(), rtol=1e-4, atol=1e-6)
 

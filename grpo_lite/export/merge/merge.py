@@ -30,7 +30,7 @@ from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.merge.adapter import WEIGHTS_NAME, Adapter, LoraFactors, open_adapter
 from grpo_lite.export.merge.names import TensorNames, tensor_names
 from grpo_lite.export.merge.plan import Change, MergePlan, make_plan
-from grpo_lite.export.model_folder import copy_files, read_base_config
+from grpo_lite.export.model_folder import copy_chat_template, copy_files, read_base_config
 from grpo_lite.export.safetensors import INDEX_NAME, SINGLE_NAME, Shard, build_head, open_checkpoint, row_blocks
 from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, write_manifest
 
@@ -117,6 +117,7 @@ def merge_adapter(
         for shard in shards:
             writer.write(shard)
         copy_files(base_dir, partial)
+        copy_chat_template(adapter_dir, partial)
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
         record = _record(writer, shards, names, adapter_sha256, total, time.monotonic() - began)
