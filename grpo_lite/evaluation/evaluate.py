@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from grpo_lite.commands import UNKNOWN, hint
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
+from grpo_lite.evaluation.episodes import episode_means, score_episodes
+from grpo_lite.evaluation.scoring import score_completions, second_opinions
 from grpo_lite.evaluation.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
@@ -23,14 +25,13 @@ from grpo_lite.models.adapter import other_weights, read_sealed
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
-from grpo_lite.recipe.recipe import Recipe, RewardSection, ScoreSection
+from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.provenance import tell_changes
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show, progress_lines
+from grpo_lite.task.episodes import Player, make_player
 from grpo_lite.task.generators import Row
-from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts, columns_of, lead_in, load_prompts
-from grpo_lite.task.rewards import Reward, import_function, load_function, load_second_opinion, top_of
+from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now, size
 
@@ -66,15 +67,17 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
         base = Base.resolve(recipe.model)
         prompts = prompts or load_prompts(recipe, load_tokenizer(base))
         model = load_trained(base, recipe.rollout, run.adapter) if model is None else model
-    rows = prompts.eval[: recipe.eval.limit]
+    rows, player = prompts.eval[: recipe.eval.limit], make_player(prompts, recipe, show)
     records: Columns = {}
     also: dict[str, Columns] = {name: {} for name in prompts.also}
     for name in COLUMNS if warm else ("base", "trained"):
         with _column(model, name, warm):
-            records[name] = score_model(model, prompts.tokenizer, recipe, rows, show, name)
+            records[name] = score_model(model, prompts.tokenizer, recipe, rows, show, name, player)
             for further, its_rows in prompts.also.items():
                 what = f"{name} on {further}"
-                also[further][name] = score_model(model, prompts.tokenizer, greedy_only(recipe), its_rows, show, what)
+                also[further][name] = score_model(
+                    model, prompts.tokenizer, greedy_only(recipe), its_rows, show, what, player
+                )
     cause = _cause(run, recipe)
     result = _compared(recipe, records, cause)
     if also:
@@ -153,7 +156,8 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
     tokenizer, rows = prompts.tokenizer, prompts.eval[: recipe.eval.limit]
     model = load_saved(folder)
-    records = score_model(model, tokenizer, greedy_only(recipe), rows, show, name)
+    player = make_player(prompts, recipe, show)
+    records = score_model(model, tokenizer, greedy_only(recipe), rows, show, name, player)
     usable = [record for record in records if record["lenient"] is not None]
     rates = {
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
@@ -183,14 +187,22 @@ def load_saved(folder: Path) -> Any:
     )
 
 
-def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], show: Show, name: str) -> list[Row]:
+def score_model(
+    model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], show: Show, name: str, player: Player | None = None
+) -> list[Row]:
     """Generate greedy and sampled completions for held-out rows and score them.
+
+    Args:
+        player: plays the episodes of a recipe with tools; None: completions are single answers.
 
     Returns:
         One record per row: `completion` (greedy) and whether the cap cut it off (`truncated`); `lenient`, `strict` and,
         where the first reward states a second opinion, `honest` (bool, None without a usable gold); `samples_right`,
-        how many of `eval.samples` sampled completions are leniently right.
+        how many of `eval.samples` sampled completions are leniently right. Of an episode also `turns` (its messages),
+        `calls` and `failed_calls`.
     """
+    if player is not None:
+        return score_episodes(model, tokenizer, recipe, rows, show, name, player)
     section = recipe.eval
     ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     fit = rows_that_fit if recipe.memory.fit else None
@@ -212,7 +224,7 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
         }
         for c, loose, tight in zip(greedy, lenient, strict, strict=True)
     ]  # fmt: skip
-    opinions = _second_opinions(tokenizer, recipe, rows, [c[0] for c in greedy])
+    opinions = second_opinions(tokenizer, recipe, rows, [c[0] for c in greedy])
     for record, opinion in zip(records, opinions or [], strict=False):
         record["honest"] = None if record["lenient"] is None else opinion
     if section.samples:
@@ -226,66 +238,6 @@ def score_model(model: Any, tokenizer: Any, recipe: Recipe, rows: list[Row], sho
             group = right[i * section.samples : (i + 1) * section.samples]
             record["samples_right"] = None if None in group else sum(bool(r) for r in group)
     return records
-
-
-def score_completions(
-    tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
-) -> tuple[list[bool | None], list[bool | None]]:
-    """Return whether each completion is leniently and strictly right; None where the gold is unusable."""
-    lenient_section: ScoreSection | RewardSection = recipe.eval.lenient or recipe.rewards[0]
-    lenient = _scores(lenient_section, "eval.lenient", tokenizer, recipe, rows, completions)
-    threshold = getattr(lenient_section, "threshold", 1.0)
-    right: list[bool | None] = [None if score is None else score >= threshold for score in lenient]
-    strict = list(right)
-    for i, section in enumerate(recipe.eval.strict):
-        for j, score in enumerate(_scores(section, f"eval.strict[{i}]", tokenizer, recipe, rows, completions)):
-            if strict[j]:
-                strict[j] = score is not None and score >= section.threshold
-    return right, strict
-
-
-def _second_opinions(
-    tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
-) -> list[bool] | None:
-    """Return whether the first reward's second opinion accepts each completion; None if the reward has none."""
-    section, where = recipe.rewards[0], "rewards[0]"
-    columns, opened = columns_of(rows), lead_in(rows, recipe, tokenizer)
-    reward = import_function(section.function, where)  # only the opinion is called: eval.lenient may replace the reward
-    opinion = load_second_opinion(reward, section, where, columns, opened)
-    if opinion is None:
-        return None
-    top = top_of(opinion)
-    opinion = limited(opinion, recipe.limits.reward_timeout_s, where)
-    scores = call_reward(opinion, tokenizer, recipe, rows, completions)
-    return [score is not None and score >= top for score in scores]
-
-
-def _scores(
-    section: Any, where: str, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
-) -> list[float | None]:
-    function = load_function(section, where, columns_of(rows), lead_in(rows, recipe, tokenizer))
-    function = limited(function, recipe.limits.reward_timeout_s, where)
-    return call_reward(function, tokenizer, recipe, rows, completions)
-
-
-def call_reward(
-    function: Reward, tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Sequence[list[int]]
-) -> list[float | None]:
-    """Score completions (token ids, one per row) by one reward, as many in a call as in training."""
-    columns = columns_of(rows)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
-    size = recipe.schedule.batch
-    scores: list[float | None] = []
-    for start in range(0, len(rows), size):
-        batch, answers = rows[start : start + size], texts[start : start + size]
-        scores += function(
-            completions=[[{"role": "assistant", "content": text}] for text in answers] if chat else answers,
-            prompts=[row["prompt"] for row in batch],
-            completion_ids=[list(ids) for ids in completions[start : start + size]],
-            **{key: [row.get(key) for row in batch] for key in columns},
-        )
-    return scores
 
 
 def _compared(recipe: Recipe, columns: Columns, cause: str, on: str | None = None) -> dict[str, Any]:
@@ -314,15 +266,20 @@ def compare(
         EvaluationError: no record has a usable gold.
     """
     columns: Columns = {"base": base, **({"warm": warm} if warm is not None else {}), "trained": trained}
-    usable = [i for i, record in enumerate(base) if record["lenient"] is not None]
+    usable = [i for i in range(len(base)) if all(rows[i]["lenient"] is not None for rows in columns.values())]
     if not usable:
+        where = f"eval{f'.also.{on}' if on else ''}"
         raise EvaluationError(
-            f"eval{f'.also.{on}' if on else ''}: no held-out row has a usable gold answer. Check data.answer and "
-            "eval.lenient."
+            f"{where}: no held-out row has a usable gold answer. Check data.answer and eval.lenient."
+            if "turns" not in base[0]
+            else f"{where}: no episode on a held-out row could be judged: `reset` failed, or no score is given. The "
+            "first failures are shown above; `make check-env` plays the environment without a model."
         )
     result: dict[str, Any] = {"n": len(usable), "unusable_golds": len(base) - len(usable), "measured_at": now()}
     if "truncated" in base[0]:
         result["truncated"] = {name: _share(row["truncated"] for row in rows) for name, rows in columns.items()}
+    if "turns" in base[0]:
+        result["episodes"] = {name: episode_means([rows[i] for i in usable]) for name, rows in columns.items()}
     for kind in ("lenient", "strict", *(["honest"] if "honest" in base[usable[0]] else [])):
         right = {name: [bool(records[i][kind]) for i in usable] for name, records in columns.items()}
         score = f"{kind} score on {on}" if on else f"held-out {kind} score"

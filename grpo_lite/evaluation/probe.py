@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
-from grpo_lite.evaluation.evaluate import call_reward, score_completions
+from grpo_lite.evaluation.scoring import call_reward, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.errors import DataError
-from grpo_lite.evaluation.evaluate import call_reward
+from grpo_lite.evaluation.scoring import call_reward
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe, WarmupSection

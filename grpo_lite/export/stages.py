@@ -100,6 +100,8 @@ def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = Fals
             "higher learning rate, or use the adapter as it is"
         )
     summary = _summary(record, proof, held_out=bool(inputs.prompts.eval))
+    if inputs.prompts.toolkit is not None:
+        summary["episodes"] = True  # verified on their prompts; `evaluate_merged` plays them
     run.update_run(merge=summary)
     proof.require_passed(run.merged)
     return summary

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
-from grpo_lite.recipe.recipe import LORA_OWN, Recipe
+from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, LORA_OWN, Recipe
 from grpo_lite.recipe.upstream import config_fields, installed_versions
 
 DEAD_KEYS = {
@@ -151,10 +151,17 @@ def cross_faults(recipe: Recipe) -> list[str]:
 
 def _episode_faults(recipe: Recipe) -> list[str]:
     """Return what does not go together with tools and environments."""
-    if not recipe.has_tools:
-        return []
-    key = "tools" if recipe.tools else "environment"
     faults = []
+    scores = {"eval.lenient": recipe.eval.lenient, **{f"eval.strict[{i}]": s for i, s in enumerate(recipe.eval.strict)}}
+    for where, score in scores.items():
+        if score is not None and score.function == ENVIRONMENT_REWARD and recipe.environment is None:
+            faults.append(
+                f"{where}.function: {ENVIRONMENT_REWARD} is given, and there is no environment that pays it. Name a "
+                "reward function, or an environment."
+            )
+    if not recipe.has_tools:
+        return faults
+    key = "tools" if recipe.tools else "environment"
     if recipe.data.format != "chat":
         faults.append(
             f"data.format: {recipe.data.format} is given with {key}; only chat is allowed, because the chat template "
@@ -164,11 +171,6 @@ def _episode_faults(recipe: Recipe) -> list[str]:
         faults.append(f"model.backend: unsloth is given with {key}; allowed is hf. Set model.backend=hf.")
     if recipe.grpo.get("use_vllm"):
         faults.append(f"grpo.use_vllm: true is given with {key}; only false is allowed. Remove the key.")
-    if recipe.eval.enabled:
-        faults.append(
-            f"eval.enabled: true is given with {key}; the evaluation does not play episodes yet, and would score the "
-            "first turn. Set eval.enabled=false, and follow the reward in metrics.jsonl."
-        )
     if recipe.warmup is not None and recipe.warmup.source == "self":
         faults.append(f"warmup.source: self is given with {key}; it samples one turn only. Use warmup.source=data.")
     return faults

@@ -177,10 +177,16 @@ class RewardSection(_Section):
     gate: bool = Field(False, description="Count this reward only where the first reward is at its top.")
 
 
+ENVIRONMENT_REWARD = "get_reward"  # as a score's function: what the row's environment pays
+
+
 class ScoreSection(_Section):
     """A reward used as a score: solved when it is at least `threshold`."""
 
-    function: str = Field(min_length=1, description="`module.function` or `file.py:function`.")
+    function: str = Field(
+        min_length=1,
+        description="`module.function` or `file.py:function`; get_reward: what the environment pays.",
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict)
     threshold: float = Field(1.0, description="The score from which a completion counts as right.")
 
@@ -246,7 +252,9 @@ class EvalSection(_Section):
             raise ValueError("every is given, but enabled is false, so there are no held-out rows to score")
         return self
 
-    lenient: ScoreSection | None = Field(None, description="Is the answer right? null: the first reward.")
+    lenient: ScoreSection | None = Field(
+        None, description="Is the answer right? null: the first reward, else what the environment pays."
+    )
     strict: list[ScoreSection] = Field(
         default_factory=list, description="Further scores a completion must reach to be strictly right (format)."
     )
@@ -396,6 +404,12 @@ class Recipe(_Section):
         return bool(self.tools) or self.environment is not None
 
     @property
+    def primary_score(self) -> ScoreSection | RewardSection:
+        """What says whether an answer is right: `eval.lenient`, the first reward, or the environment's own."""
+        own = ScoreSection(function=ENVIRONMENT_REWARD)  # type: ignore[call-arg]
+        return self.eval.lenient or (self.rewards[0] if self.rewards else own)
+
+    @property
     def reward_names(self) -> list[str]:
         """Names that the rewards are logged under (`rewards/<name>/mean`): the function's, numbered where taken."""
         names: list[str] = []
@@ -472,16 +486,18 @@ class Recipe(_Section):
         return models * (rows * (1 + self.eval.samples) + sum(source.limit for source in self.eval.also.values()))
 
 
+_MAY_BE_PATHS = ("id", "chat_template", "function", "init_from", "tools", "environment")
+
+
 def without_paths(recipe: Recipe) -> Recipe:
     """Shorten paths of the training machine to their last part."""
 
     def shorten(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: shorten(item, name) for name, item in value.items()}
+            return {name: shorten(item, key if key == "environment" else name) for name, item in value.items()}
         if isinstance(value, list):
             return [shorten(item, key) for item in value]
-        may_be_path = key in ("id", "function", "init_from", "chat_template")
-        local = key == "path" or (may_be_path and str(value).startswith(("/", "~", ".")))
+        local = key == "path" or (key in _MAY_BE_PATHS and str(value).startswith(("/", "~", ".")))
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if local and isinstance(value, str) else value
 
     return Recipe.model_validate(shorten(recipe.model_dump()))

@@ -15,6 +15,12 @@ KINDS = {
     "strict": "right answer in the required form",
     "honest": "second, independent judge",
 }
+EPISODES = {
+    "turns": "turns an episode",
+    "calls": "calls an episode",
+    "failed_calls": "failed calls an episode",
+    "without_call": "episodes without a call",
+}
 
 
 def columns_of(values: Mapping[str, Any]) -> list[str]:
@@ -52,7 +58,23 @@ def table_rows(scores: Mapping[str, Any]) -> list[dict[str, str]]:
         rows.append(_cells("merged 16-bit model", trained=_rate(merged["lenient"])))
     if cut := scores.get("truncated"):
         rows.append(_cells("cut off by the cap", **{column: f"{cut[column]:.1%}" for column in columns_of(cut)}))
+    if episodes := scores.get("episodes"):
+        for key, name in EPISODES.items():
+            cells = {column: _episode_cell(key, episodes[column][key]) for column in columns_of(episodes)}
+            rows.append(_cells(name, **cells))
     return rows
+
+
+def episodes_text(scores: Mapping[str, Any]) -> str:
+    """Return what the held-out episodes were like in one line, base first; empty where completions are no episodes."""
+    episodes = scores.get("episodes")
+    if not episodes:
+        return ""
+    parts = []
+    for key, name in EPISODES.items():
+        means = (_episode_cell(key, episodes[column][key]) for column in columns_of(episodes))
+        parts.append(f"{name} {' → '.join(means)}")
+    return ", ".join(parts)
 
 
 def named_scores(scores: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -90,6 +112,10 @@ def _row(name: str, part: Mapping[str, Any]) -> dict[str, str]:
 
 def _cells(name: str, **cells: str) -> dict[str, str]:
     return {"name": name, **dict.fromkeys((*COLUMNS, "difference", "warmup"), ""), **cells}
+
+
+def _episode_cell(key: str, mean: float) -> str:
+    return f"{mean:.0%}" if key == "without_call" else f"{mean:.1f}"
 
 
 def _points(share: float) -> str:

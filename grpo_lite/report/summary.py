@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_lite.commands import UNKNOWN, hint, hint_run
-from grpo_lite.report.scores import named_scores, own_gain, rates_text
+from grpo_lite.report.scores import episodes_text, named_scores, own_gain, rates_text
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
 
@@ -88,8 +88,11 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():
         lines.append(f"{name} (sampled): {rates_text(rates)}")
+    if episodes := episodes_text(scores):
+        lines.append(episodes)
     if scores.get("unusable_golds"):
-        lines.append(f"{scores['unusable_golds']} held-out rows have no usable gold answer and were left out")
+        why = "could not be judged in every episode" if episodes else "have no usable gold answer"
+        lines.append(f"{scores['unusable_golds']} held-out rows {why} and were left out")
     return lines
 
 
@@ -137,8 +140,9 @@ def merge_line(record: Mapping[str, Any]) -> str:
         return f"not merged: {record['skipped']}."
     if "prompts" not in record:
         return f"merged, but not verified: run `{hint('merge', run=UNKNOWN, overwrite=True)}`."
+    first = " of episodes, up to the first answer," if record.get("episodes") else ""
     return (
-        f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts: top-1 agreement "
+        f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts{first}: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
         f"{record['max_logit_difference']:.3f}"
     )

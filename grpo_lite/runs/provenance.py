@@ -73,6 +73,9 @@ def outside_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     functions = [(f"rewards[{i}].function", section.function) for i, section in enumerate(recipe.rewards)]
     functions += [("eval.lenient.function", recipe.eval.lenient.function)] if recipe.eval.lenient else []
     functions += [(f"eval.strict[{i}].function", section.function) for i, section in enumerate(recipe.eval.strict)]
+    functions += [(f"tools[{i}]", reference) for i, reference in enumerate(recipe.tools)]
+    named = recipe.environment if isinstance(recipe.environment, dict) else {"": recipe.environment}
+    functions += [(f"environment{name and '.'}{name}", reference) for name, reference in named.items() if reference]
     for key, reference in functions:
         if (path := _file_of(reference)) is not None:
             yield key, path

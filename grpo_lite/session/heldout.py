@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from grpo_lite.errors import RewardError
 from grpo_lite.evaluation.evaluate import greedy_only, score_model
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.episodes import make_player
 from grpo_lite.task.prompts import Prompts
 
 
@@ -26,6 +27,7 @@ class HeldOutScore(TrainerCallback):
         self.recipe = greedy_only(recipe)
         self.tokenizer, self.trainer, self.show = prompts.tokenizer, trainer, show
         self.rows = prompts.eval[: recipe.eval.every_limit]
+        self.player = make_player(prompts, recipe, show)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due = state.global_step % self.recipe.eval.every == 0 or state.global_step == state.max_steps
@@ -34,8 +36,9 @@ class HeldOutScore(TrainerCallback):
         try:
             with self.trainer.journal.spending("heldout"):
                 records = score_model(
-                    self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained"
-                )
+                    self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained",
+                    self.player,
+                )  # fmt: skip
         except RewardError as error:
             self.trainer.faults.counts["unscored_heldout"] += 1
             self.show(f"held-out score of step {state.global_step} left out: {error}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import ModelError, RewardError
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.rewards import import_function
 
@@ -82,7 +82,7 @@ def load_toolkit(recipe: Recipe) -> Toolkit | None:
     for name, reference in named.items():
         where = "environment" if name is None else f"environment.{name}"
         factories[name] = _import(reference, where)
-        instance = _instance(factories[name], f"{where}: {reference}")
+        instance = make_environment(factories[name], f"{where}: {reference}")
         methods[name] = _methods(instance, f"{where}: {reference}", bool(tools))
         if "get_reward" in _functions(instance):
             rewarding.add(name)
@@ -92,6 +92,10 @@ def load_toolkit(recipe: Recipe) -> Toolkit | None:
     if not recipe.rewards and unpaid:
         which = ", ".join(named[name] for name in unpaid)
         raise RewardError(f"rewards: [] is given, and {which} has no get_reward. Add the method, or a reward function.")
+    scored = [recipe.primary_score, *recipe.eval.strict] if recipe.eval.enabled else []
+    if unpaid and any(section.function == ENVIRONMENT_REWARD for section in scored):
+        which = ", ".join(named[name] for name in unpaid)
+        raise RewardError(f"eval: a score is {ENVIRONMENT_REWARD}, and {which} has none. Add the method.")
     return Toolkit(tools, factories, methods, frozenset(rewarding))
 
 
@@ -111,6 +115,21 @@ def require_environment_columns(toolkit: Toolkit, rows: list[Row], where: str) -
                 f"{where}: row {index}: environment: {given} is given; allowed: {allowed}. Give each row the name of "
                 "its environment, or name a single class under `environment`."
             )
+
+
+def make_environment(factory: Callable[[], Any], where: str) -> Any:
+    """Return an instance of an environment.
+
+    Raises:
+        RewardError: making it raises.
+    """
+    try:
+        return factory()
+    except Exception as error:
+        raise RewardError(
+            f"{where}: cannot be made without arguments: {type(error).__name__}: {error}. TRL calls it with none; a "
+            "row's values arrive in reset(**row)."
+        ) from error
 
 
 def tool_template(tokenizer: Any, model_id: str) -> str | None:
@@ -185,16 +204,6 @@ def _import(reference: str, where: str) -> Callable[..., Any]:
         return import_function(reference, where)
     except RewardError as error:
         raise RewardError(str(error).replace(f"{where}.function:", f"{where}:", 1)) from None
-
-
-def _instance(factory: Callable[[], Any], where: str) -> Any:
-    try:
-        return factory()
-    except Exception as error:
-        raise RewardError(
-            f"{where}: cannot be made without arguments: {type(error).__name__}: {error}. TRL calls it with none; a "
-            "row's values arrive in reset(**row)."
-        ) from error
 
 
 def _functions(instance: Any) -> list[str]:

@@ -98,9 +98,8 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         train, held_out = _hold_out(rows, data.holdout, recipe.seed)
     train = [render_row(data, row, "data.train", i) for i, row in enumerate(train)]
     held_out = [render_row(data, row, "data.eval", i) for i, row in enumerate(held_out)]
-    if recipe.environment is None:  # else rows differ by what `reset` gets, and may all have one prompt
-        train, note = _without(train, held_out)
-        notes += note
+    train, note = _without(train, held_out, recipe)
+    notes += note
     if tokenizer is not None:
         marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
         notes += [f"{marked} prompts hold the text of a special token; it is read as text, not as markup"][
@@ -121,6 +120,8 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
     if toolkit is not None:
         require_environment_columns(toolkit, train, "data.train")
+        for name, rows in {"data.eval": held_out if recipe.eval.enabled else [], **also}.items():
+            require_environment_columns(toolkit, rows, name)
     opening = lead_in(train, recipe, tokenizer)
     return Prompts(train, held_out, tuple(notes), opening, tokenizer, template_kwargs, also, toolkit)
 
@@ -129,14 +130,14 @@ def _further(recipe: Recipe, train: list[Row], tokenizer: Any) -> tuple[dict[str
     """Return the rows of `eval.also` by name, without those that are also trained on, and what was dropped."""
     sets: dict[str, list[Row]] = {}
     notes: list[str] = []
-    trained_on = {prompt_key(row) for row in train}
+    trained_on = {_key(row, recipe) for row in train}
     for number, (name, source) in enumerate(recipe.eval.also.items(), start=2):  # data.eval has the seed + 1
         where = f"eval.also.{name}"
         rows = [
             render_row(recipe.data, row, where, i)
             for i, row in enumerate(read_rows(source, recipe.seed + number, where))
         ]
-        fresh = [row for row in rows if prompt_key(row) not in trained_on]
+        fresh = [row for row in rows if _key(row, recipe) not in trained_on]
         if len(fresh) < len(rows):
             notes.append(f"{len(rows) - len(fresh)} rows of {where} have a training prompt and were dropped.")
         if tokenizer is not None and recipe.data.max_prompt_tokens is not None:
@@ -349,12 +350,18 @@ def prompt_key(row: Row) -> str:
     return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-def _without(train: list[Row], held_out: list[Row]) -> tuple[list[Row], list[str]]:
+def _key(row: Row, recipe: Recipe) -> str:
+    """Return what equal tasks have in common: the prompt; in an environment also all else that `reset` gets."""
+    return prompt_key(row) if recipe.environment is None else json.dumps(row, sort_keys=True, default=str)
+
+
+def _without(train: list[Row], held_out: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:
     """Drop training rows whose prompt is also held out: disjoint by construction, and said."""
-    forbidden = {prompt_key(row) for row in held_out}
-    disjoint = [row for row in train if prompt_key(row) not in forbidden]
+    forbidden = {_key(row, recipe) for row in held_out}
+    disjoint = [row for row in train if _key(row, recipe) not in forbidden]
     dropped = len(train) - len(disjoint)
-    return disjoint, [f"{dropped} training rows have a held-out prompt and were dropped."] if dropped else []
+    what = "have a held-out prompt" if recipe.environment is None else "are also held out"
+    return disjoint, [f"{dropped} training rows {what} and were dropped."] if dropped else []
 
 
 def lead_in(rows: Sequence[Row], recipe: Recipe, tokenizer: Any) -> str:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
-from grpo_lite.evaluation.evaluate import COLUMNS, compare, evaluate_run, score_completions, score_model
+from grpo_lite.evaluation.evaluate import COLUMNS, compare, evaluate_run, score_model
+from grpo_lite.evaluation.scoring import score_completions
 from grpo_lite.files.manifest import sha256_of, write_manifest
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer, load_trained, lora_config

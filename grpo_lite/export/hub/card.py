@@ -183,6 +183,12 @@ def _measured(facts: RunFacts) -> str:
     if cut := scores.get("truncated"):
         shares = ", ".join(f"{name} {share:.1%}" for name, share in cut.items())
         lines += [f"Greedy completions cut off by the cap of {facts.recipe.eval_completion_length} tokens: {shares}."]
+    if episodes := scores.get("episodes"):
+        means = episodes["trained"]
+        lines += [
+            f"Each answer is an episode with real calls of tools; the trained model took {means['turns']:.1f} turns "
+            f"and {means['calls']:.1f} calls on average, of which {means['failed_calls']:.1f} failed."
+        ]
     if merge := facts.merge:
         lines += ["", _merge_sentence(merge)]
     for record in facts.gguf:
@@ -245,9 +251,10 @@ def _merge_sentence(merge: Mapping[str, Any]) -> str:
     state = "Verified" if merge.get("passed") else "NOT verified"
     if "prompts" not in merge:
         return f"{state}: the merged weights were not compared with base + adapter."
+    first = " of episodes, up to the first answer" if merge.get("episodes") else ""
     return (
-        f"{state}: the merged weights against base + adapter on {merge['prompts']} prompts: top-1 agreement "
-        f"{merge['top1_agreement']:.2%}, mean KL {merge['mean_kl']:.1e} nats, largest logit difference "
+        f"{state}: the merged weights against base + adapter on {merge['prompts']} prompts{first}: top-1 "
+        f"agreement {merge['top1_agreement']:.2%}, mean KL {merge['mean_kl']:.1e} nats, largest logit difference "
         f"{merge['max_logit_difference']:.2g}."
     )
 

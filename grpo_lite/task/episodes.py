@@ -1,0 +1,278 @@
+"""Player: episodes outside of training. Any generator writes the turns; tools and environments answer, guarded.
+
+Place in the line: evaluation, the probe and the chat play by it. Training plays by TRL's own loop
+(`trainer/episodes.py`), and the rules here are that loop's (`GRPOTrainer._tool_call_loop`, trl 1.14-1.16): the same
+turns give the same tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grpo_lite.environments.play import tools_of
+from grpo_lite.errors import ModelError, RewardError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.screen import Show
+from grpo_lite.task.environments import make_environment
+from grpo_lite.task.generators import Row
+from grpo_lite.task.guard import TimeLimitExceeded, call_within
+from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.rewards import checked_reward
+from grpo_lite.task.tokens import tool_result_ids, without_markup
+from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+
+Message = dict[str, Any]
+# Gets prompts as token ids and the most tokens to write; returns what was written, without the token that ended it.
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+Watch = Callable[[Message], None]
+
+
+@dataclass
+class Episode:
+    """One prompt played to its end.
+
+    Attributes:
+        row: the row it is of.
+        prompt: its messages, with what `reset` returned.
+        prompt_ids: the same as the model reads them.
+        environment: the instance, in its last state; None without one.
+        ids: tokens of the completion, results of tools included.
+        mask: 1 where the model wrote the token.
+        messages: the turns: the model's, and the results of tools.
+        ended: by an answer without a call, at the limit of turns, at the length, or by a `reset` that failed, after
+            which nothing was played.
+        calls: how many, of which `failed_calls` gave the model an error.
+    """
+
+    row: Row
+    prompt: list[Message]
+    prompt_ids: list[int] = field(default_factory=list)
+    environment: Any = None
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    ended: Literal["answer", "turns", "length", "reset"] | None = None
+    calls: int = 0
+    failed_calls: int = 0
+
+    @property
+    def answer(self) -> str:
+        """What the model said last."""
+        said = [message for message in self.messages if message.get("role") != "tool"]
+        return str(said[-1].get("content") or "") if said else ""
+
+    @property
+    def turns(self) -> int:
+        """How often the model spoke."""
+        return sum(message.get("role") != "tool" for message in self.messages)
+
+    @property
+    def read(self) -> list[int]:
+        """All tokens so far."""
+        return [*self.prompt_ids, *self.ids]
+
+
+class Player:
+    """Plays episodes of a recipe's prompts with its tools and environments.
+
+    Args:
+        prompts: of the recipe, with its tokenizer and toolkit.
+        recipe: says the limits.
+        show: gets a line for the first failures of each tool.
+    """
+
+    def __init__(self, prompts: Prompts, recipe: Recipe, show: Show) -> None:
+        if prompts.toolkit is None:
+            raise ValueError("the recipe has no tools")
+        self.prompts, self.toolkit, self.limits = prompts, prompts.toolkit, recipe.limits
+        self.most_turns: int | None = recipe.grpo.get("max_tool_calling_iterations")
+        self.guard = ToolGuard(recipe.limits.tool_timeout_s, recipe.limits.tool_result_chars, show)
+        self._pool: dict[str | None, list[Any]] = {}
+
+    def play(
+        self,
+        rows: Sequence[Row],
+        generate: Generate,
+        max_tokens: int,
+        context: int | None = None,
+        watch: Watch = lambda message: None,
+    ) -> list[Episode]:
+        """Play an episode for each row, all at once, turn by turn.
+
+        Their environments stay as they ended until the next call, which uses them again.
+
+        Args:
+            rows: of the prompts; the same one may come several times.
+            generate: writes the turns.
+            max_tokens: of an episode, results of tools included.
+            context: tokens that the model can read; None: not limited.
+            watch: called with each message as it comes.
+        """
+        episodes = [self._begun(row, instance) for row, instance in zip(rows, self._instances(rows), strict=True)]
+        active = [episode for episode in episodes if episode.ended is None]
+        turn = 0
+        while active:
+            room = max(max_tokens - len(episode.ids) for episode in active)
+            written = generate([episode.read for episode in active], max(1, room))
+            for episode, ids in zip(active, written, strict=True):
+                self._hear(episode, ids, max_tokens, watch)
+            active = [episode for episode in active if episode.ended is None]
+            for episode in active:
+                if self.most_turns is not None and turn >= self.most_turns:
+                    episode.ended = "turns"
+                else:
+                    self._call(episode, max_tokens, context, watch)
+            active = [episode for episode in active if episode.ended is None]
+            turn += 1
+        return episodes
+
+    def rewards(self, episodes: Sequence[Episode]) -> list[float | None]:
+        """Return what each episode's environment pays (`get_reward`); None where it cannot be judged or has none.
+
+        Raises:
+            RewardError: `get_reward` raises, hangs or returns something else.
+        """
+        return [self._reward(episode) for episode in episodes]
+
+    def _instances(self, rows: Sequence[Row]) -> list[Any]:
+        """Return an environment for each row, those of earlier episodes first; one in which a call hung is left."""
+        for pool in self._pool.values():
+            pool[:] = [instance for instance in pool if id(instance) not in self.guard.hung]
+        self.guard.hung.clear()
+        if not self.toolkit.factories:
+            return [None] * len(rows)
+        taken: Counter[str | None] = Counter()
+        instances = []
+        for row in rows:
+            name = self.toolkit.name_of(row)
+            pool = self._pool.setdefault(name, [])
+            if taken[name] == len(pool):
+                pool.append(make_environment(self.toolkit.factories[name], "environment"))
+            instances.append(pool[taken[name]])
+            taken[name] += 1
+        return instances
+
+    def _begun(self, row: Row, environment: Any) -> Episode:
+        episode = Episode(row, [dict(message) for message in row["prompt"]], environment=environment)
+        if environment is not None:
+            several = None not in self.toolkit.factories
+            given = {key: copy.deepcopy(row[key]) for key in row if not (several and key == "environment")}
+            try:
+                observation = self.guard.reset(environment, given, environment.reset)
+            except ToolFailure:
+                episode.ended = "reset"
+                return episode
+            if observation is not None:
+                episode.prompt[-1] = _observed(episode.prompt[-1], observation)
+        episode.prompt_ids = self.prompts.ids({**row, "prompt": episode.prompt})
+        return episode
+
+    def _hear(self, episode: Episode, written: list[int], max_tokens: int, watch: Watch) -> None:
+        """Add what the model wrote, cut at the length; without a call the episode has ended."""
+        from trl.chat_template_utils import parse_response
+
+        tokenizer, left = self.prompts.tokenizer, max_tokens - len(episode.ids)
+        has_ended = len(written) < left
+        ids = [*written, tokenizer.eos_token_id] if has_ended else written[:left]
+        message: Message = {}
+        if ids:
+            offered = self.toolkit.offered(episode.row)
+            message = parse_response(tokenizer, ids, prefix=episode.read, tools=offered)
+            episode.messages.append(message)
+            watch(message)
+        episode.ids += ids
+        episode.mask += [1] * len(ids)
+        if not message.get("tool_calls"):
+            episode.ended = "answer" if has_ended else "length"
+
+    def _call(self, episode: Episode, max_tokens: int, context: int | None, watch: Watch) -> None:
+        """Call what the last message asks for, and add the results; those that do not fit end the episode."""
+        tools = self._tools(episode)
+        results = []
+        for call in episode.messages[-1]["tool_calls"]:
+            function = call.get("function") or {}
+            name = function.get("name", call.get("name", "unknown"))
+            episode.calls += 1
+            try:
+                if call.get("type") != "function":
+                    raise ValueError(f"Unsupported tool call type: {call.get('type')}")
+                if name not in tools:
+                    raise ValueError(f"Tool {name} not found.")
+                result = tools[name](**function["arguments"])
+            except Exception as error:  # what a tool raises is for the model to read
+                episode.failed_calls += 1
+                result = {"error": str(error)}
+            results.append(
+                {"role": "tool", "name": name, "content": result if isinstance(result, list) else str(result)}
+            )
+        added = self._result_ids(results)
+        length = len(episode.ids) + len(added)
+        if length > max_tokens or (context is not None and len(episode.prompt_ids) + length >= context):
+            episode.ended = "length"
+            return
+        episode.messages += results
+        for message in results:
+            watch(message)
+        episode.ids += added
+        episode.mask += [0] * len(added)
+
+    def _tools(self, episode: Episode) -> dict[str, Callable[..., Any]]:
+        tools = {tool.__name__: tool for tool in self.toolkit.tools}
+        if episode.environment is not None:
+            tools |= tools_of(episode.environment)
+        return {name: self.guard.wrap(tool) for name, tool in tools.items()}
+
+    def _result_ids(self, results: list[Message]) -> list[int]:
+        tokenizer, template = self.prompts.tokenizer, self.prompts.template_kwargs or {}
+        ids = tool_result_ids(results, tokenizer, template)
+        if ids is None:
+            ids = tool_result_ids(without_markup(results, tokenizer), tokenizer, template)
+        if ids is None:
+            raise ModelError(
+                "model.id: the chat template changes what comes before a result of a tool, so no turn can follow it. "
+                "Choose a model of docs/tools-and-environments.md."
+            )
+        return ids
+
+    def _reward(self, episode: Episode) -> float | None:
+        environment = episode.environment
+        if episode.ended == "reset" or not hasattr(environment, "get_reward"):
+            return None
+        name, seconds = f"{type(environment).__name__}.get_reward", self.limits.reward_timeout_s
+        call = environment.get_reward
+        if inspect.iscoroutinefunction(call):
+            call = functools.partial(self._awaited, environment.get_reward, seconds)
+        try:
+            (score,) = call_within(
+                seconds, lambda: checked_reward(lambda completions: [call()], name)(completions=[episode.messages])
+            )
+        except TimeLimitExceeded:
+            raise RewardError(
+                f"environment: {name} took longer than limits.reward_timeout_s = {seconds:g} s. Fix it, or "
+                "raise the limit."
+            ) from None
+        return score
+
+    def _awaited(self, function: Callable[[], Any], seconds: float | None) -> Any:
+        return self.guard.wait_for(function(), seconds)
+
+
+def make_player(prompts: Prompts, recipe: Recipe, show: Show) -> Player | None:
+    """Return the player of a recipe's episodes; None where completions are single answers."""
+    return None if prompts.toolkit is None else Player(prompts, recipe, show)
+
+
+def _observed(message: Message, observation: Any) -> Message:
+    """Return the last message of the prompt with what `reset` returned behind its content, as TRL appends it."""
+    content = message["content"]
+    if isinstance(observation, list) and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if isinstance(observation, str) and isinstance(content, list):
+        observation = [{"type": "text", "text": observation}]
+    return {**message, "content": content + observation}

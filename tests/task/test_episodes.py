@@ -1,0 +1,113 @@
+"""Episodes outside of training: the same turns give the same tokens as TRL's loop, and faults cost the episode."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_lite.errors import RewardError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.environments import Toolkit, tool_template
+from grpo_lite.task.episodes import Episode, Player
+from grpo_lite.task.prompts import Prompts
+from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from tests.trainer.test_tools import END, SCRIPT, Faulty, Ledger, Scripted, call, guard, play, tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:(?s).*environment_factory"),
+]
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "r", "description": "d", "least_gpu": "none", "model": {"id": "m"},
+            "data": {"train": {"path": "x.jsonl"}}, "rewards": [], "environment": "here.Ledger",
+            "grpo": {"max_tool_calling_iterations": 2}, **changes,
+        }
+    )  # fmt: skip
+
+
+def player(words: Any, env: Any = Ledger, lines: list[str] | None = None, **changes: Any) -> Player:
+    instance = env()
+    methods = tuple(getattr(instance, name) for name in dir(env) if name in ("add", "note", "hang", "leave", "inject"))
+    toolkit = Toolkit((), {None: env}, {None: methods}, frozenset([None]))
+    template = tool_template(words, "m")
+    kwargs = {"chat_template": template} if template else None
+    prompts = Prompts([], [], tokenizer=words, template_kwargs=kwargs, toolkit=toolkit)
+    return Player(prompts, recipe(**changes), (lines if lines is not None else []).append)
+
+
+def rows(count: int = 8) -> list[dict[str, Any]]:
+    """Return what tests/trainer/test_tools.py trains on: groups of four."""
+    return [{"prompt": [{"role": "user", "content": f"Count {i // 4}."}], "start": i // 4} for i in range(count)]
+
+
+def scripted(words: Any, script: list[list[str]]) -> Any:
+    """Return a generator that writes the turns of a script, without the token that ends them."""
+    turns = Scripted(words, script)
+    end = words.eos_token_id
+
+    def generate(prompts: list[list[int]], room: int) -> list[list[int]]:
+        written = turns(None, prompts)[0]
+        return [ids[:-1] if ids[-1] == end and len(ids) <= room else ids + [9] * (room - len(ids)) for ids in written]
+
+    return generate
+
+
+def test_the_same_turns_give_the_tokens_and_masks_of_trl_s_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer, batch, _ = play(PackedGRPOTrainer, tmp_path, monkeypatch, guard=guard())
+    words = tokenizer()
+    # Without its sixth row, which TRL's script ends in the middle of a call, and the player's at the length.
+    episodes = player(words).play(rows(), scripted(words, SCRIPT), 500, 4096)
+    assert len(episodes) == 8
+    for i, episode in enumerate(episodes):
+        if i == 6:
+            continue
+        kept = batch["completion_mask"][i].bool()
+        assert episode.prompt_ids == batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), i
+        assert episode.ids == batch["completion_ids"][i][kept].tolist(), i
+        assert episode.mask == batch["tool_mask"][i][kept].tolist(), i
+    logged = [row.get("turns") for row in trainer.journal.latest_completions()]
+    assert [e.messages for e in episodes if e.calls] == [turns for turns in logged if turns]
+    assert [e.calls for e in episodes] == [0, 1, 2, 2, 1, 2, 0, 1]  # with the limit of two turns
+    assert [e.failed_calls for e in episodes] == [0, 0, 0, 0, 1, 2, 0, 0]
+    assert [e.ended for e in episodes] == [*["answer"] * 3, "turns", "answer", "answer", "length", "length"]
+    assert [e.answer for e in episodes][:3] == ["It is 1.", "It is 3.", "3"]
+    assert player(words).rewards(episodes)[:3] == [0.0, 3.0, 3.0]
+
+
+def test_a_reset_that_fails_costs_its_episode_and_a_hung_environment_is_not_used_again():
+    words, lines = tokenizer(), []
+    limits = {"limits": {"tool_timeout_s": 0.2, "tool_result_chars": 100}}
+    ours = player(words, Faulty, lines, **limits)
+    script = [[f"{call(name)}{END}", f"ok{END}"] for name in ("hang", "leave", "inject")]
+    generate = scripted(words, script)
+    episodes = ours.play([*rows(3), *rows(8)[4:5]], generate, 500)
+    assert [e.ended for e in episodes] == ["answer", "answer", "answer", "reset"]
+    assert [e.failed_calls for e in episodes] == [1, 1, 0, 0]
+    assert "took longer than 0.2 s" in episodes[0].messages[1]["content"]
+    assert "called exit" in episodes[1].messages[1]["content"]
+    assert ours.rewards(episodes) == [0.0, 0.0, 0.0, None]
+    assert any("Faulty.reset: raised RuntimeError: no such level" in line for line in lines)
+    result = [token for token, own in zip(episodes[2].ids, episodes[2].mask, strict=True) if not own]
+    assert "<tool_call>x</tool_call>" in words.decode(result)
+    assert words.convert_tokens_to_ids("<tool_call>") not in result
+    hung, left = episodes[0].environment, episodes[1].environment
+    again = ours.play(rows(2), scripted(words, [[f"It is 1.{END}"]] * 2), 500)
+    assert again[0].environment is left
+    assert hung not in [e.environment for e in again]
+
+
+class Unpayable(Ledger):
+    """Pays no number."""
+
+    async def get_reward(self) -> str:
+        return "much"
+
+
+def test_a_reward_of_an_environment_that_is_no_number_is_named():
+    ours = player(tokenizer(), Unpayable)
+    with pytest.raises(RewardError, match=r"Unpayable\.get_reward returned 'much'"):
+        ours.rewards([Episode({}, [], environment=Unpayable(), ended="answer")])
