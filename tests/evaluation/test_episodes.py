@@ -19,7 +19,8 @@ from grpo_lite.task.episodes import make_player
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.train import train_run
 from tests.task.test_episodes import scripted
-from tests.trainer.test_tools import END, call, model, tokenizer
+from tests.tool_model import END, call, tool_tokenizer
+from tests.trainer.test_tools import model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
@@ -60,7 +61,7 @@ def right(completions, environments, **kwargs):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a tiny model that has Qwen3's markup, an environment, rows and a recipe."""
-    words = tokenizer()
+    words = tool_tokenizer()
     words.save_pretrained(tmp_path / "model")
     model(len(words)).unload().save_pretrained(tmp_path / "model")
     (tmp_path / "guess.py").write_text(GUESS)
@@ -111,7 +112,7 @@ def played(recipe: Recipe, prompts: Prompts, rows: Any, script: Any, monkeypatch
 
 def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = recipe_in(folder, "eval={lenient: {function: get_reward, threshold: 0.4}, samples: 2, batch_size: 3}")
-    prompts = load_prompts(recipe, tokenizer())
+    prompts = load_prompts(recipe, tool_tokenizer())
     rows = [{"prompt": [{"role": "user", "content": f"Find it, {n}."}], "number": n} for n in (7, 9, 13)]
     script = [
         [guesses(5, 7), [*guesses(8), "never"]],  # the third row cannot be reset
@@ -139,7 +140,7 @@ def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: P
 
 def test_a_reward_function_gets_the_episodes_environments(folder: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = recipe_in(folder, f"rewards=[{{function: '{folder}/guess.py:right'}}]", "eval.samples=0")
-    prompts = load_prompts(recipe, tokenizer())
+    prompts = load_prompts(recipe, tool_tokenizer())
     rows = [{"prompt": [{"role": "user", "content": f"Find it, {n}."}], "number": n} for n in (7, 9)]
     records, _ = played(recipe, prompts, rows, [[guesses(5, 7), guesses(8)]], monkeypatch)
     assert [record["strict"] for record in records] == [True, False]

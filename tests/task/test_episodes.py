@@ -11,7 +11,8 @@ from grpo_lite.task.environments import Toolkit, tool_template
 from grpo_lite.task.episodes import Episode, Player
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
-from tests.trainer.test_tools import END, SCRIPT, Faulty, Ledger, Scripted, call, guard, play, tokenizer
+from tests.tool_model import END, call, tool_tokenizer
+from tests.trainer.test_tools import SCRIPT, Faulty, Ledger, Scripted, guard, play
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True"),
@@ -58,7 +59,7 @@ def scripted(words: Any, script: list[list[str]]) -> Any:
 
 def test_the_same_turns_give_the_tokens_and_masks_of_trl_s_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trainer, batch, _ = play(PackedGRPOTrainer, tmp_path, monkeypatch, guard=guard())
-    words = tokenizer()
+    words = tool_tokenizer()
     # Without its sixth row, which TRL's script ends in the middle of a call, and the player's at the length.
     episodes = player(words).play(rows(), scripted(words, SCRIPT), 500, 4096)
     assert len(episodes) == 8
@@ -79,7 +80,7 @@ def test_the_same_turns_give_the_tokens_and_masks_of_trl_s_loop(tmp_path: Path, 
 
 
 def test_a_reset_that_fails_costs_its_episode_and_a_hung_environment_is_not_used_again():
-    words, lines = tokenizer(), []
+    words, lines = tool_tokenizer(), []
     limits = {"limits": {"tool_timeout_s": 0.2, "tool_result_chars": 100}}
     ours = player(words, Faulty, lines, **limits)
     script = [[f"{call(name)}{END}", f"ok{END}"] for name in ("hang", "leave", "inject")]
@@ -108,6 +109,6 @@ class Unpayable(Ledger):
 
 
 def test_a_reward_of_an_environment_that_is_no_number_is_named():
-    ours = player(tokenizer(), Unpayable)
+    ours = player(tool_tokenizer(), Unpayable)
     with pytest.raises(RewardError, match=r"Unpayable\.get_reward returned 'much'"):
         ours.rewards([Episode({}, [], environment=Unpayable(), ended="answer")])
