@@ -107,6 +107,9 @@ test-newest test-oldest:
 lint: $(VENV)/.ready-dev  ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+lock: $(VENV)/.ready-dev  ## Write uv.lock anew from pyproject.toml (ARGS=--upgrade takes newer versions)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" uv lock $(ARGS)
+
 clean:  ## Remove caches and build files; runs/ and .venv stay
 	@rm -rf build *.egg-info rewards/build rewards/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
