@@ -28,7 +28,7 @@ def score_completions(
     """
     primary = recipe.primary_score
     lenient = _scores(primary, "eval.lenient", tokenizer, recipe, rows, completions, player)
-    threshold = getattr(primary, "threshold", 1.0)
+    threshold = getattr(primary, "threshold", None) or _right_from(primary)
     right: list[bool | None] = [None if score is None else score >= threshold for score in lenient]
     strict = list(right)
     for i, section in enumerate(recipe.eval.strict):
@@ -37,6 +37,13 @@ def score_completions(
             if strict[j]:
                 strict[j] = score is not None and score >= section.threshold
     return right, strict
+
+
+def _right_from(section: Any) -> float:
+    """Return from which score a reward's completion is right: 1, or the top that the reward states if that is lower."""
+    if section.function == ENVIRONMENT_REWARD:
+        return 1.0
+    return min(1.0, top_of(import_function(section.function, "rewards[0]")))
 
 
 def second_opinions(tokenizer: Any, recipe: Recipe, rows: Sequence[Row], completions: Completions) -> list[bool] | None:
@@ -62,7 +69,8 @@ def _scores(
     if section.function == ENVIRONMENT_REWARD:
         assert player is not None  # recipe/checks.py
         return player.rewards(completions)  # type: ignore[arg-type]
-    function = load_function(section, where, _columns(recipe, rows), lead_in(rows, recipe, tokenizer))
+    opened, budget = lead_in(rows, recipe, tokenizer), recipe.limits.judge_budget
+    function = load_function(section, where, _columns(recipe, rows), opened, budget)
     function = limited(function, recipe.limits.reward_timeout_s, where)
     return call_reward(function, tokenizer, recipe, rows, completions)
 

@@ -268,6 +268,16 @@ class CheckSection(_Section):
     skip: list[str] = Field(default_factory=list, description="Checks that do not apply, by name.")
 
 
+class JudgeBudget(_Section):
+    """What `rewards.judge_reward` may spend, over all runs that share its cache; the run then stops, and may resume."""
+
+    calls: int | None = Field(None, ge=1, description="Most calls; null: no limit.")
+    tokens: int | None = Field(None, ge=1, description="Most tokens, of prompts and answers; null: no limit.")
+    usd: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Most US dollars, by `usd_per_million`; null: no limit."
+    )
+
+
 class LimitsSection(_Section):
     """When to stop, and what a fault may cost."""
 
@@ -291,6 +301,9 @@ class LimitsSection(_Section):
     )
     tool_result_chars: int = Field(
         4000, ge=100, description="Longest result of a tool that the model gets; the rest is cut off, with a note."
+    )
+    judge_budget: JudgeBudget | None = Field(
+        None, description="Most that a reward which asks a paid server may spend; null: no limit."
     )
     skipped_steps: int = Field(
         5, ge=1, description="Steps in a row that may be skipped for a NaN or infinite loss or gradient."

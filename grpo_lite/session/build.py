@@ -32,7 +32,7 @@ from grpo_lite.session.fit import require_room_for
 from grpo_lite.session.init_from import adapter_to_start_from
 from grpo_lite.session.preflight import add_preflight
 from grpo_lite.session.views import View, ViewKind, make_view
-from grpo_lite.task.guard import GuardedReward
+from grpo_lite.task.guard import GuardedReward, awaited
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward, checked_reward
 from grpo_lite.task.tool_guard import ToolGuard
@@ -204,7 +204,8 @@ def build_trainer(
     functions, weights = rewards
     view = make_view(kind if first else "plain", recipe, show)
     arguments = grpo_config(recipe, run, base, weights, plan)
-    guarded = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
+    guards = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
+    guarded = [awaited(guard) if getattr(guard.function, "waits", False) else guard for guard in guards]
     rows = Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show)))
     adapter = adapter_to_start_from(recipe, run, base, view.show)
     announce_weights(base, view.show)

@@ -116,11 +116,12 @@ def train_to_stop(folder: Path, view: View, trainer: Any, deadline: Any = None) 
     Raises:
         TrainingError: the disk is full, or what was trained is not finite.
     """
-    from grpo_lite.session.stop import StopCleanly
+    from grpo_lite.session.stop import StopCleanly, StopWhenSpent
 
     checkpoint = _common_checkpoint(_last_checkpoint(folder, view.show), folder)
     with view, StopCleanly(view.show) as stop:
         trainer.add_callback(stop)
+        trainer.add_callback(StopWhenSpent(stop, getattr(trainer, "reward_funcs", ())))  # the warm-up has none
         if deadline:
             trainer.add_callback(deadline)
         if this_process().world > 1:

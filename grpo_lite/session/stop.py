@@ -23,6 +23,8 @@ MERGE_BYTES_PER_S = 25e6
 MERGE_SETUP_S = 30.0
 # Generating a token of an evaluation takes no longer than training on so many.
 TRAINED_PER_GENERATED = 3.0
+SPENT = "a spent budget"  # the reason in place of a signal's name
+_SPENT_NUMBER = 1000  # above every signal's
 MOST_RESERVED = 0.5  # share of the time: a short limit must still train
 
 
@@ -136,6 +138,24 @@ class StopCleanly(TrainerCallback):
             control.should_training_stop = True
 
 
+class StopWhenSpent(TrainerCallback):
+    """Save a checkpoint and stop after the step in which the budget of a reward is spent.
+
+    Args:
+        stop: a `StopCleanly`, whose reason it sets.
+        rewards: the trainer's reward functions.
+    """
+
+    def __init__(self, stop: StopCleanly, rewards: Sequence[Any]) -> None:
+        self.stop = stop
+        self.guards = [getattr(reward, "guard", reward) for reward in rewards]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if any(getattr(guard, "spent", None) for guard in self.guards):
+            self.stop.signal_name = self.stop.signal_name or SPENT
+            control.should_save = control.should_training_stop = True
+
+
 class StopTogether(TrainerCallback):
     """Let all processes stop after the same step: a signal or a clock reaches each at its own time.
 
@@ -150,14 +170,18 @@ class StopTogether(TrainerCallback):
         self.stop, self.deadline = stop, deadline
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        name = self.stop.signal_name
-        reasons = [int(signal.Signals[name]) if name else 0, int(bool(self.deadline and self.deadline.reached))]
+        reasons = [_number_of(self.stop.signal_name), int(bool(self.deadline and self.deadline.reached))]
         largest = torch.tensor(reasons, device=args.device)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         number, paused = largest.tolist()
         if number:
-            self.stop.signal_name = signal.Signals(number).name
+            self.stop.signal_name = SPENT if number == _SPENT_NUMBER else signal.Signals(number).name
         if paused:
             self.deadline.reached = True
         if number or paused:
             control.should_save = control.should_training_stop = True
+
+
+def _number_of(reason: str | None) -> int:
+    """Return a reason to stop as a number that processes can compare; 0 for none."""
+    return 0 if reason is None else _SPENT_NUMBER if reason == SPENT else int(signal.Signals[reason])

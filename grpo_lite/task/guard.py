@@ -14,6 +14,7 @@ runs in its own thread, which is abandoned and asked to stop. C code that holds 
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import ctypes
 import functools
@@ -28,7 +29,7 @@ from typing import Any
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.screen import Show
-from grpo_lite.task.rewards import Reward
+from grpo_lite.task.rewards import Reward, UnscoredRows
 
 _LOGGERS = ("log_extra", "log_metric")  # a second call must not log twice
 
@@ -41,6 +42,7 @@ class GuardedReward:
         excluded: rows of the last batch whose group could not be scored.
         failures: batches of the whole run in which something failed.
         in_a_row: batches in a row of which more than half could not be scored.
+        spent: why nothing more can be scored, so that the run should stop; None: it can.
     """
 
     function: Reward
@@ -52,6 +54,7 @@ class GuardedReward:
         self.timeout_s = self.limits.reward_timeout_s
         self.__name__ = self.function.__name__  # TRL logs rewards/<name>/mean
         self.excluded: tuple[int, ...] = ()
+        self.spent: str | None = None
         self.failures = self.in_a_row = 0
         self._warned_slow = False
 
@@ -65,6 +68,12 @@ class GuardedReward:
         start = time.monotonic()
         try:
             scores = self._call(completions, columns, self.timeout_s)
+        except UnscoredRows as error:  # it has tried again itself, row by row
+            scores = self._whole_groups(error)
+            if error.spent is None:
+                self._count(self._describe(error), len(completions))
+            else:
+                self._stop(error.spent, len(completions))
         except (RewardError, TimeLimitExceeded) as error:
             reason = self._describe(error)
             scores = self._by_group(completions, columns)
@@ -99,6 +108,22 @@ class GuardedReward:
         self.excluded = tuple(excluded)
         return scores
 
+    def _whole_groups(self, error: UnscoredRows) -> list[float | None]:
+        """Return the scores, without those of groups in which a row has none."""
+        failed, size = {row // self.group_size for row in error.rows}, self.group_size
+        rows = range(len(error.scores))
+        self.excluded = tuple(row for row in rows if row // size in failed)
+        return [None if row // size in failed else error.scores[row] for row in rows]
+
+    def _stop(self, reason: str, rows: int) -> None:
+        if self.spent is None:
+            left_out, groups = len(self.excluded), -(-rows // self.group_size)
+            self.show(
+                f"{self.__name__}: {reason}; {-(-left_out // self.group_size)} of {groups} groups are left out of this "
+                "step, and the run stops after it"
+            )
+        self.spent = reason
+
     def _warn_if_slow(self, seconds: float) -> None:
         if not self._warned_slow and self.timeout_s is not None and seconds > self.timeout_s / 2:
             self._warned_slow = True
@@ -122,6 +147,20 @@ class GuardedReward:
                 "stops; what was saved is kept. Fix the reward, then give the same command again."
             )
         self.show(f"reward failed: {reason}; {unscored} of {groups} groups are left out of this step")
+
+
+def awaited(guard: GuardedReward) -> Callable[..., Any]:
+    """Return an async reward as TRL awaits it, together with the other async ones; each waits in a thread of its own.
+
+    The guard itself is the function's attribute `guard`.
+    """
+
+    async def reward(completions: list[Any], **columns: Any) -> list[float | None]:
+        return await asyncio.to_thread(guard, completions, **columns)
+
+    reward.__name__ = guard.__name__
+    vars(reward)["guard"] = guard
+    return reward
 
 
 def limited(function: Reward, seconds: float | None, where: str) -> Reward:

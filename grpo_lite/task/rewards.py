@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.checks import nearest
-from grpo_lite.recipe.recipe import Recipe, ScoreSection
+from grpo_lite.recipe.recipe import JudgeBudget, Recipe, ScoreSection
+from grpo_lite.rewards.waiting import BudgetSpent, RowsFailed
+from grpo_lite.task.waiting import is_async, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,22 @@ TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "l
 _LARGEST = 1e18  # TRL's rewards are float32, and their squares must fit
 
 Reward = Callable[..., list[float | None]]
+
+
+class UnscoredRows(RewardError):
+    """A reward has scored some rows of a batch only: those of others failed, after their retries.
+
+    Attributes:
+        scores: one a row; None for the failed ones.
+        rows: the failed ones.
+        spent: why nothing more can be scored in this run; None: the next batch may do better.
+    """
+
+    def __init__(self, error: RowsFailed, function: str, where: str, expected: int) -> None:
+        super().__init__(f"{where}: {function}: {error}.")
+        self.scores = _checked(error.scores, expected, function, where)
+        self.rows = error.rows
+        self.spent = str(error.__cause__) if isinstance(error.__cause__, BudgetSpent) else None
 
 
 class _Scored(Protocol):
@@ -51,7 +69,7 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
     columns = [*columns, *(["environments"] if recipe.environment is not None else [])]
     functions: list[Reward] = []
     for i, section in enumerate(recipe.rewards):
-        function = load_function(section, f"rewards[{i}]", columns, lead_in)
+        function = load_function(section, f"rewards[{i}]", columns, lead_in, recipe.limits.judge_budget)
         function.__name__ = recipe.reward_names[i]  # as the recipe calls it: a closure's own name may be "inner"
         functions.append(function)
     if not functions:
@@ -68,7 +86,7 @@ def load_rewards(recipe: Recipe, columns: Iterable[str], lead_in: str = "") -> t
         functions[0] = memoised(functions[0])  # judged once a batch, for the trainer and every gate
         functions[0].__name__ = name
         for i in gated:
-            functions[i] = gate(functions[i], by=functions[0])
+            functions[i] = gate(functions[i], by=functions[0], threshold=min(1.0, top_of(functions[0])))
     return functions, [section.weight for section in recipe.rewards]
 
 
@@ -131,15 +149,18 @@ def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
     return judged_twice
 
 
-def load_function(section: _Scored, where: str, columns: Sequence[str], lead_in: str = "") -> Reward:
+def load_function(
+    section: _Scored, where: str, columns: Sequence[str], lead_in: str = "", budget: JudgeBudget | None = None
+) -> Reward:
     """Import one reward, bind its kwargs and wrap it so that a broken contract is named.
 
-    Where `lead_in` ends with an opening tag, the reward gets `prefilled=True` if it takes that argument.
+    Where `lead_in` ends with an opening tag, the reward gets `prefilled=True` if it takes that argument; and one that
+    takes `budget` gets `limits.judge_budget`.
 
     Raises:
         RewardError: as load_rewards.
     """
-    return _bind(import_function(section.function, where), section, where, columns, lead_in)
+    return _bind(import_function(section.function, where), section, where, columns, lead_in, budget)
 
 
 def load_second_opinion(
@@ -161,9 +182,19 @@ def load_second_opinion(
     return _bind(opinion, ScoreSection(function=name, kwargs=kwargs, threshold=1.0), where, columns, lead_in)
 
 
-def _bind(function: Callable[..., Any], section: _Scored, where: str, columns: Sequence[str], lead_in: str) -> Reward:
+def _bind(
+    function: Callable[..., Any],
+    section: _Scored,
+    where: str,
+    columns: Sequence[str],
+    lead_in: str,
+    budget: JudgeBudget | None = None,
+) -> Reward:
     _check_signature(function, section, where, columns)
-    return _wrap(function, section, where, _prefilled(function, section, lead_in))
+    defaults = _prefilled(function, section, lead_in)
+    if budget is not None and "budget" in (_accepts(function) or ()):
+        defaults["budget"] = budget.model_dump()
+    return _wrap(function, section, where, defaults)
 
 
 def _prefilled(function: Callable[..., Any], section: _Scored, lead_in: str) -> dict[str, Any]:
@@ -295,7 +326,7 @@ def _check_signature(function: Callable[..., Any], section: _Scored, where: str,
 
 
 def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: dict[str, Any]) -> Reward:
-    accepts = _accepts(function)
+    accepts, waits = _accepts(function), is_async(function)
 
     @functools.wraps(function)
     def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
@@ -304,12 +335,17 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
             arguments = {key: value for key, value in arguments.items() if key in accepts}
         try:
             scores = function(completions=completions, **arguments)
+            if waits:
+                scores = wait_for(scores)
         except RewardError:
             raise
+        except RowsFailed as error:
+            raise UnscoredRows(error, section.function, where, len(completions)) from error
         except Exception as error:
             raise RewardError(f"{where}: {section.function} raised {type(error).__name__}: {error}.") from error
         return _checked(scores, len(completions), section.function, where)
 
+    vars(reward)["waits"] = waits
     reward.__name__ = getattr(function, "__name__", section.function.replace(":", ".").rpartition(".")[2])
     return reward
 

@@ -55,7 +55,7 @@ class Faults:
         for row in failed_rows:
             failed[row] = 1.0
         for function in trainer.reward_funcs:
-            for row in getattr(function, "excluded", ()):
+            for row in getattr(getattr(function, "guard", function), "excluded", ()):
                 failed[row] = 1.0
         self._exclude(rewards, trainer.accelerator.gather(failed).nonzero(), GROUPS)
         weighted = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1)

@@ -141,7 +141,8 @@ def test_a_perfect_completion_earns_the_stated_top() -> None:
         "unit_test_reward": {"test_list": [["assert f() == 4"]]},
     }
     texts = {"choice_reward": "<answer>B</answer>", "unit_test_reward": "```python\ndef f():\n    return 4\n```"}
-    assert {name for name in REWARDS if getattr(getattr(rewards, name), "top", None) is not None} == set(columns)
+    stated = {name for name in REWARDS if getattr(getattr(rewards, name), "top", None) is not None}
+    assert stated - {"judge_reward"} == set(columns)  # that one asks a server: tests/rewards/test_llm_judge.py
     if find_spec("reasoning_gym") is None:
         del columns["reasoning_gym_reward"]
     for name, column in columns.items():
