@@ -9,7 +9,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,7 +192,7 @@ def _bind(
 ) -> Reward:
     _check_signature(function, section, where, columns)
     defaults = _prefilled(function, section, lead_in)
-    if budget is not None and "budget" in (_accepts(function) or ()):
+    if budget is not None and "budget" in _parameters(function):
         defaults["budget"] = budget.model_dump()
     return _wrap(function, section, where, defaults)
 
@@ -348,6 +348,13 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
     vars(reward)["waits"] = waits
     reward.__name__ = getattr(function, "__name__", section.function.replace(":", ".").rpartition(".")[2])
     return reward
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _accepts(function: Callable[..., Any]) -> set[str] | None:
