@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from grpo_lite.errors import RewardError
-from grpo_lite.recipe.recipe import RewardSection
-from grpo_lite.task.rewards import load_function
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe, RewardSection
+from grpo_lite.task.rewards import load_function, load_rewards
 
 USER_FILE = """
 import math
@@ -135,3 +138,20 @@ def test_golds_in_either_column_reach_the_accuracy_reward(column: str) -> None:
 def test_an_accuracy_reward_without_a_column_of_golds_is_refused() -> None:
     with pytest.raises(RewardError, match="needs answer or solution, and no dataset column has that name"):
         load("rewards.accuracy_reward", ("level",))
+
+
+def test_a_reward_with_a_lower_top_opens_the_gate_at_that_top() -> None:
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        return [0.8 if text == "good" else 0.7 for text in completions]
+
+    judge.top = 0.8  # type: ignore[attr-defined]
+
+    def style(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    sys.modules["gate_under_test"] = module = ModuleType("gate_under_test")
+    module.judge, module.style = judge, style  # type: ignore[attr-defined]
+    changed = {"rewards": [{"function": "gate_under_test.judge"}, {"function": "gate_under_test.style", "gate": True}]}
+    recipe = Recipe.model_validate(load_recipe("smoke").model_dump() | changed)
+    _, gated = load_rewards(recipe, [])[0]
+    assert gated(completions=["good", "nearly"]) == [0.5, 0.0]
