@@ -6,9 +6,14 @@ completion, two attentions joined by their log-sum-exps. No mask is needed for t
 have generated the same number of tokens. Prompts end together, so a window, too, begins at the same place in all of
 them; a layer with a window holds of a prompt only what its first completion token sees, and nothing once the
 completions have left it behind.
+
+Rows that go on in a further turn (`conversations.py`) have completions of different lengths: `resume` lays them out so
+that they end together, what is missing in front hidden by a mask, and `extend` reads the new tokens of all rows in one
+flat row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,23 +22,112 @@ from grpo_lite.engine import states
 from grpo_lite.engine.attention import PackedLayout, Rule, beside_sinks, explicit_attention, packed_attention
 
 KeysValues = tuple[Tensor, Tensor]
+HIDDEN = -1e30  # added to scores of keys that are not seen; finite, so that a query that sees none stays a number
+
+
+@dataclass
+class RowContents:
+    """What a cache holds of one row behind its prompt."""
+
+    layers: dict[int, KeysValues]  # each (key/value heads, tokens, D); without tokens a layer may lack
+    states: dict[int, states.States]  # of recurrent layers, one row each
 
 
 class GroupCache:
     """The keys and values of some groups; stands where a `PackedLayout` stands in training."""
 
-    def __init__(self, prompt_lengths: Sequence[int], groups: Tensor) -> None:
-        """Prepare for prompts of these lengths and for rows belonging to `groups` `(rows,)`, sorted."""
+    def __init__(self, prompt_lengths: Sequence[int], groups: Tensor, keeps_prompts: bool = False) -> None:
+        """Prepare for prompts of these lengths and for rows belonging to `groups` `(rows,)`, sorted.
+
+        With `keeps_prompts` a prompt outlives its rows, for `take_prompts`.
+        """
         self.prompts: dict[int, KeysValues] = {}  # per layer: (groups, key/value heads, P, D), the prompts' last P
         self.completions: dict[int, KeysValues] = {}  # per layer: (rows, key/value heads, capacity, D)
         self.states: dict[int, states.States] = {}  # per recurrent layer, of every row
-        self.generated = -1  # tokens per row already in `completions`; -1 before the prompts are in
+        self.generated = -1  # places per row in use in `completions`; -1 before the prompts are in
+        self.missing: Tensor | None = None  # (rows,) how many of each row's first places hold nothing; None: none do
         self.lengths = torch.tensor(list(prompt_lengths), device=groups.device)
+        self._keeps_prompts = keeps_prompts
+        self._numbers = list(range(len(prompt_lengths)))  # of the groups that are left, as they came
+        self._set_aside: dict[int, dict[int, KeysValues]] = {}  # by such a number: a prompt without rows
         self._prefill = PackedLayout([(length, ()) for length in prompt_lengths], groups.device)
+        self._extension: _Extension | None = None
+        self._masks: dict[tuple[int | None, int], Tensor] = {}  # of this pass
         self._assign(groups)
 
+    @classmethod
+    def resume(
+        cls,
+        prompts: Sequence[tuple[int, dict[int, KeysValues]]],
+        groups: Tensor,
+        rows: Sequence[RowContents],
+        lengths: Sequence[tuple[int, int]],
+    ) -> "GroupCache":
+        """Return a cache with prompts and rows of earlier ones.
+
+        Args:
+            prompts: each one's tokens, and its keys and values, which are taken out of the dict.
+            groups: `(rows,)`, sorted.
+            rows: taken out, too.
+            lengths: per row, the tokens that it has behind its prompt, and those that `extend` will add.
+        """
+        cache = cls([length for length, _ in prompts], groups, keeps_prompts=True)
+        cache.make_place([held + new for held, new in lengths])
+        width = cache.generated
+        for layer in list(prompts[0][1]):
+            parts = [kept.pop(layer) for _, kept in prompts]
+            keys, values = (_padded([part[i].transpose(0, 1) for part in parts]) for i in (0, 1))
+            cache.prompts[layer] = keys, values
+            shape = (len(rows), keys.size(1), width + 16, keys.size(3))
+            buffers = keys.new_zeros(shape), values.new_zeros(shape)
+            for row, ((held, new), contents) in enumerate(zip(lengths, rows, strict=True)):
+                for buffer, kept in zip(buffers, contents.layers.pop(layer, ()), strict=False):
+                    buffer[row, :, width - new - held : width - new] = kept
+            cache.completions[layer] = buffers
+        for layer in list(rows[0].states):
+            cache.states[layer] = states.join([contents.states.pop(layer) for contents in rows])
+        return cache
+
+    def make_place(self, lengths: Sequence[int]) -> None:
+        """Let rows without own tokens have so many; `extend` brings them."""
+        self.generated = max(lengths)
+        missing = torch.tensor([self.generated - length for length in lengths], device=self.groups.device)
+        self.missing = missing if bool(missing.any()) else None
+
+    def extend(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Let the next pass bring the last `counts` tokens of these rows, one row after the other in a flat row."""
+        self._extension = _Extension(rows, counts, self.generated, self.groups.device)
+        self._masks = {}
+
+    def contents(self, row: int) -> RowContents:
+        """Return a copy of what is held of a row."""
+        first = 0 if self.missing is None else int(self.missing[row])
+        own = slice(first, self.generated)
+        layers = {
+            layer: (keys[row, :, own].clone(), values[row, :, own].clone())
+            for layer, (keys, values) in self.completions.items()
+        }
+        index = torch.tensor([row], device=self.groups.device)
+        return RowContents(layers, {layer: of_rows.select(index) for layer, of_rows in self.states.items()})
+
+    def take_prompts(self) -> dict[int, dict[int, KeysValues]]:
+        """Return every prompt's keys and values, `(key/value heads, P, D)` per layer, by its number; they leave."""
+        self._put_aside(range(len(self._numbers)))
+        self.prompts = {}
+        return self._set_aside
+
+    def _put_aside(self, groups: Sequence[int]) -> None:
+        lengths = self.lengths.tolist()
+        for layer, (keys, values) in self.prompts.items():
+            for group in groups:
+                last = slice(-lengths[group], None)  # of a layer with a window, all that there is
+                own = self._set_aside.setdefault(self._numbers[group], {})
+                own[layer] = keys[group, :, last].clone(), values[group, :, last].clone()
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
+        """Attend as `packed_attention` does, for a layer of the prefill, of new tokens or of a decoding step."""
+        if self._extension is not None:
+            return self._extend(layer, query, key, value, rule, self._extension)
         if self.generated < 0:
             last = None if rule.window is None else max(1, rule.window - 1)
             self.prompts[layer] = self._pad(key, last), self._pad(value, last)
@@ -41,7 +135,11 @@ class GroupCache:
         return self._step(layer, query, key, value, rule)
 
     def mix(self, layer: int, hidden: Tensor, run: states.Run) -> Tensor:
-        """Run a recurrent layer: over each prompt once in the prefill, then one token a row from the row's state."""
+        """Run a recurrent layer: over each prompt once in the prefill, then from each row's state."""
+        if self._extension is not None:
+            mixed, ends = self._extension.mix(hidden, self.states[layer], run)
+            self.states[layer] = ends
+            return mixed
         if self.generated < 0:
             mixed, prompts = self._prefill.branches.mix(hidden, run)
             self.states[layer] = prompts.select(self.groups)
@@ -50,7 +148,15 @@ class GroupCache:
 
     def advance(self) -> None:
         """Note that a pass over all layers is complete."""
-        self.generated += 1
+        if self._extension is None:
+            self.generated += 1
+        self._extension = None
+        self._masks = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose keys and values are held, each row as long as the longest."""
+        return int(self.lengths.sum()) + len(self.groups) * max(0, self.generated)
 
     def fill(self, tokens: int, capacity: int) -> None:
         """Stand as after so many generated tokens per row, all zeros, in buffers for `capacity`; for a rehearsal."""
@@ -66,9 +172,15 @@ class GroupCache:
             self.completions[layer] = keys[keep], values[keep]
         for layer, rows in self.states.items():  # one by one: old and new states of all layers may not fit together
             self.states[layer] = rows.select(keep)
+        if self.missing is not None:
+            self.missing = self.missing[keep]
+        self._masks = {}
         groups = self.groups[keep]
         used, groups = torch.unique(groups, return_inverse=True)
         if len(used) < len(self.lengths):
+            if self._keeps_prompts:
+                self._put_aside([group for group in range(len(self.lengths)) if group not in set(used.tolist())])
+            self._numbers = [self._numbers[group] for group in used.tolist()]
             self.lengths = self.lengths[used]
             width = int(self.lengths.max())
             for layer, (keys, values) in self.prompts.items():
@@ -96,9 +208,7 @@ class GroupCache:
             last: how many tokens of each prompt are seen again; None for all.
         """
         pieces = states[0].transpose(0, 1).split(self.lengths.tolist())  # each (P_g, heads, D)
-        kept = [piece if last is None else piece[-last:] for piece in pieces]
-        padded = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_side="left")
-        return padded.transpose(1, 2).contiguous()
+        return _padded([piece if last is None else piece[-last:] for piece in pieces])
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:
         rows, heads, _, size = key.shape
@@ -114,39 +224,189 @@ class GroupCache:
     def _step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         keys, values = self._append(layer, key, value)
         rows, heads, _, size = query.shape
-        kv_heads = key.size(1)
-        repeat = heads // kv_heads
+        grouped = query.view(rows, key.size(1), heads // key.size(1), size)  # queries that share keys stand together
         first = 0 if rule.window is None else max(0, keys.size(2) - rule.window)
-        grouped = query.view(rows, kv_heads, repeat, size)  # queries that share keys stand together
-        out, weight = attend_with_weight(grouped, keys[:, :, first:], values[:, :, first:], None, rule)
-        seen = self._seen_of_prompts(layer, rule)
+        mask = None if self.missing is None else self._own_mask(first, keys.size(2))
+        out = self._attend_rows(layer, grouped, keys[:, :, first:], values[:, :, first:], mask, rule, slice(None), 1)
+        return out.reshape(rows, heads, 1, size).transpose(1, 2)
+
+    def _extend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule, extension: "_Extension"
+    ) -> Tensor:
+        if layer not in self.completions:
+            shape = (len(self.groups), key.size(1), self.generated + 16, key.size(3))
+            self.completions[layer] = key.new_zeros(shape), key.new_zeros(shape)
+        keys, values = self.completions[layer]
+        for buffer, new in ((keys, key), (values, value)):
+            buffer[extension.row_of_token, :, extension.place_of_token] = new[0].transpose(0, 1).to(buffer.dtype)
+        rows, width = extension.gather.shape
+        heads, size, kv_heads = query.size(1), query.size(3), key.size(1)
+        padded = query[0].transpose(0, 1)[extension.gather]  # (rows, L, heads, D)
+        grouped = padded.transpose(1, 2).reshape(rows, kv_heads, heads // kv_heads * width, size)
+        chosen = extension.rows
+        out = self._attend_rows(
+            layer,
+            grouped,
+            keys[chosen, :, : self.generated],
+            values[chosen, :, : self.generated],
+            self._extension_mask(rule.window, heads // kv_heads, extension),
+            rule,
+            chosen,
+            width,
+        )
+        return out.reshape(rows, heads, width, size).transpose(1, 2)[extension.real].unsqueeze(0)
+
+    def _attend_rows(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        rule: Rule,
+        rows: slice | Tensor,
+        width: int,
+    ) -> Tensor:
+        """Let queries of rows attend to their own keys and to their prompts.
+
+        Args:
+            layer: whose prompts.
+            query: `(rows, key/value heads, repeat * L, D)`.
+            keys: `(rows, key/value heads, S, D)`.
+            values: as `keys`.
+            mask: as for `attend_with_weight`, for the rows' own keys.
+            rule: what the layer does to its scores.
+            rows: which ones of the cache.
+            width: L, tokens a row.
+        """
+        _, kv_heads, queries, size = query.shape
+        out, weight = attend_with_weight(query, keys, values, mask, rule)
+        places = None if rule.window is None else self._places(rows, width)
+        seen = self._seen_of_prompts(layer, rule, places)
         if seen:
-            slots = query.new_zeros(len(self.lengths), self.slots_per_group, *grouped.shape[1:])
-            slots[self.groups, self.slots] = grouped
-            slots = slots.transpose(1, 2).flatten(2, 3)  # (groups, key/value heads, slots * repeat, D)
-            keys, values = (states[:, :, -seen:] for states in self.prompts[layer])
-            mask = None if self._mask is None or seen <= self._shortest else self._mask[:, -seen:]
-            prompt, prompt_weight = attend_with_weight(slots, keys, values, mask, rule)
-            shape = (len(self.lengths), kv_heads, self.slots_per_group, repeat)
-            prompt = prompt.view(*shape, size).transpose(1, 2)[self.groups, self.slots]
-            prompt_weight = prompt_weight.view(shape).transpose(1, 2)[self.groups, self.slots]
+            groups, slots = self.groups[rows], self.slots[rows]
+            spread = query.new_zeros(len(self.lengths), self.slots_per_group, *query.shape[1:])
+            spread[groups, slots] = query
+            spread = spread.transpose(1, 2).flatten(2, 3)  # (groups, key/value heads, slots * repeat * L, D)
+            prompt_keys, prompt_values = (states[:, :, -seen:] for states in self.prompts[layer])
+            prompt_mask = self._prompt_mask(seen, rule, places, rows, queries // width)
+            prompt, prompt_weight = attend_with_weight(spread, prompt_keys, prompt_values, prompt_mask, rule)
+            shape = (len(self.lengths), kv_heads, self.slots_per_group, queries)
+            prompt = prompt.view(*shape, size).transpose(1, 2)[groups, slots]
+            prompt_weight = prompt_weight.view(shape).transpose(1, 2)[groups, slots]
             share = torch.sigmoid(prompt_weight - weight).unsqueeze(-1)  # softmax over the two parts
             out = torch.lerp(out.to(share.dtype), prompt.to(share.dtype), share)
             if rule.sinks is not None:
                 weight = torch.logaddexp(weight, prompt_weight)
-        sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, repeat)
-        out = beside_sinks(out, weight, sinks)
-        return out.to(query.dtype).view(rows, heads, 1, size).transpose(1, 2)
+        sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, -1).repeat_interleave(width, dim=1)
+        return beside_sinks(out, weight, sinks).to(query.dtype)
 
-    def _seen_of_prompts(self, layer: int, rule: Rule) -> int:
-        """Return how many of a layer's last prompt tokens this step's token sees; forget those out of sight."""
+    def _places(self, rows: slice | Tensor, width: int) -> Tensor | None:
+        """Return how many own tokens come before each query, `(rows, L)`; None: `generated`, in every row."""
+        if self.missing is None and self._extension is None:
+            return None
+        end = self.generated + (self._extension is None)
+        last = torch.arange(end - width, end, device=self.groups.device)
+        missing = 0 if self.missing is None else self.missing[rows].unsqueeze(1)
+        return (last - missing).clamp_(min=0).expand(len(self.groups[rows]), -1)
+
+    def _own_mask(self, first: int, end: int) -> Tensor:
+        """Return what hides the places that hold nothing from a step's queries, `(rows, end - first)`."""
+        if (first, 0) not in self._masks:
+            assert self.missing is not None
+            places = torch.arange(first, end, device=self.groups.device)
+            mask = torch.zeros((len(self.groups), end - first), device=self.groups.device)
+            self._masks[first, 0] = mask.masked_fill_(places < self.missing.unsqueeze(1), HIDDEN)
+        return self._masks[first, 0]
+
+    def _extension_mask(self, window: int | None, repeat: int, extension: "_Extension") -> Tensor:
+        """Return what hides later tokens, and those out of a window, from new ones: `(rows, repeat * L, S)`."""
+        key = (window, -repeat)
+        if key not in self._masks:
+            width, end = extension.gather.size(1), self.generated
+            places = torch.arange(end, device=self.groups.device)
+            own = places[end - width :].unsqueeze(1)  # of each query
+            hidden = places > own
+            if window is not None:
+                hidden = hidden | (places <= own - window)
+            hidden = hidden.expand(len(extension.gather), -1, -1)
+            if self.missing is not None:
+                hidden = hidden | (places < self.missing[extension.rows, None, None])
+            mask = torch.zeros(hidden.shape, device=places.device).masked_fill_(hidden, HIDDEN)
+            self._masks[key] = mask.repeat(1, repeat, 1)
+        return self._masks[key]
+
+    def _prompt_mask(
+        self, seen: int, rule: Rule, places: Tensor | None, rows: slice | Tensor, repeat: int
+    ) -> Tensor | None:
+        """Return what hides padding of the prompts' last `seen` tokens, and those out of a window."""
+        padding = None if self._mask is None or seen <= self._shortest else self._mask[:, -seen:]
+        if rule.window is None or places is None:
+            return padding
+        key = (rule.window, seen)
+        if key not in self._masks:
+            groups, slots = len(self.lengths), self.slots_per_group
+            spread = places.new_zeros((groups, slots, places.size(1)))
+            spread[self.groups[rows], self.slots[rows]] = places
+            before = torch.arange(seen, 0, -1, device=places.device)  # how far in front of the completion
+            hidden = before >= rule.window - spread.unsqueeze(-1)  # (groups, slots, L, seen)
+            mask = torch.zeros(hidden.shape, device=places.device).masked_fill_(hidden, HIDDEN)
+            mask = mask.unsqueeze(2).expand(-1, -1, repeat, -1, -1).reshape(groups, -1, seen)
+            self._masks[key] = mask if padding is None else mask + padding.unsqueeze(1)
+        return self._masks[key]
+
+    def _seen_of_prompts(self, layer: int, rule: Rule, places: Tensor | None) -> int:
+        """Return how many of a layer's last prompt tokens the pass's tokens see; forget those out of sight."""
         if layer not in self.prompts:
             return 0
         width = self.prompts[layer][0].size(2)
-        seen = width if rule.window is None else min(width, rule.window - 1 - self.generated)
-        if seen <= 0:
+        if rule.window is None:
+            return width
+        first = self.generated if places is None else int(places.min())
+        seen = min(width, rule.window - 1 - first)
+        if seen <= 0 and not self._keeps_prompts:
             del self.prompts[layer]
         return max(0, seen)
+
+
+class _Extension:
+    """Where the new tokens of some rows lie: in a flat row, and as rows that end together, padded on the left."""
+
+    def __init__(self, rows: Sequence[int], counts: Sequence[int], end: int, device: torch.device) -> None:
+        self.rows = torch.tensor(list(rows), device=device)
+        self.counts = list(counts)
+        sizes = torch.tensor(self.counts).unsqueeze(1)
+        width = max(self.counts)
+        starts = sizes.cumsum(0) - sizes
+        own = torch.arange(width) - (width - sizes)  # of each place the token's number in its row
+        self.gather = (starts + own.clamp(min=0)).to(device)  # (rows, L) places in the flat row
+        self.real = (own >= 0).to(device)
+        self.row_of_token = self.rows.repeat_interleave(torch.tensor(self.counts, device=device))
+        places = torch.cat([torch.arange(end - count, end) for count in self.counts])
+        self.place_of_token = places.to(device)
+
+    def mix(self, hidden: Tensor, before: states.States, run: states.Run) -> tuple[Tensor, states.States]:
+        """Run a recurrent layer over the new tokens, rows with as many at once; return it and all rows' states."""
+        flat = hidden[0].split(self.counts)
+        outputs: dict[int, Tensor] = {}
+        ends: dict[int, states.States] = {}
+        for count in sorted(set(self.counts)):
+            members = [i for i, own in enumerate(self.counts) if own == count]
+            index = torch.tensor(members, device=hidden.device)
+            together = before.select(self.rows[index])
+            mixed = run(torch.stack([flat[i] for i in members]), together, None)
+            for place, i in enumerate(members):
+                outputs[i] = mixed[place]
+                ends[int(self.rows[i])] = together.select(index.new_tensor([place]))
+        count = before.rows
+        every = [ends[row] if row in ends else before.select(self.rows.new_tensor([row])) for row in range(count)]
+        return torch.cat([outputs[i] for i in range(len(flat))]).unsqueeze(0), states.join(every)
+
+
+def _padded(pieces: list[Tensor]) -> Tensor:
+    """Return pieces `(P_g, heads, D)` as `(groups, heads, P, D)`, padded on the left."""
+    padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_side="left")
+    return padded.transpose(1, 2).contiguous()
 
 
 def attend_with_weight(
@@ -158,14 +418,14 @@ def attend_with_weight(
         query: `(B, heads, L, D)`.
         key: `(B, heads, S, D)`.
         value: `(B, heads, S, D)`.
-        mask: Added to the scores: `(B, S)`, fp32.
+        mask: Added to the scores: `(B, S)`, or `(B, L, S)`, fp32.
         rule: What the layer does to its scores; its window and sinks are the caller's matter.
 
     Returns:
         The attention `(B, heads, L, D)` and the log-sum-exps `(B, heads, L)`, fp32 (fp64 for fp64 inputs).
     """
     if mask is not None:
-        mask = mask[:, None, None, :]
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(1)
     if rule.softcap is None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
         if key.size(2) <= 64:  # the kernel is faster in fp32 on small blocks
             query, key, value = query.float(), key.float(), value.float()

@@ -4,10 +4,11 @@
 hands over to `GroupDecoder` through its public `custom_generate` argument. The decoder prefills each distinct prompt
 once and keeps one copy of its keys and values (`cache.py`), drops finished rows from the batch, works in waves
 under a budget of cached tokens, and notes the entropy of every sampled distribution and the log-probability of the
-token drawn from it on the way.
+token drawn from it on the way. Rows that are a further turn of a conversation (`conversations.py`) continue from the
+keys and values of the turn before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -29,11 +30,15 @@ from transformers.generation import GenerationMode
 from grpo_lite.engine import states
 from grpo_lite.engine.attention import Layout
 from grpo_lite.engine.cache import GroupCache
+from grpo_lite.engine.conversations import Conversations, Prompt
 from grpo_lite.engine.logits import LogitTransform
 
 # Rows leave the batch when at least this share of it has finished: moving the keys and values costs about as much as
 # a few decoding steps of the rows it frees.
 COMPACT_SHARE = 0.125
+
+
+Wave = list[tuple[Prompt, list[int]]]  # prompts, each with the rows that begin with it
 
 
 class DecodingCache(Layout, Protocol):
@@ -112,6 +117,7 @@ class GroupDecoder:
         rollout: Filled while decoding.
         temperature: At which entropies and log-probabilities are noted; None for the one sampled at.
         stream: Called with the first row's tokens as they come.
+        conversations: What is kept of the rows between turns; None where a row has one turn.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -119,6 +125,7 @@ class GroupDecoder:
     rollout: Rollout = field(default_factory=Rollout)
     temperature: float | None = None
     stream: Callable[[list[int]], None] | None = None
+    conversations: Conversations | None = None
 
     def __call__(
         self,
@@ -130,15 +137,16 @@ class GroupDecoder:
         **model_kwargs: Any,  # naming `attention_mask` would keep `generate` from seeing it
     ) -> Tensor:
         """Return `input_ids` `(B, P)` followed by the completions, padded: `(B, P + C)`."""
-        prompts = group_rows(unpadded(input_ids, model_kwargs.get("attention_mask")))
+        rows = [tuple(ids) for ids in unpadded(input_ids, model_kwargs.get("attention_mask"))]
         longest = int(cast(int, generation_config.max_length)) - input_ids.size(1)
         self.rollout.entropies = [[] for _ in range(input_ids.size(0))]
         self.rollout.logps = [[] for _ in range(input_ids.size(0))]
         pad = generation_config._pad_token_tensor
         finished: dict[int, Tensor] = {}
         with self.autocast():  # once, so that the adapter's weights are cast once
-            for wave in self._waves(model, prompts, longest):
-                finished |= self._decode(model, input_ids, wave, logits_processor, stopping_criteria, generation_config)
+            for wave, is_held in self._turn(model, rows, longest):
+                settings = (logits_processor, stopping_criteria, generation_config)
+                finished |= self._decode(model, input_ids, rows, wave, is_held, *settings)
         width = max(len(ids) for ids in finished.values())
         out = input_ids.new_full((input_ids.size(0), width), 0 if pad is None else int(pad))
         for row, ids in finished.items():
@@ -172,9 +180,7 @@ class GroupDecoder:
             (log_p.exp() * log_p).sum(-1)
 
     @torch.no_grad()
-    def _waves(
-        self, model: PreTrainedModel, prompts: dict[tuple[int, ...], list[int]], longest: int
-    ) -> list[list[tuple[tuple[int, ...], list[int]]]]:
+    def _waves(self, model: PreTrainedModel, prompts: dict[tuple[int, ...], list[int]], longest: int) -> list[Wave]:
         """Divide groups into waves; a row's recurrent states count beside its keys and values.
 
         memory/phases.py plans states for as many rows as `kv_tokens` hold at full length: the budget grows by those.
@@ -185,28 +191,93 @@ class GroupDecoder:
         planned = max(1, self.kv_tokens // (max(map(len, prompts)) + longest))
         return plan_waves(prompts, longest + held, self.kv_tokens + planned * held)
 
+    def _turn(self, model: PreTrainedModel, rows: list[Prompt], longest: int) -> Iterator[tuple[Wave, bool]]:
+        """Yield the waves of a turn, and whether keys and values of their rows are held."""
+        conversations = self.conversations
+        if conversations is None:
+            yield from ((wave, False) for wave in self._waves(model, group_rows(rows), longest))
+            return
+        conversations.begin(rows)
+
+        def waves(members: list[int]) -> list[Wave]:
+            groups: dict[Prompt, list[int]] = {}
+            for i in members:
+                groups.setdefault(conversations.start(rows[i]), []).append(i)
+            return self._waves(model, groups, conversations.longest) if groups else []
+
+        rest = [i for i in range(len(rows)) if not conversations.is_held(i)]
+        for wave in waves([i for i in range(len(rows)) if conversations.is_held(i)]):
+            held = [(prompt, [i for i in own if conversations.is_held(i)]) for prompt, own in wave]
+            rest += [i for _, own in wave for i in own if not conversations.is_held(i)]  # dropped for want of room
+            if held := [(prompt, own) for prompt, own in held if own]:
+                yield held, True
+        for has_more in (False, True):
+            members = [i for i in rest if (len(rows[i]) > len(conversations.start(rows[i]))) is has_more]
+            yield from ((wave, False) for wave in waves(members))
+
+    def _begin(
+        self, model: PreTrainedModel, rows: list[Prompt], wave: Wave, is_held: bool
+    ) -> tuple[GroupCache, Tensor]:
+        """Read what is not held of a wave's rows; return the cache and the logits `(rows, V)` of what follows them."""
+        conversations, members = self.conversations, [rows[i] for _, own in wave for i in own]
+        if is_held and conversations is not None:
+            cache, new = conversations.resume(wave, rows)
+            return cache, self._extend(model, cache, members, new)
+        device = model.device
+        groups = torch.tensor([group for group, (_, own) in enumerate(wave) for _ in own], device=device)
+        cache = GroupCache([len(prompt) for prompt, _ in wave], groups, keeps_prompts=conversations is not None)
+        ends = torch.tensor([len(prompt) for prompt, _ in wave], device=device).cumsum(0) - 1
+        flat = torch.tensor([token for prompt, _ in wave for token in prompt], device=device)
+        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt, _ in wave])
+        hidden = hidden_states(model, flat.unsqueeze(0), positions.unsqueeze(0), cache)[0, ends]
+        self.rollout.prefill_tokens += len(flat)
+        if conversations is not None:
+            conversations.widest_pass = max(conversations.widest_pass, len(flat))
+            new = [len(rows[i]) - len(prompt) for prompt, own in wave for i in own]
+            if all(new):
+                cache.make_place(new)
+                return cache, self._extend(model, cache, members, new)
+        return cache, next_logits(model, hidden)[groups]  # the rows of a group share their first distribution
+
+    def _extend(self, model: PreTrainedModel, cache: GroupCache, rows: list[Prompt], new: list[int]) -> Tensor:
+        """Read the last tokens of rows, no more at once than a pass over prompts has read; return what follows."""
+        assert self.conversations is not None
+        logits: list[Tensor] = []
+        for first, last in _passes(new, self.conversations.widest_pass):
+            counts = new[first:last]
+            ids = [token for ids, count in zip(rows[first:last], counts, strict=True) for token in ids[-count:]]
+            places = [
+                place
+                for ids, count in zip(rows[first:last], counts, strict=True)
+                for place in range(len(ids) - count, len(ids))
+            ]
+            flat = torch.tensor([[ids], [places]], device=model.device)
+            cache.extend(range(first, last), counts)
+            ends = torch.tensor(counts, device=model.device).cumsum(0) - 1
+            logits.append(next_logits(model, hidden_states(model, flat[0], flat[1], cache)[0, ends]))
+            self.rollout.prefill_tokens += len(ids)
+        return torch.cat(logits)
+
     def _decode(
         self,
         model: PreTrainedModel,
         input_ids: Tensor,
-        wave: list[tuple[tuple[int, ...], list[int]]],
+        prompts: list[Prompt],
+        wave: Wave,
+        is_held: bool,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> dict[int, Tensor]:
-        """Decode the rows of one wave to their ends."""
-        device = input_ids.device
+        """Decode the rows of one wave to the end of their turn."""
+        device, conversations = input_ids.device, self.conversations
+        cache, logits = self._begin(model, prompts, wave, is_held)
         rows = torch.tensor([row for _, members in wave for row in members], device=device)
-        groups = torch.tensor([group for group, (_, members) in enumerate(wave) for _ in members], device=device)
-        cache = GroupCache([len(prompt) for prompt, _ in wave], groups)
-        lengths = torch.tensor([len(prompt) for prompt, _ in wave], device=device)
-        flat = torch.tensor([token for prompt, _ in wave for token in prompt], device=device)
-        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt, _ in wave])
-        hidden = hidden_states(model, flat.unsqueeze(0), positions.unsqueeze(0), cache)[0, lengths.cumsum(0) - 1]
-        self.rollout.prefill_tokens += len(flat)
-        logits = next_logits(model, hidden)[groups]  # the rows of a group share their first distribution
-        ids, positions = input_ids[rows], lengths[groups]
+        positions = torch.tensor([len(prompts[row]) for _, members in wave for row in members], device=device)
+        starts = {row: prompt for prompt, members in wave for row in members}
+        ids = input_ids[rows]
         live = torch.ones(len(rows), dtype=torch.bool, device=device)
+        left = None if conversations is None else torch.tensor([conversations.left(prompts[row]) for row in starts])
         finished: dict[int, Tensor] = {}
         noted: list[tuple[Tensor, Tensor]] = []  # rows, (2, rows); read at the end, as reading waits for the device
         while True:
@@ -216,8 +287,15 @@ class GroupDecoder:
                 self.stream(tokens[rows == 0].tolist())
             ids = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
             stopped = criteria(ids, None) & live
+            if left is not None:
+                left = left - 1
+                stopped |= (left == 0).to(device) & live
             for index in stopped.nonzero().squeeze(1).tolist():
-                finished[int(rows[index])] = ids[index]
+                row = int(rows[index])
+                finished[row] = ids[index]
+                if conversations is not None and left is not None and left[index] > 0:  # it may get a further turn
+                    own = ids[index, input_ids.size(1) - len(prompts[row]) + len(starts[row]) : -1]
+                    conversations.keep(starts[row], tuple(own.tolist()), cache, index)
             live = live & ~stopped
             count = int(live.sum())
             if count == 0:
@@ -226,6 +304,9 @@ class GroupDecoder:
                 keep = live.nonzero().squeeze(1)
                 cache.keep_rows(keep)
                 ids, tokens, positions, rows, live = (x[keep] for x in (ids, tokens, positions, rows, live))
+                left = None if left is None else left[keep.to(left.device)]
+            if conversations is not None and self.kv_tokens is not None:
+                conversations.make_room(self.kv_tokens - cache.tokens)
             hidden = hidden_states(model, tokens.unsqueeze(1), positions.unsqueeze(1), cache)[:, 0]
             self.rollout.decode_tokens += len(tokens)
             logits = next_logits(model, hidden)
@@ -234,6 +315,8 @@ class GroupDecoder:
             for row, entropy, logp in zip(step_rows.tolist(), *values.tolist(), strict=True):
                 self.rollout.entropies[row].append(entropy)
                 self.rollout.logps[row].append(logp)
+        if conversations is not None:
+            conversations.finish([prompt for prompt, _ in wave], cache)
         return finished
 
     def _choose(
@@ -318,16 +401,25 @@ def decoding_obstacle(config: GenerationConfig) -> str | None:
     return None
 
 
-def plan_waves(
-    prompts: dict[tuple[int, ...], list[int]], longest: int, kv_tokens: int | None
-) -> list[list[tuple[tuple[int, ...], list[int]]]]:
+def _passes(counts: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Divide rows with so many tokens into ranges of at most `budget` tokens, or of one row."""
+    first = total = 0
+    for row, count in enumerate(counts):
+        if row > first and total + count > budget:
+            yield first, row
+            first, total = row, 0
+        total += count
+    yield first, len(counts)
+
+
+def plan_waves(prompts: dict[Prompt, list[int]], longest: int, kv_tokens: int | None) -> list[Wave]:
     """Divide groups into waves whose keys and values stay within `kv_tokens` even if every row reaches its limit.
 
     `longest` is what a row takes besides its prompt: tokens, and what its recurrent states are worth in tokens.
 
     A group too large for a wave is divided, repeating its prompt; one row is never divided.
     """
-    waves: list[list[tuple[tuple[int, ...], list[int]]]] = []
+    waves: list[Wave] = []
     room = -1
     for prompt, members in prompts.items():
         rest = list(members)

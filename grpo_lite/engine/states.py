@@ -110,6 +110,11 @@ class States:
         )
 
     @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return next((x.size(0) for x in (self.conv_states[0], self.recurrent_states[0]) if x is not None), 0)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all rows' states."""
         return sum(x.nbytes for x in (self.conv_states[0], self.recurrent_states[0]) if x is not None)
@@ -164,7 +169,7 @@ class Branches:
         for batch in self._roots:
             ends.append(States())
             outputs.append(run(batch.take(hidden), ends[-1], batch.mask).flatten(0, 1))
-        final = _join(ends).select(self._root_order)
+        final = join(ends).select(self._root_order)
         for batch, owners in zip(self._branches, self._owners, strict=True):
             outputs.append(run(batch.take(hidden), final.select(owners), None).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self._scatter).unsqueeze(0), final
@@ -209,7 +214,9 @@ def _batches(
     return batches, base
 
 
-def _join(parts: list[States]) -> States:
+def join(parts: list[States]) -> States:
+    """Return the rows of several states as those of one."""
+
     def cat(states: list[Tensor | None]) -> Tensor | None:
         tensors = [x for x in states if x is not None]
         return torch.cat(tensors) if tensors else None

@@ -34,6 +34,7 @@ from transformers import (
 from grpo_lite.engine import states
 from grpo_lite.engine.attention import narrowed
 from grpo_lite.engine.cache import GroupCache
+from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import (
     ROW_BY_ROW,
     GroupDecoder,
@@ -68,6 +69,7 @@ class StaticDecoder:
         rollout: filled while decoding.
         temperature: at which entropies and log-probabilities are noted; None for the one sampled at.
         stream: called with the first row's tokens, up to `LOOK` at a time.
+        conversations: as for `GroupDecoder`, which alone reads them: here every turn is read whole.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -75,6 +77,7 @@ class StaticDecoder:
     rollout: Rollout = field(default_factory=Rollout)
     temperature: float | None = None
     stream: Callable[[list[int]], None] | None = None
+    conversations: Conversations | None = None
 
     def __call__(
         self,
@@ -102,9 +105,8 @@ class StaticDecoder:
             if random_state is not None:
                 torch.cuda.set_rng_state_all(random_state)
         rest = streamed.rest if streamed else None
-        return GroupDecoder(self.autocast, self.kv_tokens, self.rollout, self.temperature, rest)(
-            *arguments, **model_kwargs
-        )
+        settings = (self.autocast, self.kv_tokens, self.rollout, self.temperature, rest, self.conversations)
+        return GroupDecoder(*settings)(*arguments, **model_kwargs)
 
     def _generate(
         self,
@@ -178,10 +180,11 @@ def choose_decoder(
     autocast: Callable[[], AbstractContextManager[Any]],
     kv_tokens: int | None = None,
     temperature: float | None = None,
+    conversations: Conversations | None = None,
 ) -> StaticDecoder | GroupDecoder:
     """Return the decoder for the model's device: static rows on a GPU, one copy of each prompt on a CPU."""
     kind = StaticDecoder if model.device.type == "cuda" else GroupDecoder
-    return kind(autocast, kv_tokens, temperature=temperature)
+    return kind(autocast, kv_tokens, temperature=temperature, conversations=conversations)
 
 
 class _Counted:

@@ -1,8 +1,8 @@
 """`Episodes`: TRL's loop over turns and tools, with each tool and environment guarded, and what it leaves to note.
 
 TRL generates a turn, calls the tools that it names, appends their results and generates again (`_tool_call_loop`, trl
-1.14-1.16). Each turn's generation comes to our decoder as longer prompts. The tools' tokens are context: `tool_mask`
-is 0 there, and TRL's loss and its lengths leave them out.
+1.14-1.16). Each turn comes to our decoder as longer prompts, of which it reads what is new (`rollouts.py`). The tools'
+tokens are context: `tool_mask` is 0 there, and TRL's loss and its lengths leave them out.
 """
 
 from __future__ import annotations

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import Rollout
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.out_of_memory import trim_heap
@@ -24,7 +26,8 @@ class Rollouts:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.last: Rollout | None = None  # of the last generation
+        self.last: Rollout | None = None  # of the last generation; of episodes, with zeros where a tool wrote
+        self._episodes: _Turns | None = None  # while episodes are played
         self._old_logps_wanted = False  # TRL's next request for log-probabilities is for those of the sampling policy
         keep_weights_unpacked(trainer.model)
         if not trainer.options.is_plain:
@@ -51,6 +54,18 @@ class Rollouts:
         ids = tool_result_ids(messages, tokenizer, template)
         return plain(without_markup(messages, tokenizer)) if ids is None else ids
 
+    def play(self, generate: Callable[[], Any]) -> Any:
+        """Return what `generate`, TRL's `_generate`, does; keys and values are kept between the turns of its rows."""
+        if not self.trainer.tools:
+            return generate()
+        self._episodes = turns = _Turns(Conversations(self.trainer.max_completion_length))
+        try:
+            generated = generate()
+        finally:
+            self._episodes = None
+        self.last = turns.whole(*generated[:3])
+        return generated
+
     def generate(self, plain: Callable[..., Any], prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Return what `plain`, TRL's `_generate_single_turn`, does; its model may generate by our decoder."""
         self.last = None
@@ -59,19 +74,30 @@ class Rollouts:
         trainer = self.trainer
         inner = base_model(trainer.accelerator.unwrap_model(trainer.model))
         kv_tokens = trainer.options.rollout_kv_tokens
-        decoder = choose_decoder(inner, trainer.accelerator.autocast, kv_tokens, trainer.temperature)
+        turns = self._episodes
+        kept = turns.conversations if turns else None
+        decoder = choose_decoder(inner, trainer.accelerator.autocast, kv_tokens, trainer.temperature, kept)
         previous = inner.__dict__.get("generate")
         inner.generate = partial(inner.generate, custom_generate=decoder)
         try:
             with dequantized(inner):
                 generated = plain(prompt_ids, *args, **kwargs)
+        except BaseException:
+            if kept is not None:
+                kept.clear()  # a repetition reads everything again
+            raise
         finally:
             del inner.__dict__["generate"]
             if previous is not None:
                 inner.generate = previous
         if inner.device.type == "cpu":
             trim_heap()  # the dequantized weights
-        if [len(ids) for ids in generated[0]] == [len(row) for row in decoder.rollout.entropies]:
+        lengths = [len(row) for row in decoder.rollout.entropies]
+        if turns is not None and len(lengths) == len(prompt_ids):
+            # A row whose episode is at its limit ends before the others; TRL looks for an end token, not for padding.
+            generated = [ids[:length] for ids, length in zip(generated[0], lengths, strict=True)], *generated[1:]
+            turns.note(prompt_ids, generated[0], decoder.rollout)
+        elif turns is None and [len(ids) for ids in generated[0]] == lengths:
             self.last = decoder.rollout
         return generated
 
@@ -86,7 +112,7 @@ class Rollouts:
             output = plain(inputs)
         finally:
             self._old_logps_wanted = False
-        if self.last is not None and not self.trainer.tools:
+        if self.last is not None:
             output["rollout_entropies"] = _padded(self.last.entropies, output["completion_mask"])
             if self.trainer.options.replay:
                 output["sampled_logps"] = _padded(self.last.logps, output["completion_mask"])
@@ -105,9 +131,48 @@ class Rollouts:
     def sampled_logps(self, width: int, device: torch.device) -> Tensor | None:
         """Return the log-probabilities `(B, width)` noted while sampling, where TRL asks for the old policy's."""
         wanted, self._old_logps_wanted = self._old_logps_wanted, False
-        if not wanted or self.last is None or self.trainer.tools:
+        if not wanted or self.last is None:
             return None
         return _padded(self.last.logps, torch.empty((len(self.last.logps), width), device=device))
+
+
+class _Turns:
+    """What the turns of some episodes noted, put together when all have been played."""
+
+    def __init__(self, conversations: Conversations) -> None:
+        self.conversations = conversations
+        # By what a turn continued: the tokens, their log-probabilities and entropies.
+        self._noted: dict[tuple[int, ...], list[tuple[list[int], list[float], list[float]]]] = {}
+        self._read = self._decoded = 0
+
+    def note(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], rollout: Rollout) -> None:
+        """Note a turn of some rows."""
+        rows = zip(completion_ids, rollout.logps, rollout.entropies, strict=True)
+        for prompt, turn in zip(prompt_ids, rows, strict=True):
+            self._noted.setdefault(tuple(prompt), []).append(turn)
+        self._read += rollout.prefill_tokens
+        self._decoded += rollout.decode_tokens
+
+    def whole(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]]
+    ) -> Rollout | None:
+        """Return the rollout of whole episodes, zeros where a tool wrote; None where a turn was not ours."""
+        whole = Rollout(self._read, self._decoded)
+        for prompt, ids, mask in zip(prompt_ids, completion_ids, tool_mask, strict=True):
+            logps, entropies = [0.0] * len(ids), [0.0] * len(ids)
+            end = 0
+            for wrote, run in groupby(mask):
+                begin, end = end, end + len(list(run))
+                if not wrote:
+                    continue
+                context, own = (*prompt, *ids[:begin]), ids[begin:end]  # TRL may have cut off a turn's end
+                turn = next((t for t in self._noted.get(context, ()) if t[0][: len(own)] == own), None)
+                if turn is None:
+                    return None
+                logps[begin:end], entropies[begin:end] = turn[1][: len(own)], turn[2][: len(own)]
+            whole.logps.append(logps)
+            whole.entropies.append(entropies)
+        return whole
 
 
 def _padded(rows: list[list[float]], like: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.journal.spending("rollout"):
-            return self.episodes.note(super()._generate(*args, **kwargs))
+            return self.episodes.note(self.rollouts.play(partial(super()._generate, *args, **kwargs)))
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         return self.episodes.play(partial(super()._tool_call_loop, *args, **kwargs))

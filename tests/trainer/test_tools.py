@@ -1,5 +1,6 @@
 """Episodes with tools: the same tokens, masks, losses and gradients as plain TRL on the same scripted turns."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
+from grpo_lite.engine.options import EngineOptions
+from grpo_lite.engine.score import base_model
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
-from tests.tool_model import END, call, tool_tokenizer
+from tests.tool_model import END, MARKED, call, tool_tokenizer
 from tests.trainer.test_contract import WITH_TOOLS
 
 pytestmark = [
@@ -62,43 +65,80 @@ class Ledger:
         return float(self.total)
 
 
-# Rows of two groups of four: the turns that the model writes.
+# Rows of two groups of four: the turns that the model writes. In place of a ~ it writes what it likes best.
 SCRIPT = [
-    [f"It is 1.{END}"],
-    [f"{call('add', number=3)}{END}", f"It is 3.{END}"],
-    [f"both\n{call('add', number=1)}\n{call('add', number=2)}{END}", f"3{END}"],
+    [f"It is 1.~~~~~{END}"],
+    [f"{call('add', number=3)}{END}", f"It is 3.~~~{END}"],
+    [f"~~~~both\n{call('add', number=1)}\n{call('add', number=2)}{END}", f"3~~~~~~~~{END}"],
     [f"{call('add', number=n)}{END}" for n in (4, 5, 6)] + [f"done{END}"],  # the limit of two turns cuts it off
     [f"{call('add', number=-1)}{END}", f"it failed{END}"],
     [f"{call('missing', x=1)}\n{call('add', number='many')}{END}", f"neither{END}"],
     ['<tool_call>\n{"name": "add", "argu'],  # cut off in the middle of a call
     [f"{call('note', length=900)}{END}", "never reached"],  # its result is too long for the completion
 ]
+# One to six turns; the last row's last turn is cut off at the limit of the whole episode.
+LONG_SCRIPT = [
+    [f"{call('add', number=turn)}~~{END}" for turn in range(calls)] + ["~~~" + (f"done{END}" if calls < 5 else "")]
+    for calls in (0, 1, 2, 3, 4, 5, 5, 1)
+]
 
 
-class Scripted:
-    """TRL's `_generate_single_turn`, with the turns of SCRIPT in place of the model's."""
+class Scripted(LogitsProcessor):
+    """Makes `generate` write the turns of a script."""
 
     def __init__(self, words: Any, script: list[list[str]]) -> None:
-        self.turns = [[words(turn, add_special_tokens=False)["input_ids"] for turn in row] for row in script]
+        def ids(text: str) -> list[int]:  # -1 where the model is free
+            parts = [part for part in re.split("(~+)", text) if part]
+            return [
+                token
+                for part in parts
+                for token in (
+                    [-1] * len(part) if part[0] == "~" else words(part, add_special_tokens=False)["input_ids"]
+                )
+            ]
+
+        self.turns = [[ids(turn) for turn in row] for row in script]
+        self.filler = ids("n")[0]
+        marked = words.all_special_tokens + MARKED
+        self.forbidden = words.convert_tokens_to_ids(marked)
         self.next: list[tuple[list[int], int]] = []  # by row: what its next prompt begins with, and its turn
 
-    def __call__(self, trainer: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        rows = self._rows(prompt_ids)
-        completions = []
-        for row, prompt in zip(rows, prompt_ids, strict=True):
-            turn = self.next[row][1]
-            completions.append(list(self.turns[row][turn]))
-            self.next[row] = ([*prompt, *self.turns[row][turn]], turn + 1)
-        return completions, None
+    def generate(self, plain: Any, trainer: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Return what `plain`, TRL's `_generate_single_turn`, does with the script's turns forced."""
+        self.rows, self.width = self._rows(prompt_ids), max(map(len, prompt_ids))
+        inner = base_model(trainer.model)
+        before, generate = inner.__dict__.get("generate"), inner.generate
+        inner.generate = lambda *a, **k: generate(*a, logits_processor=LogitsProcessorList([self]), **k)
+        try:
+            completions, logps = plain(trainer, prompt_ids, *args, **kwargs)
+        finally:
+            del inner.__dict__["generate"]
+            if before is not None:
+                inner.generate = before
+        for row, prompt, completion in zip(self.rows, prompt_ids, completions, strict=True):
+            self.next[row] = ([*prompt, *completion], self.next[row][1] + 1)
+        return completions, logps
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave one token, or let the model choose among ordinary ones."""
+        place = input_ids.size(1) - self.width
+        turns = [self.turns[row][self.next[row][1]] for row in self.rows]
+        tokens = torch.tensor([turn[place] if place < len(turn) else self.filler for turn in turns]).unsqueeze(1)
+        free = scores.index_fill(1, torch.tensor(self.forbidden), float("-inf"))
+        forced = torch.full_like(scores, float("-inf")).scatter_(1, tokens.clamp(min=0), 0.0)
+        return torch.where(tokens < 0, free, forced)
 
     def _rows(self, prompt_ids: list[list[int]]) -> list[int]:
         if not self.next:
             self.next = [(list(prompt), 0) for prompt in prompt_ids]
             return list(range(len(prompt_ids)))
-        return [
-            next(row for row, (start, turn) in enumerate(self.next) if turn and prompt[: len(start)] == start)
-            for prompt in prompt_ids
-        ]
+        rows: list[int] = []
+        for prompt in prompt_ids:
+            known = enumerate(self.next)
+            rows.append(
+                next(r for r, (start, turn) in known if r not in rows and turn and prompt[: len(start)] == start)
+            )
+        return rows
 
 
 def reward(completions: list[Any], **_: Any) -> list[float]:
@@ -107,11 +147,11 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 
 def play(kind: type, folder: Path, monkeypatch: Any, script: Any = SCRIPT, env: Any = Ledger, **more: Any) -> Any:
     """Train one step on the script; return the trainer, the scored batch and the gradients."""
-    words = tool_tokenizer()
+    words = tool_tokenizer(tuple(call("add", number=number) for number in range(-1, 7)))
     scripted = Scripted(words, script)
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: scripted(*a, **k))
-    settings: dict[str, Any] = {"max_completion_length": 500, "max_tool_calling_iterations": 2, "optim": "sgd"}
-    options = {key: more.pop(key) for key in ("guard",) if key in more}
+    settings: dict[str, Any] = {"max_completion_length": 240, "max_tool_calling_iterations": 2, "optim": "sgd"}
+    settings["generation_kwargs"] = {"do_sample": False}
+    options = {key: more.pop(key) for key in ("guard", "options") if key in more}
     gradients = Gradients()
     trainer = kind(
         model=model(len(words)),
@@ -128,7 +168,10 @@ def play(kind: type, folder: Path, monkeypatch: Any, script: Any = SCRIPT, env: 
     batches = []
     score = trainer._generate_and_score_completions
     trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
-    trainer.train()
+    plain = GRPOTrainer._generate_single_turn
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: scripted.generate(plain, *a, **k))
+        trainer.train()
     return trainer, batches[0], gradients
 
 
@@ -136,21 +179,57 @@ def guard(**limits: Any) -> ToolGuard:
     return ToolGuard(limits.pop("timeout_s", 10.0), limits.pop("result_chars", 4000), limits.pop("show", print))
 
 
-def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plain, expected, theirs = play(GRPOTrainer, tmp_path / "plain", monkeypatch)
-    ours, batch, mine = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, guard=guard())
-    assert all(hasattr(plain, name) for name in WITH_TOOLS)
+def same_step(ours: Any, plain: Any) -> dict[str, Any]:
+    """Compare a step with plain TRL's: tokens, masks, advantages, figures and gradients; return our figures."""
+    (trainer, batch, mine), (reference, expected, theirs) = ours, plain
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask"):
         assert torch.equal(batch[name], expected[name]), name
     assert batch["tool_mask"].min() == 0
     torch.testing.assert_close(batch["advantages"], expected["advantages"])
-    logs, reference = ours.state.log_history[0], plain.state.log_history[0]
+    logs, others = trainer.state.log_history[0], reference.state.log_history[0]
     for name in ("loss", "entropy", "completions/mean_length", "tools/call_frequency", "tools/failure_frequency"):
-        assert logs[name] == pytest.approx(reference[name], abs=1e-5), name
+        assert logs[name] == pytest.approx(others[name], abs=1e-5), name
     assert relative_difference(mine.steps[0], theirs.steps[0]) < 1e-4
+    return logs
+
+
+def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = play(GRPOTrainer, tmp_path / "plain", monkeypatch)
+    assert all(hasattr(plain[0], name) for name in WITH_TOOLS)
+    ours = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, guard=guard())
+    logs = same_step(ours, plain)
     assert logs["tools/calls"] == 9
     assert logs["tools/failures"] == 3
     assert logs["tools/timeouts"] == 0
+    noted, mask = ours[0].rollouts.last, ours[1]["tool_mask"] * ours[1]["completion_mask"]
+    for row, logps in enumerate(noted.logps):
+        assert [logp != 0 for logp in logps] == mask[row, : len(logps)].bool().tolist()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="one step a round", marks=pytest.mark.slow),
+        pytest.param({"num_iterations": 2, "max_steps": 2}, id="old log-probabilities noted while sampling"),
+        pytest.param({"options": EngineOptions(rollout_kv_tokens=900)}, id="waves", marks=pytest.mark.slow),
+        pytest.param(
+            {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 2},
+            id="sequences",
+            marks=[pytest.mark.slow, pytest.mark.matrix],
+        ),
+    ],
+)
+def test_episodes_of_one_to_six_turns(more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = {"max_tool_calling_iterations": 9, "max_completion_length": 210, **more}
+    reference = {key: value for key, value in settings.items() if key != "options"}
+    plain = play(GRPOTrainer, tmp_path / "plain", monkeypatch, LONG_SCRIPT, **reference)
+    ours = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, LONG_SCRIPT, guard=guard(), **settings)
+    logs = same_step(ours, plain)
+    assert logs["tools/calls"] == 21
+    if "old_per_token_logps" in plain[1]:
+        mask = ours[1]["tool_mask"] * ours[1]["completion_mask"]
+        old, theirs = (batch["old_per_token_logps"] * mask for batch in (ours[1], plain[1]))
+        torch.testing.assert_close(old, theirs, atol=1e-4, rtol=0)
 
 
 class Faulty(Ledger):

@@ -1,0 +1,163 @@
+"""`Conversations`: what is kept of the rows of a batch between their turns, so that a turn reads only what is new.
+
+A conversation is a prompt that its group shares, and behind it all that the model wrote and was answered. Where the
+model ends a turn, the row's keys and values are copied out of the cache before the row leaves it. The next turn's row
+is found again by its tokens: it has to begin with those that are held. Where it does not (a template rewrote something)
+it is read again from the first token that differs. Rows that do not come back are dropped as the next turn begins.
+
+What is kept counts within the budget of cached tokens: `make_room` drops rows, which are then read again whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from grpo_lite.engine.cache import GroupCache, KeysValues, RowContents
+
+logger = logging.getLogger(__name__)
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class KeptRow:
+    """A row between two turns."""
+
+    prompt: Prompt  # of its first turn
+    tokens: Prompt  # behind it, whose keys and values are held
+    contents: RowContents
+
+    def cut(self, count: int) -> bool:
+        """Keep the first tokens only; return whether that can be done: a recurrent state cannot be taken back."""
+        if count < len(self.tokens):
+            if self.contents.states:
+                return False
+            self.tokens = self.tokens[:count]
+            layers = self.contents.layers
+            for layer, (keys, values) in layers.items():
+                layers[layer] = keys[:, :count].contiguous(), values[:, :count].contiguous()
+        return True
+
+
+@dataclass
+class Conversations:
+    """The rows of a batch between their turns.
+
+    Args:
+        longest: most tokens behind a row's first prompt, over all turns.
+    """
+
+    longest: int
+    reused_tokens: int = 0  # that no turn had to read again
+    changed_rows: int = 0  # that came back with other tokens than are held
+    dropped_rows: int = 0  # for want of room
+    widest_pass: int = 0  # tokens that were read at once
+    _starts: list[Prompt] = field(default_factory=list)  # the first turn's prompts, the longest first
+    _prompts: dict[Prompt, dict[int, KeysValues]] = field(default_factory=dict)
+    _waiting: dict[int, KeptRow] = field(default_factory=dict)  # by row of this turn: what is held of it
+    _ended: list[KeptRow] = field(default_factory=list)  # rows that have ended their turn
+
+    def begin(self, rows: Sequence[Prompt]) -> None:
+        """Begin a turn of these rows, and drop what none of them begins with."""
+        if not self._starts:
+            self._starts = sorted(set(rows), key=len, reverse=True)
+        held: dict[Prompt, list[KeptRow]] = {}
+        for kept in self._ended:
+            held.setdefault(kept.prompt, []).append(kept)
+        self._waiting, self._ended = {}, []
+        changed = 0
+        for i, ids in enumerate(rows):
+            start = self.start(ids)
+            candidates = held.get(start, ())
+            own = ids[len(start) :]
+            exact = next((kept for kept in candidates if own[: len(kept.tokens)] == kept.tokens), None)
+            best = exact or max(candidates, key=lambda kept: _shared(kept.tokens, own), default=None)
+            if best is None:
+                continue
+            held[start].remove(best)
+            if best.cut(min(_shared(best.tokens, own), len(own) - 1)):  # at least one is read: what follows it is asked
+                self._waiting[i] = best
+            changed += exact is None
+        if changed:
+            self.changed_rows += changed
+            logger.warning(
+                "%d rows came back from a tool with earlier turns changed (by the chat template?): they are read again "
+                "from the first changed token.",
+                changed,
+            )
+        self._drop_unused_prompts()
+
+    def start(self, ids: Prompt) -> Prompt:
+        """Return the first turn's prompt of a row; a row that began with none of them is its own."""
+        return next((start for start in self._starts if ids[: len(start)] == start), ids)
+
+    def left(self, ids: Prompt) -> int:
+        """Return how many tokens a row may still get, at least one."""
+        return max(1, len(self.start(ids)) + self.longest - len(ids))
+
+    def is_held(self, row: int) -> bool:
+        """Return whether keys and values of a row of this turn are held."""
+        return row in self._waiting
+
+    def resume(
+        self, groups: Sequence[tuple[Prompt, Sequence[int]]], rows: Sequence[Prompt]
+    ) -> tuple[GroupCache, list[int]]:
+        """Return a cache of held rows, which leave, and how many tokens of each are new: `extend` it by them.
+
+        Args:
+            groups: prompts, and which rows of this turn begin with each.
+            rows: this turn's.
+        """
+        members = [i for _, own in groups for i in own]
+        kept = [self._waiting.pop(i) for i in members]
+        needed = {other.prompt for other in self._waiting.values()}
+        prompts = [
+            (len(prompt), dict(self._prompts[prompt]) if prompt in needed else self._prompts.pop(prompt))
+            for prompt, _ in groups
+        ]
+        held = [len(row.tokens) for row in kept]
+        new = [len(rows[i]) - len(row.prompt) - len(row.tokens) for i, row in zip(members, kept, strict=True)]
+        self.reused_tokens += sum(len(row.prompt) + len(row.tokens) for row in kept)
+        device = next(iter(prompts[0][1].values()))[0].device
+        index = torch.tensor([group for group, (_, own) in enumerate(groups) for _ in own], device=device)
+        contents = [row.contents for row in kept]
+        return GroupCache.resume(prompts, index, contents, list(zip(held, new, strict=True))), new
+
+    def keep(self, prompt: Prompt, tokens: Prompt, cache: GroupCache, row: int) -> None:
+        """Keep a row of a cache that has ended its turn."""
+        self._ended.append(KeptRow(prompt, tokens, cache.contents(row)))
+
+    def finish(self, prompts: Sequence[Prompt], cache: GroupCache) -> None:
+        """Keep the prompts of a cache whose rows have all ended their turn."""
+        self._prompts |= {prompts[number]: layers for number, layers in cache.take_prompts().items()}
+        self._drop_unused_prompts()
+
+    def make_room(self, tokens: int) -> None:
+        """Drop rows until no more than so many tokens are held here: those that may not come back first."""
+        while self._ended or self._waiting:
+            rows = [*self._ended, *self._waiting.values()]
+            if sum(map(len, self._prompts)) + sum(len(row.tokens) for row in rows) <= tokens:
+                return
+            if self._ended:
+                self._ended.pop()
+            else:
+                del self._waiting[max(self._waiting)]
+            self.dropped_rows += 1
+            self._drop_unused_prompts()
+
+    def clear(self) -> None:
+        """Drop everything that is held."""
+        self._prompts, self._waiting, self._ended = {}, {}, []
+
+    def _drop_unused_prompts(self) -> None:
+        used = {row.prompt for row in (*self._ended, *self._waiting.values())}
+        self._prompts = {prompt: layers for prompt, layers in self._prompts.items() if prompt in used}
+
+
+def _shared(one: Prompt, other: Prompt) -> int:
+    """Return with how many equal tokens two sequences begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
