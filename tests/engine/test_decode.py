@@ -335,10 +335,10 @@ def test_the_old_policy_needs_no_forward_after_a_shared_rollout(
     frozen: list[int] = []
     score_into = Gradients.score_into
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
         if not torch.is_grad_enabled():
             frozen.append(1)
-        return score_into(self, *args)
+        return score_into(self, *args, **more)
 
     monkeypatch.setattr(Gradients, "score_into", counted)
     ours = train(PackedGRPOTrainer, tmp_path, settings=settings)
