@@ -85,7 +85,7 @@ def generate_completions(
                     at_once = _fewer(len(chosen), max_new_tokens)
                     continue
                 for i, answer in zip(chosen, answers, strict=True):
-                    results[i].append(_until_stop(answer, stops))
+                    results[i].append(until_stop(answer, stops))
                 done += len(chosen)
                 if progress:
                     progress(done // count, len(order))
@@ -162,6 +162,12 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a model can read; None where its config does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def _generation_config(cap: int, samples: int | None, temperature: float, stops: list[int], pad: int) -> Any:
     from transformers import GenerationConfig
 
@@ -181,7 +187,8 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[A
     return ids, mask
 
 
-def _until_stop(row: list[int], stops: list[int]) -> list[int]:
+def until_stop(row: list[int], stops: list[int]) -> list[int]:
+    """Return the tokens before the first that ends a completion."""
     for i, token in enumerate(row):
         if token in stops:
             return row[:i]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo_lite.engine.generate import generate_completions
+import numpy as np
+
+from grpo_lite.engine.generate import generate_completions, positions_of
 from grpo_lite.evaluation.scoring import score_completions, second_opinions
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
@@ -68,7 +72,8 @@ def play_with(
 ) -> list[Episode]:
     """Play an episode of each row with a model's turns; greedily without a temperature.
 
-    The same seed gives the same episodes, as far as the tools answer alike.
+    The same seed gives the same episodes, also where tools or `reset` draw from `random` or NumPy. The caller's own
+    random state is left untouched.
     """
     turns = _seeds(seed)
 
@@ -86,13 +91,21 @@ def play_with(
         )
         return [completions[0] for completions in groups]
 
-    return player.play(rows, generate, max_tokens, positions_of(model))
+    with seeded(seed):
+        return player.play(rows, generate, max_tokens, positions_of(model))
 
 
-def positions_of(model: Any) -> int | None:
-    """Return how many tokens a model can read; None where its config does not say."""
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let the global generators of `random` and NumPy begin at a seed, and put them back afterwards."""
+    before, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(of_numpy)
 
 
 def episode_means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

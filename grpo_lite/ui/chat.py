@@ -12,6 +12,7 @@ import string
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grpo_lite.errors import DataError
@@ -64,6 +65,11 @@ class Chat:
         self.model = load_trained(base, self.recipe.rollout, run.adapter)
         self.sampling = sampling
         self.sides = ("base", "trained") if compare else ("trained",)
+        self.tools = None
+        if self.recipe.has_tools:
+            from grpo_lite.ui.tool_chat import ToolChat
+
+            self.tools = ToolChat(self.recipe, self.tokenizer)
         self.histories: dict[str, list[Turn]] = {side: [] for side in self.sides}
         if sampling.seed is not None:
             import torch
@@ -73,6 +79,8 @@ class Chat:
     def ask(self, question: str, remember: bool = False, stream: Show | None = None) -> dict[str, str]:
         """Return the answers to one question by side: "trained", and "base" when comparing.
 
+        With tools an answer also shows each call and its result.
+
         Args:
             remember: keep question and answer for the next question (chat format only).
             stream: called with pieces of the answer as they are generated; one side only.
@@ -80,9 +88,9 @@ class Chat:
         answers = {}
         for side in self.sides:
             with self.model.disable_adapter() if side == "base" else contextlib.nullcontext():
-                answers[side] = self._answer(question, self.histories[side], stream)
+                answers[side], said = self._answer(question, self.histories[side], stream)
             if remember and self.recipe.data.format == "chat":
-                self.histories[side].append((question, answers[side]))
+                self.histories[side].append((question, said))
         return answers
 
     def forget(self) -> None:
@@ -90,15 +98,30 @@ class Chat:
         for history in self.histories.values():
             history.clear()
 
-    def _answer(self, question: str, history: Sequence[Turn], stream: Show | None) -> str:
+    def _answer(self, question: str, history: Sequence[Turn], stream: Show | None) -> tuple[str, str]:
+        """Return what is shown, and what the model said last; they differ by the calls of tools."""
+        from grpo_lite.engine.generate import positions_of
+
+        build = partial(build_prompt, self.recipe, history=history)
+        cap = self.sampling.max_new_tokens or self.recipe.eval_completion_length
+        if self.tools is not None:
+            return self.tools.answer(question, build, self._write_turns, cap, positions_of(self.model), stream)
+        ids = prompt_ids(build(question), self.tokenizer, self.recipe.template_kwargs)
+        answer = self.tokenizer.decode(self._write(ids, cap, stream), skip_special_tokens=True).strip()
+        return answer, answer
+
+    def _write_turns(self, prompts: list[list[int]], room: int) -> list[list[int]]:
+        return [self._write(ids, room, None) for ids in prompts]
+
+    def _write(self, prompt: list[int], cap: int, stream: Show | None) -> list[int]:
+        """Return the tokens that the model writes, without the one that ends them."""
         import torch
 
-        from grpo_lite.engine.generate import shared_decoder
+        from grpo_lite.engine.generate import shared_decoder, stop_ids, until_stop
         from grpo_lite.engine.static_decode import StaticDecoder
 
-        prompt = build_prompt(self.recipe, question, history)
-        ids = torch.tensor([prompt_ids(prompt, self.tokenizer, self.recipe.template_kwargs)], device=self.model.device)
-        config = self._generation_config()
+        ids = torch.tensor([prompt], device=self.model.device)
+        config = self._generation_config(cap)
         streamer = _streamer(self.tokenizer, stream) if stream else None
         options: dict[str, Any] = {"streamer": streamer}
         decoder = None
@@ -115,15 +138,14 @@ class Chat:
             )
         if streamer is not None and isinstance(decoder, StaticDecoder):
             streamer.end()
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        return until_stop(out[0, ids.shape[1] :].tolist(), stop_ids(self.model, self.tokenizer))
 
-    def _generation_config(self) -> Any:
+    def _generation_config(self, cap: int) -> Any:
         from transformers import GenerationConfig
 
         from grpo_lite.engine.generate import stop_ids
 
         sampling = self.sampling
-        cap = sampling.max_new_tokens or self.recipe.eval_completion_length
         drawn: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature}

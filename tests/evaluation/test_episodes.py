@@ -1,10 +1,13 @@
 """Evaluation of episodes: real tools on held-out rows, scores by the environment, turns and calls, a whole run."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_lite.errors import EvaluationError, RewardError
 from grpo_lite.evaluation import episodes as episodes_module
@@ -19,7 +22,7 @@ from grpo_lite.task.episodes import make_player
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.train import train_run
 from tests.task.test_episodes import scripted
-from tests.tool_model import END, call, tool_tokenizer
+from tests.tool_model import END, call, tool_tokenizer, write_tool_model
 from tests.trainer.test_tools import model
 
 pytestmark = [
@@ -180,3 +183,24 @@ def test_a_run_with_tools_is_trained_evaluated_merged_and_scored_again(folder: P
     first = json.loads((run.evaluation / "records.jsonl").read_text().splitlines()[0])
     assert first["base"]["turns"][0]["role"] == "assistant"
     assert "heldout/lenient" in (run.path / "metrics.jsonl").read_text()
+
+
+def test_the_same_seed_gives_the_same_episodes_and_leaves_the_caller_s_randomness_alone(tmp_path: Path):
+    words = write_tool_model(tmp_path)
+    recipe = Recipe.model_validate(
+        {
+            "name": "r", "description": "d", "least_gpu": "none", "model": {"id": str(words)}, "rewards": [],
+            "data": {"train": {"path": str(words / "rows.jsonl")}, "prompt": "{question}", "answer": None, "holdout": 3},
+            "environment": "tests.tool_model.Ledger", "eval": {"samples": 2, "batch_size": 4},
+            "grpo": {"max_tool_calling_iterations": 3, "max_completion_length": 150},
+        }
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(words)
+    prompts = load_prompts(recipe, AutoTokenizer.from_pretrained(words, padding_side="left"))
+    player = make_player(prompts, recipe, lambda line: None)
+    state = random.getstate(), torch.random.get_rng_state()
+    first = score_model(base, prompts.tokenizer, recipe, prompts.eval, lambda line: None, "base", player)
+    assert random.getstate() == state[0]  # its `reset` draws from it
+    assert torch.equal(torch.random.get_rng_state(), state[1])
+    assert sum(record["calls"] for record in first) > 0
+    assert score_model(base, prompts.tokenizer, recipe, prompts.eval, lambda line: None, "base", player) == first

@@ -212,3 +212,87 @@ def test_dry_run_command_prints_the_card(run: RunDir) -> None:
     output = command("push", str(run.path), "me/sums", "--dry-run")
     assert "dry run: nothing is sent" in output
     assert "library_name: transformers" in output
+
+
+@pytest.fixture(scope="module")
+def playing(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose model calls a tool in most turns, its adapter untrained."""
+    from grpo_lite.models.load import lora_config
+    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.runs.run_dir import dump_recipe
+    from tests.tool_model import write_tool_model
+
+    folder = write_tool_model(tmp_path_factory.mktemp("tools"))
+    (folder / "ledger.py").write_text(
+        '''
+class Ledger:
+    def reset(self, start, **row):
+        self.total = int(start)
+        return f" Begin at {self.total}."
+
+    def add(self, number: int) -> str:
+        """Add a number.
+
+        Args:
+            number: what is added.
+        """
+        if number < 0:
+            raise ValueError(f"{number} is below 0")
+        self.total += number
+        return f"total {self.total}"
+
+    def get_reward(self):
+        return 1.0
+'''
+    )
+    (folder / "r.yaml").write_text(
+        f"""
+name: ledger
+description: add
+least_gpu: none
+model: {{id: {folder}, load_in: 32bit}}
+data: {{train: {{path: {folder}/rows.jsonl}}, prompt: "{{start}}", answer: null, holdout: 2}}
+environment: {folder}/ledger.py:Ledger
+rewards: []
+grpo: {{max_tool_calling_iterations: 3, max_completion_length: 120}}
+"""
+    )
+    recipe = load_recipe(str(folder / "r.yaml"))
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    run.recipe_file.write_text(dump_recipe(recipe))
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora_config(recipe))
+    model.save_pretrained(run.adapter)
+    from grpo_lite.files.manifest import write_manifest
+
+    write_manifest(run.adapter)
+    return run
+
+
+def test_tools_are_called_and_each_call_and_result_is_shown(playing: RunDir) -> None:
+    chat = Chat(playing, Sampling(temperature=1.0, seed=3), compare=True)
+    answers = next(given for _ in range(20) if "← total" in (given := chat.ask("5", remember=True))["base"])
+    lines = answers["base"].splitlines()
+    asked = [int(line[len("→ add(number=") : -1]) for line in lines if line.startswith("→ add(")]
+    results = [line for line in lines if line.startswith("←")]
+    total, expected = 5, []
+    for number in asked[: len(results)]:  # the calls of the last turn may be past the limit
+        total += max(number, 0)
+        expected.append(f"← total {total}" if number > 0 else f"← {{'error': '{number} is below 0'}}")
+    assert results == expected
+    assert "→" not in chat.histories["base"][-1][1]  # of an earlier question the model reads its answer only
+
+
+def test_a_row_is_typed_as_json_and_one_that_cannot_begin_says_why(playing: RunDir) -> None:
+    chat = Chat(playing, Sampling())
+    pieces: list[str] = []
+    typed = chat.ask('{"start": 40}', stream=pieces.append)["trained"]
+    assert "".join(pieces) == typed
+    assert chat.ask("many") == {
+        "trained": "(not begun: Ledger.reset: raised ValueError: invalid literal for int() with base 10: 'many'. Type "
+        'the columns of a row as JSON, such as {"number": 37})'
+    }
+    assert "has no column 'start'" in chat.ask('{"other": 1}')["trained"]

@@ -1,0 +1,124 @@
+"""ToolChat: a question to a model with tools. They are really called, and each call and result is shown.
+
+A question is an episode of its own, as in training: the environment begins anew, and of earlier questions the model
+gets the answers, not the calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from grpo_lite.errors import DataError
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.screen import Show
+from grpo_lite.task.environments import load_toolkit, tool_template
+from grpo_lite.task.episodes import Episode, Generate, Player
+from grpo_lite.task.generators import Row
+from grpo_lite.task.prompts import Prompts, fields_of, render_row
+
+Build = Callable[[str], Any]  # a typed question -> chat messages
+
+
+class ToolChat:
+    """Answers questions by episodes.
+
+    Args:
+        recipe: with tools or an environment.
+        tokenizer: of its model.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        template = tool_template(tokenizer, recipe.model.id)
+        kwargs = {**(recipe.template_kwargs or {}), **({"chat_template": template} if template else {})}
+        prompts = Prompts([], [], tokenizer=tokenizer, template_kwargs=kwargs, toolkit=load_toolkit(recipe))
+        self.recipe, self._failures = recipe, list[str]()
+        self.player = Player(prompts, recipe, self._failures.append)
+
+    def answer(
+        self, question: str, build: Build, generate: Generate, max_tokens: int, context: int | None, stream: Show | None
+    ) -> tuple[str, str]:
+        """Return what is shown, with calls and results, and the answer alone.
+
+        Args:
+            question: as typed; with an environment also the columns of a row, as a JSON object.
+            build: makes the messages of a question.
+            generate: writes a turn.
+            max_tokens: of the episode.
+            context: tokens that the model can read.
+            stream: called with each message as it comes.
+        """
+        try:
+            row = self._row(question, build)
+        except DataError as error:
+            return f"({error})", ""
+        shown: list[str] = []
+
+        def add(text: str) -> None:
+            if text:
+                shown.append(text)
+                if stream is not None:
+                    stream(text if text == shown[0] else f"\n{text}")
+
+        (episode,) = self.player.play([row], generate, max_tokens, context, lambda message: add(message_text(message)))
+        add(self._end(episode, max_tokens))
+        return "\n".join(shown), episode.answer
+
+    def _row(self, question: str, build: Build) -> Row:
+        data, names = self.recipe.data, self.player.toolkit.factories
+        columns = _json_object(question) if names else None
+        if columns is None:
+            fields = set(fields_of(data.prompt, "data.prompt"))
+            row = {**(dict.fromkeys(fields, question) if len(fields) == 1 else {}), "prompt": build(question)}
+        else:
+            row = render_row(data, {**({data.answer: None} if data.answer else {}), **columns}, "chat", 0)
+        if names and self.player.toolkit.name_of(row) not in names:
+            raise DataError(
+                "chat: the recipe has several environments. Type the columns of a row as JSON, with `environment` as "
+                f"one of {', '.join(map(str, names))}."
+            )
+        return row
+
+    def _end(self, episode: Episode, max_tokens: int) -> str:
+        if episode.ended == "reset":
+            return (
+                f"(not begun: {self._failures[-1].removeprefix('tool failed: ')}. Type the columns of a row as JSON, "
+                'such as {"number": 37})'
+            )
+        if episode.ended == "turns":
+            return f"(stopped after {episode.turns} turns: grpo.max_tool_calling_iterations={self.player.most_turns})"
+        return f"(cut off: an episode has at most {max_tokens} tokens)" if episode.ended == "length" else ""
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Return a message of an episode for people: `→ add(a=2, b=3)` for a call, `← 5` for a result, an answer as it is.
+
+    >>> message_text({"role": "tool", "name": "add", "content": "5"})
+    '← 5'
+    """
+    content = message.get("content")
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    if message.get("role") == "tool":
+        return f"← {text}"
+    lines = [text.strip()] if content else []
+    for called in message.get("tool_calls") or ():
+        function = called.get("function") or {}
+        arguments = function.get("arguments")
+        written = (
+            ", ".join(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in arguments.items())
+            if isinstance(arguments, dict)
+            else json.dumps(arguments, ensure_ascii=False, default=str)
+        )
+        lines.append(f"→ {function.get('name')}({written})")
+    return "\n".join(lines)
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
