@@ -16,6 +16,7 @@ SCENARIOS = (
     "graphs_draw_what_the_steps_would",
     "decoding",
     "decoding_at_28_layers",
+    "decoding_of_hybrids",
     "a_step_that_a_graph_cannot_hold",
     "memory_runs_out_while_a_graph_is_captured",
     "one_attention_call_a_layer",

@@ -34,19 +34,28 @@ class StepGraphs:
     """The graphs of one batch's step, one per shape, in one pool of memory.
 
     Args:
-        state: every tensor that a step writes and a later one reads; their addresses must stay.
+        state: returns every tensor that a step writes and a later one reads; their addresses must stay.
         scratch: those of them whose last place takes what nobody reads.
         switch: the model's.
     """
 
-    def __init__(self, state: Sequence[Tensor], scratch: Sequence[Tensor], switch: Switch) -> None:
-        self.state = state
+    def __init__(self, state: Callable[[], Sequence[Tensor]], scratch: Sequence[Tensor], switch: Switch) -> None:
+        self._state = state
+        self._scratch = scratch
         self.switch = switch
-        self._compared = [tensor[:-1] if any(tensor is each for each in scratch) else tensor for tensor in state]
         self._graphs: dict[Hashable, Any] = {}
         self._warm: set[Hashable] = set()  # shapes whose kernels have been chosen, by a step outside of a capture
         self._pool: Any = None
         self._is_checked = False
+
+    @property
+    def state(self) -> Sequence[Tensor]:
+        """What a step writes and a later one reads."""
+        return self._state()
+
+    @property
+    def _compared(self) -> list[Tensor]:
+        return [tensor[:-1] if any(tensor is each for each in self._scratch) else tensor for tensor in self.state]
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Take one step: kernel by kernel the first time, by its graph from then on."""

@@ -1,7 +1,8 @@
-"""Keys and values of decoding rows in buffers of a fixed size: what a CUDA graph can hold.
+"""Keys, values and recurrent states of decoding rows in buffers of a fixed size: what a CUDA graph can hold.
 
 Each row has a copy of its prompt's keys and values, followed by those of its own tokens. All rows are written by one
-kernel a layer and attended to by one more, whatever their lengths; a window is one mask a step.
+kernel a layer and attended to by one more, whatever their lengths; a window is one mask a step. A recurrent layer has
+one state for each row, of one size whatever the row's length, which a step changes in place.
 `cache.GroupCache` holds each prompt once instead, which is smaller and, on a CPU, faster; its shapes change with every
 token.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_lite.engine.attention import PackedLayout, Rule, attend, packed_attention
-from grpo_lite.engine.states import Run
+from grpo_lite.engine.states import Run, States
 
 # Tokens, up to: a multiple of. Prompts of nearly the same length get buffers of the same, and the graphs on them.
 LENGTH_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))
@@ -36,8 +37,12 @@ def _rounded(tokens: int, steps: tuple[tuple[int, int], ...]) -> int:
     return -(-tokens // step) * step
 
 
+# Of one prompt, per layer: keys and values `(P, key/value heads, D)`, or its state.
+Kept = dict[int, tuple[Tensor, Tensor] | States]
+
+
 class RowCache:
-    """Keys, values and visibility of `rows` rows of up to `length` tokens; a `Layout` for `attention.py`.
+    """Keys, values, states and visibility of `rows` rows of up to `length` tokens; a `Layout` for `attention.py`.
 
     Two passes fill it: `prefill` (all prompts in one flat row), then a decoding step (one token a row).
     """
@@ -45,6 +50,7 @@ class RowCache:
     def __init__(self, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.length, self.dtype = rows, length, dtype
         self.states: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: (rows, length, key/value heads, D)
+        self.recurrent: dict[int, States] = {}  # per recurrent layer
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of the token that comes next
         self.mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)  # added to the scores
         self._offsets = torch.arange(rows, device=device) * length
@@ -55,8 +61,14 @@ class RowCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(buffer.numel() * buffer.element_size() for pair in self.states.values() for buffer in pair)
+        """Bytes of the keys, values and recurrent states."""
+        held = sum(buffer.nbytes for pair in self.states.values() for buffer in pair)
+        return held + sum(states.num_bytes for states in self.recurrent.values())
+
+    @property
+    def recurrent_tensors(self) -> list[Tensor]:
+        """The states of all recurrent layers, which a step reads and changes."""
+        return [tensor for states in self.recurrent.values() for tensor in states.tensors]
 
     def begin_prefill(
         self, prompt_lengths: Sequence[int], slots: Sequence[tuple[int, int]], kept: int | None = None
@@ -71,18 +83,22 @@ class RowCache:
         self._prefill = _Prefill(prompt_lengths, slots, self.length, kept, self.position.device)
         self._open([slot for slot, _ in slots], [prompt_lengths[prompt] for _, prompt in slots])
 
-    def end_prefill(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the kept prompt's keys and values, per layer `(P, key/value heads, D)`."""
+    def end_prefill(self) -> Kept:
+        """Return the kept prompt's keys, values and states."""
         assert self._prefill is not None
         kept, self._prefill = self._prefill.kept_states, None
         return kept
 
-    def fill_rest(self, states: dict[int, tuple[Tensor, Tensor]], length: int, slots: Sequence[int]) -> None:
-        """Copy a kept prompt's keys and values into more rows."""
+    def fill_rest(self, states: Kept, length: int, slots: Sequence[int]) -> None:
+        """Copy a kept prompt's keys, values and states into more rows."""
         self._open(slots, [length] * len(slots))
         into = torch.tensor([slot * self.length + t for slot in slots for t in range(length)])
         into = into.to(self.position.device)
+        rows = torch.tensor(list(slots)).to(self.position.device)
         for layer, kept in states.items():
+            if isinstance(kept, States):
+                self.recurrent[layer].put(rows, kept.select(torch.zeros_like(rows)))
+                continue
             for buffer, source in zip(self.states[layer], kept, strict=True):
                 buffer.flatten(0, 1).index_copy_(0, into, source.repeat(len(slots), 1, 1))
 
@@ -94,8 +110,20 @@ class RowCache:
         self.mask.view(-1).index_fill_(0, self._place[:rows], 0.0)
 
     def mix(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
-        """Refuse a recurrent layer; `static_decode.py` leaves such models to `GroupDecoder`."""
-        raise NotImplementedError("static rows keep no recurrent states")
+        """Run a recurrent layer: over each prompt once in the prefill, then one token a row from the row's state."""
+        if self._prefill is not None:
+            mixed, prompts = self._prefill.layout.branches.mix(hidden, run)
+            if layer not in self.recurrent:
+                self.recurrent[layer] = prompts.zeros(self.rows)
+            self.recurrent[layer].put(self._prefill.slots, prompts.select(self._prefill.prompts))
+            if self._prefill.kept_prompt is not None:
+                self._prefill.kept_states[layer] = prompts.select(self._prefill.kept_prompt)
+            return mixed
+        held = self.recurrent[layer].first(self._step[0])
+        after = States(held.conv_states[0], held.recurrent_states[0])
+        mixed = run(hidden, after, None)
+        held.put(None, after)  # what the layer has not changed in place
+        return mixed
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
@@ -137,6 +165,8 @@ class RowCache:
         for buffers in (*self.states.values(), (self.position, self.mask)):
             for buffer in buffers:
                 buffer.index_copy_(0, targets, buffer.index_select(0, sources))
+        for states in self.recurrent.values():
+            states.put(targets, states.select(sources))
 
     def _open(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Give rows a prompt's length, and let them see it."""
@@ -179,5 +209,7 @@ class _Prefill:
         into = [slot * row_length + t for slot, prompt in slots for t in range(lengths[prompt])]
         self.source, self.into = torch.tensor([source, into]).to(device)
         self.layout = PackedLayout([(length, ()) for length in lengths], device)
+        self.slots, self.prompts = torch.tensor([list(pair) for pair in zip(*slots, strict=True)]).to(device)
         self.kept = slice(0, 0) if kept is None else slice(starts[kept], starts[kept] + lengths[kept])
-        self.kept_states: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept_prompt = None if kept is None else torch.tensor([kept]).to(device)
+        self.kept_states: Kept = {}

@@ -109,6 +109,35 @@ class States:
             None if recurrent is None else recurrent.index_select(0, rows),
         )
 
+    def zeros(self, rows: int) -> "States":
+        """Return buffers for the states of so many rows."""
+        conv, recurrent = self.conv_states[0], self.recurrent_states[0]
+        return States(
+            None if conv is None else conv.new_zeros(rows, *conv.shape[1:]),
+            None if recurrent is None else recurrent.new_zeros(rows, *recurrent.shape[1:]),
+        )
+
+    def first(self, rows: int) -> "States":
+        """Return views of the states of the first rows."""
+        conv, recurrent = self.conv_states[0], self.recurrent_states[0]
+        return States(None if conv is None else conv[:rows], None if recurrent is None else recurrent[:rows])
+
+    def put(self, rows: Tensor | None, states: "States") -> None:
+        """Copy the states of other rows over those of these rows, None for all, without moving the tensors."""
+        for kind in ("conv_states", "recurrent_states"):
+            buffer, new = getattr(self, kind)[0], getattr(states, kind)[0]
+            if buffer is None or new is buffer:
+                continue
+            if rows is None:
+                buffer.copy_(new)
+            else:
+                buffer.index_copy_(0, rows, new)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors there are."""
+        return [x for x in (self.conv_states[0], self.recurrent_states[0]) if x is not None]
+
     @property
     def rows(self) -> int:
         """How many rows there are."""
@@ -117,7 +146,7 @@ class States:
     @property
     def num_bytes(self) -> int:
         """Bytes of all rows' states."""
-        return sum(x.nbytes for x in (self.conv_states[0], self.recurrent_states[0]) if x is not None)
+        return sum(x.nbytes for x in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from grpo_lite.engine import states
 from grpo_lite.engine.attention import narrowed
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.conversations import Conversations
@@ -49,7 +48,7 @@ from grpo_lite.engine.decode import (
 from grpo_lite.engine.decoding_layers import DecodingLayers
 from grpo_lite.engine.graphs import StepGraphs, Switch
 from grpo_lite.engine.out_of_memory import is_out_of_memory
-from grpo_lite.engine.row_cache import RowCache, row_length, seen_length
+from grpo_lite.engine.row_cache import Kept, RowCache, row_length, seen_length
 
 logger = logging.getLogger(__name__)
 
@@ -279,8 +278,6 @@ class Engine:
         criteria: StoppingCriteriaList,
     ) -> bool:
         """Return whether static rows compute what these settings ask for."""
-        if self.obstacle is None and states.has_mixers(self._model):
-            self.step_aside("it is not built for recurrent layers yet")
         if self.obstacle is not None:
             return False
         if not all(type(processor) in ROW_BY_ROW for processor in processors):
@@ -432,7 +429,7 @@ class _Kept:
     """A prompt that has been read and whose rows did not all find a place."""
 
     prompt: tuple[int, ...] | None = None
-    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    states: Kept = field(default_factory=dict)
     logits: Tensor | None = None  # (1, V)
 
 
@@ -459,7 +456,7 @@ class Batch:
         self._by_row = by_row
         results = [self.tokens, self.logps, self.entropies, self.lengths]
         state = [*by_row, *results, self.cache.position, self.cache.mask]
-        self.graphs = StepGraphs(state, results, switch)
+        self.graphs = StepGraphs(lambda: [*state, *self.cache.recurrent_tensors], results, switch)
 
     def holds(self, job: Job) -> bool:
         """Return whether a job runs in these buffers as it would in its own."""

@@ -219,7 +219,7 @@ def static_items(
     shape, width = job.shape, job.dtype_bytes
     length = row_length(job.prompt + completion)
     states = (rows + prompts) * shape.state_bytes(width)
-    if states:  # recurrent layers are decoded by the group decoder, whose buffers double
+    if states:  # room for the group decoder, whose buffers double, where static rows step aside
         length = max(length, cache_capacity(completion) + math.ceil(prompts * job.prompt / rows))
     per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     row_kv = shape.attention_layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))

@@ -7,14 +7,16 @@ family from its real configuration class and call these. The reference is always
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from grpo_lite.engine import attention
@@ -190,6 +192,50 @@ def _gradients(model: Any, values: tuple[Tensor, Tensor], weights: Tensor, valid
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+
+def check_loss_with_kl(model: Any, budget: int | None = 30, beta: float = 0.1) -> None:
+    """Compare a loss with a KL term (`beta` > 0) and its gradients in a LoRA adapter with plain ones.
+
+    The reference is the model without its adapter, as TRL computes it. A token's loss is
+    -A p / p.detach() + beta (e^d - d - 1) with d = log p_ref - log p; the mean over each completion's tokens (`grpo`).
+    """
+    allowed = 1e-9 if model.dtype == torch.float64 else 1e-4
+    head = model.get_output_embeddings()
+    linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    targets = {name.rpartition(".")[2] for name in linear} - {"out_proj"}  # which PEFT refuses in Mamba layers
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # PEFT's own, for experts
+        policy = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=sorted(targets)))
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:  # PEFT's B is zero and float32
+            parameter.data = 0.2 * torch.randn(parameter.shape, dtype=model.dtype)
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained
+    rows = padded_rows()
+    valid = rows[1][:, -rows[2] :].to(model.dtype)
+    advantages = torch.linspace(-1.0, 1.0, len(valid), dtype=model.dtype).unsqueeze(1)
+
+    def loss_and_gradients(logps: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad(), policy.disable_adapter():
+            reference = logps()
+        current = logps()
+        d = reference - current
+        tokens = -advantages * torch.exp(current - current.detach()) + beta * (torch.exp(d) - d - 1)
+        loss = ((tokens * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return loss.detach(), {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+    with widened(model):
+        expected, gradients = loss_and_gradients(lambda: plain_logps(policy, *rows)[0])
+        attention.install(model)
+        found, ours = loss_and_gradients(lambda: _packed_logps(policy, rows, False, budget)[0])
+    assert abs(float(found - expected)) <= allowed
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    assert ours.keys() == gradients.keys()
+    differences = {name: float((ours[name] - gradient).norm()) / largest for name, gradient in gradients.items()}
+    assert max(differences.values()) <= allowed, max(differences.items(), key=lambda item: item[1])
 
 
 def check_router_loss(model: Any, budget: int | None = 30) -> None:

@@ -21,6 +21,7 @@ from grpo_lite.engine.static_decode import StaticDecoder, engine_of
 from tests.engine.families import (
     build,
     check_greedy_equals_generate,
+    check_loss_with_kl,
     check_packed_equals_plain,
     check_router_loss,
     check_sampled_logps,
@@ -181,6 +182,11 @@ def test_greedy_completions_are_those_of_generate(name: str) -> None:
 @pytest.mark.parametrize("decoder", [GroupDecoder, StaticDecoder])
 def test_noted_log_probabilities_are_those_of_a_forward_pass(name: str, decoder: Any) -> None:
     check_sampled_logps(FAMILIES[name](dtype=torch.float32), decoder(nullcontext))
+
+
+@families("Mistral")
+def test_a_loss_with_a_kl_term_is_that_of_plain_rows(name: str) -> None:
+    check_loss_with_kl(FAMILIES[name]())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

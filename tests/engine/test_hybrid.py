@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 
 from grpo_lite.engine import attention, states
 from grpo_lite.engine.decode import GroupDecoder, state_tokens
-from grpo_lite.engine.static_decode import StaticDecoder
+from grpo_lite.engine.row_cache import RowCache
+from grpo_lite.engine.static_decode import StaticDecoder, engine_of
 from tests.conftest import ROOT
 from tests.engine.families import (
     LONG_COMPLETIONS,
@@ -27,6 +28,7 @@ from tests.engine.families import (
     SIZES,
     build,
     check_greedy_equals_generate,
+    check_loss_with_kl,
     check_packed_equals_plain,
     check_router_loss,
     check_sampled_logps,
@@ -150,6 +152,11 @@ def test_in_float32(family: str):
     check_packed_equals_plain(model_of(family, torch.float32), dense=True)
 
 
+@pytest.mark.parametrize("family", cases("qwen3_5", f"lfm2 granite falcon_h1 {REST}"))
+def test_a_loss_with_a_kl_term_is_that_of_plain_rows(family: str):
+    check_loss_with_kl(model_of(family))
+
+
 @pytest.mark.parametrize("family", cases("granite", "qwen3_5_moe", "qwen3_next lfm2_moe"))
 def test_the_routers_loss_is_that_of_the_padded_rows(family: str):
     check_router_loss(model_of(family))
@@ -157,9 +164,15 @@ def test_the_routers_loss_is_that_of_the_padded_rows(family: str):
 
 
 @SLOW
-@pytest.mark.parametrize("family", cases("qwen3_5 granite", "", "lfm2 falcon_h1 nemotron_h qwen3_next olmo_hybrid"))
+@pytest.mark.parametrize("family", cases("qwen3_5 granite", "", f"lfm2 falcon_h1 {REST}"))
 def test_prompts_and_completions_across_chunk_borders(family: str):
     check_packed_equals_plain(model_of(family), LONG_PROMPTS, LONG_COMPLETIONS)
+
+
+@SLOW
+@pytest.mark.parametrize("family", cases("qwen3_5", "", f"lfm2 granite falcon_h1 {REST}"))
+def test_completions_from_prompts_on_both_sides_of_a_chunk_border_are_those_of_generate(family: str):
+    check_greedy_equals_generate(model_of(family, torch.float32), prompts=(63, 64, 65, 130), max_new_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +300,27 @@ def test_a_wave_counts_what_a_row_keeps_besides_its_tokens():
     assert [rows for ((_, rows),) in waves] == [[0, 1, 2], [3, 4]]
 
 
-def test_static_rows_leave_a_hybrid_to_the_group_decoder(caplog: pytest.LogCaptureFixture):
-    check_greedy_equals_generate(model_of("lfm2", torch.float32), [StaticDecoder(nullcontext)])
-    assert "not built for recurrent layers" in caplog.text
+@pytest.mark.parametrize("family", cases("lfm2", "qwen3_5 granite falcon_h1", REST))
+def test_static_rows_decode_what_generate_does(family: str):
+    """All rows at once, and in three places, where rows wait for one and find their prompt's state kept."""
+    model = model_of(family, torch.float32)
+    decoders = [StaticDecoder(nullcontext), StaticDecoder(nullcontext, 3 * 64)]
+    check_greedy_equals_generate(model, decoders, max_new_tokens=10)
+    assert engine_of(model).is_checked
+    assert engine_of(model).obstacle is None
+
+
+@pytest.mark.parametrize("family", cases("qwen3_5", "lfm2 granite", f"falcon_h1 {REST}"))
+def test_what_static_rows_note_is_what_a_forward_pass_gives(family: str):
+    check_sampled_logps(model_of(family, torch.float32), StaticDecoder(nullcontext))
+
+
+def test_rows_that_move_take_their_states_with_them(monkeypatch: pytest.MonkeyPatch):
+    """Thirty rows, of which those of two prompts end at once: the rest is moved together."""
+    model, moved = model_of("lfm2", torch.float32), []
+    move = RowCache.move
+    monkeypatch.setattr(RowCache, "move", lambda *given: moved.append(1) or move(*given))
+    ends = [35, 69]  # of which this model writes one behind the second prompt, the other behind the third
+    check_greedy_equals_generate(model, [StaticDecoder(nullcontext)], repeats=10, eos_token_id=ends)
+    assert moved
+    assert engine_of(model).obstacle is None

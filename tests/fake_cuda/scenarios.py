@@ -147,6 +147,30 @@ def graphs_draw_what_the_steps_would() -> None:
 
 
 @scenario
+def decoding_of_hybrids() -> None:
+    """Short convolutions, delta nets and Mamba-2 in a graph, greedy and sampled: tokens and log-probabilities."""
+    for kind, sizes in (("lfm2", {}), ("qwen3_5", {}), ("granite4", {"mamba_d_head": 32})):
+        model = policy_on_cuda(kind, torch.float16, load_in="16bit", **sizes)
+        autocast = autocast_of(torch.float16)
+        expected = decode(model, GroupDecoder(autocast))
+        for _ in range(2):
+            assert decode(model, StaticDecoder(autocast)) == expected, kind
+            assert device.launches["graph"] >= 32, (kind, device.launches["graph"])
+        assert_all_on(model)
+        step = launches_of_a_step(model, StaticDecoder(autocast))
+        print(f"{kind}: {step} launches a step of {model.get_base_model().config.num_hidden_layers} layers")
+        results = []
+        for graphs in (True, False):
+            torch.cuda.manual_seed(5)
+            decoder = StaticDecoder(autocast)
+            engine_of(model.get_base_model())._graphs.is_on = graphs
+            tokens = decode(model, decoder, do_sample=True, top_k=0, eos_token_id=list(range(200, 260)))
+            assert (device.launches["graph"] > 0) == graphs
+            results.append((tokens, decoder.rollout.logps))
+        assert results[0] == results[1], kind
+
+
+@scenario
 def a_step_that_a_graph_cannot_hold() -> None:
     """A host copy in the step (planted): graphs are off, one line says so, and the tokens are the same."""
     from grpo_lite.engine.row_cache import RowCache
