@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grpo_lite.memory.phases import WORKSPACE_BYTES, Job, PhaseBytes, kept_items, mixing_bytes, static_items, wave_items
+from grpo_lite.memory.phases import (
+    WORKSPACE_BYTES,
+    Job,
+    PhaseBytes,
+    attended_bytes,
+    kept_items,
+    mixing_bytes,
+    static_items,
+    wave_items,
+)
 
 
 def evaluation_phase(job: Job) -> PhaseBytes:
@@ -21,18 +30,15 @@ def evaluation_phase(job: Job) -> PhaseBytes:
 def evaluation_items(job: Job) -> list[tuple[str, int]]:
     shape, width, rows = job.shape, job.dtype_bytes, job.eval_rows
     longest = job.prompt + job.eval_completion
-    if job.rollout != "generate":
+    if job.rollout != "generate" and not job.crosses_rope(longest):
         return static_items(job, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
-    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
     dequantised = width * shape.largest_linear if job.load_in in ("4bit", "8bit") else 0
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
     mlp = job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)
     reading = rows * max(mlp, mixing_bytes(shape, job.prompt))
-    attention = rows * longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+    attention = rows * longest * attended_bytes(shape, width)
     states = rows * shape.state_bytes(width)
-    prompt_kv, row_kv = (
-        states + shape.attention_layers * per_token * rows * tokens for tokens in (job.prompt, longest)
-    )
+    prompt_kv, row_kv = (states + width * shape.cached * rows * tokens for tokens in (job.prompt, longest))
     return wave_items(rows, (prompt_kv, reading), (row_kv, max(attention, rows * shape.vocab * 20) + dequantised))
 
 

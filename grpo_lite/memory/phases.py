@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_lite.models.shape import Block, ModelShape
+from grpo_lite.models.shape import Attention, Block, ModelShape
 
 GIB = 1 << 30
 
@@ -29,11 +29,15 @@ PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's
 # its peak, and held while prompts are read. Counted on the torch code of transformers 5.23 at the sizes of Qwen3.5,
 # LFM2.5 and Granite 4 H-Micro (docs/measurements/planner.md). It runs where the kernels of flash-linear-attention,
 # causal-conv1d and mamba-ssm are not installed, and takes more than they do.
-SAVED = {"delta": 34.0, "conv": 4.9, "mamba": 45.5}
-BACKWARD = {"delta": 2.4, "conv": 2.0, "mamba": 6.7}
-READING = {"delta": 19.2, "conv": 9.4, "mamba": 48.4}
-# Each prompt and each completion is filled up to whole chunks of so many tokens.
-CHUNK = {"delta": 64, "conv": 1, "mamba": 256}
+SAVED = {"delta": 34.0, "conv": 4.9, "mamba": 10.8}
+BACKWARD = {"delta": 2.4, "conv": 2.0, "mamba": 4.4}
+READING = {"delta": 19.2, "conv": 9.4, "mamba": 11.9}
+
+# Attention score by score (attention.explicit_attention; plain: the family's own function, in 16 bits):
+# (packed, capped) → bytes of each score that are saved for backward, and that one call works with on top.
+SCORES = {(True, True): (14, 12), (True, False): (10, 7), (False, True): (10, 4), (False, False): (2, 2)}
+READ_SCORE, READ_CAPPED_SCORE = 22, 26  # of each score of a prompt that is read, or of a decoding step
+LAYER_INPUT_BYTES = 14  # of each number that Gemma 4's layers are given besides: kept, and made
 
 ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
 
@@ -58,6 +62,7 @@ class Job:
     rows: int = 8  # completions in one of TRL's micro-steps
     accumulation: int = 1  # micro-steps a step
     compute: Literal["packed", "plain"] = "packed"
+    router_loss: bool = False  # the experts' router has a loss over the batch, which TRL's own compute trains
     rollout: Literal["shared", "generate", "vllm"] = "shared"
     tokens: int | None = None  # memory.tokens_per_microbatch
     kv_tokens: int | None = None  # memory.rollout_kv_tokens
@@ -79,12 +84,16 @@ class Job:
     @property
     def is_packed(self) -> bool:
         """Whether forward and backward are group-packed."""
-        return self.compute == "packed"
+        return self.compute == "packed" and not self.router_loss and not self.crosses_rope(self.longest)
 
     @property
     def is_shared(self) -> bool:
         """Whether rollouts share their prompts."""
-        return self.rollout == "shared"
+        return self.rollout == "shared" and not self.crosses_rope(self.longest)
+
+    def crosses_rope(self, longest: int) -> bool:
+        """Whether rows of up to so many tokens may lie on both sides of the model's original length (longrope)."""
+        return self.shape.rope_border is not None and longest > self.shape.rope_border
 
     @property
     def step_tokens(self) -> int:
@@ -161,9 +170,11 @@ def training_phase(job: Job) -> PhaseBytes:
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     counted = [(_block(job, block), count) for block, count in shape.blocks]
     block_inputs = shape.layers * tokens * shape.hidden * width
-    rotary = 2 * tokens * shape.head_dim * width
+    rotary = 2 * tokens * shape.head_size * width
     copies = width * trained_parameters(job)  # of the adapter's weights in the compute dtype, by autocast
     items = [*kept_items(job), ("gradients", 4 * trained_parameters(job))]
+    if shape.layer_inputs:
+        items.append(("inputs per layer", LAYER_INPUT_BYTES * tokens * shape.layer_inputs))
     if job.is_shared:
         items.append(("adapter in the compute dtype, for decoding", width * trained_parameters(job)))
     if job.checkpointing:
@@ -194,15 +205,12 @@ def rollout_phase(job: Job) -> PhaseBytes:
         items += static_items(job, rows, groups, job.completion)
         items.append(("kernels' workspace", WORKSPACE_BYTES))
         return PhaseBytes(tuple(items))
-    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
-    attention = rows * job.longest * (per_token + 2 * shape.heads * shape.head_dim * width)
+    attention = rows * job.longest * attended_bytes(shape, width)
     decoding = max(attention, rows * shape.vocab * 20) + 2 * shape.largest_linear
     mlp = job.prompt * width * (3 * shape.intermediate + 4 * shape.hidden)
     reading = rows * max(mlp, mixing_bytes(shape, job.prompt))
     states = rows * shape.state_bytes(width)
-    prompt_kv, row_kv = (
-        states + shape.attention_layers * per_token * rows * tokens for tokens in (job.prompt, job.longest)
-    )
+    prompt_kv, row_kv = (states + width * shape.cached * rows * tokens for tokens in (job.prompt, job.longest))
     items += wave_items(rows, (prompt_kv, reading), (row_kv, decoding))
     items.append(("kernels' workspace", WORKSPACE_BYTES))
     return PhaseBytes(tuple(items))
@@ -221,11 +229,16 @@ def static_items(
     states = (rows + prompts) * shape.state_bytes(width)
     if states:  # room for the group decoder, whose buffers double, where static rows step aside
         length = max(length, cache_capacity(completion) + math.ceil(prompts * job.prompt / rows))
-    per_token = 2 * shape.kv_heads * shape.head_dim * width  # keys and values of one layer
-    row_kv = shape.attention_layers * per_token * (rows * length + (job.prompt if rows < job.batch else 0))
+    row_kv = width * shape.cached * (rows * length + (job.prompt if rows < job.batch else 0))
     # A block of a prefill: in the MLP the gate's activation, up and its sum with the adapter's, or their product.
     mlp = job.prompt * width * (3 * shape.intermediate + 5 * shape.hidden)
     reading = prompts * max(mlp, mixing_bytes(shape, job.prompt))
+    if shape.scores_explicitly:  # a call for each prompt; in a step one over all rows, and their keys in float32
+        score = READ_CAPPED_SCORE if shape.softcap else READ_SCORE
+        heads, keys = max((each.heads, each.keys) for each in shape.attentions)
+        reading = max(reading, score * heads * job.prompt**2)
+        step = rows * length * (score * heads + 4 * keys)
+        bytes_per_logit = max(bytes_per_logit, -(-step // (rows * shape.vocab)))
     logits = rows * shape.vocab * bytes_per_logit
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
@@ -238,8 +251,17 @@ def static_items(
 
 def mixing_bytes(shape: ModelShape, prompt: int) -> int:
     """Return what a layer that does not attend holds of a prompt of so many tokens while it is read."""
-    kinds = {(b.mixer, b.mixed) for b, _ in shape.blocks if b.mixer != "attention"}
-    return max((int(READING[mixer] * mixed * _whole_chunks(prompt, CHUNK[mixer])) for mixer, mixed in kinds), default=0)
+    blocks = [block for block, _ in shape.blocks]
+    return max((_reading(block.recurrent, block, prompt) for block in blocks if block.recurrent), default=0)
+
+
+def _reading(kind: str, block: Block, prompt: int) -> int:
+    return int(READING[kind] * block.mixed * _whole_chunks(prompt, block.chunk))
+
+
+def attended_bytes(shape: ModelShape, width: int) -> int:
+    """Return what `generate`'s attention holds of a token: its keys and values, also for each query head."""
+    return width * max((2 * each.keys + 2 * each.queries for each in shape.attentions), default=0)
 
 
 def _whole_chunks(tokens: int, chunk: int) -> int:
@@ -275,23 +297,29 @@ def wave(job: Job) -> tuple[int, int]:
 def _block(job: Job, block: Block) -> tuple[int, int]:
     """Return, for one decoder layer, what its forward saves for backward, and what its backward adds at its peak."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
-    norms = shape.norms_per_layer * (4 + width) * shape.hidden  # the input in float32, the output
+    norms = block.norms * (4 + width) * shape.hidden  # the input in float32, the output
     gated = 4 * width * block.mlp  # gate, its activation, up, their product
+    routed = 2 * width * block.routed  # what experts are given, and what they give
     adapters = 26 * job.rank * len(block.linears) // 7  # measured on blocks of seven linear layers
-    saved, recurrence = tokens * (norms + gated + adapters), 0
-    if block.mixer == "attention":
-        saved += tokens * _attention(shape, width)
+    saved, recurrence, scoring = tokens * (norms + gated + routed + adapters), 0, 0
+    if attention := block.attention:
+        saved += tokens * _attention(attention, width)
         attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
-        saved += 2 * width * shape.heads * shape.head_dim * attended
+        saved += 2 * width * attention.queries * attended
         if not job.is_packed:
             saved += width * job.rows * job.longest**2  # the mask in the compute dtype
-    else:
-        mixed = block.mixed * _chunked_tokens(job, CHUNK[block.mixer])
-        saved += int(SAVED[block.mixer] * mixed)
-        recurrence = int(BACKWARD[block.mixer] * mixed)
+        if shape.scores_explicitly:
+            kept, work = SCORES[job.is_packed, shape.softcap]
+            saved += kept * attention.heads * _scores(job)
+            scoring = work * attention.heads * _scores_at_once(job)
+    if block.recurrent:
+        mixed = block.mixed * _chunked_tokens(job, block.chunk)
+        saved += int(SAVED[block.recurrent] * mixed)
+        recurrence = int(BACKWARD[block.recurrent] * mixed)
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     elementwise, product = 2 * width * tokens * block.mlp, width * tokens * block.mlp + weight
-    return saved, max(elementwise, product, recurrence) + width * tokens * shape.hidden
+    transient = max(elementwise, product, recurrence, scoring, 3 * tokens * routed // 4)
+    return saved, transient + width * tokens * shape.hidden
 
 
 def _chunked_tokens(job: Job, chunk: int) -> int:
@@ -303,14 +331,26 @@ def _chunked_tokens(job: Job, chunk: int) -> int:
     return max(job.microbatch_tokens, prompts + rows * _whole_chunks(job.completion, chunk))
 
 
-def _attention(shape: ModelShape, width: int) -> int:
+def _scores(job: Job) -> int:
+    """Return how many scores a head computes in a micro-batch, those that a window hides included."""
+    if not job.is_packed:
+        return job.rows * job.longest**2
+    groups = math.ceil(job.microbatch_rows / job.group)
+    return groups * job.prompt**2 + job.microbatch_rows * job.completion * job.longest
+
+
+def _scores_at_once(job: Job) -> int:
+    """Return how many of them one call computes."""
+    return max(job.prompt**2, job.completion * job.longest) if job.is_packed else _scores(job)
+
+
+def _attention(attention: Attention, width: int) -> int:
     """Return what attention saves of a token, without its keys and values behind a prompt."""
-    heads = shape.heads * shape.head_dim
-    saved = 5 * width * heads  # queries, keys and values spread over the heads, output, its contiguous copy
-    if shape.qk_norm:
-        saved += 4 * (heads + shape.kv_heads * shape.head_dim)
-    if shape.gated_attention:
-        saved += 2 * width * heads  # the gate's sigmoid, the product
+    saved = 5 * width * attention.queries  # queries, keys and values spread over the heads, output, its contiguous copy
+    if attention.has_norms:
+        saved += 4 * (attention.queries + attention.keys)
+    if attention.is_gated:
+        saved += 2 * width * attention.queries  # the gate's sigmoid, the product
     return saved
 
 
@@ -324,7 +364,7 @@ def _head(job: Job) -> int:
         gradient = scored * shape.hidden * (4 + width) + 2 * width * tokens * shape.hidden  # of the rows scored, of all
         return hidden + scored * shape.hidden * width + max(tile + 4 * scored * shape.hidden, gradient)
     rows = max(16, CHUNK_ELEMENTS // shape.vocab)
-    chunk = min(rows, scored) * shape.vocab * (16 if scored > rows else 12)
+    chunk = min(rows, scored) * shape.vocab * ((16 if scored > rows else 12) + 8 * shape.caps_logits)
     backward = scored * shape.hidden * (4 + width)
     return hidden + 2 * scored * shape.hidden * width + max(chunk, backward)
 

@@ -29,6 +29,7 @@ from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.packing import PackedBatch, PaddedBatch, pack
 from grpo_lite.engine.score import Scoring, score
 from grpo_lite.engine.static_decode import Batch, Job, _Kept, _Slot
+from grpo_lite.models.lora_targets import choose_targets
 
 BLOCK = 512  # bytes; the CUDA caching allocator rounds every request up to it
 
@@ -94,7 +95,9 @@ def build_model(config: dict[str, Any], load_in: str, rank: int, dtype: torch.dt
     sizes = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="sdpa")
+        only_eager = config["model_type"] in ("gemma2", "gpt_oss")  # whose scores SDPA does not compute
+        implementation = "eager" if only_eager else "sdpa"
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=implementation)
         model.requires_grad_(False)
         if load_in == "4bit":
             for name, module in list(model.named_modules()):
@@ -102,6 +105,7 @@ def build_model(config: dict[str, Any], load_in: str, rank: int, dtype: torch.dt
                     parent = model.get_submodule(name.rpartition(".")[0])
                     setattr(parent, name.rpartition(".")[2], _FourBit(module))
         lora = LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        choose_targets(lora, model)
         model = get_peft_model(model, lora)
     shorten_lora(model)
     if checkpointing:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from trl import GRPOTrainer
 
+from grpo_lite.engine import attention
 from tests.memory.memory_trace import (
     LiveBytes,
     Traced,
@@ -82,7 +83,7 @@ def plain_model(
     from trl.trainer.utils import add_fused_lm_head
 
     model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
-    model.get_base_model().config._attn_implementation = "sdpa"
+    attention.uninstall(model.get_base_model())
     add_fused_lm_head(model.get_base_model(), outputs=outputs)
     with contextlib.ExitStack() as stack:
         for context in (FakeTensorMode(allow_non_fake_inputs=True), live := LiveBytes(), pretend_cuda()):
@@ -145,7 +146,7 @@ def trace_generate(
 ) -> int:
     """Count `generate`'s prefill and its last step in float16: sampled under autocast, greedy without."""
     model = build_model(config, "4bit", rank, torch.float16, checkpointing=False)
-    model.get_base_model().config._attn_implementation = "sdpa"
+    attention.uninstall(model.get_base_model())
     autocast = torch.autocast("cpu", torch.float16) if sampling else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda(), torch.no_grad(), autocast:
         materialise(model)

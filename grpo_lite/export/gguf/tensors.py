@@ -99,13 +99,15 @@ def add_architecture_keys(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length(shape.intermediate)
-    writer.add_head_count(shape.heads)
+    heads = int(config["num_attention_heads"])
+    key_heads = int(config.get("num_key_value_heads") or heads)
+    writer.add_head_count(heads)
     if config.get("model_type") == "lfm2":  # a layer without key/value heads is a convolution
         mixers = layer_mixers(config)
-        writer.add_head_count_kv([shape.kv_heads if mixer == "attention" else 0 for mixer in mixers])
+        writer.add_head_count_kv([key_heads if mixer == "attention" else 0 for mixer in mixers])
         writer.add_shortconv_l_cache(int(config["conv_L_cache"]))
     else:
-        writer.add_head_count_kv(shape.kv_heads)
+        writer.add_head_count_kv(key_heads)
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or config.get("norm_eps") or 1e-6))
     writer.add_vocab_size(int(config["vocab_size"]))
     writer.add_rope_dimension_count(head_dim(config))
