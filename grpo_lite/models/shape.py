@@ -406,8 +406,8 @@ def _head_sizes(config: Mapping[str, Any], kind: str, layer: int) -> tuple[int, 
             size = config.get("global_head_dim") or 512
             key_heads = (config.get("attention_k_eq_v") and config.get("num_global_key_value_heads")) or key_heads
         else:
-            own = next((sizes for name, sizes in own.items() if int(name) == layer), {})  # "04" for layer 4
-            size, key_heads = own.get("head_dim", size), own.get("num_key_value_heads", key_heads)
+            sizes = next((given for name, given in own.items() if int(name) == layer), dict[str, Any]())  # "04" is 4
+            size, key_heads = sizes.get("head_dim", size), sizes.get("num_key_value_heads", key_heads)
     return size, key_heads
 
 

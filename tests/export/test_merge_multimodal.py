@@ -60,6 +60,67 @@ def test_merged_folder_loads_as_either_class_with_the_trained_text_tower(kind: s
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
 
 
+MTP = {
+    "mtp.fc.weight": (32, 64),
+    "mtp.norm.weight": (32,),
+    "mtp.layers.0.self_attn.q_proj.weight": (64, 32),
+    "mtp.layers.0.mlp.gate_proj.weight": (48, 32),
+}
+
+
+def test_heads_for_more_tokens_are_copied_bit_for_bit_and_named(tmp_path: Path):
+    """Qwen3.5's file holds a layer of its own for multi-token prediction, with names like those of adapted layers."""
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    save_multimodal(base, "qwen3_5", torch.bfloat16, mtp_num_hidden_layers=1)
+    stored = load_file(base / "model.safetensors")
+    stored |= {name: torch.randn(shape).to(torch.bfloat16) for name, shape in MTP.items()}
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    adapt(load_causal(base), tmp_path / "adapter")
+    record = merge_adapter(base, tmp_path / "adapter", merged)
+    assert record.other_towers["mtp"] == len(MTP)
+    assert "mtp 4" in (record.copied_line or "")
+    assert not [name for name in changed(base, merged) if name.startswith("mtp.")]
+    assert set(load_file(merged / "model.safetensors")) == set(stored)
+    assert (merged / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert '"mtp_num_hidden_layers": 1' in (merged / "config.json").read_text()
+    assert len(changed(base, merged)) == record.tensors_merged
+
+
+LAYERS = {"num_hidden_layers": 4}  # from 20 adapted modules on, PEFT saves the ends of their names
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("gemma3", LAYERS | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("qwen2_5_vl", LAYERS),
+        pytest.param("mistral3", LAYERS, marks=pytest.mark.slow),
+        pytest.param(
+            "qwen3_5", LAYERS | {"layer_types": ["linear_attention", "full_attention"] * 2}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_adapter_of_the_tower_loads_on_the_whole_class_by_a_mapping_of_names(kind: str, layers: dict, tmp_path: Path):
+    """Without the mapping PEFT warns, and the model answers as the base does; what docs/multimodal.md says."""
+    base = tmp_path / "base"
+    save_multimodal(base, kind, **layers)
+    tower = load_causal(base, dtype=torch.float32).eval()
+    untrained, expected = logits(tower), logits(adapt(tower, tmp_path / "adapter"))
+
+    def on_the_whole_class(**settings: object) -> torch.Tensor:
+        whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+        return logits(PeftModel.from_pretrained(whole, tmp_path / "adapter", **settings).eval())
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(on_the_whole_class(), untrained, atol=2e-5, rtol=1e-5)
+    assert any("Found missing adapter keys" in str(warning.message) for warning in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modules of the vision tower with the same names, which stay as they are
+        mapped = on_the_whole_class(key_mapping={r"^model\.": "model.language_model."})
+    torch.testing.assert_close(mapped, expected, atol=2e-5, rtol=1e-5)
+
+
 def test_adapter_trained_on_the_whole_class_merges_too(tmp_path: Path):
     base = tmp_path / "base"
     whole = save_multimodal(base)
