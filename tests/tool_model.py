@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl.chat_template_utils import qwen3_chat_template
 
+ROOT = Path(__file__).resolve().parent.parent
 END = "<|im_end|>"
 MARKED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
@@ -83,3 +86,9 @@ def write_tool_model(folder: Path) -> Path:
     rows = [{"question": f"Count {n}.", "start": n % 3} for n in range(12)]
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, which finds what this one has installed."""
+    command = [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -78,7 +78,8 @@ class SourceSection(_Section):
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
     generator: (
-        Literal["sums", "products", "chain", "countdown", "counting", "wordle", "sudoku", "reasoning_gym"] | None
+        Literal["sums", "products", "chain", "countdown", "counting", "wordle", "sudoku", "reasoning_gym", "verifiers"]
+        | None
     ) = Field(None, description="A named generator.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
     limit: int | None = Field(None, ge=1, description="Use the first rows only.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.environments import openenv, verifiers
 from grpo_lite.errors import ModelError, RewardError
 from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
@@ -81,7 +82,7 @@ def load_toolkit(recipe: Recipe) -> Toolkit | None:
     rewarding = set()
     for name, reference in named.items():
         where = "environment" if name is None else f"environment.{name}"
-        factories[name] = _import(reference, where)
+        factories[name] = _environment(reference, where)
         instance = make_environment(factories[name], f"{where}: {reference}")
         methods[name] = _methods(instance, f"{where}: {reference}", bool(tools))
         if "get_reward" in _functions(instance):
@@ -193,6 +194,15 @@ def _reads_calls_as_qwen3(tokenizer: Any) -> bool:
         if getattr(tokenizer, name, None) is not None:
             delattr(tokenizer, name)
     return False
+
+
+def _environment(reference: str, where: str) -> Callable[[], Any]:
+    """Import an environment's class, or make that of a server or a taskset."""
+    if reference.startswith(openenv.SCHEME):
+        return openenv.environment_at(reference.removeprefix(openenv.SCHEME))
+    if reference.startswith(verifiers.SCHEME):
+        return verifiers.environment_of(reference.removeprefix(verifiers.SCHEME))
+    return _import(reference, where)
 
 
 def _import(reference: str, where: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_lite.environments import sudoku as sudoku_environment
+from grpo_lite.environments import verifiers as verifiers_environment
 from grpo_lite.environments import wordle as wordle_environment
 from grpo_lite.errors import DataError
 
@@ -24,7 +25,7 @@ def generate_rows(name: str, kwargs: dict[str, Any], seed: int, where: str = "da
     function = GENERATORS[name]
     allowed = [key for key in inspect.signature(function).parameters if key != "seed"]
     unknown = [key for key in kwargs if key not in allowed]
-    if unknown and name != "reasoning_gym":
+    if unknown and name not in ("reasoning_gym", "verifiers"):  # theirs are the library's
         raise DataError(
             f"{where}: the generator {name!r} has no argument {', '.join(map(repr, unknown))}. "
             f"Allowed: {', '.join(allowed)}."
@@ -248,6 +249,18 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
     ]
 
 
+def verifiers(seed: int, taskset: str, size: int = 1000, **settings: Any) -> list[Row]:
+    """Return the first tasks of a taskset of the library verifiers (grpo_lite/environments/verifiers.py).
+
+    Args:
+        seed: not used; a taskset has its own order.
+        taskset: name of its installed package.
+        size: most tasks.
+        settings: keys of its config.
+    """
+    return verifiers_environment.rows(taskset, size, settings)
+
+
 GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "sums": sums,
     "products": products,
@@ -257,4 +270,5 @@ GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "wordle": wordle,
     "sudoku": sudoku,
     "reasoning_gym": reasoning_gym,
+    "verifiers": verifiers,
 }

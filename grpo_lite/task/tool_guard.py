@@ -32,6 +32,7 @@ class ToolGuard:
     """Calls tools within limits.
 
     Attributes:
+        most_failures: rounds in a row of which most environments may fail to reset before the run stops; None: all.
         timeouts: calls that were over their time, of the whole run.
         hung: ids of the environments in which a call was over its time; they are not used again.
     """
@@ -39,6 +40,7 @@ class ToolGuard:
     timeout_s: float
     result_chars: int
     show: Show
+    most_failures: int | None = None
     timeouts: int = 0
     hung: set[int] = field(default_factory=set)
     loop: asyncio.AbstractEventLoop | None = None  # runs async tools

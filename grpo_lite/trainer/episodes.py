@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from grpo_lite.errors import RewardError
 from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
 
 
@@ -26,6 +27,8 @@ class Episodes:
         self.trainer, self.guard = trainer, guard
         self.tool_mask: list[list[int]] | None = None  # of the last generation: 1 where the model wrote the token
         self._failed: set[int] = set()  # ids of the environments whose last reset failed
+        self._last_failure = ""
+        self._in_a_row = 0  # rounds of which more than half could not be reset
         if guard is None:
             return
         if trainer._has_async_funcs:
@@ -63,8 +66,8 @@ class Episodes:
         before = self.guard.timeouts
         played = loop()
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
-        counts = {"calls": played[4], "failures": played[5], "timeouts": self.guard.timeouts - before}
-        for name, count in counts.items():
+        counts = trainer.peers.sums([played[4], played[5], self.guard.timeouts - before])
+        for name, count in zip(("calls", "failures", "timeouts"), counts, strict=True):
             metrics[f"tools/{name}"].append(float(count))
         return played
 
@@ -74,9 +77,22 @@ class Episodes:
         return generated
 
     def failed_rows(self) -> list[int]:
-        """Return the rows of the last round whose environment could not be reset."""
+        """Return the rows of the last round whose environment could not be reset.
+
+        Raises:
+            RewardError: they were most of the rows, `limits.reward_failures` times in a row.
+        """
         environments = self.trainer.environments or ()
-        return [row for row, environment in enumerate(environments) if id(environment) in self._failed]
+        failed = [row for row, environment in enumerate(environments) if id(environment) in self._failed]
+        self._in_a_row = self._in_a_row + 1 if 2 * len(failed) > len(environments) else 0
+        limit = None if self.guard is None else self.guard.most_failures
+        if limit is not None and self._in_a_row >= limit:
+            raise RewardError(
+                f"{self._last_failure}. In {self._in_a_row} rounds in a row (limits.reward_failures) most of the "
+                f"{len(environments)} environments that play at once could not be reset, so the run stops; what was "
+                "saved is kept. Fix the environment, then give the same command again."
+            )
+        return failed
 
     def _guarded(self, factory: Callable[[], Any]) -> Callable[[], Any]:
         def make() -> Any:
@@ -94,8 +110,9 @@ class Episodes:
             self._failed.discard(id(instance))
             try:
                 return guard.reset(instance, row, plain)
-            except ToolFailure:
+            except ToolFailure as failure:
                 self._failed.add(id(instance))
+                self._last_failure = str(failure).rstrip(".")
                 return None
 
         instance.reset = reset

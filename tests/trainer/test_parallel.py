@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.schedule import share_of_batch
-from tests.killing import ALONE, FAST
+from tests.killing import ALONE, FAST, train
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -105,6 +105,27 @@ def test_a_whole_run_by_two_processes_ends_as_one_s_does(tmp_path: Path) -> None
     assert (run / "merged" / "model.safetensors").is_file()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert len((run / "completions" / "step_000001.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_play_episodes_of_different_lengths(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [text for text in train(run, "environment")[1:] if text not in ("--run", str(run))]
+    launch(
+        2,
+        str(HERE / "parallel_run.py"),
+        str(run),
+        *overrides,
+        "grpo.max_completion_length=2000",
+        "grpo.steps_per_generation=null",
+        "grpo.max_steps=1",
+    )
+    rows = [json.loads(line) for line in (run / "completions" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    results = [sum(turn["role"] == "tool" for turn in row.get("turns", ())) for row in rows]
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["tools/calls"] == sum(results) > max(results)
+    assert first["rewards/Ledger/mean"] == pytest.approx(sum(row["rewards"]["Ledger"] for row in rows) / 8)
 
 
 @pytest.mark.slow

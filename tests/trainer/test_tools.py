@@ -176,7 +176,7 @@ def play(kind: type, folder: Path, monkeypatch: Any, script: Any = SCRIPT, env: 
 
 
 def guard(**limits: Any) -> ToolGuard:
-    return ToolGuard(limits.pop("timeout_s", 10.0), limits.pop("result_chars", 4000), limits.pop("show", print))
+    return ToolGuard(limits.pop("timeout_s", 10.0), limits.pop("result_chars", 4000), limits.pop("show", print), 3)
 
 
 def same_step(ours: Any, plain: Any) -> dict[str, Any]:
