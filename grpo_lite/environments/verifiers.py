@@ -16,7 +16,7 @@ import functools
 import inspect
 import json
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from typing import Any, get_type_hints
 
@@ -269,9 +269,13 @@ def _typed(messages: list[dict[str, Any]]) -> Iterator[Any]:
 _LOOP: list[asyncio.AbstractEventLoop] = []
 
 
-def _wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def _wait_for(awaitable: Awaitable[Any]) -> Any:
     """Return what a coroutine returns; all run on one event loop, so that a client's connection stays usable."""
     if not _LOOP:
         _LOOP.append(asyncio.new_event_loop())
         threading.Thread(target=_LOOP[0].run_forever, name="verifiers", daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(coroutine, _LOOP[0]).result()
+
+    async def awaited() -> Any:
+        return await awaitable
+
+    return asyncio.run_coroutine_threadsafe(awaited(), _LOOP[0]).result()

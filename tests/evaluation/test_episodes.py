@@ -190,7 +190,9 @@ def test_the_same_seed_gives_the_same_episodes_and_leaves_the_caller_s_randomnes
     recipe = Recipe.model_validate(
         {
             "name": "r", "description": "d", "least_gpu": "none", "model": {"id": str(words)}, "rewards": [],
-            "data": {"train": {"path": str(words / "rows.jsonl")}, "prompt": "{question}", "answer": None, "holdout": 3},
+            "data": {
+                "train": {"path": str(words / "rows.jsonl")}, "prompt": "{question}", "answer": None, "holdout": 3,
+            },
             "environment": "tests.tool_model.Ledger", "eval": {"samples": 2, "batch_size": 4},
             "grpo": {"max_tool_calling_iterations": 3, "max_completion_length": 150},
         }

@@ -16,7 +16,7 @@ from grpo_lite.task.environments import tool_template
 from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.traces import earning, load_traces
 from tests.models.test_chat_template import QUESTION, call, tokenizer  # noqa: F401
-from tests.trainer.test_tools import tokenizer as qwen3_tokenizer
+from tests.tool_model import tool_tokenizer as qwen3_tokenizer
 
 TOOLS = [Calculator().calculate]
 ANSWER = {"role": "assistant", "content": "The answer is 12."}
