@@ -148,6 +148,11 @@ def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
     Raises:
         DataError: it cannot be asked about these rows, or pays none of them.
     """
+    if not recipe.rewards:
+        raise DataError(
+            "warmup.only_right: true is given, and the recipe has no reward function to ask, only its environment's "
+            "get_reward. Remove the key, or add a function, such as rewards.accuracy_reward."
+        )
     try:
         functions, _, scores = _scores(recipe, prompts, traces)
     except RewardError as error:
@@ -372,8 +377,10 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
     Returns:
         `tried`, `zero` (of them earn nothing), `mean` and `top` (what the rewards pay at most) of the weighted sum, and
         `example`, a completion that earns nothing, or None. None instead of all where the rows lack a column that a
-        reward needs, or none has a usable gold.
+        reward needs, none has a usable gold, or the recipe has no reward but an environment's.
     """
+    if not recipe.rewards:
+        return None
     traces = Traces(traces.rows[:count], [], traces.sources[:count])
     try:
         functions, weights, scores = _scores(recipe, prompts, traces)
@@ -401,7 +408,7 @@ def earning_lines(earned: dict[str, Any] | None, traces: Traces) -> Iterator[str
         columns = ", ".join(columns_of(traces.sources[:TRIED_ROWS])) or "none"
         yield (
             "the rewards cannot be tried on the traces: a reward needs a column that their rows lack "
-            f"(they have: {columns}), or no gold is usable"
+            f"(they have: {columns}), no gold is usable, or only the environment pays"
         )
         return
     pay = f"{earned['mean']:.3g} on average" + (f" of at most {earned['top']:g}" if earned["top"] is not None else "")

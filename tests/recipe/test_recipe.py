@@ -33,9 +33,19 @@ rewards: [{function: rewards.accuracy_reward}]
 
 SHIPPED = [
     *("code", "countdown", "countdown-base", "custom", "deepmath", "gemma3-4b"),
-    *("gsm8k", "gsm8k-base", "lfm2.5-1.2b", "math", "quickstart"),
-    *("qwen3-0.6b", "qwen3-1.7b", "qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "smoke", "smollm3-3b", "sums"),
-    *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b"),
+    *("gsm8k", "gsm8k-base", "lfm2.5-1.2b", "math", "python-tool", "quickstart"),
+    *(
+        "qwen3-0.6b",
+        "qwen3-1.7b",
+        "qwen3.5-0.8b",
+        "qwen3.5-2b",
+        "qwen3.5-4b",
+        "smoke",
+        "smollm3-3b",
+        "sums",
+        "tool-sums",
+    ),
+    *("unsloth-gemma3-1b", "unsloth-llama3.2-3b", "unsloth-qwen2.5-3b", "unsloth-qwen3-4b", "wordle"),
 ]
 
 

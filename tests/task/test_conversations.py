@@ -16,7 +16,7 @@ from grpo_lite.task.environments import tool_template
 from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.traces import earning, load_traces
 from tests.models.test_chat_template import QUESTION, call, tokenizer  # noqa: F401
-from tests.tool_model import tool_tokenizer as qwen3_tokenizer
+from tests.tool_model import tool_tokenizer
 
 TOOLS = [Calculator().calculate]
 ANSWER = {"role": "assistant", "content": "The answer is 12."}
@@ -44,7 +44,7 @@ def test_the_ids_are_those_of_the_whole_conversation_and_the_model_s_own_are_mar
     family: str,
     episode: list[dict[str, Any]],
 ) -> None:
-    words = tokenizer if family == "smollm2" else qwen3_tokenizer()
+    words = tokenizer if family == "smollm2" else tool_tokenizer()
     template = tool_template(words, "m")
     kwargs = {"tools": TOOLS, **({"chat_template": template} if template else {})}
     ids, mask = episode_ids([QUESTION], episode, words, kwargs, "row 0")
@@ -151,3 +151,11 @@ def test_traces_of_the_generator_never_show_a_held_out_problem(tokenizer: Any, t
     earned = earning(loaded, prompts, traces)
     assert earned is not None
     assert earned["zero"] == 0
+
+
+def test_only_right_needs_a_reward_that_reads_texts(tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
+    loaded = recipe(tmp_path, [{"messages": [QUESTION, *EPISODES[1]], "answer": "12"}], only_right=True)
+    unpaid = loaded.model_copy(update={"rewards": []})
+    prompts = load_prompts(unpaid, tokenizer)
+    with pytest.raises(DataError, match="only_right: true is given, and the recipe has no reward function to ask"):
+        load_traces(unpaid, prompts)
