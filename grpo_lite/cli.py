@@ -700,7 +700,7 @@ def _describe_machine() -> None:
         click.echo(f"device: {device.describe()}")
         for note in machine_notes(device):
             click.echo(f"  {note}")
-    click.echo(f"python {record['python']}, " + ", ".join(f"{name} {v}" for name, v in record["versions"].items()))
+    click.echo(", ".join(f"{name} {v}" for name, v in {"python": record["python"], **record["versions"]}.items()))
     click.echo("sandbox for model-written code:")
     for layer in layers():
         click.echo(f"  {'yes' if layer.available else 'no ':<4}{layer.name:<22}{layer.why}")

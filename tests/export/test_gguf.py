@@ -372,6 +372,7 @@ def test_kind_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) 
 def test_k_quant_without_llama_quantize_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no llama-cpp-python either
     with pytest.raises(ExportError, match=r"llama-quantize.*LLAMA_QUANTIZE=.*f16, bf16, q8_0"):
         export_gguf(tmp_path, tmp_path / "out", "q4_k_m")
 

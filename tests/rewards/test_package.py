@@ -22,7 +22,7 @@ FOLDER = ROOT / "rewards"
 MODULES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
     for path in FOLDER.rglob("*.py")
-    if path.stem not in ("__init__", "server")
+    if path.stem not in ("__init__", "server") and "build" not in path.relative_to(FOLDER).parts  # of `pip install`
 )
 REWARDS = [name for name in rewards.__all__ if name.endswith(("_reward", "_punishment", "_accuracy"))]
 # Modules that run in a process of their own may import a field library as they load.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def _by_library(source: Path, target: Path, kind: str) -> str:
     from gguf import LlamaFileType
 
     lib: Any = importlib.import_module("llama_cpp")
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints lines for each tensor
     params = lib.llama_model_quantize_default_params()
     params.ftype = int(LlamaFileType[f"MOSTLY_{kind.upper()}"])
     params.nthread = os.cpu_count() or 1
