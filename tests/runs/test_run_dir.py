@@ -65,6 +65,19 @@ def test_a_run_of_an_earlier_release_resumes_without_the_keys_that_were_removed(
     assert run.load_recipe() == recipe
 
 
+def test_a_run_of_before_tools_resumes(root: Path, tmp_path: Path) -> None:
+    recipe, run = load_recipe("smoke"), RunDir(tmp_path / "run")
+    run.prepare(recipe)
+    run.update_run(started_at="2026-01-01T00:00:00Z")
+    raw = yaml.safe_load(run.recipe_file.read_text())
+    assert (raw.pop("tools"), raw.pop("environment"), raw["model"].pop("chat_template")) == ([], None, None)
+    raw["sampling"] = {"refill": raw["sampling"]["refill"]}
+    run.recipe_file.write_text(yaml.safe_dump(raw))
+    assert run.prepare(recipe) == "new"  # no checkpoint yet
+    with pytest.raises(RunDirError, match="was started with another recipe"):
+        run.prepare(load_recipe("smoke", ["model.chat_template=smollm2-tools"]))
+
+
 def test_a_run_of_before_further_held_out_rows_resumes(root: Path, tmp_path: Path) -> None:
     recipe, run = load_recipe("smoke"), RunDir(tmp_path / "run")
     run.prepare(recipe)
