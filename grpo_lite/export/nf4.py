@@ -33,6 +33,7 @@ class Nf4Record:
     prompts: int
     positions: int
     agreement: Agreement  # reference: the merged model
+    left_out: int  # tensors of heads for more tokens (mtp), which the class that quantises does not have
     merged_sha256: str | None  # of the merged folder's manifest, if it has one
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def export_nf4(
     read_base_config(merged_dir)  # refuses quantised ones
     if (merged_dir / MANIFEST_NAME).is_file():
         verify_manifest(merged_dir)
-    merged_bytes = sum(shard.path.stat().st_size for shard in open_checkpoint(merged_dir))
+    shards = open_checkpoint(merged_dir)
+    merged_bytes = sum(shard.path.stat().st_size for shard in shards)
     sequences = tokenize(load_saved_tokenizer(merged_dir), prompts)
 
     model = load_whole(merged_dir, None, device)
@@ -85,6 +87,8 @@ def export_nf4(
             prompts=len(sequences),
             positions=sum(len(logits) for logits in reference),
             agreement=agreement(reference, quantised),
+            left_out=sum(name.startswith("mtp.") for shard in shards for name in shard.tensors)
+            - sum(name.startswith("mtp.") for shard in open_checkpoint(partial) for name in shard.tensors),
             merged_sha256=sha256_of(manifest) if (manifest := merged_dir / MANIFEST_NAME).is_file() else None,
         )
         (partial / NF4_RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")

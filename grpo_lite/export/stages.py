@@ -221,6 +221,8 @@ def export_run_nf4(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool =
             f"{out}: {export.size_bytes / 2**20:.0f} MiB (merged: {export.merged_bytes / 2**20:.0f} MiB); against the "
             f"merged model: mean KL {loss.mean_kl:.2g} nats, top-1 {loss.top1_agreement:.1%} of {export.positions}"
         ]
+        if export.left_out:
+            lines.append(f"left out: {export.left_out} tensors of heads for more tokens (mtp), which merged/ has")
     if inputs.recipe.eval.enabled and (scores := run.read_scores()):
         if not there or "merged_nf4" not in scores:
             scores = evaluate_saved(run, show, inputs.prompts, out, "merged_nf4")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from grpo_lite.errors import ExportError
@@ -62,6 +62,15 @@ def test_nf4_of_a_multimodal_model_keeps_the_vision_tower_in_16_bits(tmp_path: P
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "nf4")
     assert type(whole.model.multi_modal_projector).__name__ == "Gemma3MultiModalProjector"
     assert "4bit" not in str(whole.model.vision_tower)
+
+
+def test_nf4_counts_the_heads_for_more_tokens_that_it_leaves_out(tmp_path: Path) -> None:
+    save_multimodal(tmp_path / "m", "qwen3_5", torch.bfloat16, mtp_num_hidden_layers=1)
+    stored = load_file(tmp_path / "m/model.safetensors")
+    heads = {"mtp.fc.weight": torch.ones(32, 64), "mtp.norm.weight": torch.ones(32)}
+    save_file(stored | heads, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    assert export_nf4(tmp_path / "m", tmp_path / "nf4", PROMPTS).left_out == 2
+    assert not any("mtp" in name for name in load_file(tmp_path / "nf4/model.safetensors"))
 
 
 @pytest.mark.slow
