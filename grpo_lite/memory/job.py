@@ -59,7 +59,6 @@ def recipe_job(
         rows=recipe.schedule.rows,
         accumulation=recipe.schedule.accumulation,
         compute=recipe.compute,
-        router_loss=_has_router_loss(grpo.get("router_aux_loss_coef"), shape),
         rollout="vllm" if grpo.get("use_vllm") else recipe.rollout,
         tokens=recipe.memory.tokens_per_microbatch,
         warmup_tokens=recipe.memory.tokens_per_microbatch,
@@ -76,10 +75,6 @@ def recipe_job(
     return job, (*notes, *_limits_of(job, recipe))
 
 
-def _has_router_loss(coefficient: float | None, shape: ModelShape) -> bool:
-    return bool(shape.router_loss if coefficient is None else coefficient)
-
-
 def _eval_rows(recipe: Recipe) -> int:
     """Return how many completions the evaluation generates at once (generate_completions)."""
     section = recipe.eval
@@ -93,21 +88,16 @@ def _eval_rows(recipe: Recipe) -> int:
 def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
     """Yield what the arithmetic takes for granted about how a job is computed."""
     if not job.is_packed:
-        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)" + _why_plain(job)
+        yield "plain compute as TRL 1.16 does it on a GPU (1.14 also holds all logits)"
+    if job.rollout == "shared" and not job.is_shared:
+        border = job.shape.rope_border
+        yield f"rollouts by `generate`, as rows may cross {border} tokens, where the rotary frequencies change"
     if job.shape.scores_explicitly:
         yield "attention score by score, whose memory is in the square of the longest row"
     if any(block.experts for block, _ in job.shape.blocks):
         yield "experts in the compute dtype, neither quantized nor adapted"
     if recipe.model.backend == "unsloth":
         yield "our engine: how much the backend unsloth takes is not counted"
-
-
-def _why_plain(job: Job) -> str:
-    if job.compute == "plain":
-        return ""
-    if job.router_loss:
-        return ", as the experts' router has a loss (grpo.router_aux_loss_coef=0 leaves it out and shares prompts)"
-    return f", as rows may cross {job.shape.rope_border} tokens, where the model rotates otherwise"
 
 
 def _optimizer_bytes(name: str) -> float:

@@ -62,7 +62,6 @@ class Job:
     rows: int = 8  # completions in one of TRL's micro-steps
     accumulation: int = 1  # micro-steps a step
     compute: Literal["packed", "plain"] = "packed"
-    router_loss: bool = False  # the experts' router has a loss over the batch, which TRL's own compute trains
     rollout: Literal["shared", "generate", "vllm"] = "shared"
     tokens: int | None = None  # memory.tokens_per_microbatch
     kv_tokens: int | None = None  # memory.rollout_kv_tokens
@@ -84,7 +83,7 @@ class Job:
     @property
     def is_packed(self) -> bool:
         """Whether forward and backward are group-packed."""
-        return self.compute == "packed" and not self.router_loss and not self.crosses_rope(self.longest)
+        return self.compute == "packed"
 
     @property
     def is_shared(self) -> bool:
@@ -92,7 +91,7 @@ class Job:
         return self.rollout == "shared" and not self.crosses_rope(self.longest)
 
     def crosses_rope(self, longest: int) -> bool:
-        """Whether rows of up to so many tokens may lie on both sides of the model's original length (longrope)."""
+        """Whether rows of up to so many tokens may cross the original length, where `generate` decodes them."""
         return self.shape.rope_border is not None and longest > self.shape.rope_border
 
     @property

@@ -185,8 +185,6 @@ def cheapest_changes(job: Job, memory_bytes: int) -> Iterator[str]:
         yield "grpo.gradient_checkpointing=true   (a quarter slower, same gradient)"
     if job.compute == "plain" and fits(compute="packed"):
         yield "compute=packed   (same gradient)"
-    if job.router_loss and fits(router_loss=False):
-        yield "grpo.router_aux_loss_coef=0   (the experts' router is trained without its loss; prompts are shared)"
     if job.rollout != "shared" and fits(rollout="shared"):
         yield "rollout=shared grpo.use_vllm=false"
     if job.optimizer_bytes > 2 and fits(optimizer_bytes=2.0):

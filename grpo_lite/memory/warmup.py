@@ -37,7 +37,7 @@ def warmup_phase(job: Job) -> PhaseBytes:
 
 def _rows(job: Job, rows: int) -> PhaseBytes:
     alone = replace(job, prompt=0, completion=job.warmup_row, rows=rows, group=1, tokens=None)
-    return training_phase(replace(alone, rollout="generate", holds_reference=False, router_loss=False))
+    return training_phase(replace(alone, rollout="generate", holds_reference=False))
 
 
 def warmup_tokens(job: Job) -> int:

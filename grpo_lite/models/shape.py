@@ -109,7 +109,6 @@ class ModelShape:
     softcap: bool = False  # scores are capped
     caps_logits: bool = False
     sinks: bool = False  # scores that take a share of the weight and add nothing
-    router_loss: float = 0.0  # the coefficient by default; 0: none
     rope_border: int | None = None  # beyond so many tokens the rotary frequencies are others
     positions: int | None = field(default=None, compare=False)  # of the longest sequence it was made for
 
@@ -240,7 +239,6 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelShape:
         softcap=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
         caps_logits=config.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None) is not None,
         sinks=kind == "gpt_oss",
-        router_loss=_router_loss(config, kind),
         rope_border=_rope_border(config),
         positions=read_positions(config),
     )
@@ -621,13 +619,6 @@ def _layer_embedding(config: Mapping[str, Any], kind: str, per_layer: int) -> in
     if not per_layer:
         return 0
     return int(config.get("vocab_size_per_layer_input", 262_144)) * per_layer + _layer_input(config, kind)
-
-
-def _router_loss(config: Mapping[str, Any], kind: str) -> float:
-    """Return the coefficient that TRL 1.16 takes where `grpo.router_aux_loss_coef` is not set; 0: no such loss."""
-    if kind not in _EXPERTS.split() or kind.startswith(("lfm2", "nemotron", "gemma4")) or not _expert_count(config):
-        return 0.0
-    return float(config.get("router_aux_loss_coef", 0.001) or 0.0)
 
 
 def _rope_border(config: Mapping[str, Any]) -> int | None:

@@ -554,7 +554,6 @@ def test_the_largest_length_fits_and_the_next_does_not() -> None:
     assert divided > longest
 
 
-CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 UNPLANNED = {"smoke"}  # a random model
 
 
@@ -630,29 +629,16 @@ def test_a_long_prompt_of_the_data_counts_instead_of_the_cap() -> None:
     assert rollout_phase(short).total < rollout_phase(long).total
 
 
-def test_a_router_s_loss_is_planned_as_the_plain_compute_that_it_is_trained_with() -> None:
-    """Mixtral trains on TRL's compute by default and shares its rollouts; a coefficient of 0 packs training too."""
-    config = json.loads((CONFIGS / "mixtral-8x7b-instruct-v0.1.json").read_text())
-    mixtral = read_shape(config, "mixtral")
-    planned, notes = recipe_job(load_recipe("gsm8k"), mixtral)
-    assert (planned.is_packed, planned.is_shared) == (False, True)
-    assert any("router has a loss (grpo.router_aux_loss_coef=0" in note for note in notes)
-    without, notes = recipe_job(load_recipe("gsm8k", ["grpo.router_aux_loss_coef=0"]), mixtral)
-    assert (without.is_packed, without.is_shared) == (True, True)
-    assert not any("router has" in note for note in notes)
-    assert "memory.tokens_per_microbatch" not in plan_memory(planned, 96 * GIB).chosen
-    sizes = [size * GIB for size in range(90, 130)]
-    offered = [text for size in sizes for text in cheapest_changes(planned, size)]
-    assert any(text.startswith("grpo.router_aux_loss_coef=0 ") for text in offered)
-
-
-def test_rows_across_the_border_of_longrope_are_planned_as_trl_computes_them() -> None:
-    planned = job("phi-4-mini", prompt=96, completion=4000, eval_rows=4, eval_completion=4000)
+def test_rollouts_across_the_border_of_longrope_are_planned_as_generate_decodes_them() -> None:
+    """Phi-4-mini rotates otherwise beyond 4,096 tokens; training stays packed (Support.has_one_rope)."""
+    planned = job("phi-4-mini", prompt=96, completion=4000)
     assert (planned.is_packed, planned.is_shared) == (True, True)
     across = replace(planned, completion=4001)
-    assert (across.is_packed, across.is_shared) == (False, False)
+    assert (across.is_packed, across.is_shared) == (True, False)
+    by_generate = replace(across, rollout="generate")
+    assert rollout_phase(across) == rollout_phase(by_generate)
     _, notes = recipe_job(load_recipe("gsm8k", ["grpo.max_completion_length=5000"]), shape("phi-4-mini"))
-    assert any("rows may cross 4096 tokens" in note for note in notes)
+    assert any("rollouts by `generate`, as rows may cross 4096 tokens" in note for note in notes)
 
 
 def test_capped_scores_are_planned_in_the_square_of_the_row() -> None:
