@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of a checkout, or the folder of installed packages
 UNKNOWN = "…"  # stands for a value that the reader knows
-TAKE_RECIPE = ("plan", "backends", "probe", "train", "warmup", "show", "check", "rewards check")
+TAKE_RECIPE = ("plan", "backends", "probe", "train", "warmup", "show", "check", "check-env", "rewards check")
 MAKE_TARGETS = {"rewards check": "check-rewards"}  # the others have the verb's name
 MAKE_VARIABLES = {"gguf": "GGUF", "nf4": "NF4", "force": "FORCE", "gpus": "GPUS"}  # other options go into ARGS
 

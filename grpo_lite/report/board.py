@@ -116,11 +116,24 @@ class Board(Progress):
             f"held-out {held:.1%}" if held is not None else "",
             f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",
             f"truncated {truncated:.0%}" if truncated else "",
+            *self._tools(last),
             f"{speed:.0f} tokens/s" if speed else "",
             time_left(left) if left else "",
             f"peak {size(memory * 2**30)}" if memory else "",
         ]
         return " · ".join(piece for piece in pieces if piece)
+
+    def _tools(self, last: Mapping[str, Any]) -> list[str]:
+        """Return calls, failed calls and turns an episode; empty without tools."""
+        each = last.get("tools/call_frequency")
+        if each is None:
+            return []
+        failed = last.get("tools/failure_frequency") or 0.0
+        turns = [sum(message.get("role") != "tool" for message in row.get("turns") or [row]) for row in self.rows]
+        return [
+            f"calls {each:.1f}" + (f" ({failed:.0%} failed)" if failed else ""),
+            f"turns {sum(turns) / len(turns):.1f}" if turns else "",
+        ]
 
     def table(self) -> list[tuple[str, str, str]]:
         """Return the board's rows: name, latest value, sparkline."""
@@ -134,6 +147,9 @@ class Board(Progress):
             cut = self.series("completions/clipped_ratio")
             note = f", {cut[-1]:.0%} cut off" if cut and cut[-1] else ""
             rows.append(("length", f"{lengths[-1]:.0f} tokens{note}", sparkline(lengths)))
+        if calls := self.series("tools/call_frequency"):
+            shown = ", ".join(piece.removeprefix("calls ") for piece in self._tools(self.steps[-1]) if piece)
+            rows.append(("calls", shown, sparkline(calls)))
         if equal := self.series("frac_reward_zero_std"):
             rows.append(("equal groups", f"{equal[-1]:.0%}", sparkline(equal)))
         if kl := self.series("kl"):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import grpo_lite.rewards as rewards
 from grpo_lite.recipe.overrides import round_value, twice_the_cap, twice_the_group
+from grpo_lite.report import episodes
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
 from grpo_lite.report.warmup import fewer_steps, solved_at_start, warmup_collapse
 
@@ -25,7 +26,7 @@ _GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in
 def zero_reward(e: Evidence) -> Finding | None:
     """The first reward has been 0, or one value below 0, in every step; the finding names the reason if it shows."""
     part = e.parts[0]
-    if not _stuck(e, part) or _is_penalty(e, 0):
+    if not _stuck(e, part) or _is_penalty(e, 0) or (e.recipe.has_tools and episodes.explains_zero(e)):
         return None
     start = f"{part} has been {e.late(e.main):g} in all {e.last_step} steps"
     unusable = _largest_share(e, "unusable_gold", "unusable_tests")
@@ -55,9 +56,10 @@ def zero_reward(e: Evidence) -> Finding | None:
             f"{start}: the parser finds no committed answer in {e.late(f'{part}/no_answer'):.0%} of the completions.",
             "rewards[0].kwargs.extract=[answer_tag,boxed,hash,phrase,last_number]",
         )
+    wrong = "no episode reaches its end" if e.recipe.has_tools else "the answers can be parsed and are wrong"
     return Finding(
         "zero_reward",
-        f"{start}: the answers can be parsed and are wrong, so the task is too hard for this model as it is.",
+        f"{start}: {wrong}, so the task is too hard for this model as it is.",
         twice_the_group(e.recipe),
     )
 
@@ -113,15 +115,17 @@ def truncation(e: Evidence) -> Finding | None:
 def zero_part(e: Evidence) -> Finding | None:
     """Another reward, not a penalty, has been 0 in every step."""
     for index, part in enumerate(e.parts[1:], start=1):
-        section = e.recipe.rewards[index]
-        if not _stuck(e, part) or _is_penalty(e, index) or section.weight == 0:
+        section = e.section(index)
+        if not _stuck(e, part) or _is_penalty(e, index) or (section and section.weight == 0):
             continue
-        if section.gate and zero_reward(e):  # the gate has never opened
+        if section and section.gate and zero_reward(e):  # the gate has never opened
             continue
         start = f"{part} has been {e.late(f'rewards/{part}/mean'):g} in all {e.last_step} steps"
         if _half_open_thinking(e) >= 0.5:
             return _prefilled(e, "zero_part", start, index)
-        return Finding("zero_part", f"{start}, so it teaches nothing.", f"rewards[{index}].weight=0")
+        return Finding(
+            "zero_part", f"{start}, so it teaches nothing.", f"rewards[{index}].weight=0" if section else None
+        )
     return None
 
 
@@ -129,7 +133,7 @@ def equal_groups(e: Evidence) -> Finding | None:
     """Nearly every group has equal rewards, so there is no advantage and no gradient."""
     refilled = e.recipe.sampling.refill > 0
     share = e.late("refill/frac_without_signal" if refilled else "frac_reward_zero_std")
-    if not share >= 0.85 or zero_reward(e) or warmup_collapse(e):
+    if not share >= 0.85 or zero_reward(e) or warmup_collapse(e) or (e.recipe.has_tools and episodes.explains_zero(e)):
         return None
     start = f"In {share:.0%} of the groups all completions have the same reward"
     if not _is_solved(e):
@@ -151,12 +155,13 @@ def format_up_accuracy_flat(e: Evidence) -> Finding | None:
         return None
     for index, part in enumerate(e.parts[1:], start=1):
         key = f"rewards/{part}/mean"
-        if e.rise(key) >= 0.2 and not _is_penalty(e, index) and not e.recipe.rewards[index].gate:
+        section = e.section(index)
+        if e.rise(key) >= 0.2 and not _is_penalty(e, index) and not (section and section.gate):
             return Finding(
                 "format_up_accuracy_flat",
                 f"{part} rose from {e.early(key):.2f} to {e.late(key):.2f} while {e.parts[0]} stayed at "
                 f"{e.late(e.main):.2f}: the model learns the form, not the task.",
-                f"rewards[{index}].gate=true",
+                f"rewards[{index}].gate=true" if section else None,
             )
     return None
 
@@ -192,8 +197,8 @@ def _shorter(e: Evidence) -> str:
         return "grpo.loss_type=dr_grpo"
     if not e.recipe.grpo.get("mask_truncated_completions"):
         return "grpo.mask_truncated_completions=true"
-    cap, new = e.recipe.max_completion_length, f"rewards[{len(e.parts)}]"
-    for index in range(len(e.parts)):
+    cap, new = e.recipe.max_completion_length, f"rewards[{len(e.recipe.rewards)}]"
+    for index in range(len(e.recipe.rewards)):
         if e.function(index) is rewards.soft_overlong_punishment:
             return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
     return (
@@ -341,7 +346,8 @@ def _is_solved(e: Evidence) -> bool:
 
 def _is_penalty(e: Evidence, index: int) -> bool:
     """Tell whether a reward's best value is 0: by its `top`, by its name, or because its weight is negative."""
-    if e.recipe.rewards[index].weight < 0:
+    section = e.section(index)
+    if section and section.weight < 0:
         return True
     top = getattr(e.function(index), "top", None)
     return any(word in e.parts[index] for word in _PENALTIES) if top is None else top <= 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.report import diagnoses, hacking, warmup
+from grpo_lite.report import diagnoses, episodes, hacking, warmup
 from grpo_lite.report.evidence import FEWEST, GRPO, WARMUP, Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
@@ -152,6 +152,40 @@ TABLE = (
         diagnoses.judge_timeouts,
         "`accuracy_reward/timeout` is above 0",
         "Answers that need computer algebra reach the time limit and count as wrong. Often they are not answers.",
+    ),
+    Diagnosis(
+        episodes.tools_never_called,
+        "`tools/calls` is 0 from the first step on",
+        "The model does not know that it may call, or how. Its chat template has to show the tools (`grpo-lite check` "
+        "prints the prompt), and it has to have learned calls: in its own training, or in a warm-up.",
+    ),
+    Diagnosis(
+        episodes.calls_malformed,
+        "Completions hold `<tool_call>` as text",
+        "What is no valid call is an ordinary answer: nothing is called, and the episode ends. Often the cap cuts it "
+        "off.",
+    ),
+    Diagnosis(
+        episodes.calls_fail,
+        "`tools/failure_frequency` is high",
+        "A wrong name, a missing argument, a wrong type, or a tool that raises. The model reads the error as the "
+        "result.",
+    ),
+    Diagnosis(
+        episodes.paid_without_call,
+        "The reward is high and few tools are called",
+        "What is paid does not need the tools: the model knows the answer, or a cheat earns it.",
+    ),
+    Diagnosis(
+        episodes.call_loops,
+        "Episodes repeat one call",
+        "The model learned that calling is good, or does not understand the result. Fewer turns end it, and a reward "
+        "that falls with each turn.",
+    ),
+    Diagnosis(
+        episodes.episodes_at_limit,
+        "Episodes stop before their answer",
+        "Their last call is never answered. `completions/clipped_ratio` does not count them, as their last turn ended.",
     ),
     Diagnosis(
         hacking.repeated_text,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_lite.commands import hint_overrides
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import Recipe, RewardSection
 from grpo_lite.rewards.facts import Reward, named
 from grpo_lite.runs.run_dir import RunDir
 
 FEWEST = 4  # logged steps before the doctor judges a trend
 FLAT = 0.03  # a mean reward that moved by less has not moved
 LATEST_FILES = 8  # files of completions that are read
+_MEAN = re.compile("rewards/[^/]+/mean")
 WARMUP, GRPO = "warmup", "grpo"  # `stage` of a record; those of older runs have none and are GRPO's
 
 
@@ -100,12 +102,22 @@ class Evidence:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the rewards, as TRL logs them, in the recipe's order."""
-        return self.recipe.reward_names
+        """Names of the rewards, as TRL logs them, in the recipe's order; then what environments pay themselves."""
+        own = self.recipe.reward_names
+        if self.recipe.environment is None:
+            return own
+        logged = dict.fromkeys(key.split("/")[1] for step in self.steps for key in step if _MEAN.fullmatch(key))
+        more = [name for name in logged if name not in own]
+        return [*own, *more] or ["get_reward"]  # before the first step
 
     def function(self, index: int) -> Reward | None:
         """Return the function of one of our rewards, by its index in the recipe; None for other code."""
-        return named(self.recipe.rewards[index].function)
+        section = self.section(index)
+        return None if section is None else named(section.function)
+
+    def section(self, index: int) -> RewardSection | None:
+        """Return the recipe's section of a part; None where an environment pays it."""
+        return self.recipe.rewards[index] if index < len(self.recipe.rewards) else None
 
     @property
     def main(self) -> str:

@@ -13,6 +13,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.doctor import examine, stated_findings
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
 from grpo_lite.report.scores import columns_of, gain_text, own_gain
+from grpo_lite.report.turns import turns_of
 from grpo_lite.runs.provenance import starts_from
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration, size
@@ -228,9 +229,15 @@ def _browsable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": row["step"], "prompt": prompt_text(row["prompt"]), "text": shortened(row["completion"]),
         "reward": _finite(row["reward"]), "parts": {k: _finite(v) for k, v in row["rewards"].items()},
-        "answer": _gold(row),
+        "answer": _gold(row), **_episode(row),
         "tokens": row.get("tokens"), "cut": bool(row.get("truncated")),
     }  # fmt: skip
+
+
+def _episode(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the turns of an episode as (kind, text); nothing for a single answer."""
+    turns = row.get("turns")
+    return {"turns": [[kind, shortened(text)] for kind, text in turns_of(turns)]} if turns else {}
 
 
 def _gold(row: Mapping[str, Any]) -> str | None:
@@ -247,7 +254,7 @@ def held_out_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     rows = [
         {
             "prompt": prompt_text(row["prompt"]), "answer": _gold(row),
-            **{side: {"text": shortened(row[side]["completion"]), "right": row[side]["lenient"],
+            **{side: {"text": shortened(row[side]["completion"]), "right": row[side]["lenient"], **_episode(row[side]),
                       "strict": row[side]["strict"]} for side in columns_of(row)},
         }
         for row in records[:MOST_ROWS]

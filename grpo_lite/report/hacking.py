@@ -87,10 +87,10 @@ def repeated_text(e: Evidence) -> Finding | None:
 
 
 def _penalise_repetition(e: Evidence) -> str:
-    for index in range(len(e.parts)):
+    for index in range(len(e.recipe.rewards)):
         if e.function(index) is rewards.repetition_penalty_reward:
             return f"rewards[{index}].weight={2 * (e.recipe.rewards[index].weight or 0.5):g}"
-    new = f"rewards[{len(e.parts)}]"
+    new = f"rewards[{len(e.recipe.rewards)}]"
     return f"{new}.function=rewards.repetition_penalty_reward {new}.weight=0.5"
 
 
@@ -135,7 +135,11 @@ def stuffed_tags(e: Evidence) -> Finding | None:
     return Finding(
         "stuffed_tags",
         f"{share:.0%} of the best completions repeat tags, such as {sample}, and {name} rewards it.",
-        _replace(e, index, "rewards.format_reward") if own else f"rewards[{index}].weight=0",
+        None
+        if e.section(index) is None
+        else _replace(e, index, "rewards.format_reward")
+        if own
+        else f"rewards[{index}].weight=0",
     )
 
 
@@ -209,6 +213,6 @@ def reward_without_progress(e: Evidence) -> Finding | None:
 def _lower_others(e: Evidence) -> str:
     """Gate a reward that rose beside the first one; if there is none, keep the policy near the base."""
     for index, part in enumerate(e.parts[1:], start=1):
-        if e.rise(f"rewards/{part}/mean") > 0 and not e.recipe.rewards[index].gate:
+        if e.rise(f"rewards/{part}/mean") > 0 and (section := e.section(index)) and not section.gate:
             return f"rewards[{index}].gate=true"
     return f"grpo.beta={max(0.04, 2 * e.grpo('beta', 0.0)):g}"

@@ -83,8 +83,9 @@ def outside_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
 
 def _file_of(reference: str) -> Path | None:
     """Return the file that a reward is read from: `file.py:function`, or a module that is one file on the path."""
-    if ":" in reference:
-        return Path(reference.rpartition(":")[0]).expanduser()
+    file, colon, _ = reference.rpartition(":")
+    if colon and (file.endswith(".py") or "/" not in file):
+        return Path(file).expanduser() if file.endswith(".py") else None
     dotted = reference.rpartition(".")[0]
     try:
         spec = importlib.util.find_spec(dotted) if dotted and "." not in dotted and dotted != "rewards" else None

@@ -114,7 +114,7 @@ class Completions(TrainerCallback):
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step_{state.global_step:06d}.jsonl"
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
         if self.every and (state.global_step % self.every == 0 or state.global_step == 1):
             self.show(describe_sample(rows))
 

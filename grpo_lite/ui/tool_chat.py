@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_lite.errors import DataError
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.turns import message_text
 from grpo_lite.screen import Show
 from grpo_lite.task.environments import load_toolkit, tool_template
 from grpo_lite.task.episodes import Episode, Generate, Player
@@ -89,29 +90,6 @@ class ToolChat:
         if episode.ended == "turns":
             return f"(stopped after {episode.turns} turns: grpo.max_tool_calling_iterations={self.player.most_turns})"
         return f"(cut off: an episode has at most {max_tokens} tokens)" if episode.ended == "length" else ""
-
-
-def message_text(message: dict[str, Any]) -> str:
-    """Return a message of an episode for people: `→ add(a=2, b=3)` for a call, `← 5` for a result, an answer as it is.
-
-    >>> message_text({"role": "tool", "name": "add", "content": "5"})
-    '← 5'
-    """
-    content = message.get("content")
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-    if message.get("role") == "tool":
-        return f"← {text}"
-    lines = [text.strip()] if content else []
-    for called in message.get("tool_calls") or ():
-        function = called.get("function") or {}
-        arguments = function.get("arguments")
-        written = (
-            ", ".join(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in arguments.items())
-            if isinstance(arguments, dict)
-            else json.dumps(arguments, ensure_ascii=False, default=str)
-        )
-        lines.append(f"→ {function.get('name')}({written})")
-    return "\n".join(lines)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

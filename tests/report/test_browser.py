@@ -173,3 +173,18 @@ def test_the_override_can_be_copied(browser: Any, pages: dict[str, Path]) -> Non
     browser.implicitly_wait(1)
     assert "grpo.beta=" in browser.execute_script("return arguments[0].dataset.copy", button)
     assert browser.execute_script("return arguments[0].textContent", button) == "copied"
+
+
+def test_an_episode_is_shown_turn_by_turn_and_found_by_the_words_of_a_tool(browser: Any, tmp_path: Path) -> None:
+    from tests.report.test_episodes import episodes_in
+
+    visit(browser, episodes_in(tmp_path / "run"))
+    assert browser.title != "owned"
+    card = browser.find_elements("css selector", "[data-rows=completions] .item")[0]
+    kinds = [node.get_attribute("className") for node in card.find_elements("css selector", ".turns > li")]
+    assert kinds == ["call", "result", "failed", "said"]
+    assert HOSTILE in card.find_element("css selector", ".result pre").get_attribute("textContent")
+    fill(browser, "completions", "text", "{'error': 'no'}")
+    assert texts(browser, "[data-rows=completions] .item")
+    fill(browser, "completions", "text", "nowhere to be found")
+    assert not texts(browser, "[data-rows=completions] .item")

@@ -35,7 +35,7 @@
       select(form) {
         const text = form.text.value.trim().toLowerCase();
         let rows = data.completions.filter((row) => inRange(row.step, form.from.value, form.to.value) &&
-          inRange(row.reward, form.low.value, form.high.value) && found(text, row.prompt, row.text, row.answer));
+          inRange(row.reward, form.low.value, form.high.value) && found(text, row.prompt, wordsOf(row), row.answer));
         const order = form.order.value;
         if (order === "latest") rows = rows.slice().sort((a, b) => b.step - a.step);
         if (order === "best") rows = rows.slice().sort((a, b) => b.reward - a.reward || b.step - a.step);
@@ -56,7 +56,7 @@
         const text = form.text.value.trim().toLowerCase(), kind = form.kind.value;
         const is = { all: () => true, improved: (b, t) => b === false && t, worse: (b, t) => b && t === false, both: (b, t) => b && t, none: (b, t) => b === false && t === false };
         return data.heldout.filter((row) => is[kind]((row.warm || row.base).right, row.trained.right) &&
-          found(text, row.prompt, row.answer, row.base.text, row.warm ? row.warm.text : "", row.trained.text));
+          found(text, row.prompt, row.answer, wordsOf(row.base), row.warm ? wordsOf(row.warm) : "", wordsOf(row.trained)));
       },
       draw(row, browser) {
         return answersCard(row, browser.skip);

@@ -62,6 +62,19 @@ const promptBox = (prompt, skip) => {
   if (skip) box.title = prompt;
   return box;
 };
+// What the model said: its text, or the turns of an episode, each call with its result below.
+const TURNS = { said: "says", call: "calls", result: "result", failed: "error" };
+const answerBox = (row) => {
+  if (!row.turns) return make("pre", "", shown(row.text));
+  const list = make("ol", "turns");
+  for (const [kind, text] of row.turns) {
+    const turn = make("li", kind);
+    turn.append(make("small", "", TURNS[kind]), make("pre", "", shown(text)));
+    list.append(turn);
+  }
+  return list;
+};
+const wordsOf = (row) => row.turns ? row.turns.map((turn) => turn[1]).join("\n") : row.text;
 const completionCard = (row, skip) => {
   const card = make("article", "card item"), meta = make("div", "meta");
   meta.append(make("b", "", "reward " + number(row.reward)), make("span", "", "step " + row.step));
@@ -69,7 +82,7 @@ const completionCard = (row, skip) => {
   if (parts.length > 1) for (const [name, value] of parts) meta.append(make("span", "", name + " " + number(value)));
   if (row.tokens) meta.append(make("span", "", row.tokens + " tokens" + (row.cut ? ", cut off" : "")));
   if (row.answer !== null) meta.append(make("span", "", "gold " + row.answer));
-  card.append(meta, promptBox(row.prompt, skip), make("pre", "", shown(row.text)));
+  card.append(meta, promptBox(row.prompt, skip), answerBox(row));
   return card;
 };
 const answersCard = (row, skip) => {
@@ -79,7 +92,7 @@ const answersCard = (row, skip) => {
     const right = row[side].right, box = make("div", right ? "right" : "wrong");
     const form = right && !row[side].strict ? ", not in the required form" : "";
     box.append(make("small", "", side + " · " + (right === null ? "no usable gold answer" : right ? "right" + form : "wrong")));
-    box.append(make("pre", "", shown(row[side].text)));
+    box.append(answerBox(row[side]));
     pair.append(box);
   }
   card.append(meta, promptBox(row.prompt, skip), pair);

@@ -226,7 +226,7 @@
     let latest = [];
     const drawRows = () => {
       const text = search.value.trim().toLowerCase();
-      const chosen = latest.filter((row) => (row.prompt + "\n" + row.text).toLowerCase().includes(text));
+      const chosen = latest.filter((row) => (row.prompt + "\n" + wordsOf(row)).toLowerCase().includes(text));
       if (order.value === "best") chosen.sort((a, b) => b.reward - a.reward);
       if (order.value === "worst") chosen.sort((a, b) => a.reward - b.reward);
       const skip = sharedLines(latest.map((row) => row.prompt));
