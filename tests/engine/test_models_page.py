@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_lite.engine import attention
+from grpo_lite.export.gguf.tensors import ARCHITECTURES
+from grpo_lite.models.shape import read_shape
 from tests.conftest import ROOT
 from tests.engine import test_families, test_hybrid
 from tests.engine.families import build
@@ -49,6 +52,25 @@ def test_the_families_on_trl_s_compute_are_refused_by_name(name: str) -> None:
 
 def test_every_family_on_trl_s_compute_is_tried() -> None:
     assert sorted(classes("TRL's own compute")) == sorted(REFUSED)
+
+
+@pytest.mark.parametrize(
+    "config_class", sorted({family.args[0] for registry in REGISTRIES for family in registry.values()})
+)
+def test_every_family_that_shares_is_planned(config_class: str) -> None:
+    if not hasattr(transformers, config_class):
+        pytest.skip(f"transformers {transformers.__version__} has no {config_class}")
+    config = getattr(transformers, config_class)()
+    assert read_shape(config.to_dict(), config_class).parameters > 10**8
+
+
+def test_the_families_that_gguf_is_written_for_are_named() -> None:
+    page = (ROOT / "docs" / "models.md").read_text()
+    row = next(line for line in page.splitlines() if line.endswith("| written here |"))
+    for name in ("Llama", "Qwen2", "Qwen3", "LFM2"):
+        assert f"{name}," in row
+        assert any(name.lower() in known.lower() for known in ARCHITECTURES)
+    assert len(ARCHITECTURES) == 4
 
 
 @pytest.mark.slow
