@@ -47,6 +47,7 @@ class OpenEnv:
             self._client = _client(self._url)
         columns = {name: value for name, value in row.items() if value is not None}
         shown = self._shown(self._ask(self._client.reset, **columns))
+        self._reward = 0.0  # what comes with the first observation is not the player's
         self._connection = self._client.async_client._ws
         return f"\n\n{shown}" if shown else None
 
@@ -98,8 +99,12 @@ class OpenEnv:
         return json.dumps(fields, ensure_ascii=False) if fields else ""
 
 
-def environment_at(url: str) -> type[OpenEnv]:
+def environment_at(url: str, name: str | None = None) -> type[OpenEnv]:
     """Return the class of a server's environment, a method for each thing that can be called.
+
+    Args:
+        url: of the server.
+        name: which of several environments it is.
 
     Raises:
         RewardError: the library is not installed, no server answers, or it offers nothing that can be called.
@@ -112,17 +117,17 @@ def environment_at(url: str) -> type[OpenEnv]:
     methods: dict[str, Callable[..., Any]] = {}
     if action.get("title") in _LISTING:
         for tool in _listed(url, where):
-            name = str(tool.get("name", "")).replace("-", "_")
-            if not is_tool_name(name):
+            called = str(tool.get("name", "")).replace("-", "_")
+            if not is_tool_name(called):
                 raise RewardError(f"{where}: a tool is called {tool.get('name')!r}. Give it a name of letters and _.")
             schema = tool.get("input_schema") or tool.get("inputSchema") or {}
-            methods[name] = _method(name, tool.get("description") or "", schema, tool["name"])
+            methods[called] = _method(called, tool.get("description") or "", schema, tool["name"])
     else:
         fields = {key: value for key, value in action.get("properties", {}).items() if key != "metadata"}
         methods["step"] = _method("step", action.get("description", ""), {**action, "properties": fields}, None)
     if not methods:
         raise RewardError(f"{where}: the server lists no tools, so the model has nothing to call.")
-    return type("OpenEnv", (OpenEnv,), {"_url": url.rstrip("/"), **methods})
+    return type("OpenEnv" if name is None else f"OpenEnv_{name}", (OpenEnv,), {"_url": url.rstrip("/"), **methods})
 
 
 def _client(url: str) -> Any:

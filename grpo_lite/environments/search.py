@@ -61,7 +61,7 @@ class Search:
             return "Error: query must be a few words."
         if len(query) > _LONGEST_QUERY:
             return f"Error: the query has {len(query)} characters; at most {_LONGEST_QUERY} are allowed."
-        self._stated = self._stated or self._working.states_answer(query)
+        self._stated = self._stated or self._working.names_answer(query)
         passages = self._index.best(query)
         if not passages:
             return "Error: no passage has these words; try others."
@@ -147,6 +147,7 @@ def cheats(row: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {
         "answer without a search": [answer],
         "search for the answer": [[_call(answer)], answer],
+        "a word of the answer": [[_call(answer.split()[-1])], answer],
         "the answer with the question": [[_call(f"{question[: _LONGEST_QUERY // 2]} {answer}")], answer],
         "words that nobody wrote": [[_call("zqxj vwkk")], answer],
         "everything at once": [[_call(f"{question} " * 40)], answer],

@@ -8,7 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
-_SMALL = 10  # a number below stands in any program, so sending it states no answer
+_WORD = re.compile(r"\w+")
+_SMALL = 10  # a whole number below stands in any program, so sending it states no answer
 _LONGEST = 200  # characters of an answer; longer text equals no number
 
 
@@ -48,9 +49,17 @@ class Working:
     def states_answer(self, text: str) -> bool:
         """Return whether a text holds the answer, which neither the question nor a result has shown so far."""
         number = _number(str(self._answer))
-        if number is not None and abs(number) < _SMALL:
+        if number is not None and abs(number) < _SMALL and number.denominator == 1:
             return False
         return holds(text, self._answer) and not holds(self._shown, self._answer)
+
+    def names_answer(self, query: str) -> bool:
+        """Return whether a query holds the answer, a small number too, or has no word beside the answer's."""
+        if holds(self._shown, self._answer):
+            return False
+        words = set(_WORD.findall(query.casefold()))
+        only_of_it = bool(words) and words <= set(_WORD.findall(str(self._answer).casefold()))
+        return only_of_it or holds(query, self._answer)
 
 
 def holds(text: str, answer: Any) -> bool:

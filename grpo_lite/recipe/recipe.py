@@ -300,6 +300,12 @@ class LimitsSection(_Section):
         allow_inf_nan=False,
         description="Longest call of a tool, and of an environment's reset, in seconds.",
     )
+    tool_episode_timeout_s: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="What all calls of one episode may take, in seconds."
+    )
+    tool_round_timeout_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="What all calls of the episodes of a round may take, in seconds."
+    )
     tool_result_chars: int = Field(
         4000, ge=100, description="Longest result of a tool that the model gets; the rest is cut off, with a note."
     )

@@ -243,9 +243,7 @@ def _tool_arguments(recipe: Recipe, prompts: Prompts, show: Show) -> dict[str, A
         return {}
     # TRL warns of each environment_factory that it is experimental; docs/tools-and-environments.md says so.
     warnings.filterwarnings("ignore", message=r"(?s).*'environment_factory'")
-    limits = recipe.limits
-    guard = ToolGuard(limits.tool_timeout_s, limits.tool_result_chars, show, limits.reward_failures)
-    return {**prompts.toolkit.arguments, "guard": guard}
+    return {**prompts.toolkit.arguments, "guard": ToolGuard(recipe.limits, show)}
 
 
 def _guard_environment_rewards(trainer: Any, recipe: Recipe, given: int, show: Show) -> None:

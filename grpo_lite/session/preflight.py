@@ -27,10 +27,11 @@ BUDGET_S = 90.0  # for sampling; the batch that is running is finished, and what
 def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
     wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
-    probes = wanted and not recipe.has_tools  # it samples single turns
-    if probes and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
+    if wanted and recipe.has_tools:
+        show("preflight: left out with tools, because it samples single turns")
+    elif wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
         show(f"preflight: left out with several processes; before: {hint('probe', recipe=recipe.name)}")
-    elif probes:  # before all other callbacks, whose clocks start with the training
+    elif wanted:  # before all other callbacks, whose clocks start with the training
         callback = Preflight(recipe, run, device, trainer, prompts, show)
         trainer.callback_handler.callbacks.insert(0, callback)
 

@@ -1,9 +1,10 @@
 """Play a recipe's environments without a model: what the gold policy, a random one and each cheat earn.
 
 The policies stand beside the environment's class, as functions of a row: `gold(row)` and `cheats(row)`
-(grpo_lite/environments/__init__.py says what they return). The random policy calls tools with values of the right
-types. An episode is also repeated, in a fresh instance and in one that has been used: training uses an instance for
-many episodes, and a killed run resumes exactly only where an episode depends on nothing but its row and its turns.
+(grpo_lite/environments/__init__.py says what they return). Three policies fit every environment: random calls with
+values of the right types, no call at all, and calls that fail. An episode is also repeated, in a fresh instance and in
+one that has been used: training uses an instance for many episodes, and a killed run resumes exactly only where an
+episode depends on nothing but its row and its turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from grpo_lite.task.prompts import load_prompts
 ROWS = 32  # of each environment
 REPEATED = 4  # rows whose episodes are repeated
 RANDOM_CALLS = 8
-GOLD, RANDOM = "gold", "random calls"
+GOLD, RANDOM, SILENT, BROKEN = "gold", "random calls", "no call at all", "calls that fail"
 _WORDS = ("apple", "crane", "1", "42", "2+2", "print(1)", "")
 
 
@@ -142,7 +143,9 @@ def _policies(
         policies[GOLD] = beside["gold"](row)
     if callable(beside.get("cheats")):
         policies |= beside["cheats"](row)
-    return policies | {RANDOM: _random_turns(factory, chance)}
+    names = [*tools_of(factory()), "reset", "get_reward", "no_such_tool"]
+    broken: list[Turn] = [[{"name": name, "arguments": {"no_such_argument": 1}} for name in names]]
+    return policies | {RANDOM: _random_turns(factory, chance), SILENT: ["I am done."], BROKEN: broken}
 
 
 def _random_turns(factory: Callable[[], Any], chance: random.Random) -> list[Turn]:

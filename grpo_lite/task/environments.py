@@ -35,12 +35,14 @@ class Toolkit:
         factories: environments by the name that a row's column `environment` gives; None for a single one.
         methods: the tools of each environment, bound to an instance that no episode uses.
         rewarding: the names of the environments that have `get_reward`.
+        instances: those that the methods are bound to.
     """
 
     tools: tuple[Callable[..., Any], ...]
     factories: dict[str | None, Callable[[], Any]]
     methods: dict[str | None, tuple[Callable[..., Any], ...]]
     rewarding: frozenset[str | None]
+    instances: dict[str | None, Any]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -80,10 +82,13 @@ def load_toolkit(recipe: Recipe) -> Toolkit | None:
     factories: dict[str | None, Callable[[], Any]] = {}
     methods: dict[str | None, tuple[Callable[..., Any], ...]] = {}
     rewarding = set()
+    instances: dict[str | None, Any] = {}
     for name, reference in named.items():
         where = "environment" if name is None else f"environment.{name}"
-        factories[name] = _environment(reference, where)
-        instance = make_environment(factories[name], f"{where}: {reference}")
+        # One class for one reference: a file that is read twice makes two of one name.
+        same = next((factories[other] for other in factories if named[other] == reference), None)
+        factories[name] = same or _environment(reference, where, name)
+        instances[name] = instance = make_environment(factories[name], f"{where}: {reference}")
         methods[name] = _methods(instance, f"{where}: {reference}", bool(tools))
         if "get_reward" in _functions(instance):
             rewarding.add(name)
@@ -97,25 +102,37 @@ def load_toolkit(recipe: Recipe) -> Toolkit | None:
     if unpaid and any(section.function == ENVIRONMENT_REWARD for section in scored):
         which = ", ".join(named[name] for name in unpaid)
         raise RewardError(f"eval: a score is {ENVIRONMENT_REWARD}, and {which} has none. Add the method.")
-    return Toolkit(tools, factories, methods, frozenset(rewarding))
+    _require_distinct_classes([type(instances[name]) for name in rewarding])
+    return Toolkit(tools, factories, methods, frozenset(rewarding), instances)
 
 
 def require_environment_columns(toolkit: Toolkit, rows: list[Row], where: str) -> None:
-    """Refuse rows that do not say which of several environments they use.
+    """Refuse rows that do not say which of several environments they use, or that its `reset` does not take.
 
     Raises:
-        RewardError: a row's column `environment` is missing or names none of them.
+        RewardError: a row's column `environment` is missing or names none of them, or `reset` needs another column or
+            does not take one.
     """
-    if None in toolkit.factories or not toolkit.factories:
+    if not toolkit.factories:
         return
-    allowed = ", ".join(map(str, toolkit.factories))
+    several, allowed = None not in toolkit.factories, ", ".join(map(str, toolkit.factories))
+    resets = {name: inspect.signature(made.reset) for name, made in toolkit.instances.items()}
     for index, row in enumerate(rows):
-        if row.get("environment") not in toolkit.factories:
+        if several and row.get("environment") not in toolkit.factories:
             given = repr(row["environment"]) if "environment" in row else "no such column"
             raise RewardError(
                 f"{where}: row {index}: environment: {given} is given; allowed: {allowed}. Give each row the name of "
                 "its environment, or name a single class under `environment`."
             )
+        name = toolkit.name_of(row)
+        try:
+            resets[name].bind(**{key: value for key, value in row.items() if not (several and key == "environment")})
+        except TypeError as error:
+            kind = type(toolkit.instances[name]).__name__
+            raise RewardError(
+                f"{where}: row {index}: {kind}.reset: {error}; the row has the columns {', '.join(row)}. Add the "
+                "column, or let reset take all others by **row."
+            ) from None
 
 
 def make_environment(factory: Callable[[], Any], where: str) -> Any:
@@ -196,10 +213,10 @@ def _reads_calls_as_qwen3(tokenizer: Any) -> bool:
     return False
 
 
-def _environment(reference: str, where: str) -> Callable[[], Any]:
+def _environment(reference: str, where: str, name: str | None) -> Callable[[], Any]:
     """Import an environment's class, or make that of a server or a taskset."""
     if reference.startswith(openenv.SCHEME):
-        return openenv.environment_at(reference.removeprefix(openenv.SCHEME))
+        return openenv.environment_at(reference.removeprefix(openenv.SCHEME), name)
     if reference.startswith(verifiers.SCHEME):
         return verifiers.environment_of(reference.removeprefix(verifiers.SCHEME))
     return _import(reference, where)
@@ -254,6 +271,16 @@ def _require_schema(tool: Callable[..., Any], where: str) -> None:
             f"{where}: transformers makes no schema of it: {reason}. A tool has a type hint for each argument, and a "
             "docstring with a line for the tool and an `Args:` line for each argument."
         ) from None
+
+
+def _require_distinct_classes(rewarding: list[type]) -> None:
+    """Refuse two classes of one name that pay: their rewards would be logged, and added up, under it."""
+    names = [kind.__name__ for kind in set(rewarding)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RewardError(
+            f"environment: two classes are called {', '.join(twice)}; their rewards are told apart by it. Rename one."
+        )
 
 
 def _require_distinct(tools: Any, where: str) -> None:

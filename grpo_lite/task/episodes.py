@@ -25,7 +25,7 @@ from grpo_lite.task.guard import TimeLimitExceeded, call_within
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import checked_reward
 from grpo_lite.task.tokens import tool_result_ids, without_markup
-from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+from grpo_lite.task.tool_guard import Budget, ToolFailure, ToolGuard
 
 Message = dict[str, Any]
 # Gets prompts as token ids and the most tokens to write; returns what was written, without the token that ended it.
@@ -60,6 +60,7 @@ class Episode:
     ended: Literal["answer", "turns", "length", "reset"] | None = None
     calls: int = 0
     failed_calls: int = 0
+    budgets: tuple[Budget, ...] = ()  # for the time of its tools
 
     @property
     def answer(self) -> str:
@@ -92,7 +93,7 @@ class Player:
             raise ValueError("the recipe has no tools")
         self.prompts, self.toolkit, self.limits = prompts, prompts.toolkit, recipe.limits
         self.most_turns: int | None = recipe.grpo.get("max_tool_calling_iterations")
-        self.guard = ToolGuard(recipe.limits.tool_timeout_s, recipe.limits.tool_result_chars, show)
+        self.guard = ToolGuard(recipe.limits, show)
         self._pool: dict[str | None, list[Any]] = {}
 
     def play(
@@ -115,6 +116,8 @@ class Player:
             watch: called with each message as it comes.
         """
         episodes = [self._begun(row, instance) for row, instance in zip(rows, self._instances(rows), strict=True)]
+        for episode, budgets in zip(episodes, self.guard.budgets(len(episodes)), strict=True):
+            episode.budgets = budgets
         active = [episode for episode in episodes if episode.ended is None]
         turn = 0
         while active:
@@ -226,7 +229,7 @@ class Player:
         tools = {tool.__name__: tool for tool in self.toolkit.tools}
         if episode.environment is not None:
             tools |= tools_of(episode.environment)
-        return {name: self.guard.wrap(tool) for name, tool in tools.items()}
+        return {name: self.guard.wrap(tool, episode.budgets) for name, tool in tools.items()}
 
     def _result_ids(self, results: list[Message]) -> list[int]:
         tokenizer, template = self.prompts.tokenizer, self.prompts.template_kwargs or {}

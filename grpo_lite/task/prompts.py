@@ -25,6 +25,8 @@ __all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", 
 
 _OPENED = re.compile(r"<(\w+)>\s*\Z")
 
+_LONG_EPISODE = 4096  # tokens; with turns of 30 tokens more than a hundred of them
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -119,6 +121,11 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     if recipe.eval.enabled and not held_out:
         raise DataError("data.eval: no held-out rows are left. " + " ".join(notes) + " Raise data.holdout.")
     if toolkit is not None:
+        if recipe.grpo.get("max_tool_calling_iterations") is None and recipe.max_completion_length > _LONG_EPISODE:
+            notes.append(
+                f"no limit of turns: a model that only calls goes on for {recipe.max_completion_length} tokens "
+                "(set grpo.max_tool_calling_iterations)"
+            )
         require_environment_columns(toolkit, train, "data.train")
         for name, rows in {"data.eval": held_out if recipe.eval.enabled else [], **also}.items():
             require_environment_columns(toolkit, rows, name)

@@ -11,11 +11,13 @@ import asyncio
 import functools
 import inspect
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.screen import Show
 from grpo_lite.task.guard import TimeLimitExceeded, call_within
 
@@ -28,41 +30,63 @@ class ToolFailure(Exception):
 
 
 @dataclass
+class Budget:
+    """Seconds that several calls may take together."""
+
+    limit: str  # the recipe's key
+    left_s: float
+
+
+@dataclass
 class ToolGuard:
     """Calls tools within limits.
 
     Attributes:
-        most_failures: rounds in a row of which most environments may fail to reset before the run stops; None: all.
         timeouts: calls that were over their time, of the whole run.
         hung: ids of the environments in which a call was over its time; they are not used again.
     """
 
-    timeout_s: float
-    result_chars: int
+    limits: LimitsSection
     show: Show
-    most_failures: int | None = None
     timeouts: int = 0
     hung: set[int] = field(default_factory=set)
     loop: asyncio.AbstractEventLoop | None = None  # runs async tools
     _shown: Counter[str] = field(default_factory=Counter)
 
-    def wrap(self, tool: Callable[..., Any]) -> Callable[..., str]:
+    def budgets(self, episodes: int) -> list[tuple[Budget, ...]]:
+        """Return what the tools of each episode of a round may take: their own time, and the time of the round."""
+        whole = Budget("limits.tool_round_timeout_s", self.limits.tool_round_timeout_s)
+        seconds = self.limits.tool_episode_timeout_s
+        return [(Budget("limits.tool_episode_timeout_s", seconds), whole) for _ in range(episodes)]
+
+    def wrap(self, tool: Callable[..., Any], budgets: Sequence[Budget]) -> Callable[..., str]:
         """Return the tool with its limits: text, or a ToolFailure. An async tool becomes a plain one."""
 
         @functools.wraps(tool)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            seconds, limit = self.limits.tool_timeout_s, ""
+            for budget in budgets:
+                if budget.left_s < seconds:
+                    seconds, limit = budget.left_s, budget.limit
+            start = time.monotonic()
             try:
-                result = self._within(functools.partial(tool, *args, **kwargs), _text)
-                return self._shortened(result, self.result_chars) if isinstance(result, str) else result
+                if seconds <= 0:
+                    raise ToolFailure(f"was not called: no time is left ({limit})")
+                result = self._within(functools.partial(tool, *args, **kwargs), seconds, _text)
+                longest = self.limits.tool_result_chars
+                return self._shortened(result, longest) if isinstance(result, str) else result
             except TimeLimitExceeded:
                 self.timeouts += 1
                 if (owner := getattr(tool, "__self__", None)) is not None:
                     self.hung.add(id(owner))
-                reason = f"took longer than {self.timeout_s:g} s"
+                reason = f"took longer than {seconds:.3g} s" + (f", what {limit} had left" if limit else "")
             except Exception as error:
                 reason = str(error) or type(error).__name__
             except SystemExit:
                 reason = "called exit"
+            finally:
+                for budget in budgets:
+                    budget.left_s -= time.monotonic() - start
             self._say(tool.__name__, reason)
             raise ToolFailure(self._shortened(reason, _LONGEST_ERROR))
 
@@ -75,10 +99,10 @@ class ToolGuard:
             ToolFailure: `reset` raised, hung or returned something else.
         """
         try:
-            observation = self._within(functools.partial(reset, **row))
+            observation = self._within(functools.partial(reset, **row), self.limits.tool_timeout_s)
         except TimeLimitExceeded:
             self.hung.add(id(environment))
-            reason = f"took longer than limits.tool_timeout_s = {self.timeout_s:g} s"
+            reason = f"took longer than limits.tool_timeout_s = {self.limits.tool_timeout_s:g} s"
         except (Exception, SystemExit) as error:
             reason = f"raised {type(error).__name__}: {error}"
         else:
@@ -106,10 +130,12 @@ class ToolGuard:
             future.cancel()
             raise TimeLimitExceeded from None
 
-    def _within(self, call: functools.partial[Any], convert: Callable[[Any], Any] = lambda result: result) -> Any:
+    def _within(
+        self, call: functools.partial[Any], seconds: float, convert: Callable[[Any], Any] = lambda result: result
+    ) -> Any:
         if inspect.iscoroutinefunction(call.func):
-            return convert(self.wait_for(call(), self.timeout_s))
-        return call_within(self.timeout_s, lambda: convert(call()))
+            return convert(self.wait_for(call(), seconds))
+        return call_within(seconds, lambda: convert(call()))
 
     def _say(self, name: str, reason: str) -> None:
         self._shown[name] += 1

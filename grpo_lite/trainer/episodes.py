@@ -58,9 +58,11 @@ class Episodes:
         if self.guard is None:
             return loop()
         wrap = self.guard.wrap
-        together = zip(trainer._sync_tool_dicts, trainer._async_tool_dicts, strict=True)
+        budgets = self.guard.budgets(len(trainer._sync_tool_dicts))
+        together = zip(trainer._sync_tool_dicts, trainer._async_tool_dicts, budgets, strict=True)
         trainer._sync_tool_dicts = [
-            {name: wrap(tool) for name, tool in {**plain, **awaited}.items()} for plain, awaited in together
+            {name: wrap(tool, times) for name, tool in {**plain, **awaited}.items()}
+            for plain, awaited, times in together
         ]
         trainer._async_tool_dicts = [{} for _ in trainer._sync_tool_dicts]
         before = self.guard.timeouts
@@ -85,8 +87,7 @@ class Episodes:
         environments = self.trainer.environments or ()
         failed = [row for row, environment in enumerate(environments) if id(environment) in self._failed]
         self._in_a_row = self._in_a_row + 1 if 2 * len(failed) > len(environments) else 0
-        limit = None if self.guard is None else self.guard.most_failures
-        if limit is not None and self._in_a_row >= limit:
+        if self.guard is not None and self._in_a_row >= self.guard.limits.reward_failures:
             raise RewardError(
                 f"{self._last_failure}. In {self._in_a_row} rounds in a row (limits.reward_failures) most of the "
                 f"{len(environments)} environments that play at once could not be reset, so the run stops; what was "

@@ -331,3 +331,30 @@ def test_search_refuses_a_file_without_passages(tmp_path: Path, name: str, conte
         (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=expected):
         Search().reset(corpus=str(tmp_path / name), answer="x")
+
+
+def test_nothing_of_this_process_s_environment_reaches_the_python_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_this_test")
+    environment = Python()
+    environment.reset(question="q", answer="a")
+    found = environment.run("import os\nprint(dict(os.environ))\nprint(open('/proc/self/environ').read())")
+    assert "hf_secret_of_this_test" not in found
+    assert "HF_TOKEN" not in environment.run("import os\nprint(list(os.environ))")
+
+
+@pytest.mark.parametrize(
+    ("answer", "query", "paid"),
+    [
+        ("7", "How many gates?", 1.0),
+        ("7", "7 gates", 0.0),
+        ("Mary Shelley", "shelley", 0.0),
+        ("old gate", "gates", 1.0),
+    ],
+)
+def test_a_search_for_the_answer_is_not_paid(tmp_path: Path, answer: str, query: str, paid: float) -> None:
+    corpus = tmp_path / "town.txt"
+    corpus.write_text("The town has 7 gates; the old gate is of stone.\n\nMary Shelley wrote there.\n\nHens lay eggs.")
+    search = Search()
+    search.reset(corpus=str(corpus), question="What of the town?", answer=answer)
+    search.search(query)
+    assert search.get_reward() == paid

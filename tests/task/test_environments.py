@@ -1,16 +1,19 @@
 """The recipe's tools and environments: what loads, and the one line for each thing that does not."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo_lite.errors import GRPOLiteError
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import LimitsSection, Recipe
 from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template
+from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+from tests.tool_model import tool_tokenizer
 
 SOURCE = '''
 def add(a: int, b: int) -> int:
@@ -45,6 +48,10 @@ class Unpaid:
     look = Env.look
 
 class WithoutReset:
+    look = Env.look
+
+class AsyncReset:
+    async def reset(self, **row): ...
     look = Env.look
 
 class WithoutMethods:
@@ -85,7 +92,7 @@ def test_tools_and_environments_load_as_trl_wants_them(file: str, monkeypatch: p
     assert toolkit.arguments["environment_factory"]().get_reward() == 1.0
     monkeypatch.syspath_prepend(str(Path(file).parent))
     sys.modules.pop("my_env", None)
-    several = load_toolkit(recipe(environment={"one": f"{file}:Env", "two": "my_env:Env"}))
+    several = load_toolkit(recipe(environment={"one": f"{file}:Env", "two": "my_env:Unpaid"}))
     assert isinstance(several, Toolkit)
     assert set(several.arguments["environment_factory"]) == {"one", "two"}
     assert [tool.__name__ for tool in several.offered({"environment": "two"})] == ["look"]
@@ -93,6 +100,48 @@ def test_tools_and_environments_load_as_trl_wants_them(file: str, monkeypatch: p
     with pytest.raises(GRPOLiteError, match=r"data.train: row 1: environment: 'three' is given; allowed: one, two"):
         require_environment_columns(several, [{"environment": "one"}, {"environment": "three"}], "data.train")
     assert load_toolkit(recipe()) is None
+
+
+def test_columns_that_reset_does_not_take_are_named_before_a_model_is_loaded(tmp_path: Path):
+    path = tmp_path / "narrow.py"
+    path.write_text(SOURCE.replace("def reset(self, **row)", "def reset(self, number, prompt)", 1))
+    toolkit = load_toolkit(recipe(environment=f"{path}:Env", rewards=[]))
+    assert toolkit is not None
+    require_environment_columns(toolkit, [{"number": 1, "prompt": []}], "data.train")
+    message = r"data.train: row 1: Env.reset: missing a required argument: 'number'; the row has the columns prompt\."
+    with pytest.raises(GRPOLiteError, match=message):
+        require_environment_columns(toolkit, [{"number": 1, "prompt": []}, {"prompt": []}], "data.train")
+    with pytest.raises(GRPOLiteError, match=r"unexpected keyword argument 'answer'.*or let reset take all others"):
+        require_environment_columns(toolkit, [{"number": 1, "prompt": [], "answer": "2"}], "data.train")
+
+
+def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path):
+    other = tmp_path / "other.py"
+    other.write_text(SOURCE)
+    with pytest.raises(GRPOLiteError, match="environment: two classes are called Env; their rewards are told apart"):
+        load_toolkit(recipe(environment={"one": f"{file}:Env", "two": f"{other}:Env"}))
+    assert load_toolkit(recipe(environment={"one": f"{file}:Env", "two": f"{file}:Env"}))
+
+
+@pytest.mark.parametrize(("limit", "noted"), [(None, True), (6, False)])
+def test_episodes_that_need_not_end_are_noted(file: str, tmp_path: Path, limit: int | None, noted: bool):
+    (tmp_path / "rows.jsonl").write_text('{"question": "Look."}\n' * 3)
+    grpo = {"max_tool_calling_iterations": limit, "max_completion_length": 8192}
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "prompt": "{question}", "answer": None, "holdout": 0}
+    prompts = load_prompts(recipe(environment=f"{file}:Env", grpo=grpo, data=data, eval={"enabled": False}))
+    assert any("no limit of turns: a model that only calls goes on for 8192" in n for n in prompts.notes) is noted
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_and_known_ones_are_named(monkeypatch: pytest.MonkeyPatch):
+    import trl.chat_template_utils as templates
+
+    def unknown(tokenizer: Any) -> str:
+        raise ValueError
+
+    monkeypatch.setattr(templates, "is_chat_template_prefix_preserving", lambda tokenizer: False)
+    monkeypatch.setattr(templates, "get_training_chat_template", unknown)
+    with pytest.raises(GRPOLiteError, match=r"of m rewrites earlier turns .* Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1"):
+        tool_template(tool_tokenizer(), "m")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +153,7 @@ def test_tools_and_environments_load_as_trl_wants_them(file: str, monkeypatch: p
         ({"tools": ["FILE:add", "FILE:add"]}, "two tools are called add"),
         ({"tools": ["nowhere.py:add"]}, r"tools\[0\]: 'nowhere.py' is given, but there is no such file"),
         ({"environment": "FILE:WithoutReset"}, "environment: .*WithoutReset: has no method `reset`"),
+        ({"environment": "FILE:AsyncReset"}, "`reset` is async; TRL calls it without awaiting it"),
         ({"environment": "FILE:WithoutMethods"}, "has no public method beside reset"),
         ({"environment": "FILE:Needy"}, "cannot be made without arguments: TypeError"),
         ({"environment": "FILE:Unpaid", "rewards": []}, r"rewards: \[\] is given, and .*Unpaid has no get_reward"),
@@ -136,7 +186,7 @@ def test_a_model_without_a_tool_template_is_refused():
 
 
 def test_a_guarded_tool_gives_text_or_a_failure():
-    guard = ToolGuard(0.2, 100, lambda line: None)
+    guard = ToolGuard(LimitsSection(tool_timeout_s=0.2, tool_result_chars=100), lambda line: None)
 
     async def later(text: str) -> str:
         return text
@@ -148,8 +198,32 @@ def test_a_guarded_tool_gives_text_or_a_failure():
         def __str__(self) -> str:
             raise ValueError("no")
 
-    assert guard.wrap(later)(text="a") == "a"
-    assert guard.wrap(huge)().endswith("[cut: 1000 characters, the first 100 shown]")
-    assert guard.wrap(dict)(a=1) == "{'a': 1}"
+    assert guard.wrap(later, ())(text="a") == "a"
+    assert guard.wrap(huge, ())().endswith("[cut: 1000 characters, the first 100 shown]")
+    assert guard.wrap(dict, ())(a=1) == "{'a': 1}"
     with pytest.raises(ToolFailure, match="no text"):
-        guard.wrap(Odd)()
+        guard.wrap(Odd, ())()
+
+
+def test_calls_share_the_time_of_their_episode_and_of_the_round():
+    limits = LimitsSection(tool_timeout_s=5, tool_episode_timeout_s=0.3, tool_round_timeout_s=0.5)
+    lines: list[str] = []
+    guard = ToolGuard(limits, lines.append)
+
+    def nap(seconds: float) -> str:
+        time.sleep(seconds)
+        return "awake"
+
+    first, second, third = (guard.wrap(nap, budgets) for budgets in guard.budgets(3))
+    assert first(seconds=0.01) == "awake"
+    with pytest.raises(ToolFailure, match=r"took longer than 0\.2\d* s, what limits.tool_episode_timeout_s had left"):
+        first(seconds=5)
+    with pytest.raises(ToolFailure, match=r"not called: no time is left \(limits.tool_episode_timeout_s\)"):
+        first(seconds=0)
+    with pytest.raises(ToolFailure, match=r"what limits.tool_round_timeout_s had left"):
+        second(seconds=5)
+    with pytest.raises(ToolFailure, match=r"not called: no time is left \(limits.tool_round_timeout_s\)"):
+        third(seconds=0)
+    assert guard.timeouts == 2
+    (again, *_) = (guard.wrap(nap, budgets) for budgets in guard.budgets(1))  # the next round
+    assert again(seconds=0) == "awake"
