@@ -96,6 +96,11 @@ def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
         yield "attention score by score, whose memory is in the square of the longest row"
     if any(block.experts for block, _ in job.shape.blocks):
         yield "experts in the compute dtype, neither quantized nor adapted"
+    if recipe.has_tools:
+        yield (
+            f"an episode is one completion: calls, results and answers within {job.completion} tokens; after the first "
+            "turn each holds its prompt itself, which is not counted"
+        )
     if recipe.model.backend == "unsloth":
         yield "our engine: how much the backend unsloth takes is not counted"
 

@@ -409,3 +409,35 @@ def test_a_further_set_has_its_rows_in_the_card(tmp_path: Path) -> None:
     scores = json.loads(run.scores_file.read_text())
     run.scores_file.write_text(json.dumps(scores | {"also": {"three | digits": scores}}))
     assert "| lenient, three \\| digits | 0.250 (" in card(run)[1]
+
+
+@pytest.mark.parametrize(
+    "what, serve",
+    [("merged", "--tool-call-parser hermes"), ("gguf", "llama-server --jinja"), ("adapter", "`tools=[…]`")],
+)
+def test_tools_are_named_with_how_they_are_served(run: RunDir, what: str, serve: str, tmp_path: Path) -> None:
+    own = "grpo_lite.environments.calculator:Calculator"
+    recipe = run.load_recipe().model_copy(update={"environment": own})
+    facts = dataclasses.replace(read_facts(run, ON_HUB), recipe=recipe)
+    body = model_card(facts, "me/sums", what)
+    section = body[body.index("## Tools") :].partition("\n## ")[0]
+    assert "tools of `grpo_lite.environments.calculator:Calculator`" in section
+    assert "- `calculate(expression)`: " in section
+    assert serve in section
+    assert "\n## Tools" not in card(run, what)[1]
+    gone = recipe.model_copy(update={"environment": f"{tmp_path}/gone.py:Env"})
+    body = model_card(dataclasses.replace(facts, recipe=gone), "me/sums", what)
+    assert "tools of `gone.py:Env`" in body
+    assert "their code is not on the machine that wrote this card" in body
+    assert str(tmp_path) not in body
+
+
+def test_episodes_are_said_to_be_what_was_scored(run: RunDir) -> None:
+    means = {"turns": 2.25, "calls": 1.5, "failed_calls": 0.25, "without_call": 0.0}
+    facts = read_facts(run, ON_HUB)
+    scores = {**facts.scores, "episodes": {"base": means, "trained": means}}
+    body = model_card(
+        dataclasses.replace(facts, scores=scores, merge={**facts.merge, "episodes": True}), "me/sums", "merged"
+    )
+    assert "the trained model took 2.2 turns and 1.5 calls on average, of which 0.2 failed." in body
+    assert "prompts of episodes, up to the first answer: top-1" in body

@@ -6,6 +6,7 @@ it was trained on.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,12 @@ from typing import Any
 import yaml
 
 from grpo_lite import PROJECT_URL
+from grpo_lite.errors import GRPOLiteError
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.provenance import starts_from
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.task.environments import load_toolkit
 from grpo_lite.units import duration, size
 
 # How the pushed model relates to its base, in the Hub's words. A GGUF of a trained model is a fine-tune too:
@@ -82,6 +85,7 @@ def model_card(facts: RunFacts, repo_id: str, what: str, doubts: Sequence[str] =
         _measured(facts),
         _other_tasks(facts),
         _use(facts, repo_id, what),
+        _tools(facts.recipe, repo_id, what),
         _training(facts),
         _not_measured(facts, what),
         _licence_text(base),
@@ -341,6 +345,47 @@ def _asked(recipe: Recipe) -> list[str]:
 
 def _code(text: str) -> str:
     return f"`{json.dumps(text, ensure_ascii=False)}`"
+
+
+def _tools(recipe: Recipe, repo_id: str, what: str) -> str:
+    """Return which tools the model was trained to call and how they are served; empty without tools."""
+    if not recipe.has_tools:
+        return ""
+    classes = recipe.environment if isinstance(recipe.environment, dict) else {None: recipe.environment}
+    named = [*recipe.tools, *(reference for reference in classes.values() if reference)]
+    sources = ", ".join(f"`{reference.rpartition('/')[2]}`" for reference in named)
+    most = recipe.grpo.get("max_tool_calling_iterations")
+    limit = f", in at most {most} turns with calls" if most else ""
+    serve = {
+        "gguf": "`llama-server --jinja -m FILE.gguf` reads its calls.",
+        "merged": f"`vllm serve {repo_id} --enable-auto-tool-choice --tool-call-parser hermes` reads its calls, where "
+        "they are written as by Qwen2.5 and Qwen3. Qwen3.5 needs the parser `qwen3_coder`, Llama 3 `llama3_json`.",
+        "adapter": "Load it onto its base, and give the schemas to the chat template as `tools=[…]`.",
+    }[what]
+    lines = ["## Tools", "", f"It was trained to call tools of {sources}{limit}:", "", *_tool_lines(recipe)]
+    lines += [
+        "",
+        f"Give it the same names, arguments and descriptions. {serve} The results of tools go back as messages ",
+    ]
+    lines[-1] += 'with `"role": "tool"`. A tool runs where you run it: a model\'s arguments are untrusted input.'
+    return "\n".join(lines) + "\n"
+
+
+def _tool_lines(recipe: Recipe) -> list[str]:
+    """Return a line for each tool, or one that says why its code cannot be read here."""
+    try:
+        toolkit = load_toolkit(recipe)
+    except GRPOLiteError as error:
+        return [f"- their code is not on the machine that wrote this card ({str(error).partition(':')[0]})"]
+    assert toolkit is not None
+    tools = {tool.__name__: tool for tool in toolkit.tools}
+    for methods in toolkit.methods.values():
+        tools |= {method.__name__: method for method in methods}
+    lines = []
+    for name, tool in tools.items():
+        first = (inspect.getdoc(tool) or " ").splitlines()[0]
+        lines.append(f"- `{name}({', '.join(inspect.signature(tool).parameters)})`: {_cell(first)}")
+    return lines
 
 
 def _training(facts: RunFacts) -> str:
