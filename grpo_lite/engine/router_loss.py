@@ -8,28 +8,43 @@ the others', which are constants.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )  # of all families: trl/trainer/utils.py
 
+logger = logging.getLogger(__name__)
+
 RouterLogits = tuple[Tensor, ...]  # (T, experts) of each layer
 
 
-def has_experts(config: Any) -> bool:
-    """Return whether a model routes tokens, and let TRL find how many experts there are.
+def has_router_loss(model: PreTrainedModel) -> bool:
+    """Return whether a model routes tokens and hands its router's logits out, and let TRL find the number of experts.
 
     Granite 4 has a router's settings whether it has experts or not, and calls their number `num_local_experts`: TRL
-    1.16 asks for `num_experts` and fails.
+    1.16 asks for `num_experts` and fails. With transformers 5.17 it hands no logits out, and TRL 1.14 fails on that.
     """
+    config: Any = model.config.get_text_config()
     count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if count and getattr(config, "num_experts", None) is None:
+    if not count:
+        return False
+    if getattr(config, "num_experts", None) is None:
         config.num_experts = count
-    return bool(count)
+    recorded = getattr(model.base_model, "_can_record_outputs", None) or {"router_logits"}
+    if "router_logits" not in recorded:
+        logger.warning(
+            "No router loss is added: transformers %s does not return the router logits of %s.",
+            transformers.__version__,
+            type(model).__name__,
+        )
+    return "router_logits" in recorded
 
 
 class RouterLoss:

@@ -18,7 +18,8 @@ from transformers import TrainerState
 from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
-from grpo_lite.engine.router_loss import has_experts
+from grpo_lite.engine.router_loss import has_router_loss
+from grpo_lite.engine.score import base_model
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.episodes import Episodes
 from grpo_lite.trainer.finite import Faults, LossScale
@@ -57,7 +58,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.aux_loss_enabled &= has_experts(self.model.config.get_text_config())
+        if self.aux_loss_enabled:
+            self.aux_loss_enabled &= has_router_loss(base_model(self.model))
         self.options = options or EngineOptions()
         self.journal = Journal(self)
         self.peers = Peers(self)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -22,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.packing import pack, plan_microbatches, read_padded_batch, token_weights, unpack
-from grpo_lite.engine.router_loss import RouterLoss, has_experts
+from grpo_lite.engine.router_loss import RouterLoss, has_router_loss
 from grpo_lite.engine.score import Scoring, score, self_check
 
 VOCABULARY = 96
@@ -62,8 +63,6 @@ def build(config_class: str, model_class: str, dtype: torch.dtype = torch.float6
         dtype: of all weights.
         settings: of the configuration, over `SIZES`; None leaves a size out.
     """
-    import transformers
-
     chosen = {name: value for name, value in (SIZES | settings).items() if value is not None}
     config = getattr(transformers, config_class)(**chosen)
     config._experts_implementation = "eager"  # grouped_mm multiplies no float64
@@ -250,7 +249,8 @@ def check_router_loss(model: Any, budget: int | None = 30) -> None:
     assert batch is not None
     microbatches = plan_microbatches(batch, range(len(ids)), budget, every_prompt=True)
     assert (len(microbatches) > 1) == (budget is not None)
-    assert has_experts(model.config)
+    if not has_router_loss(model):
+        pytest.skip(f"transformers {transformers.__version__} does not return its router logits")
     parameters = dict(model.named_parameters())
 
     def differentiate(loss: Tensor) -> dict[str, Tensor]:

@@ -115,7 +115,8 @@ def test_granite_4_trains_whether_it_has_experts_or_not(experts: int, tmp_path: 
     for options in (EngineOptions(), EngineOptions(compute="plain")):
         model = tiny_model("granite4", num_local_experts=experts)
         trainer, gradients = train_fixed(PackedGRPOTrainer, model, tiny_args(tmp_path), options=options)
-        assert ("aux_loss" in trainer.state.log_history[0]) == (experts > 0)
+        has_logits = "router_logits" in type(model.base_model)._can_record_outputs  # not with transformers 5.17
+        assert ("aux_loss" in trainer.state.log_history[0]) == (experts > 0 and has_logits)
         found.append(gradients.steps[0])
     assert relative_difference(*found) < 1e-4
 
