@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from grpo_lite.commands import hint
 from grpo_lite.engine.generate import generate_completions
-from grpo_lite.evaluation.scoring import call_reward, score_completions
+from grpo_lite.evaluation.episodes import play_with
+from grpo_lite.evaluation.scoring import Completions, call_reward, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
@@ -24,15 +26,17 @@ from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.rewards import format_reward
 from grpo_lite.rewards.facts import named
+from grpo_lite.task.episodes import Episode, Player
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of
-from grpo_lite.task.rewards import load_rewards, weighted_sum
+from grpo_lite.task.rewards import load_rewards, weighted_scores, weighted_sum
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import duration
 
 PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
 CAN_LEARN = "it can learn: rewards differ inside the groups, and completions end before the cap"
+_UNJUDGED = "no probed episode can be judged: `reset` fails, or no score is given"
 OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
 
 
@@ -58,6 +62,8 @@ class Probe:
     notes: tuple[str, ...] = field(default=())
     verdict: str = ""
     skipped: tuple[str, ...] = ()  # what the time limit left out
+    calls: float | None = None  # of tools, an episode; None: the recipe has no tools
+    failed_calls: float = 0.0  # share of the calls
 
     @property
     def eta_s(self) -> float:
@@ -71,7 +77,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Samples:
-    """Prompts and what the model wrote: `samples` completions each, and the seconds of it."""
+    """Prompts and what the model wrote: `samples` completions each, or episodes, and the seconds of it."""
 
     rows: list[Row]  # one per completion
     ids: list[list[int]]  # of each prompt
@@ -79,10 +85,18 @@ class _Samples:
     seconds: float
     round_s: float  # of one round of training's generation
     skipped: tuple[str, ...] = ()
+    episodes: tuple[Episode, ...] = ()  # with tools: what each completion is
+    player: Player | None = None
 
     @property
-    def completions(self) -> list[list[int]]:
-        return [completion for group in self.groups for completion in group]
+    def completions(self) -> Completions:
+        return list(self.episodes) or [completion for group in self.groups for completion in group]
+
+    def lengths(self, cap: int) -> list[int]:
+        """Return the tokens of each completion; an episode without room for a tool's result counts as the cap."""
+        ids = (completion for group in self.groups for completion in group)
+        ends = [episode.ended == "length" for episode in self.episodes] or [False] * len(self.rows)
+        return [cap if cut else len(tokens) for tokens, cut in zip(ids, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -119,15 +133,16 @@ def probe_recipe(
     """
     samples = samples or max(SAMPLES, recipe.num_generations)
     rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
-    sampled = _sample(recipe, model, tokenizer, rows, samples, limit_s, show)
-    completions = sampled.completions
-    right, _ = score_completions(tokenizer, recipe, sampled.rows, completions)
+    sampled = _sample(recipe, model, tokenizer, prompts, rows, samples, limit_s, show)
+    right, _ = score_completions(tokenizer, recipe, sampled.rows, sampled.completions, sampled.player)
     judged = [right[i : i + samples] for i in range(0, len(right), samples)]
     counts = [sum(bool(r) for r in group) for group in judged if None not in group]
     scores = _score(recipe, tokenizer, sampled, prompts.lead_in)
     equal = statistics.fmean(_equal(scores.totals, samples, min(recipe.num_generations, samples)))
     forward_s = forward_seconds(recipe, model, tokenizer, sampled.ids, sampled.groups)
-    lengths, cap = [len(completion) for completion in completions], recipe.max_completion_length
+    cap = recipe.max_completion_length
+    lengths = sampled.lengths(cap)
+    calls = sum(episode.calls for episode in sampled.episodes)
     caps = sorted({max(1, cap // 4), max(1, cap // 2), cap})
     known = [total for total in scores.totals if total is not None]
     probe = Probe(
@@ -145,9 +160,11 @@ def probe_recipe(
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
         step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
         steps=recipe.schedule.steps(len(prompts.train)),
-        evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(completions),
-        notes=() if counts else ("no probed prompt has a usable gold answer",),
+        evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(lengths),
+        notes=() if counts else (_UNJUDGED if sampled.episodes else "no probed prompt has a usable gold answer",),
         skipped=sampled.skipped,
+        calls=calls / len(sampled.episodes) if sampled.episodes else None,
+        failed_calls=sum(episode.failed_calls for episode in sampled.episodes) / max(1, calls),
     )
     return replace(probe, verdict=verdict(probe, recipe))
 
@@ -156,12 +173,15 @@ def _sample(
     recipe: Recipe,
     model: Any,
     tokenizer: Any,
+    prompts: Prompts,
     rows: list[Row],
     samples: int,
     limit_s: float | None,
     show: Callable[[str], None],
 ) -> _Samples:
     """Generate `samples` completions of each row's prompt, and time one round as training generates it."""
+    if prompts.toolkit is not None:
+        return _sample_episodes(recipe, model, tokenizer, prompts, rows, samples, limit_s, show)
     ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
     generate = partial(
         generate_completions,
@@ -202,6 +222,48 @@ def _sample(
     return _Samples(repeated, ids, groups, sampled_s, round_s, tuple(skipped))
 
 
+def _sample_episodes(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    rows: list[Row],
+    samples: int,
+    limit_s: float | None,
+    show: Callable[[str], None],
+) -> _Samples:
+    """Play `samples` episodes of each row, with environments of their own, as all are scored at the end."""
+    size = max(1, recipe.eval.batch_size // samples)
+    begun, prompt_s = time.monotonic(), 0.0
+    episodes: list[Episode] = []
+    done = 0
+    while part := rows[done : done + size]:
+        if limit_s is not None and done and time.monotonic() - begun + prompt_s * len(part) > limit_s:
+            break
+        part_begun = time.monotonic()
+        episodes += play_with(
+            model,
+            tokenizer,
+            recipe,
+            Player(prompts, recipe, show),
+            [row for row in part for _ in range(samples)],
+            recipe.max_completion_length,
+            temperature=float(recipe.grpo.get("temperature", 1.0)),
+            seed=recipe.seed + done,
+        )
+        done += len(part)
+        prompt_s = (time.monotonic() - part_begun) / len(part)
+        _show_progress(show, 0, len(rows), done, done)
+    skipped = (f"{len(rows) - done} of {len(rows)} prompts",) if done < len(rows) else ()
+    groups = [[episode.ids for episode in episodes[i * samples : (i + 1) * samples]] for i in range(done)]
+    ids = [episodes[i * samples].prompt_ids for i in range(done)]
+    repeated = [episode.row for episode in episodes]
+    sampled_s = time.monotonic() - begun
+    round_s = prompt_s * recipe.schedule.batch / samples
+    player = Player(prompts, recipe, show)
+    return _Samples(repeated, ids, groups, sampled_s, round_s, skipped, tuple(episodes), player)
+
+
 def _show_progress(show: Callable[[str], None], before: int, count: int, done: int, part: int) -> None:
     show(f"probe: {before + done}/{count} prompts sampled")
 
@@ -226,7 +288,14 @@ def _score(recipe: Recipe, tokenizer: Any, sampled: _Samples, lead_in: str) -> _
             values = call_reward(function, tokenizer, recipe, sampled.rows, completions)
             formats = [value is not None and value >= 1.0 for value in values]
     begun = time.monotonic()
-    totals = call_reward(weighted_sum(functions, weights), tokenizer, recipe, sampled.rows, completions)
+    if sampled.player is None:
+        totals = call_reward(weighted_sum(functions, weights), tokenizer, recipe, sampled.rows, completions)
+    else:
+        parts = [call_reward(function, tokenizer, recipe, sampled.rows, completions) for function in functions]
+        paid = sampled.player.rewards(sampled.episodes)
+        if not functions or any(reward is not None for reward in paid):
+            parts, weights = [*parts, paid], [*weights, 1.0]
+        totals = weighted_scores(parts, weights)
     return _Scores(totals, formats, time.monotonic() - begun)
 
 
@@ -263,6 +332,8 @@ def verdict(probe: Probe, recipe: Recipe) -> str:
             f"the chat template opens <{probe.opened}> itself and no completion gets a reward: a reward that looks for "
             "that tag never finds it; give the reward an argument `prefilled`, which is then True"
         )
+    if probe.notes == (_UNJUDGED,):
+        return f"{_UNJUDGED}; play the environment without a model: {hint('check-env', recipe=recipe.name)}"
     if probe.notes:
         return f"{probe.notes[0]}, so no completion gets a reward; correct data.answer or data.gold_completion"
     cut = probe.truncated[probe.cap]
@@ -270,6 +341,17 @@ def verdict(probe: Probe, recipe: Recipe) -> str:
         return (
             f"the cap is too short: {cut:.0%} of the completions are cut off at {probe.cap} tokens; "
             f"paste: {twice_the_cap(recipe)}"
+        )
+    if probe.calls == 0 and probe.pass_at_1 < 0.9:
+        return (
+            f"no tool is called in {probe.prompts * probe.samples} episodes, so there is no call to strengthen: say in "
+            "data.system when to call which tool, show whole episodes in a warm-up, or take a model that was trained "
+            "with tools"
+        )
+    if probe.failed_calls >= 0.9:
+        return (
+            f"{probe.failed_calls:.0%} of the calls fail; look at the names, types and docstrings that the model "
+            f"reads: {hint('check', recipe=recipe.name)}"
         )
     if probe.pass_at_k == 0 and probe.equal_groups >= 0.9:
         return (
@@ -298,6 +380,8 @@ def probe_lines(probe: Probe) -> Iterator[str]:
     yield f"  groups with equal rewards {probe.equal_groups:.0%}"
     cuts = ", ".join(f"{share:.0%} at {limit}" for limit, share in probe.truncated.items())
     yield f"  completions that reach a cap: {cuts} tokens"
+    if probe.calls is not None:
+        yield f"  calls an episode {probe.calls:.1f}, {probe.failed_calls:.0%} of them failed"
     if probe.format_rate is not None:
         yield f"  in the agreed format {probe.format_rate:.0%}"
     yield (

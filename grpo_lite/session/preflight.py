@@ -27,9 +27,7 @@ BUDGET_S = 90.0  # for sampling; the batch that is running is finished, and what
 def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, prompts: Prompts, show: Show) -> None:
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
     wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
-    if wanted and recipe.has_tools:
-        show("preflight: left out with tools, because it samples single turns")
-    elif wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
+    if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
         show(f"preflight: left out with several processes; before: {hint('probe', recipe=recipe.name)}")
     elif wanted:  # before all other callbacks, whose clocks start with the training
         callback = Preflight(recipe, run, device, trainer, prompts, show)

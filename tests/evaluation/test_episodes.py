@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_lite.errors import EvaluationError, RewardError
 from grpo_lite.evaluation import episodes as episodes_module
 from grpo_lite.evaluation.evaluate import compare, score_model
+from grpo_lite.evaluation.probe import probe_lines, probe_recipe
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.scores import table_rows
@@ -206,3 +207,40 @@ def test_the_same_seed_gives_the_same_episodes_and_leaves_the_caller_s_randomnes
     assert torch.equal(torch.random.get_rng_state(), state[1])
     assert sum(record["calls"] for record in first) > 0
     assert score_model(base, prompts.tokenizer, recipe, prompts.eval, lambda line: None, "base", player) == first
+
+
+@pytest.mark.parametrize("kind", ["calls", "never calls"])
+def test_the_probe_plays_episodes_and_says_whether_tools_are_called(kind: str, tmp_path: Path):
+    write_tool_model(tmp_path)
+    recipe = Recipe.model_validate(
+        {
+            "name": "r", "description": "d", "least_gpu": "none", "model": {"id": str(tmp_path)}, "rewards": [],
+            "data": {
+                "train": {"path": str(tmp_path / "rows.jsonl")}, "prompt": "{question}", "answer": None, "holdout": 3,
+            },
+            "environment": "tests.tool_model.Ledger", "eval": {"batch_size": 8},
+            "grpo": {
+                "max_tool_calling_iterations": 2, "max_completion_length": 150, "num_generations": 4,
+                "per_device_train_batch_size": 8,
+            },
+        }
+    )  # fmt: skip
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.padding_side = "left"
+    if kind == "never calls":
+        begins = tokenizer.convert_tokens_to_ids(call("add", number=1))
+        with torch.no_grad():
+            base.lm_head.weight[begins - 1 : begins + 4, 0] = -20.0
+    prompts = load_prompts(recipe, tokenizer)
+    probe = probe_recipe(recipe, base, tokenizer, prompts, count=2, samples=4)
+    lines = list(probe_lines(probe))
+    assert (probe.prompts, probe.samples) == (2, 4)
+    assert probe.step_s > 0
+    assert 0 < probe.rewarded < 1  # Ledger pays by its total, which begins above 0
+    if kind == "calls":
+        assert probe.calls is not None
+        assert probe.calls > 0
+        assert f"  calls an episode {probe.calls:.1f}, {probe.failed_calls:.0%} of them failed" in lines
+    else:
+        assert probe.calls == 0
+        assert "no tool is called in 8 episodes" in lines[-1]

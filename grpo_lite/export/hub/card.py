@@ -363,11 +363,9 @@ def _tools(recipe: Recipe, repo_id: str, what: str) -> str:
         "adapter": "Load it onto its base, and give the schemas to the chat template as `tools=[…]`.",
     }[what]
     lines = ["## Tools", "", f"It was trained to call tools of {sources}{limit}:", "", *_tool_lines(recipe)]
-    lines += [
-        "",
-        f"Give it the same names, arguments and descriptions. {serve} The results of tools go back as messages ",
-    ]
-    lines[-1] += 'with `"role": "tool"`. A tool runs where you run it: a model\'s arguments are untrusted input.'
+    results = 'Results go back as messages with `"role": "tool"`.'
+    lines += ["", f"Give it the same names, arguments and descriptions. {serve} {results}"]
+    lines[-1] += " A tool runs where you run it, and its arguments are the model's words: do not trust them."
     return "\n".join(lines) + "\n"
 
 
