@@ -11,10 +11,10 @@ CLI    := $(VENV)/bin/grpo-lite
 LAUNCH := $(VENV)/bin/accelerate launch --config_file launch/ddp.yaml --num_processes $(GPUS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards check-env report compare watch ui reproduce doctor test test-slow test-all test-newest test-oldest lint clean
+.PHONY: help setup setup-dev plan backends probe train warmup eval merge export push verify chat recipes show check check-rewards check-env report compare watch ui reproduce reproduce-anchor doctor test test-slow test-all test-newest test-oldest lint clean
 
 help:  ## Print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: RECIPE=%s  RUN=%s  ARGS="grpo.max_steps=50 data.train.path=my.jsonl"  VENV=%s\n' "$(RECIPE)" "$(RUN)" "$(VENV)"
 
 setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Install everything a run needs into .venv (other targets do it if needed); adds Unsloth if there is an NVIDIA driver, unless BACKEND=hf
@@ -83,6 +83,9 @@ ui: $(VENV)/.ready-ui  ## Serve a local page over runs/: live curves and complet
 
 reproduce: $(VENV)/.ready  ## Run RUN's recipe again and compare the results (ARGS=--dry-run only lists what differs)
 	@$(CLI) reproduce "$(RUN)" $(ARGS)
+
+reproduce-anchor: $(VENV)/.ready  ## Train RECIPE=anchors/… and say in one line whether it is inside the published band
+	@$(CLI) reproduce-anchor "$(RECIPE)" --run "$(RUN)" $(ARGS)
 
 doctor: $(VENV)/.ready  ## Diagnose RUN and say what to change; without RUN, describe this machine
 	@$(CLI) doctor $(if $(filter command line environment,$(origin RUN)),"$(RUN)")

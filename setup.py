@@ -23,8 +23,10 @@ class BuildWithRecipes(build_py):
         target = Path(self.build_lib, "grpo_lite", "recipes")
         shutil.rmtree(target, ignore_errors=True)  # an earlier build's, with recipes that are gone
         target.mkdir(parents=True)
-        for file in [*RECIPES.glob("*.yaml"), RECIPES / "schema.json"]:
-            shutil.copyfile(file, target / file.name)
+        for file in [*RECIPES.glob("**/*.yaml"), RECIPES / "schema.json"]:
+            copy = target / file.relative_to(RECIPES)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 setup(

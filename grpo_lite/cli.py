@@ -291,6 +291,7 @@ def plan(
     recipe: str | None, overrides: tuple[str, ...], gpu: str | None, prompt_tokens: int | None, all_gpus: bool
 ) -> None:
     """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing."""
+    from grpo_lite.evaluation.statistics import power_line
     from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
     from grpo_lite.models.device import find_card
     from grpo_lite.recipe.load import load_all, load_recipe
@@ -303,6 +304,8 @@ def plan(
     card = find_card(gpu) if gpu else _this_card()
     memory = plan_recipe(loaded, card, prompt_tokens)
     click.echo("\n".join(report_lines(loaded, card, memory)))
+    if loaded.eval.enabled and loaded.eval.limit:  # without a limit the number of rows is known to `probe`
+        click.echo(power_line(loaded.eval.limit))
     if not memory.fits:
         sys.exit(1)
 
@@ -331,6 +334,7 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
 
     loaded = load_recipe(recipe, overrides)
     from grpo_lite.evaluation.probe import probe_lines, probe_recipe
+    from grpo_lite.evaluation.statistics import power_line
     from grpo_lite.memory.report import keep_times
     from grpo_lite.models.base import Base
     from grpo_lite.models.driver import usable_device
@@ -343,6 +347,8 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     result = probe_recipe(loaded, model, rows.tokenizer, rows, count=prompts, samples=samples)
     keep_times(loaded, base.device.name, result.to_json())
     click.echo("\n".join(probe_lines(result)))
+    if loaded.eval.enabled and rows.eval:
+        click.echo(power_line(min(len(rows.eval), loaded.eval.limit or len(rows.eval))))
 
 
 @main.command()
@@ -391,6 +397,30 @@ def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: 
 def warmup(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Run the warm-up of a recipe and stop before GRPO. `train` on the same run continues."""
     _train(recipe, overrides, run_path, plain, warmup_only=True)
+
+
+@main.command("reproduce-anchor")
+@recipe_argument
+@_new_run_option
+@_plain_option
+def reproduce_anchor(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
+    """Train a recipe that has `expected:`, and say in one line whether the result is inside the band. Resumes."""
+    from grpo_lite.recipe.find import anchor_names
+    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.report.evidence import read_evidence
+    from grpo_lite.report.expected import standing_line
+
+    loaded = load_recipe(recipe, overrides)
+    if loaded.expected is None:
+        having = anchor_names()
+        raise RecipeError(
+            f"{loaded.name}: has no section `expected:`, so there is no band. These have one: {', '.join(having)}."
+        )
+    run = _run_dir(run_path or f"runs/{loaded.name}")
+    if not run.read_run().get("finished_at"):
+        _train(recipe, overrides, str(run.path), plain)
+    line = standing_line(read_evidence(run))
+    say(f"{loaded.name}: {line or 'no value to compare: the run logged too few steps, or has no score'}")
 
 
 def _train(
@@ -676,13 +706,17 @@ def doctor(run_path: str | None) -> None:
         return _describe_machine()
     from grpo_lite.report.doctor import examine, nothing_found
     from grpo_lite.report.evidence import read_evidence
+    from grpo_lite.report.expected import standing_line
 
     run = _run_dir(run_path)
     findings = examine(run)
     for finding in findings:
         say(finding.line())
+    evidence = read_evidence(run)
     if not findings:
-        say(f"doctor: {run_path}: {nothing_found(read_evidence(run))}")
+        say(f"doctor: {run_path}: {nothing_found(evidence)}")
+    if (line := standing_line(evidence)) and not any(finding.key == "below_expected" for finding in findings):
+        say(f"doctor: {line}")
 
 
 def _describe_machine() -> None:

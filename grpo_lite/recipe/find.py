@@ -16,6 +16,7 @@ from grpo_lite.recipe.checks import nearest
 
 logger = logging.getLogger(__name__)
 
+ANCHORS = "anchors"  # folder of the recipes that stand beside a published result
 LOCAL = Path("recipes")  # in the current directory
 
 
@@ -30,7 +31,7 @@ def find_recipe(name_or_path: str) -> Path:
         if path.is_file():
             return path
         raise RecipeError(f"recipe {name_or_path}: no such file. {_what_there_is()}")
-    if re.fullmatch(r"[\w.-]+", name_or_path):
+    if re.fullmatch(rf"({ANCHORS}/)?[\w.-]+", name_or_path):
         local, shipped = LOCAL / f"{name_or_path}.yaml", shipped_dir() / f"{name_or_path}.yaml"
         if local.is_file():
             if shipped.is_file() and local.read_bytes() != shipped.read_bytes():
@@ -38,15 +39,20 @@ def find_recipe(name_or_path: str) -> Path:
             return local
         if shipped.is_file():
             return shipped
+    guess = nearest(name_or_path, [*recipe_names(), *anchor_names()])
     raise RecipeError(
-        f"recipe {name_or_path!r}: unknown{nearest(name_or_path, recipe_names())}. {_what_there_is()} "
-        "Your own: give the path of a .yaml file."
+        f"recipe {name_or_path!r}: unknown{guess}. {_what_there_is()} Your own: give the path of a .yaml file."
     )
 
 
 def recipe_names() -> list[str]:
     """Return the names of all recipes, shipped and in ./recipes, sorted."""
     return sorted({*_names(shipped_dir()), *_names(LOCAL)})
+
+
+def anchor_names() -> list[str]:
+    """Return the names of the shipped recipes that stand beside a published result, as `anchors/NAME`."""
+    return [f"{ANCHORS}/{name}" for name in _names(shipped_dir() / ANCHORS)]
 
 
 @cache

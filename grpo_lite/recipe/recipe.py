@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from grpo_lite.recipe.algorithms import Word
+from grpo_lite.recipe.expected import Expected
 from grpo_lite.recipe.schedule import Schedule
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -386,6 +387,9 @@ class Recipe(_Section):
         None,
         min_length=1,
         description="Keep checkpoints there too: `user/name` (a private bucket on the Hub) or a folder's path.",
+    )
+    expected: Expected | None = Field(
+        None, description="A measured result of this recipe, drawn as a band; `doctor` says whether a run is inside."
     )
     merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
 

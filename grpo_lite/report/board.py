@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.evidence import Finding
+from grpo_lite.report.evidence import Evidence, Finding
+from grpo_lite.report.expected import band_text, standing
 from grpo_lite.screen import printable
 from grpo_lite.units import duration, size, time_left, whole_seconds
 
@@ -112,6 +113,7 @@ class Board(Progress):
             "no reward"  # none of the step's groups could be scored
             if last["reward"] is None
             else f"reward {last['reward']:.3f} ± {last.get('reward_std') or 0.0:.3f}",
+            band_text(Evidence(self.recipe, self.steps)) or "",
             *(f"{name} {value:.3f}" for name, value in parts if len(parts) > 1 and value is not None),
             f"held-out {held:.1%}" if held is not None else "",
             f"length {last.get('completions/mean_length') or 0.0:.0f} tokens",
@@ -141,6 +143,9 @@ class Board(Progress):
         if len(self.recipe.rewards) > 1:
             names += [(name, f"rewards/{name}/mean") for name in self.recipe.reward_names]
         rows = [(name, f"{v[-1]:.3f}", sparkline(v)) for name, key in names if (v := self.series(key))]
+        if found := standing(Evidence(self.recipe, self.steps)):
+            where = "below" if found.below else "above" if found.above else "inside"
+            rows.append(("expected", f"{found.low:.2f} to {found.high:.2f}", where))
         if held := self.series("heldout/lenient"):
             rows.append(("held-out", f"{held[-1]:.1%}", sparkline(held)))
         if lengths := self.series("completions/mean_length"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.report.evidence import Evidence
+from grpo_lite.report.expected import measured
 from grpo_lite.report.scores import columns_of, distinct_scores, gain_text, own_gain
 
 # Every colour of a chart. On a page each becomes a CSS variable, so that it follows the reader's light or dark scheme.
@@ -75,11 +76,42 @@ def charts(e: Evidence) -> list[Chart]:
         Chart("memory", "Peak memory", "GiB so far", [_line(e, "memory/peak_gib", "")]),
     ]
     result = []
-    for chart in candidates:
+    for chart in [*candidates, *_score_chart(e)]:
         lines = [line for line in chart.lines if len(line.y) >= 2]
         if lines:
+            lines += _expected_band(e, chart.key, lines[0].x[-1])
             result.append(Chart(chart.key, chart.title, chart.note, lines, chart.top))
     return result
+
+
+def _expected_band(e: Evidence, key: str, last: float) -> list[Line]:
+    """Return the band of the recipe's `expected:` for the chart that shows its metric, up to the run's last step."""
+    expected = e.recipe.expected
+    if expected is None or key != _chart_of(e, expected.metric):
+        return []
+    steps = sorted({*(float(step) for step, _, _ in expected.points if step <= last or expected.of_scores), last})
+    bands = [(step, band) for step in steps if (band := expected.band_at(int(step))) is not None]
+    low, high = [band[0] for _, band in bands], [band[1] for _, band in bands]
+    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    return [Line("expected", [step for step, _ in bands], middle, low, high, slot=len(COLOURS) + 4)] if bands else []
+
+
+def _chart_of(e: Evidence, metric: str) -> str:
+    if metric.startswith("rewards/"):
+        return "parts" if len(e.parts) > 1 else "reward"
+    return "heldout" if metric.startswith("heldout/") else "score" if metric.startswith("score/") else "reward"
+
+
+def _score_chart(e: Evidence) -> list[Chart]:
+    """Return the chart of a published score: the run's own before and after, where the recipe expects one."""
+    expected = e.recipe.expected
+    if expected is None or not expected.of_scores:
+        return []
+    values = measured(e, expected)
+    steps, rates, margins = [v[0] for v in values], [v[1] for v in values], [v[2] for v in values]
+    low, high = ([r + sign * m for r, m in zip(rates, margins, strict=True)] for sign in (-1, 1))
+    line = Line("base, trained", steps, rates, list(low), list(high))
+    return [Chart("score", "Score against the published one", "greedy, on held-out prompts", [line], 1.0)]
 
 
 def _points(records: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[float, ...]]:

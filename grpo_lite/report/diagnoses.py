@@ -17,7 +17,8 @@ from grpo_lite.report import episodes
 from grpo_lite.report.evidence import FEWEST, FLAT, Evidence, Finding, mean_of
 from grpo_lite.report.warmup import fewer_steps, solved_at_start, warmup_collapse
 
-_LOW_LORA_LR = 5e-6
+_LOW_LORA_STEP = 4e-6  # learning rate x alpha / r: Tina learns with 1e-6 and 128 / 32 (arXiv:2504.15777)
+_LEAST_ADVISED_STEP = 1e-5  # of the same: 5e-6 with 32 / 16
 _LEAST_CLIP, _TRL_CLIP = 0.01, 1.0  # bounds of the advised grpo.max_grad_norm: the upper one is TRL's default
 _PENALTIES = ("penalty", "punishment")  # in the names of rewards that do not state their top, which is 0
 _GOLD_ADVICE = "look at them with `grpo-lite check` and name the right column in data.answer"
@@ -295,7 +296,7 @@ def _trains_in_fp16(e: Evidence) -> bool:
 def learning_rate_too_low(e: Evidence) -> Finding | None:
     """The learning rate is one for full fine-tuning; LoRA learns nothing with it."""
     rate = e.grpo("learning_rate", 2e-5)
-    if rate >= _LOW_LORA_LR or e.rises("reward") is not False or _is_solved(e):
+    if rate * _lora_scale(e) >= _LOW_LORA_STEP * (1 - 1e-9) or e.rises("reward") is not False or _is_solved(e):
         return None
     return Finding(
         "learning_rate_too_low",
@@ -303,6 +304,12 @@ def learning_rate_too_low(e: Evidence) -> Finding | None:
         f"{e.late('reward'):.2f} (1e-5 to 3e-4 works).",
         "grpo.learning_rate=2e-5",
     )
+
+
+def _lora_scale(e: Evidence) -> float:
+    """Return what a change of the LoRA weights is multiplied with: alpha / r, or alpha / √r with rsLoRA."""
+    r, alpha = float(e.recipe.lora.get("r") or 8), float(e.recipe.lora.get("lora_alpha") or 8)
+    return alpha / (math.sqrt(r) if e.recipe.lora.get("use_rslora") else r)
 
 
 def unusable_golds(e: Evidence) -> Finding | None:
@@ -356,7 +363,7 @@ def _is_penalty(e: Evidence, index: int) -> bool:
 def _lower_lr(e: Evidence) -> str | None:
     """Return the override for about a third of the learning rate; None where less would teach LoRA nothing."""
     rate = e.grpo("learning_rate", 2e-5)
-    lower = max(_LOW_LORA_LR, round_value(rate / 3)) if rate > 0 else rate
+    lower = max(round_value(_LEAST_ADVISED_STEP / _lora_scale(e)), round_value(rate / 3)) if rate > 0 else rate
     return f"grpo.learning_rate={lower:g}" if lower < rate else None
 
 

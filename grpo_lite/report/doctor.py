@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.files.records import read_json_lines
-from grpo_lite.report import diagnoses, episodes, hacking, warmup
+from grpo_lite.report import diagnoses, episodes, expected, hacking, warmup
 from grpo_lite.report.evidence import FEWEST, GRPO, WARMUP, Evidence, Finding, read_evidence
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
@@ -141,7 +141,8 @@ TABLE = (
     Diagnosis(
         diagnoses.learning_rate_too_low,
         "Neither the reward nor the completions change",
-        "1e-6 is TRL's default, for full fine-tuning. LoRA needs ten times that rate or more.",
+        "1e-6 is TRL's default, for full fine-tuning. LoRA needs ten times that rate or more. What counts is the rate "
+        "times `lora_alpha / r`: 1e-6 with 128 / 32 has trained well (Tina), and is not reported.",
     ),
     Diagnosis(
         diagnoses.unusable_golds,
@@ -208,6 +209,13 @@ TABLE = (
         "The reward rises, the held-out score does not",
         "The strongest sign of a hacked reward, or of memorised rows. Read the completions with the highest reward in "
         "the report before you train further.",
+    ),
+    Diagnosis(
+        expected.below_expected,
+        "The reward is below the band that the report draws",
+        "The recipe has a measured result (`expected:`), and the mean of the last three steps has been below its band "
+        "for three steps, or the score's whole interval is below it. A setting that differs from the recipe's is named "
+        "first; then what else the doctor finds. A band of few seeds is no law: one run in twenty may be outside.",
     ),
 )
 

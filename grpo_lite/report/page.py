@@ -18,6 +18,7 @@ from grpo_lite.recipe.recipe import without_paths
 from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png, write_scores_png
 from grpo_lite.report.doctor import OnceUntilItChanges, examine, nothing_found, state_finding, stated_findings
 from grpo_lite.report.evidence import Finding
+from grpo_lite.report.expected import standing_line
 from grpo_lite.report.facts import (
     RunPage,
     completion_rows,
@@ -75,10 +76,21 @@ def _report(run: RunDir, page: RunPage, run_charts: Sequence[Chart]) -> str:
         page=page, headline=headline(page), tiles=tiles(page), findings=page.findings, stated=stated_rows(page),
         charts=_drawn(run_charts), phases=phases(page), scores=table_rows(page.scores), completions=len(rows),
         count=count, held_out=len(held_out), held_out_count=held_out_count, not_measured=not_measured(page),
-        versions=versions(page), clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
+        versions=versions(page), expected=_expected(page),
+        clean=nothing_found(page.evidence), model=recipe.model.id, recipe=dump_recipe(recipe),
         data=_safe(for_script(data)),
     )  # fmt: skip
     return str(html)
+
+
+def _expected(page: RunPage) -> dict[str, Any] | None:
+    """Return where the run stands in the band of its recipe, and where the band comes from; None without one."""
+    expected = page.recipe.expected
+    if expected is None:
+        return None
+    line = standing_line(page.evidence) or f"not known yet; {expected.source}"
+    facts = f"{expected.model}, {expected.hardware}"
+    return {"line": line, "link": expected.link, "facts": facts, "deviations": expected.deviations}
 
 
 def finish_with_report(run: RunDir, show: Show) -> None:
