@@ -363,8 +363,8 @@ def _is_penalty(e: Evidence, index: int) -> bool:
 def _lower_lr(e: Evidence) -> str | None:
     """Return the override for about a third of the learning rate; None where less would teach LoRA nothing."""
     rate = e.grpo("learning_rate", 2e-5)
-    lower = max(round_value(_LEAST_ADVISED_STEP / _lora_scale(e)), round_value(rate / 3)) if rate > 0 else rate
-    return f"grpo.learning_rate={lower:g}" if lower < rate else None
+    lower = max(_LEAST_ADVISED_STEP / _lora_scale(e), round_value(rate / 3)) if rate > 0 else rate
+    return f"grpo.learning_rate={lower:g}" if lower < rate * (1 - 1e-9) else None
 
 
 def _raise_beta(e: Evidence, factor: float = 2) -> str:
