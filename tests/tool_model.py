@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from trl.chat_template_utils import qwen3_chat_template
+
+from grpo_lite.engine.score import base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|im_end|>"
@@ -92,3 +101,61 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, which finds what this one has installed."""
     command = [sys.executable, "-W", "ignore", "-m", "grpo_lite.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+class Scripted(LogitsProcessor):
+    """Makes `generate` write the turns of a script; in place of a ~ the model writes what it likes best."""
+
+    def __init__(self, words: Any, script: list[list[str]]) -> None:
+        def ids(text: str) -> list[int]:  # -1 where the model is free
+            parts = [part for part in re.split("(~+)", text) if part]
+            return [
+                token
+                for part in parts
+                for token in (
+                    [-1] * len(part) if part[0] == "~" else words(part, add_special_tokens=False)["input_ids"]
+                )
+            ]
+
+        self.turns = [[ids(turn) for turn in row] for row in script]
+        self.filler = ids("n")[0]
+        marked = words.all_special_tokens + MARKED
+        self.forbidden = words.convert_tokens_to_ids(marked)
+        self.next: list[tuple[list[int], int]] = []  # by row: what its next prompt begins with, and its turn
+
+    def generate(self, plain: Any, trainer: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Return what `plain`, TRL's `_generate_single_turn`, does with the script's turns forced."""
+        self.rows, self.width = self._rows(prompt_ids), max(map(len, prompt_ids))
+        inner = base_model(trainer.model)
+        before, generate = inner.__dict__.get("generate"), inner.generate
+        inner.generate = lambda *a, **k: generate(*a, logits_processor=LogitsProcessorList([self]), **k)
+        try:
+            completions, logps = plain(trainer, prompt_ids, *args, **kwargs)
+        finally:
+            del inner.__dict__["generate"]
+            if before is not None:
+                inner.generate = before
+        for row, prompt, completion in zip(self.rows, prompt_ids, completions, strict=True):
+            self.next[row] = ([*prompt, *completion], self.next[row][1] + 1)
+        return completions, logps
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave one token, or let the model choose among ordinary ones."""
+        place = input_ids.size(1) - self.width
+        turns = [self.turns[row][self.next[row][1]] for row in self.rows]
+        tokens = torch.tensor([turn[place] if place < len(turn) else self.filler for turn in turns]).unsqueeze(1)
+        free = scores.index_fill(1, torch.tensor(self.forbidden), float("-inf"))
+        forced = torch.full_like(scores, float("-inf")).scatter_(1, tokens.clamp(min=0), 0.0)
+        return torch.where(tokens < 0, free, forced)
+
+    def _rows(self, prompt_ids: list[list[int]]) -> list[int]:
+        if not self.next:
+            self.next = [(list(prompt), 0) for prompt in prompt_ids]
+            return list(range(len(prompt_ids)))
+        rows: list[int] = []
+        for prompt in prompt_ids:
+            known = enumerate(self.next)
+            rows.append(
+                next(r for r, (start, turn) in known if r not in rows and turn and prompt[: len(start)] == start)
+            )
+        return rows

@@ -1,7 +1,6 @@
 """Episodes with tools: the same tokens, masks, losses and gradients as plain TRL on the same scripted turns."""
 
 import asyncio
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
+from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
-from grpo_lite.engine.score import base_model
 from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.task.environments import tool_template
 from grpo_lite.task.tokens import tool_result_ids
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
-from tests.tool_model import END, MARKED, call, tool_tokenizer
+from tests.tool_model import END, Scripted, call, tool_tokenizer
 from tests.trainer.test_contract import WITH_TOOLS
 
 pytestmark = [
@@ -85,64 +84,6 @@ LONG_SCRIPT = [
     [f"{call('add', number=turn)}~~{END}" for turn in range(calls)] + ["~~~" + (f"done{END}" if calls < 5 else "")]
     for calls in (0, 1, 2, 3, 4, 5, 5, 1)
 ]
-
-
-class Scripted(LogitsProcessor):
-    """Makes `generate` write the turns of a script."""
-
-    def __init__(self, words: Any, script: list[list[str]]) -> None:
-        def ids(text: str) -> list[int]:  # -1 where the model is free
-            parts = [part for part in re.split("(~+)", text) if part]
-            return [
-                token
-                for part in parts
-                for token in (
-                    [-1] * len(part) if part[0] == "~" else words(part, add_special_tokens=False)["input_ids"]
-                )
-            ]
-
-        self.turns = [[ids(turn) for turn in row] for row in script]
-        self.filler = ids("n")[0]
-        marked = words.all_special_tokens + MARKED
-        self.forbidden = words.convert_tokens_to_ids(marked)
-        self.next: list[tuple[list[int], int]] = []  # by row: what its next prompt begins with, and its turn
-
-    def generate(self, plain: Any, trainer: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Return what `plain`, TRL's `_generate_single_turn`, does with the script's turns forced."""
-        self.rows, self.width = self._rows(prompt_ids), max(map(len, prompt_ids))
-        inner = base_model(trainer.model)
-        before, generate = inner.__dict__.get("generate"), inner.generate
-        inner.generate = lambda *a, **k: generate(*a, logits_processor=LogitsProcessorList([self]), **k)
-        try:
-            completions, logps = plain(trainer, prompt_ids, *args, **kwargs)
-        finally:
-            del inner.__dict__["generate"]
-            if before is not None:
-                inner.generate = before
-        for row, prompt, completion in zip(self.rows, prompt_ids, completions, strict=True):
-            self.next[row] = ([*prompt, *completion], self.next[row][1] + 1)
-        return completions, logps
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leave one token, or let the model choose among ordinary ones."""
-        place = input_ids.size(1) - self.width
-        turns = [self.turns[row][self.next[row][1]] for row in self.rows]
-        tokens = torch.tensor([turn[place] if place < len(turn) else self.filler for turn in turns]).unsqueeze(1)
-        free = scores.index_fill(1, torch.tensor(self.forbidden), float("-inf"))
-        forced = torch.full_like(scores, float("-inf")).scatter_(1, tokens.clamp(min=0), 0.0)
-        return torch.where(tokens < 0, free, forced)
-
-    def _rows(self, prompt_ids: list[list[int]]) -> list[int]:
-        if not self.next:
-            self.next = [(list(prompt), 0) for prompt in prompt_ids]
-            return list(range(len(prompt_ids)))
-        rows: list[int] = []
-        for prompt in prompt_ids:
-            known = enumerate(self.next)
-            rows.append(
-                next(r for r, (start, turn) in known if r not in rows and turn and prompt[: len(start)] == start)
-            )
-        return rows
 
 
 def reward(completions: list[Any], **_: Any) -> list[float]:
@@ -234,6 +175,26 @@ def test_episodes_of_one_to_six_turns(more: dict[str, Any], tmp_path: Path, monk
         mask = ours[1]["tool_mask"] * ours[1]["completion_mask"]
         old, theirs = (batch["old_per_token_logps"] * mask for batch in (ours[1], plain[1]))
         torch.testing.assert_close(old, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_turn_that_runs_out_of_memory_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    settings = {"max_tool_calling_iterations": 9, "max_completion_length": 210}
+    plain = play(GRPOTrainer, tmp_path / "plain", monkeypatch, LONG_SCRIPT, **settings)
+    extend, failures = GroupDecoder._extend, [torch.OutOfMemoryError("out of memory")]
+
+    def failing(self: Any, *args: Any) -> Any:
+        if failures and self.conversations.reused_tokens > 900:
+            raise failures.pop()
+        return extend(self, *args)
+
+    monkeypatch.setattr(GroupDecoder, "_extend", failing)
+    ours = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, LONG_SCRIPT, guard=guard(), **settings)
+    same_step(ours, plain)
+    assert not failures
+    assert "out of memory in rollout at step 1: memory.rollout_kv_tokens is now" in caplog.text
 
 
 class Faulty(Ledger):
