@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoTokenizer
 from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
-    is_chat_template_stop_token_trained,
     parse_response,
 )
 
@@ -56,7 +55,6 @@ def test_without_tools_the_shipped_template_is_smollm2_s_own(tokenizer: Any, sys
 def test_trl_can_read_what_the_shipped_template_writes(tokenizer: Any) -> None:
     assert tool_template(tokenizer, "m") is None
     assert is_chat_template_prefix_preserving(tokenizer)
-    assert is_chat_template_stop_token_trained(tokenizer)
     tools = [Calculator().calculate]
     prompt = tokenizer.apply_chat_template([QUESTION], tools=tools, tokenize=False, add_generation_prompt=True)
     assert '{"name": "calculate", "description": "Calculate an arithmetic expression exactly.", "param' in prompt
@@ -66,6 +64,14 @@ def test_trl_can_read_what_the_shipped_template_writes(tokenizer: Any) -> None:
     prefix, ids = (tokenizer(text)["input_ids"] for text in (prompt, whole.removeprefix(prompt)))
     parsed = parse_response(tokenizer, ids, prefix=prefix, tools=tools)
     assert (parsed["content"].strip(), parsed["tool_calls"]) == ("I calculate.", calls)
+
+
+def test_programs_without_transformers_tags_render_the_shipped_template(tokenizer: Any) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    turns = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call(expression="3*4")]}]
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template)
+    assert plain.render(messages=turns) == tokenizer.apply_chat_template(turns, tokenize=False)
 
 
 def test_a_template_of_the_user_s_is_read_where_its_calls_are_qwen3_s(tokenizer: Any, tmp_path: Path) -> None:
