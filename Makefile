@@ -110,7 +110,7 @@ test-newest test-oldest:
 lint: $(VENV)/.ready-dev  ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-lock: $(VENV)/.ready-dev  ## Write uv.lock anew from pyproject.toml (ARGS=--upgrade takes newer versions)
+lock: $(VENV)/.ready-dev  ## Write a uv.lock of your own: exact versions with hashes (ARGS=--upgrade takes newer ones)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" uv lock $(ARGS)
 
 clean:  ## Remove caches and build files; runs/ and .venv stay
