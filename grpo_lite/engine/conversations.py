@@ -60,28 +60,42 @@ class Conversations:
     _prompts: dict[Prompt, dict[int, KeysValues]] = field(default_factory=dict)
     _waiting: dict[int, KeptRow] = field(default_factory=dict)  # by row of this turn: what is held of it
     _ended: list[KeptRow] = field(default_factory=list)  # rows that have ended their turn
+    _dropped: dict[Prompt, list[Prompt]] = field(default_factory=dict)  # tokens of rows that `make_room` dropped
 
     def begin(self, rows: Sequence[Prompt]) -> None:
         """Begin a turn of these rows, and drop what none of them begins with."""
         if not self._starts:
             self._starts = sorted(set(rows), key=len, reverse=True)
-        held: dict[Prompt, list[KeptRow]] = {}
-        for kept in self._ended:
-            held.setdefault(kept.prompt, []).append(kept)
-        self._waiting, self._ended = {}, []
+        starts = [self.start(ids) for ids in rows]
+        behind = [ids[len(start) :] for ids, start in zip(rows, starts, strict=True)]
+        rest: dict[Prompt, list[int]] = {}  # rows without what is held of one, by their first prompt
+        for i, start in enumerate(starts):
+            if behind[i]:  # else it is read whole
+                rest.setdefault(start, []).append(i)
+        unclaimed: dict[Prompt, list[KeptRow]] = {}
+        taken: dict[int, KeptRow] = {}
+        for kept in sorted(self._ended, key=lambda kept: -len(kept.tokens)):  # a short one fits longer rows, too
+            own = rest.get(kept.prompt, [])
+            found = next((i for i in own if behind[i][: len(kept.tokens)] == kept.tokens), None)
+            if found is None:
+                unclaimed.setdefault(kept.prompt, []).append(kept)
+            else:
+                own.remove(found)
+                taken[found] = kept
         changed = 0
-        for i, ids in enumerate(rows):
-            start = self.start(ids)
-            candidates = held.get(start, ())
-            own = ids[len(start) :]
-            exact = next((kept for kept in candidates if own[: len(kept.tokens)] == kept.tokens), None)
-            best = exact or max(candidates, key=lambda kept: _shared(kept.tokens, own), default=None)
-            if best is None:
-                continue
-            held[start].remove(best)
-            if best.cut(min(_shared(best.tokens, own), len(own) - 1)):  # at least one is read: what follows it is asked
-                self._waiting[i] = best
-            changed += exact is None
+        for start, members in rest.items():
+            candidates = unclaimed.get(start, [])
+            for i in members:
+                was_dropped = any(behind[i][: len(tokens)] == tokens for tokens in self._dropped.get(start, ()))
+                changed += bool(candidates) and not was_dropped
+                if candidates:
+                    taken[i] = max(candidates, key=lambda kept: _shared(kept.tokens, behind[i]))
+                    candidates.remove(taken[i])
+        self._waiting, self._ended, self._dropped = {}, [], {}
+        for i, kept in sorted(taken.items()):
+            # At least one is read: what follows it is asked.
+            if kept.cut(min(_shared(kept.tokens, behind[i]), len(behind[i]) - 1)):
+                self._waiting[i] = kept
         if changed:
             self.changed_rows += changed
             logger.warning(
@@ -142,16 +156,14 @@ class Conversations:
             rows = [*self._ended, *self._waiting.values()]
             if sum(map(len, self._prompts)) + sum(len(row.tokens) for row in rows) <= tokens:
                 return
-            if self._ended:
-                self._ended.pop()
-            else:
-                del self._waiting[max(self._waiting)]
+            row = self._ended.pop() if self._ended else self._waiting.pop(max(self._waiting))
+            self._dropped.setdefault(row.prompt, []).append(row.tokens)
             self.dropped_rows += 1
             self._drop_unused_prompts()
 
     def clear(self) -> None:
         """Drop everything that is held."""
-        self._prompts, self._waiting, self._ended = {}, {}, []
+        self._prompts, self._waiting, self._ended, self._dropped = {}, {}, [], {}
 
     def _drop_unused_prompts(self) -> None:
         used = {row.prompt for row in (*self._ended, *self._waiting.values())}

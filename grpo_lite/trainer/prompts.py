@@ -109,6 +109,8 @@ PADDING: dict[str, tuple[str, int | None]] = {
     "sampled_logps": ("right", 0),
     "rollout_entropies": ("right", 0),
 }
+# What our decoder notes and TRL's own generation does not: of a batch joined from both, it is left out.
+NOTED = {"sampled_logps", "rollout_entropies"}
 
 
 def refill_batch(
@@ -117,12 +119,11 @@ def refill_batch(
     """Return `batch` with `rows` replaced by `extra_rows` of another scored batch.
 
     Raises:
-        KeyError: a tensor is in only one of them, or it is not known how to pad it.
+        KeyError: a tensor that no decoder notes is in only one of them, or it is not known how to pad it.
     """
     merged: dict[str, Any] = {}
-    for key in batch.keys() | extra.keys():
-        if key == "num_items_in_batch":
-            continue
+    left_out = {"num_items_in_batch"} | (NOTED & (batch.keys() ^ extra.keys()))
+    for key in (batch.keys() | extra.keys()) - left_out:
         mine, theirs = batch[key], extra[key]
         if key != "advantages":
             side, value = PADDING[key]

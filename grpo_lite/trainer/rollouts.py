@@ -28,6 +28,7 @@ class Rollouts:
         self.trainer = trainer
         self.last: Rollout | None = None  # of the last generation; of episodes, with zeros where a tool wrote
         self._episodes: _Turns | None = None  # while episodes are played
+        self._stage: int | None = None  # the last one shown: most tokens of a completion
         self._old_logps_wanted = False  # TRL's next request for log-probabilities is for those of the sampling policy
         keep_weights_unpacked(trainer.model)
         if not trainer.options.is_plain:
@@ -119,14 +120,19 @@ class Rollouts:
         return output
 
     def _limit_length(self) -> None:
-        """Let completions be as long as this step's stage allows; a divisor of the loss stays the longest length."""
+        """Let completions be as long as this step's stage allows; a divisor of the loss stays the longest length.
+
+        In an evaluation they may be of the longest length.
+        """
         trainer = self.trainer
-        if not trainer.options.length_stages or not trainer.model.training:
+        if not trainer.options.length_stages:
             return
-        limit = trainer.options.longest_completion(trainer.state.global_step, trainer.max_completion_length)
-        before, trainer.generation_config.max_new_tokens = trainer.generation_config.max_new_tokens, limit
-        if before != limit or trainer.state.global_step == 0:
-            trainer.recovery.show(f"completions of up to {limit} tokens from step {trainer.state.global_step + 1} on")
+        longest, step = trainer.max_completion_length, trainer.state.global_step
+        limit = trainer.options.longest_completion(step, longest) if trainer.model.training else longest
+        trainer.generation_config.max_new_tokens = limit
+        if trainer.model.training and limit != self._stage:
+            self._stage = limit
+            trainer.recovery.show(f"completions of up to {limit} tokens from step {step + 1} on")
 
     def sampled_logps(self, width: int, device: torch.device) -> Tensor | None:
         """Return the log-probabilities `(B, width)` noted while sampling, where TRL asks for the old policy's."""

@@ -126,6 +126,31 @@ def test_only_new_tokens_are_read():
     assert conversations.reused_tokens == sum(map(len, following)) - decoder.rollout.prefill_tokens
 
 
+def test_a_row_that_ended_at_once_does_not_take_the_place_of_a_longer_one():
+    """What is held of a row of one token is empty: every row of its group begins with that."""
+    model, rows = prepared(), prompts(groups=1, size=12)
+    conversations = Conversations(CAP)
+    torch.manual_seed(0)
+    answers = turn(model, rows, 20, GroupDecoder(nullcontext, conversations=conversations), do_sample=True, top_k=0)
+    answers.sort(key=len, reverse=True)
+    assert len(answers[-1]) == 1 < len(answers[0])
+    decoder = GroupDecoder(nullcontext, conversations=conversations)
+    following = [row + answer + [7] for row, answer in zip(rows, answers, strict=True)]
+    turn(model, following, 20, decoder)
+    assert decoder.rollout.prefill_tokens == 2 * len(rows)  # each row's last token and what it was answered
+    assert conversations.changed_rows == 0
+
+
+def test_a_row_that_comes_back_as_anothers_prompt_is_read_whole():
+    model, short = prepared(), [5, 6, 7, 8, 9]
+    conversations = Conversations(CAP)
+    (answer,) = turn(model, [short], CAP)
+    longer = short + answer[:1] + [11]
+    turn(model, [short, longer], 20, GroupDecoder(nullcontext, conversations=conversations))
+    decoder = GroupDecoder(nullcontext, conversations=conversations)
+    assert turn(model, [longer], CAP, decoder) == turn(model, [longer], CAP)
+
+
 @pytest.mark.parametrize(
     ("kind", "kv_tokens"),
     [("llama", 150), ("lfm2", 150), pytest.param("llama", 1, marks=[pytest.mark.slow, pytest.mark.matrix])],
@@ -133,6 +158,7 @@ def test_only_new_tokens_are_read():
 def test_rows_dropped_for_want_of_room_are_read_again(kind: str, kv_tokens: int):
     conversations, read = play(prepared(kind), kv_tokens=kv_tokens)
     assert conversations.dropped_rows > 0
+    assert conversations.changed_rows == 0  # nothing was rewritten, and no dropped row takes another's place
     assert len(read) > 2
 
 

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.trainer.prompts import groups_without_signal
+from grpo_lite.trainer.support import Support
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
 
@@ -146,6 +147,30 @@ def test_a_rollout_that_notes_nothing_replays_nothing_and_says_so(tmp_path: Path
     assert caplog.text.count("Replay is off: this rollout does not note the tokens' log-probabilities.") == 1
 
 
+@pytest.mark.parametrize("options", [{"replay": 3}, {"refill": 1}], ids=["replay", "refill"])
+@pytest.mark.parametrize("ours", [0, 1], ids=["ours first", "ours second"])
+def test_rounds_of_our_decoder_and_of_generate_are_joined(
+    options: dict[str, int], ours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a batch crosses a border of its rotary frequencies `generate` takes it, which notes nothing."""
+    rounds: list[bool] = []
+    monkeypatch.setattr(
+        Support, "can_share_rollout", lambda *_, **__: rounds.append(len(rounds) % 2 == ours) or rounds[-1]
+    )
+    trainer = Watched(
+        model=tiny_lora(tiny_model()),
+        args=tiny_args(tmp_path, max_completion_length=6, max_steps=3, num_iterations=2),
+        reward_funcs=Pays({0, 1, 3}),
+        train_dataset=tiny_prompts(12),
+        processing_class=tiny_tokenizer(),
+        options=EngineOptions(**options),
+    )
+    trainer.train()
+    assert set(rounds) == {True, False}
+    (name,) = options
+    assert trainer.state.log_history[2]["replay/groups" if name == "replay" else "refill/groups_generated"] == 1
+
+
 def test_replay_is_refused_where_advantages_depend_on_the_whole_batch(tmp_path: Path):
     with pytest.raises(ValueError, match="one group only"):
         run(tmp_path, set(), 1, scale_rewards="batch")
@@ -174,6 +199,25 @@ def test_completions_grow_by_stages_and_the_loss_is_divided_as_before(tmp_path: 
         "completions of up to 8 tokens from step 4 on",
     ]
     assert trainer.max_completion_length == 8  # dr_grpo's divisor
+
+
+def test_an_evaluation_meanwhile_is_not_cut_to_a_stage(tmp_path: Path):
+    shown: list[str] = []
+    trainer = PackedGRPOTrainer(
+        model=tiny_lora(tiny_model()),
+        args=tiny_args(tmp_path, max_completion_length=8, max_steps=2, eval_strategy="steps", eval_steps=1),
+        reward_funcs=Pays(set(range(100))),
+        train_dataset=tiny_prompts(12),
+        eval_dataset=tiny_prompts(4),
+        processing_class=tiny_tokenizer(),
+        options=EngineOptions(length_stages=((9, 2),)),
+        show=shown.append,
+    )
+    trainer.train()
+    assert len([line for line in shown if "completions of" in line]) == 1
+    logs = trainer.state.log_history
+    assert [log["completions/max_length"] for log in logs if "completions/max_length" in log] == [2, 2]
+    assert [log["eval_completions/max_length"] for log in logs if "eval_reward" in log] == [8, 8]
 
 
 def test_stages_are_the_same_after_a_resume(tmp_path: Path):
