@@ -45,11 +45,11 @@ def card_of(tokens: int, monkeypatch: pytest.MonkeyPatch, kind: str = "allocator
     tried: list[int] = []
     real = scoring.score
 
-    def score(model: Any, packed: Any, *args: Any) -> Any:
+    def score(model: Any, packed: Any, *args: Any, **kwargs: Any) -> Any:
         tried.append(packed.num_tokens)
         if packed.num_tokens > tokens:
             raise overflow(kind)
-        return real(model, packed, *args)
+        return real(model, packed, *args, **kwargs)
 
     monkeypatch.setattr("grpo_lite.trainer.gradients.score", score)
     return tried
