@@ -35,7 +35,7 @@ ALLOWED = {
     "memory": "models engine.options engine.out_of_memory recipe files screen",
     "task": "environments models recipe files screen rewards",
     "report": "runs recipe files screen rewards",
-    "trainer": "engine memory task.tokens task.tool_guard task.traces runs.checkpoints models.device",
+    "trainer": "engine memory task.tokens task.tool_guard task.traces runs.checkpoints models.device models.reference",
     "evaluation": "task engine memory models runs recipe files screen rewards",
     "ui": "report memory task engine models runs recipe files screen",  # looks at runs and plans, asks models
     "reproduce": "report runs models recipe screen",

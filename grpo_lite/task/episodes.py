@@ -178,15 +178,12 @@ class Player:
 
     def _hear(self, episode: Episode, written: list[int], max_tokens: int, watch: Watch) -> None:
         """Add what the model wrote, cut at the length; without a call the episode has ended."""
-        from trl.chat_template_utils import parse_response
-
         tokenizer, left = self.prompts.tokenizer, max_tokens - len(episode.ids)
         has_ended = len(written) < left
         ids = [*written, tokenizer.eos_token_id] if has_ended else written[:left]
         message: Message = {}
         if ids:
-            offered = self.toolkit.offered(episode.row)
-            message = parse_response(tokenizer, ids, prefix=episode.read, tools=offered)
+            message = read_turn(tokenizer, ids, episode.read, self.toolkit.offered(episode.row))
             episode.messages.append(message)
             watch(message)
         episode.ids += ids
@@ -269,6 +266,22 @@ class Player:
 def make_player(prompts: Prompts, recipe: Recipe, show: Show) -> Player | None:
     """Return the player of a recipe's episodes; None where completions are single answers."""
     return None if prompts.toolkit is None else Player(prompts, recipe, show)
+
+
+def read_turn(tokenizer: Any, ids: list[int], before: list[int], tools: list[Callable[..., Any]] | None) -> Message:
+    """Return what the model wrote as a message, read as the installed TRL reads it in training.
+
+    Args:
+        tokenizer: knows how its template writes calls.
+        ids: of the turn, its end token included.
+        before: the tokens that it follows.
+        tools: offered to the model. TRL 1.14 does not take the types of arguments from them.
+    """
+    from trl.chat_template_utils import parse_response
+
+    typed = {"tools": tools} if "tools" in inspect.signature(parse_response).parameters else {}
+    message: Message = parse_response(tokenizer, ids, prefix=before, **typed)
+    return message
 
 
 def _observed(message: Message, observation: Any) -> Message:

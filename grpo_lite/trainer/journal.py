@@ -69,12 +69,14 @@ class Journal:
     def note_completions(
         self,
         inputs: list[dict[str, Any]],
+        completions: list[Any],
         completion_ids: list[list[int]],
         tool_mask: list[list[int]] | None = None,
     ) -> None:
         """Keep each completion's length, whether the cap cut it off, and its gold beside TRL's logged completions.
 
-        The length of an episode counts what the model wrote (`tool_mask` 1), not the results of tools.
+        The length of an episode counts what the model wrote (`tool_mask` 1), not the results of tools. Its messages
+        are kept too: TRL 1.14 logs its text in one piece.
         """
         log = self.trainer._log_completion_extra
         ends = {self.trainer._tokenizer.eos_token_id, self.trainer._tokenizer.pad_token_id}
@@ -84,6 +86,8 @@ class Journal:
         )
         log("completion_truncated", [not ids or ids[-1] not in ends for ids in completion_ids])
         log("gold", [row.get("answer") for row in inputs])
+        if tool_mask is not None:
+            log("turns", completions)
 
     def latest_completions(self) -> list[dict[str, Any]]:
         """Return the last generation batch's completions with the reward of each part.
@@ -99,8 +103,10 @@ class Journal:
         names = list(logs["rewards"])
         weights = dict(zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True))
         extra = {ours: logs["extra"].get(theirs, ()) for ours, theirs in _EXTRA.items()}
+        turns = logs["extra"].get("turns", ())
         rows = []
-        for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
+        for i, (prompt, text) in enumerate(zip(logs["prompt"], logs["completion"], strict=True)):
+            completion = turns[i] if i < len(turns) else text
             parts = {name: _number(logs["rewards"][name][i]) for name in names}
             paid = [weights.get(name, 1.0) * value for name, value in parts.items() if value is not None]
             rows.append(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_lite.models.reference import load_trained
 from grpo_lite.trainer.finite import Faults
 from grpo_lite.trainer.journal import Journal
 from grpo_lite.trainer.parallel import Peers
@@ -50,6 +51,10 @@ def sealed(trainer_class: Any, skipped_steps: int) -> Any:
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             self.checkpoints.save(partial(super()._save_checkpoint, model, trial))
+
+        def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(checkpoint, model)
+            load_trained(self.model, checkpoint)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             super()._load_optimizer_and_scheduler(checkpoint)

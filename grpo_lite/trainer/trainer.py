@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.router_loss import has_router_loss
 from grpo_lite.engine.score import base_model
+from grpo_lite.models.reference import load_trained
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.episodes import Episodes
 from grpo_lite.trainer.finite import Faults, LossScale
@@ -140,7 +141,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         with self.journal.spending("reward"):
             rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         self.faults.exclude(rewards, self.episodes.failed_rows())  # before anyone reads them
-        self.journal.note_completions(inputs, completion_ids, self.episodes.tool_mask)
+        self.journal.note_completions(inputs, completions, completion_ids, self.episodes.tool_mask)
         return rewards
 
     # A micro-step: inputs, loss, gradient
@@ -195,6 +196,10 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: TRL's has placeholders for licence and base; `push` writes one from what was measured."""
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(checkpoint, model)
+        load_trained(self.model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let each part restore its state from the checkpoint that `train` resumes from."""

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
-from trl.chat_template_utils import (
-    is_chat_template_prefix_preserving,
-    parse_response,
-)
+from trl.chat_template_utils import is_chat_template_prefix_preserving
 
 from grpo_lite.environments.calculator import Calculator
 from grpo_lite.errors import ModelError
 from grpo_lite.models.chat_template import set_chat_template
 from grpo_lite.task.environments import tool_template
+from grpo_lite.task.episodes import read_turn
 from tests.conftest import SHARED
 
 SMOLLM2 = (
@@ -62,7 +60,7 @@ def test_trl_can_read_what_the_shipped_template_writes(tokenizer: Any) -> None:
     turn = {"role": "assistant", "content": "I calculate.", "tool_calls": calls}
     whole = tokenizer.apply_chat_template([QUESTION, turn], tools=tools, tokenize=False)
     prefix, ids = (tokenizer(text)["input_ids"] for text in (prompt, whole.removeprefix(prompt)))
-    parsed = parse_response(tokenizer, ids, prefix=prefix, tools=tools)
+    parsed = read_turn(tokenizer, ids, prefix, tools)
     assert (parsed["content"].strip(), parsed["tool_calls"]) == ("I calculate.", calls)
 
 

@@ -17,6 +17,7 @@ import grpo_lite.trainer
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.trainer import INTERNALS
+from grpo_lite.trainer.sealed import sealed
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, tiny_tokenizer, train_fixed
 
@@ -150,6 +151,23 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_weights(reentrant: boo
     assert resumed.state.global_step == 4
     weights = [dict(trainer.model.named_parameters()) for trainer in (resumed, whole)]
     assert relative_difference(*weights) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [PackedGRPOTrainer, sealed(GRPOTrainer, 3)], ids=["ours", "sealed"])
+def test_the_trained_adapter_is_loaded_beside_the_frozen_reference(kind: type, tmp_path: Path):
+    """Transformers before 5.23 loads only the reference, and training would begin again."""
+    args = tiny_args(tmp_path, beta=0.01, save_strategy="steps", save_steps=1)
+    trainer, _ = train_fixed(kind, tiny_lora(tiny_model()), args)
+    adapters = {name: weight for name, weight in trainer.model.named_parameters() if "lora" in name}
+    saved = {name: weight.detach().clone() for name, weight in adapters.items()}
+    assert any(not torch.equal(saved[name], saved[name.replace(".default.", ".ref.")]) for name in saved)
+    for weight in adapters.values():
+        weight.data.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    for name, weight in trainer.model.named_parameters():
+        if "lora" in name:
+            assert torch.equal(weight, saved[name]), name
+            assert weight.requires_grad == (".default." in name)
 
 
 def used_of_the_trainer(module: str) -> set[str]:
