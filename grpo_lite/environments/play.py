@@ -28,10 +28,22 @@ def play(
     return play_in(environment_class(), row, turns)
 
 
-def play_in(environment: Any, row: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[float | None, list[Message]]:
-    """Run one episode in an instance that the caller keeps, for rewards that read it; return as `play` does."""
+def play_in(
+    environment: Any,
+    row: Mapping[str, Any],
+    turns: Sequence[Turn],
+    tools: Mapping[str, Callable[..., Any]] | None = None,
+) -> tuple[float | None, list[Message]]:
+    """Run one episode in an instance that the caller keeps, for rewards that read it; return as `play` does.
+
+    Args:
+        environment: the instance.
+        row: what its `reset` gets.
+        turns: of the policy.
+        tools: by name, beside the environment's own.
+    """
     messages = _opening(row, environment.reset(**row))
-    tools = tools_of(environment)
+    tools = {**(tools or {}), **tools_of(environment)}
     for turn in turns:
         if isinstance(turn, str):
             messages.append({"role": "assistant", "content": turn})

@@ -140,7 +140,7 @@ def merge_line(record: Mapping[str, Any]) -> str:
         return f"not merged: {record['skipped']}."
     if "prompts" not in record:
         return f"merged, but not verified: run `{hint('merge', run=UNKNOWN, overwrite=True)}`."
-    first = " of episodes, up to the first answer," if record.get("episodes") else ""
+    first = " of episodes, up to the first answer" if record.get("episodes") else ""
     return (
         f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts{first}: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "

@@ -9,6 +9,7 @@ episode depends on nothing but its row and its turns.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,13 +36,15 @@ class Played:
 
     Attributes:
         name: of the class.
-        rewards: by policy, of each row that has one.
+        rows: how many were played.
+        rewards: by policy, of the rows (by number) that it played and that were judged.
         keeps_state: whether an instance that has been used plays another episode than a fresh one.
         is_repeatable: whether fresh instances play equal episodes.
     """
 
     name: str
-    rewards: dict[str, list[float]]
+    rows: int
+    rewards: dict[str, dict[int, float]]
     keeps_state: bool = False
     is_repeatable: bool = True
 
@@ -57,14 +60,14 @@ class Played:
         if gold is None:
             return []
         others = ((name, rewards) for name, rewards in self.rewards.items() if name != GOLD)
-        return [name for name, rewards in others if any(r >= g for r, g in zip(rewards, gold, strict=True))]
+        return [name for name, rewards in others if any(r >= gold[row] for row, r in rewards.items() if row in gold)]
 
     def lines(self) -> Iterator[str]:
         """Yield a table, and what is wrong."""
-        rows = max(map(len, self.rewards.values()), default=0)
-        yield f"environment {self.name}: {rows} rows played"
+        yield f"environment {self.name}: {self.rows} rows played"
         width = max(map(len, self.rewards), default=0)
-        for name, rewards in self.rewards.items():
+        for name, by_row in self.rewards.items():
+            rewards = list(by_row.values())
             mean = sum(rewards) / len(rewards)
             yield f"  {name:<{width}}  mean {mean:.2f}  least {min(rewards):.2f}  most {max(rewards):.2f}"
         if GOLD not in self.rewards:
@@ -84,7 +87,8 @@ def check_environments(recipe: Recipe) -> list[Played]:
     """Play the policies on the recipe's first training rows.
 
     Raises:
-        RewardError: the recipe has no environment, one has no `get_reward`, or an episode does not end or raises.
+        RewardError: the recipe has no environment, one has no `get_reward` or no rows, a policy is at fault, or an
+            episode does not end or raises.
     """
     prompts = load_prompts(recipe)
     toolkit = prompts.toolkit
@@ -99,22 +103,24 @@ def _played(recipe: Recipe, toolkit: Toolkit, name: str | None, train: Sequence[
     if name not in toolkit.rewarding:
         raise RewardError(f"environment: {title} has no get_reward, so playing it shows nothing. Add the method.")
     rows = [row for row in train if toolkit.name_of(row) == name][:ROWS]
+    if not rows:
+        raise RewardError(f"environment.{name}: no row of data.train names it. Add rows with it, or remove it.")
     beside = getattr(getattr(factory, "reset", None), "__globals__", {})
     chance = random.Random(recipe.seed)
-    rewards: dict[str, list[float]] = {}
+    rewards: dict[str, dict[int, float]] = {}
     first: list[tuple[Row, Sequence[Turn]]] = []  # the first policy's turns
-    for row in rows:
+    for number, row in enumerate(rows):
         policies = _policies(beside, row, factory, chance)
         first.append((row, next(iter(policies.values()))))
         for policy, turns in policies.items():
-            reward, _ = _episode(recipe, factory(), title, row, turns)
+            reward, _ = _episode(recipe, toolkit, factory(), row, turns)
             if reward is not None:
-                rewards.setdefault(policy, []).append(reward)
-    return Played(title, rewards, *_repeated(recipe, factory, title, first[:REPEATED]))
+                rewards.setdefault(policy, {})[number] = reward
+    return Played(title, len(rows), rewards, *_repeated(recipe, toolkit, factory, first[:REPEATED]))
 
 
 def _repeated(
-    recipe: Recipe, factory: Callable[[], Any], title: str, episodes: Sequence[tuple[Row, Sequence[Turn]]]
+    recipe: Recipe, toolkit: Toolkit, factory: Callable[[], Any], episodes: Sequence[tuple[Row, Sequence[Turn]]]
 ) -> tuple[bool, bool]:
     """Return whether an instance keeps state from one episode to the next, and whether episodes can be repeated."""
     keeps_state, is_repeatable = False, True
@@ -125,7 +131,7 @@ def _repeated(
             outcomes = []
             for instance in (factory(), factory(), used):
                 random.seed(recipe.seed)
-                outcomes.append(_episode(recipe, instance, title, row, turns))
+                outcomes.append(_episode(recipe, toolkit, instance, row, turns))
             if outcomes[0] != outcomes[1]:
                 is_repeatable = False
             elif outcomes[0] != outcomes[2]:
@@ -140,12 +146,41 @@ def _policies(
 ) -> dict[str, Sequence[Turn]]:
     policies: dict[str, Sequence[Turn]] = {}
     if callable(beside.get("gold")):
-        policies[GOLD] = beside["gold"](row)
+        policies[GOLD] = _turns(_asked(beside["gold"], row), "gold(row)")
     if callable(beside.get("cheats")):
-        policies |= beside["cheats"](row)
+        cheats = _asked(beside["cheats"], row)
+        if not isinstance(cheats, Mapping):
+            raise RewardError(
+                f"environment: cheats(row) returned a {type(cheats).__name__}. Return a name and turns for each cheat: "
+                '{"never calls": ["It is 5."]}.'
+            )
+        policies |= {str(cheat): _turns(turns, f"cheats(row)[{cheat!r}]") for cheat, turns in cheats.items()}
     names = [*tools_of(factory()), "reset", "get_reward", "no_such_tool"]
     broken: list[Turn] = [[{"name": name, "arguments": {"no_such_argument": 1}} for name in names]]
     return policies | {RANDOM: _random_turns(factory, chance), SILENT: ["I am done."], BROKEN: broken}
+
+
+def _asked(policy: Callable[[Row], Any], row: Row) -> Any:
+    try:
+        return policy(copy.deepcopy(row))
+    except Exception as error:
+        raise RewardError(
+            f"environment: {policy.__name__}(row) raised {type(error).__name__}: {error}, with the row {row}."
+        ) from error
+
+
+def _turns(turns: Any, where: str) -> Sequence[Turn]:
+    """Return turns; refuse what is none."""
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, str) or _is_calls(turn) for turn in turns):
+        raise RewardError(
+            f"environment: {where} returned {str(turns)[:200]}. Return a list of turns; a turn is a list of calls "
+            'made at once, [{"name": "guess", "arguments": {"value": 3}}], or the final text.'
+        )
+    return turns
+
+
+def _is_calls(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and all(isinstance(call, Mapping) for call in turn)
 
 
 def _random_turns(factory: Callable[[], Any], chance: random.Random) -> list[Turn]:
@@ -169,11 +204,12 @@ def _random_value(schema: Mapping[str, Any], chance: random.Random) -> Any:
 
 
 def _episode(
-    recipe: Recipe, environment: Any, title: str, row: Row, turns: Sequence[Turn]
+    recipe: Recipe, toolkit: Toolkit, environment: Any, row: Row, turns: Sequence[Turn]
 ) -> tuple[float | None, list[Message]]:
-    seconds = recipe.limits.tool_timeout_s * (len(turns) + 1)
+    seconds, title = recipe.limits.tool_timeout_s * (len(turns) + 1), type(environment).__name__
+    tools = {tool.__name__: tool for tool in toolkit.tools}
     try:
-        return call_within(seconds, lambda: play_in(environment, row, turns))
+        return call_within(seconds, lambda: play_in(environment, toolkit.columns_of(row), turns, tools))
     except TimeLimitExceeded:
         raise RewardError(
             f"environment: an episode of {title} took longer than {seconds:g} s (limits.tool_timeout_s a turn)."

@@ -8,6 +8,8 @@ loaded, is refused here from the tokenizer alone.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from grpo_lite.task.rewards import import_function
 
 # Not tools, in TRL's contract of an environment.
 OWN_METHODS = ("reset", "get_reward")
+_DEEPEST = 50  # levels of a call's arguments
 _KNOWN = "the original templates of Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1/3.2 Instruct are known to TRL"
 _OWN = "or set model.chat_template=smollm2-tools where the model speaks ChatML"
 
@@ -57,6 +60,11 @@ class Toolkit:
     def name_of(self, row: Row) -> str | None:
         """Return the name of a row's environment; None for a single one, or none."""
         return None if None in self.factories or not self.factories else row.get("environment")
+
+    def columns_of(self, row: Row) -> Row:
+        """Return what `reset` gets of a row: copies, without the name of one of several environments, as in TRL."""
+        several = None not in self.factories
+        return {key: copy.deepcopy(row[key]) for key in row if not (several and key == "environment")}
 
     def offered(self, row: Row) -> list[Callable[..., Any]]:
         """Return the tools that a row's prompt offers."""
@@ -175,6 +183,7 @@ def tool_template(tokenizer: Any, model_id: str) -> str | None:
                     f"model.id: TRL does not know the chat template of {model_id}, so it cannot read the calls that "
                     f"the model writes. {advice}"
                 ) from None
+    tokenizer.parse_response = functools.partial(_parsed, tokenizer)
     if is_chat_template_prefix_preserving(tokenizer):
         return None
     try:
@@ -211,6 +220,29 @@ def _reads_calls_as_qwen3(tokenizer: Any) -> bool:
         if getattr(tokenizer, name, None) is not None:
             delattr(tokenizer, name)
     return False
+
+
+def _parsed(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what transformers' `parse_response` reads, without what JSON may hold and no tokenizer or file can.
+
+    Raises:
+        ValueError: a call nests too deep, so TRL takes the turn as plain text.
+    """
+    try:
+        return _writable(type(tokenizer).parse_response(tokenizer, *args, **kwargs))
+    except RecursionError:
+        raise ValueError("a call nests too deep") from None
+
+
+def _writable(value: Any, depth: int = 0) -> Any:
+    """Return a value with `?` for half of a surrogate pair, which the escapes of JSON can write."""
+    if depth > _DEEPEST:
+        raise ValueError("a call nests too deep")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_writable(key): _writable(part, depth + 1) for key, part in value.items()}
+    return [_writable(part, depth + 1) for part in value] if isinstance(value, list) else value
 
 
 def _environment(reference: str, where: str, name: str | None) -> Callable[[], Any]:

@@ -7,7 +7,6 @@ turns give the same tokens.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections import Counter
@@ -164,10 +163,8 @@ class Player:
     def _begun(self, row: Row, environment: Any) -> Episode:
         episode = Episode(row, [dict(message) for message in row["prompt"]], environment=environment)
         if environment is not None:
-            several = None not in self.toolkit.factories
-            given = {key: copy.deepcopy(row[key]) for key in row if not (several and key == "environment")}
             try:
-                observation = self.guard.reset(environment, given, environment.reset)
+                observation = self.guard.reset(environment, self.toolkit.columns_of(row), environment.reset)
             except ToolFailure:
                 episode.ended = "reset"
                 return episode

@@ -180,7 +180,7 @@ def test_a_run_with_tools_is_trained_evaluated_merged_and_scored_again(folder: P
     assert scores["merged"]["lenient"]["n"] == 4
     record = run.read_run()["merge"]
     assert record["passed"]
-    assert "held-out prompts of episodes, up to the first answer" in merge_line(record)
+    assert "held-out prompts of episodes, up to the first answer: top-1" in merge_line(record)
     first = json.loads((run.evaluation / "records.jsonl").read_text().splitlines()[0])
     assert first["base"]["turns"][0]["role"] == "assistant"
     assert "heldout/lenient" in (run.path / "metrics.jsonl").read_text()

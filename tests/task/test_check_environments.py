@@ -81,3 +81,67 @@ def test_the_kit_s_own_are_beaten_by_nobody(name: str) -> None:
     (played,) = check_environments(load_recipe("smoke", given))
     assert played.beaten_by == []
     assert len(played.rewards) >= 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("def gold(row):\n    return row['nothing']", r"gold\(row\) .*KeyError: 'nothing'"),
+        ("def gold(row):\n    return [{'name': 'guess', 'arguments': {'value': 3}}]", "a list of calls made at once"),
+        ("def gold(row):\n    return None", "a list of calls made at once"),
+        ("def cheats(row):\n    return ['It is 50.']", "a name and turns for each"),
+    ],
+    ids=["gold raises", "a turn that is no list", "no turns", "cheats without names"],
+)
+def test_a_faulty_policy_is_named(tmp_path: Path, policy: str, says: str) -> None:
+    overrides = recipe_with(tmp_path, "\n".join([*BLOCKS, policy]))
+    with pytest.raises(RewardError, match=says):
+        check_environments(load_recipe("smoke", overrides))
+
+
+@pytest.mark.parametrize("pays", [0.0, 1.0], ids=["nothing", "as gold"])
+def test_policies_of_some_rows_are_compared_with_gold_on_those_rows(tmp_path: Path, pays: float) -> None:
+    # Without a call an odd number is not judged; only the multiples of three have the first cheat.
+    of_silence = f"        if not self.tries:\n            return None if self.number % 2 else {pays}\n"
+    source = "\n".join(BLOCKS).replace("        return 1.0", f"{of_silence}        return 1.0")
+    source += "\n\ndef cheats(row):\n    return {'waits': ['It is 50.']} if row['number'] % 3 == 0 else {}\n"
+    (played,) = check_environments(load_recipe("smoke", recipe_with(tmp_path, source)))
+    assert {"waits", "no call at all"} & set(played.beaten_by) == ({"waits", "no call at all"} if pays else set())
+    assert 0 < len(played.rewards["waits"]) < len(played.rewards["no call at all"]) < played.rows == 32
+
+
+def test_an_environment_that_uses_up_its_row_leaves_it_to_the_next_policy(tmp_path: Path) -> None:
+    source = "\n".join(BLOCKS).replace("self.number, self", "row['deck'].pop()\n        self.number, self")
+    overrides = recipe_with(tmp_path, source)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"number": {n}, "question": "Go.", "deck": [1, 2]}}\n' for n in range(2, 60))
+    )
+    (played,) = check_environments(load_recipe("smoke", overrides))
+    assert played.passes
+
+
+def test_of_several_environments_each_plays_its_rows_with_the_recipe_s_tools(tmp_path: Path) -> None:
+    source = "\n".join(BLOCKS).replace("number: int, **row", "number: int, question: str, prompt: list")
+    tool = (
+        'def peek(digit: int) -> str:\n    """Peek.\n\n    Args:\n        digit: Any.\n    """\n    return "nothing"\n'
+    )
+    (tmp_path / "tools.py").write_text(tool)
+    source += "\n\n_plain = gold\n\n\ndef gold(row):\n    return [[{'name': 'peek', 'arguments': {'digit': 1}}]]"
+    source += " + _plain(row)\n"
+    overrides = recipe_with(tmp_path, source)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"number": {n}, "question": "Go.", "environment": "easy"}}\n' for n in range(2, 60))
+    )
+    overrides[0] = f"environment={{easy: {tmp_path}/guess.py:Guess}}"
+    (played,) = check_environments(load_recipe("smoke", [*overrides, f"tools=[{tmp_path}/tools.py:peek]"]))
+    assert played.passes
+
+
+def test_the_recipe_of_the_page_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe,) = (block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "guess.py" in block)
+    (tmp_path / "mine.yaml").write_text(recipe)
+    (tmp_path / "guess.py").write_text("\n".join(BLOCKS))
+    (tmp_path / "numbers.jsonl").write_text("".join(f'{{"number": {n}}}\n' for n in range(1, 101)))
+    monkeypatch.chdir(tmp_path)
+    (played,) = check_environments(load_recipe("mine.yaml", []))
+    assert played.passes

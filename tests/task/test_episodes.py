@@ -1,9 +1,11 @@
 """Episodes outside of training: the same turns give the same tokens as TRL's loop, and faults cost the episode."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trl.chat_template_utils import parse_response
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
@@ -138,3 +140,26 @@ def test_a_reward_of_an_environment_that_is_no_number_is_named():
     ours = player(tool_tokenizer(), Unpayable)
     with pytest.raises(RewardError, match=r"Unpayable\.get_reward returned 'much'"):
         ours.rewards([Episode({}, [], environment=Unpayable(), ended="answer")])
+
+
+def test_half_a_character_in_a_call_costs_its_episode_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    odd = '<tool_call>\n{"name": "\\ud800", "arguments": {"\\udfff": "\\ud800"}}\n</tool_call>'
+    script = [[f"{odd}{END}", f"ok{END}"], *[[f"It is 1.{END}"]] * 7]
+    (episode,) = player(tool_tokenizer()).play(rows(1), scripted(tool_tokenizer(), script), 500)
+    words = tool_tokenizer()
+    tool_template(words, "m")
+    monkeypatch.setattr("tests.trainer.test_tools.tool_tokenizer", lambda more: words)
+    trainer, _, _ = play(PackedGRPOTrainer, tmp_path, monkeypatch, script, guard=guard())
+    assert (episode.ended, episode.calls, episode.failed_calls) == ("answer", 1, 1)
+    assert trainer.journal.latest_completions()[0]["turns"] == episode.messages
+    json.dumps(episode.messages, ensure_ascii=False).encode()  # as it is written into a file
+
+
+@pytest.mark.parametrize("deep", [60, 3000])
+def test_a_call_that_nests_too_deep_is_plain_text(deep: int):
+    words = tool_tokenizer()
+    tool_template(words, "m")
+    written = f'<tool_call>\n{{"name": "add", "arguments": {{"number": {deep * "["}{deep * "]"}}}}}\n</tool_call>'
+    turn = parse_response(words, words(f"{written}{END}", add_special_tokens=False)["input_ids"])
+    assert "tool_calls" not in turn
+    assert deep * "[" in turn["content"]
