@@ -222,7 +222,10 @@ class GroupDecoder:
         conversations, members = self.conversations, [rows[i] for _, own in wave for i in own]
         if is_held and conversations is not None:
             cache, new = conversations.resume(wave, rows)
+            self._make_room(cache.tokens)
             return cache, self._extend(model, cache, members, new)
+        longest = max(len(rows[i]) - len(prompt) for prompt, own in wave for i in own)
+        self._make_room(sum(len(prompt) for prompt, _ in wave) + len(members) * longest)
         device = model.device
         groups = torch.tensor([group for group, (_, own) in enumerate(wave) for _ in own], device=device)
         cache = GroupCache([len(prompt) for prompt, _ in wave], groups, keeps_prompts=conversations is not None)
@@ -238,6 +241,11 @@ class GroupDecoder:
                 cache.make_place(new)
                 return cache, self._extend(model, cache, members, new)
         return cache, next_logits(model, hidden)[groups]  # the rows of a group share their first distribution
+
+    def _make_room(self, tokens: int) -> None:
+        """Drop what is kept between turns where a wave's tokens would not fit beside it."""
+        if self.conversations is not None and self.kv_tokens is not None:
+            self.conversations.make_room(self.kv_tokens - tokens)
 
     def _extend(self, model: PreTrainedModel, cache: GroupCache, rows: list[Prompt], new: list[int]) -> Tensor:
         """Read the last tokens of rows, no more at once than a pass over prompts has read; return what follows."""
@@ -305,8 +313,7 @@ class GroupDecoder:
                 cache.keep_rows(keep)
                 ids, tokens, positions, rows, live = (x[keep] for x in (ids, tokens, positions, rows, live))
                 left = None if left is None else left[keep.to(left.device)]
-            if conversations is not None and self.kv_tokens is not None:
-                conversations.make_room(self.kv_tokens - cache.tokens)
+            self._make_room(cache.tokens + len(tokens))
             hidden = hidden_states(model, tokens.unsqueeze(1), positions.unsqueeze(1), cache)[:, 0]
             self.rollout.decode_tokens += len(tokens)
             logits = next_logits(model, hidden)

@@ -9,7 +9,7 @@ import torch
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.conversations import Conversations
-from grpo_lite.engine.decode import GroupDecoder
+from grpo_lite.engine.decode import GroupDecoder, hidden_states
 from grpo_lite.engine.generate import left_padded
 from tests.tiny import tiny_lora, tiny_model
 
@@ -160,6 +160,23 @@ def test_rows_dropped_for_want_of_room_are_read_again(kind: str, kv_tokens: int)
     assert conversations.dropped_rows > 0
     assert conversations.changed_rows == 0  # nothing was rewritten, and no dropped row takes another's place
     assert len(read) > 2
+
+
+def test_what_is_kept_and_what_is_read_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch):
+    made: list[Conversations] = []
+    held: list[int] = []
+    begin = Conversations.begin
+    monkeypatch.setattr(Conversations, "begin", lambda self, rows: made.append(self) or begin(self, rows))
+
+    def watched(model: Any, ids: Any, positions: Any, cache: Any) -> Any:
+        rows = [*made[-1]._ended, *made[-1]._waiting.values()]
+        kept = sum(map(len, made[-1]._prompts)) + sum(len(row.tokens) for row in rows)
+        held.append(kept + cache.tokens)
+        return hidden_states(model, ids, positions, cache)
+
+    monkeypatch.setattr("grpo_lite.engine.decode.hidden_states", watched)
+    play(prepared(), kv_tokens=150, first=prompts(groups=4, size=4, seed=2))
+    assert 100 < max(held) <= 150
 
 
 def test_rows_of_several_waves_stay_while_there_is_room():

@@ -11,6 +11,7 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.packing import pack
 from grpo_lite.recipe.algorithms import ALGORITHMS, Word
 from grpo_lite.trainer.gradients import Gradients
+from grpo_lite.trainer.prompts import shuffle_groups
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tiny import (
     OUR_METRICS,
@@ -93,6 +94,15 @@ def test_the_routers_loss_of_a_mixture_of_experts(settings: dict[str, Any], tmp_
     """Large enough to matter; `aux_loss` is among the metrics compared."""
     lora = "beta" in settings  # else TRL would load the reference from the Hub
     assert_same_training(tmp_path, "mixtral", lora=lora, router_aux_loss_coef=0.5, learning_rate=1e-3, **settings)
+
+
+@SLOW
+def test_the_routers_loss_of_accumulated_micro_steps_that_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two iterations over rounds of two micro-steps; TRL's rows are shuffled by whole groups, as ours are."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda rows: shuffle_groups(rows, 4))
+    settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 3}
+    settings |= {"router_aux_loss_coef": 0.5, "learning_rate": 1e-3}
+    assert_same_training(tmp_path, "mixtral", EngineOptions(tokens_per_microbatch=40), lora=False, **settings)
 
 
 def test_the_routers_loss_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
