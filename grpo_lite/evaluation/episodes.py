@@ -54,8 +54,7 @@ def score_episodes(
         right, _ = score_completions(tokenizer, recipe, repeated, episodes, player)
         for i, record in enumerate(records[start : start + size]):
             group = right[i * section.samples : (i + 1) * section.samples]
-            # One that could not be reset cannot be right, as long as others say that the row can be judged.
-            record["samples_right"] = None if record["lenient"] is None else sum(bool(r) for r in group)
+            record["samples_right"] = None if None in group else sum(bool(r) for r in group)
         progress(min(start + size, len(rows)), len(rows))
     return records
 

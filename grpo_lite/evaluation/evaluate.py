@@ -289,10 +289,13 @@ def compare(
         }
         for stage, (before, after, name) in STAGES.items() if warm is not None else ():
             result[kind][stage] = _change(right[before], right[after], recipe.seed, score, name)
-    if samples := recipe.eval.samples:
+    samples = recipe.eval.samples
+    # A sampled episode that could not be reset is neither right nor wrong, so its row is left out here.
+    sampled = [i for i in usable if all(rows[i].get("samples_right") is not None for rows in columns.values())]
+    if sampled and samples:
         result["pass_at_k"] = {
             f"pass@{k}": {
-                name: mean_pass_at_k([records[i]["samples_right"] for i in usable], samples, k)
+                name: mean_pass_at_k([records[i]["samples_right"] for i in sampled], samples, k)
                 for name, records in columns.items()
             }
             for k in _powers_of_two(samples)

@@ -16,6 +16,7 @@ from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.rewards.testing import Report, check_rewards, score_rows
+from grpo_lite.task.episodes import Player
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
@@ -39,18 +40,40 @@ def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
     yield from prompts.notes
     if adapter:
         yield adapter
-    for row in prompts.train[:previews]:
+    shown = set[str]()
+    for row, note in _begun(recipe, prompts, prompts.train[:previews]):
+        text = prompts.text(row)
+        if text in shown and recipe.data.answer is None:
+            continue
+        shown.add(text)
         yield ""
-        yield f"prompt: {prompts.text(row)}"
-        yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
+        yield f"prompt: {text}"
+        if note:
+            yield note
+        if recipe.data.answer is not None:
+            yield f"answer: {json.dumps(row.get('answer'), ensure_ascii=False, default=str)}"
     if tag := opened_tag(prompts.lead_in):
         yield f"the chat template opens <{tag}>, and rewards that accept it get prefilled=True"
     yield ""
     yield prompt_lengths(recipe, prompts)
-    yield from gold_rewards(recipe, prompts)
+    if recipe.rewards:
+        yield from gold_rewards(recipe, prompts)
     if recipe.warmup:
         yield ""
         yield from warmup_lines(recipe, recipe.warmup, prompts)
+
+
+def _begun(recipe: Recipe, prompts: Prompts, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """Yield rows with what `reset` adds to their prompts, and a line on it; without an environment as they are."""
+    if prompts.toolkit is None or not prompts.toolkit.factories:
+        yield from ((row, "") for row in rows)
+        return
+    for row in rows:
+        failures: list[str] = []
+        silent = Player(prompts, recipe, failures.append).play([row], lambda read, room: [[] for _ in read], 1)
+        added = len(silent[0].prompt_ids) - len(prompts.ids(row))
+        note = f"reset added {added} tokens to this prompt; the lengths below are without them" if added > 0 else ""
+        yield {**row, "prompt": silent[0].prompt}, failures[0] if silent[0].ended == "reset" else note
 
 
 def prompt_lengths(recipe: Recipe, prompts: Prompts) -> str:

@@ -227,10 +227,10 @@ def import_function(reference: str, where: str) -> Callable[..., Any]:
         module = _import_file(Path(file).expanduser(), f"{where}.function")
     else:
         dotted, _, name = reference.rpartition(".")
-        if not dotted:
+        if not dotted or name == "py":
             raise RewardError(
-                f"{where}.function: {reference!r} is given; write module.function, as rewards.accuracy_reward, "
-                "or file.py:function, as my_rewards.py:my_reward."
+                f"{where}.function: {reference!r} is given; write module.name, as rewards.accuracy_reward, or "
+                "file.py:name, as my_rewards.py:my_reward."
             )
         try:
             module = _import_module(dotted, name)

@@ -35,8 +35,11 @@ GUESS = '''
 class Guess:
     """Find a number."""
 
+    resets = []
+
     def reset(self, number: int, **row) -> None:
-        if number == 13:
+        self.resets.append(number)
+        if number == 13 or (number == 17 and self.resets.count(17) == 3):
             raise RuntimeError("unlucky")
         self.number, self.tries, self.last = number, 0, None
 
@@ -140,6 +143,20 @@ def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: P
     assert [row["base"] for row in table_rows(result) if "call" in row["name"]] == ["1.5", "0.0", "0%"]
     with pytest.raises(EvaluationError, match="no episode on a held-out row could be judged: `reset` failed"):
         compare(recipe, records[2:], records[2:])
+
+
+def test_a_sample_that_cannot_be_reset_leaves_its_row_out_of_pass_at_k(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_in(folder, "eval={lenient: {function: get_reward, threshold: 0.4}, samples: 2, batch_size: 3}")
+    prompts = load_prompts(recipe, tool_tokenizer())
+    rows = [{"prompt": [{"role": "user", "content": f"Find it, {n}."}], "number": n} for n in (7, 17)]
+    script = [[guesses(7), guesses(17)], [guesses(7), guesses(6)], [guesses(17)]]
+    records, _ = played(recipe, prompts, rows, script, monkeypatch)
+    assert [record["lenient"] for record in records] == [True, True]
+    assert [record["samples_right"] for record in records] == [1, None]
+    result = compare(recipe, records, records)
+    assert result["n"] == 2
+    assert result["pass_at_k"]["pass@1"] == {"base": 0.5, "trained": 0.5}
+    assert "pass_at_k" not in compare(recipe, records[1:], records[1:])
 
 
 def test_a_reward_function_gets_the_episodes_environments(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3Config
 
 from grpo_lite.environments import BUILT_IN
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.load import load_recipe
+from grpo_lite.task.check import check_recipe
 from grpo_lite.task.check_environments import check_environments
 from tests.command_line import grpo_lite
+from tests.tool_model import tool_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tools-and-environments.md").read_text(encoding="utf-8")
@@ -145,3 +148,24 @@ def test_the_recipe_of_the_page_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (played,) = check_environments(load_recipe("mine.yaml", []))
     assert played.passes
+
+
+def test_check_shows_what_reset_adds_to_a_prompt_or_why_it_fails(tmp_path: Path) -> None:
+    of_reset = "self.number, self.tries, self.last = number, 0, None"
+    more = ["if number == 2:", "    raise KeyError('two')", "return f' Begin at {number + 500}.'"]
+    source = "\n".join(BLOCKS).replace(of_reset, "\n        ".join([of_reset, *more]))
+    (tmp_path / "guess.py").write_text(source)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"number": {n}}}\n' for n in (2, 3, 3, 4)))
+    tool_tokenizer().save_pretrained(tmp_path / "model")
+    Qwen3Config(vocab_size=400, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    changed = [
+        f"model={{id: {tmp_path}/model, load_in: 32bit}}", f"environment={tmp_path}/guess.py:Guess",
+        "data.prompt=Find it.",
+        f"data.train={{path: {tmp_path}/rows.jsonl}}", "data.holdout=0", *COMMON,
+    ]  # fmt: skip
+    lines = list(check_recipe(load_recipe("smoke", changed)))
+    begun = [line for line in lines if line.startswith("prompt: ")]
+    assert ["Begin at 503." in line for line in begun] == [False, True]  # the third is the second once more
+    assert "tool failed: Guess.reset: raised KeyError: 'two'" in lines
+    assert any("reset added" in line for line in lines)
+    assert not any(line.startswith(("answer:", "a gold")) for line in lines)

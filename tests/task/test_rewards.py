@@ -98,7 +98,8 @@ def test_a_reward_that_cannot_be_called_is_refused_before_training(user_file: st
 @pytest.mark.parametrize(
     "reference, expected",
     [
-        ("accuracy", "write module.function"),
+        ("accuracy", "write module.name"),
+        ("my_rewards.py", "or file.py:name"),
         ("no_such_module_x.f", "does not import: ModuleNotFoundError"),
         ("nowhere.py:f", "there is no such file"),
         ("grpo_lite.task.generators.sumz", r"did you mean 'sums'"),
