@@ -80,7 +80,7 @@ class ToolGuard:
                 if (owner := getattr(tool, "__self__", None)) is not None:
                     self.hung.add(id(owner))
                 reason = f"took longer than {seconds:.3g} s" + (f", what {limit} had left" if limit else "")
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:  # what a tool's own event loop cancels is no Exception
                 reason = str(error) or type(error).__name__
             except SystemExit:
                 reason = "called exit"
@@ -103,7 +103,7 @@ class ToolGuard:
         except TimeLimitExceeded:
             self.hung.add(id(environment))
             reason = f"took longer than limits.tool_timeout_s = {self.limits.tool_timeout_s:g} s"
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             reason = f"raised {type(error).__name__}: {error}"
         else:
             if observation is None or isinstance(observation, str | list):

@@ -1,5 +1,6 @@
 """Episodes outside of training: the same turns give the same tokens as TRL's loop, and faults cost the episode."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.environments import Toolkit, tool_template
 from grpo_lite.task.episodes import Episode, Player
 from grpo_lite.task.prompts import Prompts
+from grpo_lite.task.tool_guard import ToolFailure
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests.tool_model import END, call, tool_tokenizer
 from tests.trainer.test_tools import SCRIPT, Faulty, Ledger, guard, play
@@ -163,3 +165,16 @@ def test_a_call_that_nests_too_deep_is_plain_text(deep: int):
     turn = parse_response(words, words(f"{written}{END}", add_special_tokens=False)["input_ids"])
     assert "tool_calls" not in turn
     assert deep * "[" in turn["content"]
+
+
+def test_a_tool_whose_event_loop_cancels_something_gives_the_model_an_error():
+    def cancelled() -> str:
+        raise asyncio.CancelledError("gone")
+
+    lines: list[str] = []
+    tools = guard(lines.append)
+    with pytest.raises(ToolFailure, match="gone"):
+        tools.wrap(cancelled, [])()
+    with pytest.raises(ToolFailure, match="CancelledError: gone"):
+        tools.reset(object(), {}, cancelled)
+    assert len(lines) == 2
