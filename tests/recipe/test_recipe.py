@@ -42,6 +42,7 @@ SHIPPED = [
         "qwen3.5-4b",
         "smoke",
         "smollm3-3b",
+        "sudoku",
         "sums",
         "tool-sums",
     ),
