@@ -47,6 +47,9 @@ def load_causal(folder: Path | str, **kwargs: Any) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        # Gemma 2: transformers before 5.22 takes SDPA, which leaves out the cap.
+        kwargs.setdefault("attn_implementation", "eager")
     tower = text_tower(config)
     if tower is None:
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)

@@ -22,6 +22,7 @@ from grpo_lite.models.text_tower import causal_config, load_causal, other_towers
 from grpo_lite.recipe.recipe import ModelSection
 from tests.conftest import ROOT
 from tests.models.tiny_multimodal import KINDS, save_multimodal
+from tests.tiny import tiny_model
 
 IDS = torch.arange(3, 3 + 48).reshape(2, 24) * 7 % 300
 
@@ -43,6 +44,14 @@ def test_text_tower_gives_the_logits_of_the_whole_model(kind: str, tmp_path: Pat
         torch.testing.assert_close(tower(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=2e-5, rtol=1e-5)
     assert "vis" not in caplog.text
     assert "multimodal" not in (attention.obstacle(tower) or "")
+
+
+def test_capped_scores_are_computed_by_attention_that_caps_them(tmp_path: Path):
+    """Transformers before 5.22 loads Gemma 2 with SDPA, which does not."""
+    tiny_model("gemma2", sliding_window=512).save_pretrained(tmp_path)
+    model = load_causal(tmp_path)
+    assert model.config._attn_implementation == "eager"
+    assert attention.obstacle(model) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from grpo_lite.errors import GRPOLiteError
@@ -21,6 +23,11 @@ from tests.killing import ALONE, FAST, train
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+# Two processes on a GPU each are not affected.
+resumes_on_cpus = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="transformers before 5.20 cannot restore the random states of several processes on a CPU",
+)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +156,7 @@ def test_two_processes_start_from_the_same_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@resumes_on_cpus
 def test_two_processes_resumed_inside_a_round_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """A round serves two steps; the first session stops after one, by a clock that only one process need have seen."""
     outcomes = []
@@ -237,6 +245,7 @@ PLAIN = ["model.load_in=32bit", "eval.enabled=false", "merge=false", "check.enab
 
 @pytest.mark.slow
 @pytest.mark.matrix
+@resumes_on_cpus
 def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_on_once_it_is_mended(
     tmp_path: Path,
 ) -> None:
@@ -256,6 +265,7 @@ def test_a_reward_that_keeps_failing_in_one_process_ends_both_and_the_run_goes_o
 
 
 @pytest.mark.slow
+@resumes_on_cpus
 @pytest.mark.parametrize(
     "which",
     [pytest.param(min, id="the first", marks=pytest.mark.matrix), pytest.param(max, id="the second")],

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.killing import ALONE, FAST
-from tests.trainer.test_parallel import HERE, launch, stop_the_second_at
+from tests.trainer.test_parallel import HERE, launch, resumes_on_cpus, stop_the_second_at
 
 DATA = "data: {generator: sums, kwargs: {low: 1, high: 9}}, completion: '{answer}'"
 RUN = ["smoke", *FAST, *ALONE, "grpo.max_steps=1", "grpo.save_steps=2"]
@@ -100,6 +100,7 @@ def test_a_run_of_two_processes_warms_up_and_goes_on_with_grpo_from_there(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.matrix
+@resumes_on_cpus
 def test_two_processes_that_pause_in_the_warm_up_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """The first session stops after one step, by a clock."""
     whole, paused = tmp_path / "whole", tmp_path / "paused"
