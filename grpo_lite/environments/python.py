@@ -60,8 +60,8 @@ class Python:
     call is the answer and the code has a number of the question and does not state the answer, else 0.
 
     State is kept in an episode by replay: each call first runs the earlier snippets that succeeded, without showing
-    their output, in a new process. So variables and functions stay, the clock and unseeded random numbers change, and
-    an episode is rebuilt from its calls alone. Nothing of this process's environment, files or network is in reach.
+    their output, in a new process with the same seed. So variables and functions stay, the clock goes on, and an
+    episode is rebuilt from its calls alone. Nothing of this process's environment, files or network is in reach.
 
     Raises:
         IsolationError: in `reset`, where this machine cannot keep the code away from files and network.
