@@ -16,7 +16,8 @@ SCENARIOS = (
     "graphs_draw_what_the_steps_would",
     "decoding",
     "decoding_at_28_layers",
-    "decoding_of_hybrids",
+    "decoding_of_convolutions",
+    "decoding_of_delta_nets_and_mamba",
     "a_step_that_a_graph_cannot_hold",
     "memory_runs_out_while_a_graph_is_captured",
     "one_attention_call_a_layer",
@@ -37,7 +38,7 @@ SCENARIOS = (
     "notebook_order",
 )
 # Minutes, or of a card whose other dtype is among the usual ones: only `make test-all` runs them.
-LONGEST = ("decoding_at_28_layers", "whole_smoke_bf16", "warm_up_bf16")
+LONGEST = ("decoding_at_28_layers", "decoding_of_delta_nets_and_mamba", "whole_smoke_bf16", "warm_up_bf16")
 USUAL = [name for name in SCENARIOS if name not in LONGEST]
 BATCHES = [USUAL[i::4] for i in range(4)]  # one import of torch for several
 

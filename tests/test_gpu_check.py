@@ -90,6 +90,7 @@ def test_the_first_round(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_the_second_round(root: Path, tmp_path: Path) -> None:
     done = script(root, tmp_path, "sums trl peers unsloth")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -74,7 +74,7 @@ def test_nf4_counts_the_heads_for_more_tokens_that_it_leaves_out(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hidden", "intermediate"), [(30, 77), (32, 33)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [pytest.param(30, 77, marks=pytest.mark.matrix), (32, 33)])
 def test_nf4_export_of_odd_widths_works_too(tmp_path: Path, hidden: int, intermediate: int) -> None:
     """No multiples of 32 rows and 64 columns: bitsandbytes' layout for AVX512-BF16 has no place for them."""
     config = LlamaConfig(

@@ -147,9 +147,19 @@ def graphs_draw_what_the_steps_would() -> None:
 
 
 @scenario
-def decoding_of_hybrids() -> None:
-    """Short convolutions, delta nets and Mamba-2 in a graph, greedy and sampled: tokens and log-probabilities."""
-    for kind, sizes in (("lfm2", {}), ("qwen3_5", {}), ("granite4", {"mamba_d_head": 32})):
+def decoding_of_convolutions() -> None:
+    """Layers with a state in a graph, greedy and sampled: tokens and log-probabilities."""
+    _decoding_of_hybrids(("lfm2", {}))
+
+
+@scenario
+def decoding_of_delta_nets_and_mamba() -> None:
+    """The same for larger states."""
+    _decoding_of_hybrids(("qwen3_5", {}), ("granite4", {"mamba_d_head": 32}))
+
+
+def _decoding_of_hybrids(*families: tuple[str, dict[str, int]]) -> None:
+    for kind, sizes in families:
         model = policy_on_cuda(kind, torch.float16, load_in="16bit", **sizes)
         autocast = autocast_of(torch.float16)
         expected = decode(model, GroupDecoder(autocast))

@@ -201,6 +201,7 @@ for name, given in json.loads(sys.argv[1]).items():
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_every_recipe_s_config_builds_under_the_patched_one(source: Path, tmp_path: Path) -> None:
     given = {name: with_trl_defaults(load_recipe(name).grpo) for name in recipe_names()}
     environment = {**os.environ, "UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path)}

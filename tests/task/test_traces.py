@@ -332,6 +332,7 @@ def test_batched_prompts_have_the_tokens_of_single_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_twenty_thousand_rows_take_seconds(tmp_path: Path) -> None:
     rows = [{"question": f"{i} and what?", "completion": "word " * 200} for i in range(20_000)]
     begun = time.monotonic()

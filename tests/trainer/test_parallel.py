@@ -156,6 +156,7 @@ def test_two_processes_start_from_the_same_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @resumes_on_cpus
 def test_two_processes_resumed_inside_a_round_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """A round serves two steps; the first session stops after one, by a clock that only one process need have seen."""
@@ -179,6 +180,7 @@ def test_two_processes_resumed_inside_a_round_end_as_undisturbed_ones(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path: Path) -> None:
     """Two cards yesterday, one today: told, and not exact."""
     run = tmp_path / "run"

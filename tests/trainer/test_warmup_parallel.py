@@ -57,7 +57,7 @@ def test_two_processes_warm_up_to_what_one_does(tokens: int, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "overflows",
     [
-        pytest.param(["1:1"], id="in one"),
+        pytest.param(["1:1"], id="in one", marks=pytest.mark.matrix),
         pytest.param(["0:2", "1:4"], id="at different steps", marks=pytest.mark.matrix),
     ],
 )
