@@ -33,7 +33,8 @@ TORCH = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[un
 def build() -> Path:
     """Compile device.cpp against this torch, once per source and torch (some seconds); needs g++."""
     source = Path(__file__).with_name("device.cpp")
-    key = hashlib.sha256(source.read_bytes() + (TORCH / "version.py").read_bytes()).hexdigest()[:16]
+    of_torch = str(TORCH).encode() + (TORCH / "version.py").read_bytes()  # it is linked to the libraries at this place
+    key = hashlib.sha256(source.read_bytes() + of_torch).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"grpo_lite_fake_cuda_{os.getuid()}_{key}.so"
     if not library.exists():
         part = library.with_suffix(f".{os.getpid()}")
