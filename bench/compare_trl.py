@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,106 @@ def load(path: str) -> Any:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
+def measured(engine: str, model: Any, clock: Clock, tokens: dict[str, int]) -> type[GRPOTrainer]:
+    """Return the engine's trainer, which times its phases and counts the tokens that it trains on.
+
+    The model is left as before any trainer.
+    """
+    inner = base_model(model)
+    inner.__dict__.pop("forward", None)  # TRL's head of the previous trainer
+    uninstall(inner)
+    base = GRPOTrainer if engine == "plain" else PackedGRPOTrainer
+
+    class Measured(base):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = self.gradients.read(model, inputs) if isinstance(self, PackedGRPOTrainer) else None
+            if batch is None:
+                width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
+                tokens["training"] += inputs["prompt_ids"].size(0) * width
+            else:
+                prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
+                tokens["training"] += prompts + sum(batch.completion_lengths)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def _prepare_inputs(self, batch: Any) -> Any:
+            return clock.run("generation and scoring", super()._prepare_inputs, batch)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            return clock.run("step", super().training_step, *args, **kwargs)
+
+    return Measured
+
+
+def arguments_of(shape: Any, **more: Any) -> GRPOConfig:
+    """Return TRL's arguments for one step of a shape."""
+    return GRPOConfig(
+        **more,
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=shape.rows_per_micro_step,
+        gradient_accumulation_steps=shape.prompts * shape.group // shape.rows_per_micro_step,
+        num_generations=shape.group,
+        max_completion_length=shape.longest,
+        max_steps=1,
+        learning_rate=1e-5,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=1,
+    )
+
+
+def varied_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Return a reward that differs within a group."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def train_once(trainer: Any, clock: Clock) -> dict[str, dict[str, float]]:
+    """Train a step, and return what each phase of it cost."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    if isinstance(trainer, PackedGRPOTrainer):
+        assert trainer.support.is_supported(trainer.model)  # its self-check is paid once per run, not per step
+    trainer.train()
+    phases = clock.phases
+    step, prepared = phases["step"], phases.pop("generation and scoring")
+    phases["training"] = {key: step[key] - prepared[key] for key in ("wall_s", "cpu_s")}
+    phases["training"]["peak_gib"] = step["peak_gib"]
+    step["peak_gib"] = max(step["peak_gib"], phases["rollout"]["peak_gib"])
+    return phases
+
+
+def in_turns(step: Callable[[str, int], dict[str, Any]], repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Let the engines take turns.
+
+    Args:
+        step: gets an engine and a seed; its result has `phases`.
+        repeats: counted turns.
+
+    Returns:
+        By engine, the medians of its phases; and its first counted result.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {"plain": [], "grpo_lite": []}
+    for turn in range(repeats + 1):  # the first turn warms up kernels and is not counted
+        for engine in runs:
+            free_memory()
+            result = step(engine, turn)
+            if turn > 0 or repeats == 0:
+                runs[engine].append(result)
+    medians = {
+        engine: {
+            phase: {key: statistics.median(run["phases"][phase][key] for run in results) for key in measures}
+            for phase, measures in results[0]["phases"].items()
+        }
+        for engine, results in runs.items()
+    }
+    return medians, {engine: results[0] for engine, results in runs.items()}
+
+
 def one_step(
     engine: str, model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, seed: int
 ) -> dict[str, Any]:
@@ -154,11 +255,8 @@ def one_step(
     clock = Clock()
     tokens = {"rollout": 0, "training": 0}
     inner = base_model(model)
-    inner.__dict__.pop("forward", None)  # TRL's head of the previous trainer
-    uninstall(inner)
-    base = GRPOTrainer if engine == "plain" else PackedGRPOTrainer
 
-    class Measured(base):  # type: ignore[misc, valid-type]
+    class Forced(measured(engine, model, clock, tokens)):  # type: ignore[misc]
         def _tokenize_prompts(self, given: list[str]) -> Any:
             self.drawn = [int(prompt) for prompt in given]
             return [prompts[index] for index in self.drawn], None, {}
@@ -180,81 +278,29 @@ def one_step(
                 self.rollouts.last = None  # the invented completions below are not the ones it describes
             return [made[row] for row in rows], None
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            batch = self.gradients.read(model, inputs) if isinstance(self, PackedGRPOTrainer) else None
-            if batch is None:
-                width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
-                tokens["training"] += inputs["prompt_ids"].size(0) * width
-            else:
-                prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
-                tokens["training"] += prompts + sum(batch.completion_lengths)
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def _prepare_inputs(self, batch: Any) -> Any:
-            return clock.run("generation and scoring", super()._prepare_inputs, batch)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            return clock.run("step", super().training_step, *args, **kwargs)
-
     # TRL 1.16 asks for the router's loss of Granite 4 without experts, and fails.
     router = {} if has_router_loss(inner) else {"router_aux_loss_coef": 0.0}
-    args = GRPOConfig(
-        **router,
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=shape.rows_per_micro_step,
-        gradient_accumulation_steps=shape.prompts * shape.group // shape.rows_per_micro_step,
-        num_generations=shape.group,
-        max_completion_length=shape.longest,
-        max_steps=1,
-        learning_rate=1e-5,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        seed=1,
-    )
     extra = {} if engine == "plain" else {"options": options}
-    trainer = Measured(
+    trainer = Forced(
         model=model,
-        args=args,
-        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        args=arguments_of(shape, **router),
+        reward_funcs=varied_reward,
         train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(shape.prompts)]}),
         processing_class=tokenizer,
         **extra,
     )
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    if isinstance(trainer, PackedGRPOTrainer):
-        assert trainer.support.is_supported(trainer.model)  # its self-check is paid once per run, not per step
-    trainer.train()
-    phases = clock.phases
-    step, prepared = phases["step"], phases.pop("generation and scoring")
-    phases["training"] = {key: step[key] - prepared[key] for key in ("wall_s", "cpu_s")}
-    phases["training"]["peak_gib"] = step["peak_gib"]
-    step["peak_gib"] = max(step["peak_gib"], phases["rollout"]["peak_gib"])
-    return {"phases": phases, "tokens": tokens, "grad_norm": trainer.state.log_history[0]["grad_norm"]}
+    return {
+        "phases": train_once(trainer, clock),
+        "tokens": tokens,
+        "grad_norm": trainer.state.log_history[0]["grad_norm"],
+    }
 
 
 def compare(model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, repeats: int) -> dict[str, Any]:
     """Let the engines take turns; return the medians and their ratios."""
-    runs: dict[str, list[dict[str, Any]]] = {"plain": [], "grpo_lite": []}
-    for turn in range(repeats + 1):  # the first turn warms up kernels and is not counted
-        for engine in runs:
-            free_memory()
-            result = one_step(engine, model, tokenizer, shape, options, seed=turn)
-            if turn > 0 or repeats == 0:
-                runs[engine].append(result)
-    medians = {
-        engine: {
-            phase: {key: statistics.median(run["phases"][phase][key] for run in results) for key in measures}
-            for phase, measures in results[0]["phases"].items()
-        }
-        for engine, results in runs.items()
-    }
+    medians, first = in_turns(
+        lambda engine, turn: one_step(engine, model, tokenizer, shape, options, seed=turn), repeats
+    )
     plain, ours = medians["plain"], medians["grpo_lite"]
     return {
         "shape": asdict(shape),
@@ -262,8 +308,8 @@ def compare(model: Any, tokenizer: Any, shape: Shape, options: EngineOptions, re
         "ratio": {
             phase: {key: plain[phase][key] / max(ours[phase][key], 1e-9) for key in plain[phase]} for phase in plain
         },
-        "tokens": {engine: results[0]["tokens"] for engine, results in runs.items()},
-        "grad_norm": {engine: results[0]["grad_norm"] for engine, results in runs.items()},
+        "tokens": {engine: result["tokens"] for engine, result in first.items()},
+        "grad_norm": {engine: result["grad_norm"] for engine, result in first.items()},
         "repeats": max(repeats, 1),
     }
 

@@ -11,21 +11,15 @@ The rollout is the time in `_generate_single_turn`, without the tools.
 import argparse
 import json
 import random
-import statistics
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
-from bench.compare_trl import Clock, load, versions
-from grpo_lite.engine.attention import uninstall
+from bench.compare_trl import Clock, arguments_of, in_turns, load, measured, train_once, varied_reward, versions
 from grpo_lite.engine.options import EngineOptions
-from grpo_lite.engine.out_of_memory import free_memory
-from grpo_lite.engine.score import base_model
 from grpo_lite.models.chat_template import set_chat_template
 from grpo_lite.task.environments import tool_template
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
@@ -105,17 +99,13 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
     clock = Clock()
     tokens = {"prefilled": 0, "decoded": 0, "training": 0}
     script = Scripted(tokenizer, shape.script(seed))
-    inner = base_model(model)
-    inner.__dict__.pop("forward", None)  # TRL's head of the previous trainer
-    uninstall(inner)
-    base = GRPOTrainer if engine == "plain" else PackedGRPOTrainer
     rng = random.Random(seed)
     questions = [" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(shape.prompts)]
 
-    class Measured(base):  # type: ignore[misc, valid-type]
+    class Played(measured(engine, model, clock, tokens)):  # type: ignore[misc]
         def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
             def plain(trainer: Any, *a: Any, **k: Any) -> Any:
-                return clock.run("rollout", base._generate_single_turn, trainer, *a, **k)
+                return clock.run("rollout", super()._generate_single_turn, *a, **k)
 
             ids, logps = script.generate(plain, self, prompt_ids, *args, **kwargs)
             if engine == "plain":
@@ -133,45 +123,11 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
                 )
             return generated
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            batch = self.gradients.read(model, inputs) if isinstance(self, PackedGRPOTrainer) else None
-            if batch is None:
-                width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
-                tokens["training"] += inputs["prompt_ids"].size(0) * width
-            else:
-                prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
-                tokens["training"] += prompts + sum(batch.completion_lengths)
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def _prepare_inputs(self, batch: Any) -> Any:
-            return clock.run("generation and scoring", super()._prepare_inputs, batch)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            return clock.run("step", super().training_step, *args, **kwargs)
-
-    rows = shape.prompts * shape.group
-    args = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=shape.rows_per_micro_step,
-        gradient_accumulation_steps=rows // shape.rows_per_micro_step,
-        num_generations=shape.group,
-        max_completion_length=shape.longest,
-        max_steps=1,
-        learning_rate=1e-5,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        seed=1,
-    )
     extra = {} if engine == "plain" else {"options": EngineOptions()}
-    trainer = Measured(
+    trainer = Played(
         model=model,
-        args=args,
-        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        args=arguments_of(shape),
+        reward_funcs=varied_reward,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions]),
         processing_class=tokenizer,
         environment_factory=environment(shape.result_words),
@@ -179,16 +135,7 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
     )
     if template is not None:
         trainer.chat_template = template
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    if isinstance(trainer, PackedGRPOTrainer):
-        assert trainer.support.is_supported(trainer.model)  # its self-check is paid once per run, not per step
-    trainer.train()
-    phases = clock.phases
-    step, prepared = phases["step"], phases.pop("generation and scoring")
-    phases["training"] = {key: step[key] - prepared[key] for key in ("wall_s", "cpu_s")}
-    phases["training"]["peak_gib"] = step["peak_gib"]
+    phases = train_once(trainer, clock)
     log = trainer.state.log_history[0]
     return {
         "phases": phases,
@@ -201,23 +148,10 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
 
 def compare(model: Any, tokenizer: Any, template: str | None, shape: Shape, repeats: int) -> dict[str, Any]:
     """Let the engines take turns; return the medians."""
-    runs: dict[str, list[dict[str, Any]]] = {"plain": [], "grpo_lite": []}
-    for turn in range(repeats + 1):  # the first turn warms up kernels and is not counted
-        for engine in runs:
-            free_memory()
-            result = one_step(engine, model, tokenizer, template, shape, seed=turn)
-            if turn > 0 or repeats == 0:
-                runs[engine].append(result)
-    medians = {
-        engine: {
-            phase: {key: statistics.median(run["phases"][phase][key] for run in results) for key in measures}
-            for phase, measures in results[0]["phases"].items()
-        }
-        for engine, results in runs.items()
-    }
-    first = {
-        engine: {key: results[0][key] for key in results[0] if key != "phases"} for engine, results in runs.items()
-    }
+    medians, first = in_turns(
+        lambda engine, turn: one_step(engine, model, tokenizer, template, shape, seed=turn), repeats
+    )
+    first = {engine: {key: result[key] for key in result if key != "phases"} for engine, result in first.items()}
     return {"shape": asdict(shape), "median": medians, "first": first, "repeats": max(repeats, 1)}
 
 

@@ -113,6 +113,22 @@ PADDING: dict[str, tuple[str, int | None]] = {
 NOTED = {"sampled_logps", "rollout_entropies"}
 
 
+KNOWN_KEYS = PADDING.keys() | {"advantages", "num_items_in_batch"}  # of a scored batch whose rows can be replaced
+
+
+def require_group_advantages(what: str, scale_rewards: str, aggregation: str) -> None:
+    """Check that a group's advantages depend on that group alone, so that it can be put into another batch.
+
+    Raises:
+        ValueError: they do not; `what` needs it.
+    """
+    if scale_rewards == "batch" or aggregation == "normalize_then_sum":
+        raise ValueError(
+            f"{what} needs advantages that depend on one group only: not scale_rewards='batch', nor "
+            "multi_objective_aggregation='normalize_then_sum'"
+        )
+
+
 def refill_batch(
     batch: dict[str, Any], rows: Sequence[int], extra: dict[str, Any], extra_rows: Sequence[int], pad_token_id: int
 ) -> dict[str, Any]:

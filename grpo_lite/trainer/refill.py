@@ -16,13 +16,14 @@ from datasets import Dataset
 from trl.trainer.utils import split_tensor_dict
 
 from grpo_lite.trainer.prompts import (
-    PADDING,
+    KNOWN_KEYS,
     GroupSampler,
     PromptQueue,
     groups_without_signal,
     load_state,
     prompt_key,
     refill_batch,
+    require_group_advantages,
     save_state,
     shuffle_groups,
 )
@@ -44,11 +45,7 @@ class PromptOrder:
             return
         if not isinstance(trainer.train_dataset, Dataset):
             raise ValueError("refill needs a dataset of known length, not an iterable one")
-        if trainer.scale_rewards == "batch" or trainer.multi_objective_aggregation == "normalize_then_sum":
-            raise ValueError(
-                "refill needs advantages that depend on one group only: not scale_rewards='batch', nor "
-                "multi_objective_aggregation='normalize_then_sum'"
-            )
+        require_group_advantages("refill", trainer.scale_rewards, trainer.multi_objective_aggregation)
         self.queue = PromptQueue(len(trainer.train_dataset), trainer.args.seed)
 
     def sampler(self, dataset: Any) -> GroupSampler:
@@ -77,8 +74,7 @@ class PromptOrder:
         TRL's metrics keep describing the first draw, which is an unbiased one; tokens count everything generated.
         """
         trainer, queue = self.trainer, self.queue
-        known = PADDING.keys() | {"advantages", "num_items_in_batch"}
-        if queue is None or not trainer.model.training or not output.keys() <= known:
+        if queue is None or not trainer.model.training or not output.keys() <= KNOWN_KEYS:
             return output
         size, state = trainer.num_generations, trainer.state
         dead = groups_without_signal(output["advantages"], size)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_lite.trainer.prompts import PADDING, groups_without_signal, refill_batch
+from grpo_lite.trainer.prompts import KNOWN_KEYS, groups_without_signal, refill_batch, require_group_advantages
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "replay.safetensors"
@@ -42,12 +42,8 @@ class Replay:
         self.trainer = trainer
         self.kept: list[Kept] = []  # oldest first
         self._has_warned = False
-        over_batch = trainer.scale_rewards == "batch" or trainer.multi_objective_aggregation == "normalize_then_sum"
-        if trainer.options.replay and over_batch:
-            raise ValueError(
-                "replay needs advantages that depend on one group only: not scale_rewards='batch', nor "
-                "multi_objective_aggregation='normalize_then_sum'"
-            )
+        if trainer.options.replay:
+            require_group_advantages("replay", trainer.scale_rewards, trainer.multi_objective_aggregation)
 
     def fill(self, output: dict[str, Any]) -> dict[str, Any]:
         """Replace groups without a signal in a scored round by kept ones, the newest first, each at most once.
@@ -59,8 +55,7 @@ class Replay:
         if not trainer.options.replay or not trainer.model.training:
             return output
         logps = output.get("old_per_token_logps", noted)
-        known = PADDING.keys() | {"advantages", "num_items_in_batch"}
-        if logps is None or not output.keys() <= known:
+        if logps is None or not output.keys() <= KNOWN_KEYS:
             if not self._has_warned:
                 logger.warning("Replay is off: this rollout does not note the tokens' log-probabilities.")
                 self._has_warned = True

@@ -18,6 +18,7 @@ from grpo_lite.task.environments import tool_template
 from grpo_lite.task.tokens import tool_result_ids
 from grpo_lite.task.tool_guard import ToolGuard
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from tests import tool_model
 from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
 from tests.tool_model import END, Scripted, call, tool_tokenizer
 from tests.trainer.test_contract import WITH_TOOLS
@@ -38,23 +39,12 @@ def model(vocabulary: int) -> Any:
     return tiny_lora(Qwen3ForCausalLM(config))
 
 
-class Ledger:
-    """Adds up numbers."""
+class Ledger(tool_model.Ledger):
+    """Adds up numbers from 0."""
 
-    def reset(self, **row: Any) -> str:
+    def reset(self, **row: Any) -> str:  # type: ignore[override]
         self.total = 0
         return f" Begin at {row['start']}."
-
-    def add(self, number: int) -> str:
-        """Add a number to the total.
-
-        Args:
-            number: what is added.
-        """
-        if number < 0:
-            raise ValueError(f"{number} is below 0")
-        self.total += number
-        return f"total {self.total}"
 
     def note(self, length: int) -> str:
         """Return a note.

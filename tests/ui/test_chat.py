@@ -224,26 +224,18 @@ def playing(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
     folder = write_tool_model(tmp_path_factory.mktemp("tools"))
     (folder / "ledger.py").write_text(
-        '''
-class Ledger:
+        """
+from tests import tool_model
+
+
+class Ledger(tool_model.Ledger):
     def reset(self, start, **row):
         self.total = int(start)
         return f" Begin at {self.total}."
 
-    def add(self, number: int) -> str:
-        """Add a number.
-
-        Args:
-            number: what is added.
-        """
-        if number < 0:
-            raise ValueError(f"{number} is below 0")
-        self.total += number
-        return f"total {self.total}"
-
     def get_reward(self):
         return 1.0
-'''
+"""
     )
     (folder / "r.yaml").write_text(
         f"""
