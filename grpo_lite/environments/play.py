@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from grpo_lite.environments.methods import NOT_TOOLS
+
 Message = dict[str, Any]
 Turn = Sequence[Mapping[str, Any]] | str  # calls made at once, or the final text
 
@@ -61,11 +63,7 @@ def play_in(
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     """Return the tools of an environment by name: its public methods but `reset` and `get_reward`, as in TRL."""
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
-    return {
-        name: getattr(environment, name)
-        for name in names
-        if not name.startswith("_") and name not in ("reset", "get_reward")
-    }
+    return {name: getattr(environment, name) for name in names if not name.startswith("_") and name not in NOT_TOOLS}
 
 
 def _opening(row: Mapping[str, Any], observation: Any) -> list[Message]:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.environments import openenv, verifiers
+from grpo_lite.environments.play import tools_of
 from grpo_lite.errors import ModelError, RewardError
 from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.rewards import import_function
 
 # Not tools, in TRL's contract of an environment.
-OWN_METHODS = ("reset", "get_reward")
 _DEEPEST = 50  # levels of a call's arguments
 _KNOWN = "the original templates of Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1/3.2 Instruct are known to TRL"
 _OWN = "or set model.chat_template=smollm2-tools where the model speaks ChatML"
@@ -158,6 +158,12 @@ def make_environment(factory: Callable[[], Any], where: str) -> Any:
         ) from error
 
 
+def tool_template_kwargs(template_kwargs: dict[str, Any] | None, tokenizer: Any, model_id: str) -> dict[str, Any]:
+    """Return what renders episodes: the recipe's `template_kwargs`, with the template of `tool_template`, if any."""
+    template = tool_template(tokenizer, model_id)
+    return {**(template_kwargs or {}), **({"chat_template": template} if template else {})}
+
+
 def tool_template(tokenizer: Any, model_id: str) -> str | None:
     """Return the chat template that TRL takes for episodes, None for the tokenizer's own; adds the parser of calls.
 
@@ -270,20 +276,18 @@ def _functions(instance: Any) -> list[str]:
 
 
 def _methods(instance: Any, where: str, has_tools: bool) -> tuple[Callable[..., Any], ...]:
-    names = _functions(instance)
-    if "reset" not in names:
+    if "reset" not in _functions(instance):
         raise RewardError(f"{where}: has no method `reset`. Add `def reset(self, **row)`; it begins an episode.")
     if inspect.iscoroutinefunction(instance.reset):
         raise RewardError(f"{where}: `reset` is async; TRL calls it without awaiting it. Make it a plain method.")
     if not hasattr(instance, "__dict__"):
         raise RewardError(f"{where}: has __slots__ and no __dict__, so `reset` cannot be guarded. Remove __slots__.")
-    public = [name for name in names if not name.startswith("_") and name not in OWN_METHODS]
-    if not public and not has_tools:
+    methods = tuple(tools_of(instance).values())
+    if not methods and not has_tools:
         raise RewardError(
             f"{where}: has no public method beside reset and get_reward, so the model has nothing to call. Add a "
             "method with type hints and a docstring."
         )
-    methods = tuple(getattr(instance, name) for name in public)
     for method in methods:
         _require_schema(method, f"{where}.{method.__name__}")
     return methods

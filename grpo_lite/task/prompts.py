@@ -17,7 +17,7 @@ from typing import Any
 from grpo_lite.errors import DataError
 from grpo_lite.files.hub import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.recipe.recipe import DataSection, Recipe, SourceSection
-from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template
+from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template_kwargs
 from grpo_lite.task.generators import Row, generate_rows
 from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
 
@@ -90,8 +90,7 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     toolkit = load_toolkit(recipe)
     template_kwargs = recipe.template_kwargs
     if toolkit is not None and tokenizer is not None:
-        template = tool_template(tokenizer, recipe.model.id)
-        template_kwargs = {**(template_kwargs or {}), **({"chat_template": template} if template else {})}
+        template_kwargs = tool_template_kwargs(template_kwargs, tokenizer, recipe.model.id)
     rows = read_rows(data.train, recipe.seed, "data.train")
     notes: list[str] = []
     if data.eval is not None:

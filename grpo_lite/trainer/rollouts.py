@@ -42,8 +42,9 @@ class Rollouts:
                 tools = trainer.tools
                 if trainer.environment_factories is not None:
                     tools = trainer._env_tools[trainer._batch_environments[row]]
-                template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
-                ids[row] = tokens_of_prompt(prompt, trainer.processing_class, {**template, "tools": tools or None})
+                ids[row] = tokens_of_prompt(
+                    prompt, trainer.processing_class, {**self._template(), "tools": tools or None}
+                )
 
     def tool_suffix(self, plain: Callable[[Any], list[int]], messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of results of tools, as `plain`, TRL's `_get_tool_suffix_ids`; markup in them is only text."""
@@ -51,9 +52,11 @@ class Rollouts:
         tokenizer = trainer.processing_class
         if trainer._is_vlm or not holds_markup(messages, tokenizer):
             return plain(messages)
-        template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
-        ids = tool_result_ids(messages, tokenizer, template)
+        ids = tool_result_ids(messages, tokenizer, self._template())
         return plain(without_markup(messages, tokenizer)) if ids is None else ids
+
+    def _template(self) -> dict[str, Any]:
+        return {"chat_template": self.trainer.chat_template, **self.trainer.chat_template_kwargs}
 
     def play(self, generate: Callable[[], Any]) -> Any:
         """Return what `generate`, TRL's `_generate`, does; keys and values are kept between the turns of its rows."""

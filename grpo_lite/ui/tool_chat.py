@@ -14,7 +14,7 @@ from grpo_lite.errors import DataError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.turns import message_text
 from grpo_lite.screen import Show
-from grpo_lite.task.environments import load_toolkit, tool_template
+from grpo_lite.task.environments import load_toolkit, tool_template_kwargs
 from grpo_lite.task.episodes import Episode, Generate, Player
 from grpo_lite.task.generators import Row
 from grpo_lite.task.prompts import Prompts, fields_of, render_row
@@ -31,8 +31,7 @@ class ToolChat:
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        template = tool_template(tokenizer, recipe.model.id)
-        kwargs = {**(recipe.template_kwargs or {}), **({"chat_template": template} if template else {})}
+        kwargs = tool_template_kwargs(recipe.template_kwargs, tokenizer, recipe.model.id)
         prompts = Prompts([], [], tokenizer=tokenizer, template_kwargs=kwargs, toolkit=load_toolkit(recipe))
         self.recipe, self._failures = recipe, list[str]()
         self.player = Player(prompts, recipe, self._failures.append)
