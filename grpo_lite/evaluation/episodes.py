@@ -15,7 +15,7 @@ from grpo_lite.evaluation.scoring import score_completions, second_opinions
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show, progress_lines
-from grpo_lite.task.episodes import Episode, Player
+from grpo_lite.task.episodes import Episode, Player, require_scored, turns_of
 from grpo_lite.task.generators import Row
 
 
@@ -30,6 +30,7 @@ def score_episodes(
         The records of `score_model`.
     """
     section, records = recipe.eval, []
+    played: list[Episode] = []
     progress = progress_lines(show, f"evaluating {name}, greedy")
     for start in range(0, len(rows), section.batch_size):
         part = rows[start : start + section.batch_size]
@@ -40,7 +41,9 @@ def score_episodes(
             records.append(_record(episode, lenient[i], strict[i]))
             if opinions is not None:
                 records[-1]["honest"] = None if lenient[i] is None else opinions[i]
+        played += episodes
         progress(start + len(part), len(rows))
+    require_scored(played, f"evaluating {name}")
     if not section.samples:
         return records
     progress = progress_lines(show, f"evaluating {name}, {section.samples} samples")
@@ -108,13 +111,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def episode_means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return turns, calls and failed calls an episode, and the share of episodes without a call."""
-    turns = (sum(message.get("role") != "tool" for message in record["turns"]) for record in records)
+    """Return turns, calls and failed calls an episode, the share without a call, and in how many get_reward failed."""
     return {
-        "turns": statistics.fmean(turns),
+        "turns": statistics.fmean(turns_of(record["turns"]) for record in records),
         "calls": statistics.fmean(record["calls"] for record in records),
         "failed_calls": statistics.fmean(record["failed_calls"] for record in records),
         "without_call": statistics.fmean(record["calls"] == 0 for record in records),
+        "failed_rewards": sum("fault" in record for record in records),
     }
 
 
@@ -127,6 +130,7 @@ def _record(episode: Episode, lenient: bool | None, strict: bool | None) -> Row:
         "lenient": lenient,
         "strict": strict,
         "truncated": episode.ended == "length",
+        **({"fault": episode.fault} if episode.fault else {}),
     }
 
 

@@ -199,7 +199,10 @@ def score_model(
         One record per row: `completion` (greedy) and whether the cap cut it off (`truncated`); `lenient`, `strict` and,
         where the first reward states a second opinion, `honest` (bool, None without a usable gold); `samples_right`,
         how many of `eval.samples` sampled completions are leniently right. Of an episode also `turns` (its messages),
-        `calls` and `failed_calls`.
+        `calls` and `failed_calls`, and `fault` where its `get_reward` failed, so that it counts as not right.
+
+    Raises:
+        RewardError: a reward fails; `get_reward` only where it fails in every episode.
     """
     if player is not None:
         return score_episodes(model, tokenizer, recipe, rows, show, name, player)

@@ -26,7 +26,7 @@ from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.rewards import format_reward
 from grpo_lite.rewards.facts import named
-from grpo_lite.task.episodes import Episode, Player
+from grpo_lite.task.episodes import Episode, Player, require_scored
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of
@@ -135,6 +135,7 @@ def probe_recipe(
     rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
     sampled = _sample(recipe, model, tokenizer, prompts, rows, samples, limit_s, show)
     right, _ = score_completions(tokenizer, recipe, sampled.rows, sampled.completions, sampled.player)
+    require_scored(sampled.episodes, "probe")
     judged = [right[i : i + samples] for i in range(0, len(right), samples)]
     counts = [sum(bool(r) for r in group) for group in judged if None not in group]
     scores = _score(recipe, tokenizer, sampled, prompts.lead_in)

@@ -90,6 +90,10 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} (sampled): {rates_text(rates)}")
     if episodes := episodes_text(scores):
         lines.append(episodes)
+        failed = {name: means.get("failed_rewards", 0) for name, means in scores["episodes"].items()}
+        if any(failed.values()):
+            counts = ", ".join(f"{name} {count}" for name, count in failed.items())
+            lines.append(f"get_reward failed in held-out episodes, which count as not right: {counts}")
     if scores.get("unusable_golds"):
         why = "could not be judged in every episode" if episodes else "have no usable gold answer"
         lines.append(f"{scores['unusable_golds']} held-out rows {why} and were left out")

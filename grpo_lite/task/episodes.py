@@ -47,6 +47,8 @@ class Episode:
         ended: by an answer without a call, at the limit of turns, at the length, or by a `reset` that failed, after
             which nothing was played.
         calls: how many, of which `failed_calls` gave the model an error.
+        asked: whether `get_reward` was called, which is done once; `paid` is what it returned, 0 where it failed.
+        fault: why it could not be scored; "" where it could.
     """
 
     row: Row
@@ -59,6 +61,9 @@ class Episode:
     ended: Literal["answer", "turns", "length", "reset"] | None = None
     calls: int = 0
     failed_calls: int = 0
+    asked: bool = False
+    paid: float | None = None
+    fault: str = ""
     budgets: tuple[Budget, ...] = ()  # for the time of its tools
 
     @property
@@ -70,7 +75,7 @@ class Episode:
     @property
     def turns(self) -> int:
         """How often the model spoke."""
-        return sum(message.get("role") != "tool" for message in self.messages)
+        return turns_of(self.messages)
 
     @property
     def read(self) -> list[int]:
@@ -137,10 +142,18 @@ class Player:
     def rewards(self, episodes: Sequence[Episode]) -> list[float | None]:
         """Return what each episode's environment pays (`get_reward`); None where it cannot be judged or has none.
 
-        Raises:
-            RewardError: `get_reward` raises, hangs or returns something else.
+        Where `get_reward` raises, hangs or returns something else, the episode gets 0, so that it is not right, and
+        says why (`fault`).
         """
-        return [self._reward(episode) for episode in episodes]
+        for episode in episodes:
+            if not episode.asked:
+                episode.asked = True
+                try:
+                    episode.paid = self._reward(episode)
+                except RewardError as error:
+                    episode.paid, episode.fault = 0.0, str(error)
+                    self.guard.say(f"get_reward failed: {type(episode.environment).__name__}", str(error))
+        return [episode.paid for episode in episodes]
 
     def _instances(self, rows: Sequence[Row]) -> list[Any]:
         """Return an environment for each row, those of earlier episodes first; one in which a call hung is left."""
@@ -258,6 +271,25 @@ class Player:
 
     def _awaited(self, function: Callable[[], Any], seconds: float | None) -> Any:
         return self.guard.wait_for(function(), seconds)
+
+
+def turns_of(messages: Sequence[Message]) -> int:
+    """Return how often the model spoke in an episode."""
+    return sum(message.get("role") != "tool" for message in messages)
+
+
+def require_scored(episodes: Sequence[Episode], where: str) -> None:
+    """Refuse episodes of which `get_reward` failed in every one that it was asked about.
+
+    Raises:
+        RewardError: it did.
+    """
+    faults = [episode.fault for episode in episodes if episode.asked and episode.ended != "reset"]
+    if faults and all(faults):
+        raise RewardError(
+            f"{where}: get_reward failed in all {len(faults)} episodes; the first time: {faults[0].rstrip('.')}. Fix "
+            "it; `make check-env` plays the environment without a model."
+        )
 
 
 def make_player(prompts: Prompts, recipe: Recipe, show: Show) -> Player | None:

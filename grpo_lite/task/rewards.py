@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
@@ -341,7 +342,7 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
             raise
         except RowsFailed as error:
             raise UnscoredRows(error, section.function, where, len(completions)) from error
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # the last two are no Exception
             raise RewardError(f"{where}: {section.function} raised {type(error).__name__}: {error}.") from error
         return _checked(scores, len(completions), section.function, where)
 

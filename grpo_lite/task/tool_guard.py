@@ -22,7 +22,7 @@ from grpo_lite.screen import Show
 from grpo_lite.task.guard import TimeLimitExceeded, call_within
 
 _LONGEST_ERROR = 500  # characters of an error that the model gets
-_LINES_PER_TOOL = 3  # failures of one tool that are shown; all are counted
+_LINES_PER_TOOL = 3  # failures of one tool, `reset` or `get_reward` that are shown; all are counted
 
 
 class ToolFailure(Exception):
@@ -87,7 +87,7 @@ class ToolGuard:
             finally:
                 for budget in budgets:
                     budget.left_s -= time.monotonic() - start
-            self._say(tool.__name__, reason)
+            self.say(f"tool failed: {tool.__name__}", reason)
             raise ToolFailure(self._shortened(reason, _LONGEST_ERROR))
 
         return guarded
@@ -109,7 +109,7 @@ class ToolGuard:
             if observation is None or isinstance(observation, str | list):
                 return observation
             reason = f"returned a {type(observation).__name__}; allowed are text, content parts and None"
-        self._say(f"{type(environment).__name__}.reset", reason)
+        self.say(f"tool failed: {type(environment).__name__}.reset", reason)
         raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
 
     def wait_for(self, coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
@@ -137,11 +137,12 @@ class ToolGuard:
             return convert(self.wait_for(call(), seconds))
         return call_within(seconds, lambda: convert(call()))
 
-    def _say(self, name: str, reason: str) -> None:
-        self._shown[name] += 1
-        if self._shown[name] <= _LINES_PER_TOOL:
-            last = "; further ones are only counted" if self._shown[name] == _LINES_PER_TOOL else ""
-            self.show(f"tool failed: {name}: {self._shortened(reason, _LONGEST_ERROR)}{last}")
+    def say(self, what: str, reason: str) -> None:
+        """Show why something failed, the first times that it does."""
+        self._shown[what] += 1
+        if self._shown[what] <= _LINES_PER_TOOL:
+            last = "; further ones are only counted" if self._shown[what] == _LINES_PER_TOOL else ""
+            self.show(f"{what}: {self._shortened(reason, _LONGEST_ERROR)}{last}")
 
     @staticmethod
     def _shortened(text: str, limit: int) -> str:

@@ -136,13 +136,32 @@ def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: P
     again = [{**record, "lenient": bool(record["lenient"])} for record in records[:2]] + records[2:]
     result = compare(recipe, records, again)
     assert result["n"] == 2
-    assert result["episodes"]["base"] == {"turns": 2.5, "calls": 1.5, "failed_calls": 0.0, "without_call": 0.0}
+    assert result["episodes"]["base"] == {"turns": 2.5, "calls": 1.5, "failed_calls": 0.0, "without_call": 0.0,
+                                            "failed_rewards": 0}  # fmt: skip
     lines = score_lines(result)
     assert any(line.startswith("turns an episode 2.5 → 2.5, calls an episode 1.5 → 1.5") for line in lines), lines
     assert lines[-1] == "1 held-out rows could not be judged in every episode and were left out"
     assert [row["base"] for row in table_rows(result) if "call" in row["name"]] == ["1.5", "0.0", "0%"]
     with pytest.raises(EvaluationError, match="no episode on a held-out row could be judged: `reset` failed"):
         compare(recipe, records[2:], records[2:])
+
+
+def test_a_get_reward_that_fails_costs_its_episode_not_the_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = GUESS.replace("return 1.0 / self.tries if", "return 1.0 / (self.last != 6) if")  # who ends on 6 breaks it
+    (folder / "guess.py").write_text(broken)
+    recipe = recipe_in(folder, "eval={lenient: {function: get_reward}, samples: 2, batch_size: 4}")
+    prompts = load_prompts(recipe, tool_tokenizer())
+    rows = [{"prompt": [{"role": "user", "content": f"Find it, {n}."}], "number": n} for n in (6, 9)]
+    script = [[guesses(6), guesses(9)], [guesses(1), guesses(6), guesses(9), guesses(5, 9)]]
+    records, _ = played(recipe, prompts, rows, script, monkeypatch)
+    assert [record["lenient"] for record in records] == [False, True]
+    assert "Guess.get_reward raised ZeroDivisionError" in records[0]["fault"]
+    assert [record["samples_right"] for record in records] == [0, 2]
+    result = compare(recipe, records, records)
+    assert (result["n"], result["lenient"]["base"]["rate"]) == (2, 0.5)
+    assert "get_reward failed in held-out episodes, which count as not right: base 1, trained 1" in score_lines(result)
+    with pytest.raises(RewardError, match=r"evaluating base: get_reward failed in all 1 episodes; .*ZeroDivisionError"):
+        played(recipe, prompts, rows[:1], script, monkeypatch)
 
 
 def test_a_sample_that_cannot_be_reset_leaves_its_row_out_of_pass_at_k(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from trl.chat_template_utils import parse_response
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.environments import Toolkit, tool_template
-from grpo_lite.task.episodes import Episode, Player
+from grpo_lite.task.episodes import Episode, Player, require_scored
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.tool_guard import ToolFailure
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
@@ -138,10 +139,31 @@ class Unpayable(Ledger):
         return "much"
 
 
-def test_a_reward_of_an_environment_that_is_no_number_is_named():
-    ours = player(tool_tokenizer(), Unpayable)
-    with pytest.raises(RewardError, match=r"Unpayable\.get_reward returned 'much'"):
-        ours.rewards([Episode({}, [], environment=Unpayable(), ended="answer")])
+class Leaving(Ledger):
+    """Pays 1 the first time that it is asked, and ends the process the next time."""
+
+    asked = 0
+
+    def get_reward(self) -> float:
+        self.asked += 1
+        return 1.0 if self.asked == 1 else sys.exit(3)
+
+
+def test_a_get_reward_that_fails_costs_its_episode_and_is_named():
+    lines: list[str] = []
+    ours = player(tool_tokenizer(), Unpayable, lines)
+    unpayable, paid = (Episode({}, [], environment=kind(), ended="answer") for kind in (Unpayable, Leaving))
+    left = Episode({}, [], environment=paid.environment, ended="answer")
+    assert ours.rewards([paid, unpayable, left]) == [1.0, 0.0, 0.0]
+    assert paid.fault == ""
+    assert "Unpayable.get_reward returned 'much'" in unpayable.fault
+    assert "Leaving.get_reward raised SystemExit: 3" in left.fault
+    assert [line.split(":")[0] for line in lines] == ["get_reward failed"] * 2
+    assert ours.rewards([paid, unpayable]) == [1.0, 0.0]  # asked once
+    assert len(lines) == 2
+    require_scored([paid, unpayable], "here")
+    with pytest.raises(RewardError, match=r"here: get_reward failed in all 2 episodes; .*returned 'much'"):
+        require_scored([unpayable, left], "here")
 
 
 def test_half_a_character_in_a_call_costs_its_episode_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
