@@ -1,16 +1,19 @@
-"""Search in a local file of passages by BM25, for questions that one of them answers. Needs the extra `search`."""
+"""Search in a local file of passages by BM25, for questions that some of them answer. Needs the extra `search`."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_lite.environments import towns
 from grpo_lite.environments.working import Working, holds
 from grpo_lite.errors import DataError
 
+TOWNS = "towns"  # as `corpus`: the kit's own text
 SEARCHES = 8  # in an episode
 PASSAGES = 3  # shown for a query
 MOST_CHARACTERS = 400  # shown of a passage
@@ -21,11 +24,15 @@ class Search:
     """Questions whose answer stands in a file of passages.
 
     Columns: `question` (or the messages in `prompt`), `answer`, and `corpus`: a `.txt` file of passages with empty
-    lines between, or a `.jsonl` file with `text` and, if there is one, `title`. Reward: 1 if a search showed a passage
-    with the answer and no query stated the answer before it was shown, else 0.
+    lines between, a `.jsonl` file with `text` and, if there is one, `title`, or `towns`, the kit's own text. Reward:
+    1 if a search showed a passage with the answer and no query stated the answer before it was shown, else 0.
+
+    Raises:
+        DataError: the library is not installed.
     """
 
     def __init__(self) -> None:
+        _library()
         self._index: Index | None = None
         self._answer: Any = None
         self._working = Working({})
@@ -36,7 +43,7 @@ class Search:
         """Open the file of passages; the prompt says everything, so nothing is added to it.
 
         Raises:
-            DataError: no file of passages, or the library is not installed.
+            DataError: no file of passages.
         """
         self._index = open_index(corpus)
         self._answer = answer
@@ -90,30 +97,52 @@ class Index(NamedTuple):
 
 
 def open_index(corpus: str | None) -> Index:
-    """Return the index of a file of passages; a file is read once until it changes.
+    """Return the index of a file of passages, or of the kit's own; a file is read once until it changes.
 
     Raises:
-        DataError: no such file, no passages in it, or the library is not installed.
+        DataError: no such file, or no passages in it.
     """
-    if not isinstance(corpus, str) or not Path(corpus).is_file():
-        raise DataError(f"search: the column 'corpus' is {corpus!r}. It must name a .txt or .jsonl file of passages.")
-    path = Path(corpus).resolve()
+    if corpus == TOWNS:
+        return _towns_index()
+    if not isinstance(corpus, str) or not Path(corpus).expanduser().is_file():
+        raise DataError(
+            f"search: the column 'corpus' is {corpus!r}. It must name a .txt or .jsonl file of passages, or be "
+            f"{TOWNS!r}, the kit's own text."
+        )
+    path = Path(corpus).expanduser().resolve()
     state = path.stat()
     return _read_index(path, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=4)
 def _read_index(path: Path, changed_ns: int, size_bytes: int) -> Index:
+    passages = [" ".join(passage.split())[:MOST_CHARACTERS] for passage in _passages(path)]
+    if not passages:
+        raise DataError(f"search: {path.name} holds no passages. Expected paragraphs, or JSON lines with 'text'.")
+    return _index(passages)
+
+
+@lru_cache(maxsize=1)
+def _towns_index() -> Index:
+    return _index(towns.passages())
+
+
+def _index(passages: list[str]) -> Index:
+    ranking = _library().BM25()
+    ranking.index(_tokens(passages), show_progress=False)
+    return Index(tuple(passages), ranking)
+
+
+def _library() -> Any:
     try:
         import bm25s
     except ImportError:
-        raise DataError("search: the environment needs its library: pip install 'grpo-lite[search]'.") from None
-    passages = tuple(" ".join(passage.split())[:MOST_CHARACTERS] for passage in _passages(path))
-    if not passages:
-        raise DataError(f"search: {path.name} holds no passages. Expected paragraphs, or JSON lines with 'text'.")
-    ranking = bm25s.BM25()
-    ranking.index(_tokens(list(passages)), show_progress=False)
-    return Index(passages, ranking)
+        raise DataError(
+            "search: the environment needs its library: pip install 'grpo-lite[search]' (in a checkout: pip install "
+            "bm25s)."
+        ) from None
+    logging.getLogger("bm25s").setLevel(logging.ERROR)  # it warns of each query without a known word
+    return bm25s
 
 
 def _passages(path: Path) -> list[str]:
@@ -131,19 +160,26 @@ def _passages(path: Path) -> list[str]:
 
 
 def _tokens(texts: list[str]) -> Any:
-    import bm25s
+    return _library().tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
-    return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+
+def rows(seed: int, size: int) -> list[dict[str, Any]]:
+    """Return distinct questions about the kit's own text, `{question, answer, corpus, queries}`.
+
+    Raises:
+        ValueError: `size` is out of range.
+    """
+    return towns.rows(seed, size, TOWNS)
 
 
 def gold(row: Mapping[str, Any]) -> list[Any]:
-    """Return the turns that earn 1: search for the column `query`, else for the question, and say the answer."""
-    return [[_call(str(row.get("query", row["question"])))], str(row["answer"])]
+    """Return the turns that earn 1: the searches in the column `queries`, else the question; then the answer."""
+    return [*([_call(str(query))] for query in _queries(row)), str(row["answer"])]
 
 
 def cheats(row: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the turns of each cheat, by its name."""
-    answer, question = str(row["answer"]), str(row.get("query", row["question"]))
+    answer, question = str(row["answer"]), str(_queries(row)[-1])
     return {
         "answer without a search": [answer],
         "search for the answer": [[_call(answer)], answer],
@@ -160,3 +196,7 @@ def cheats(row: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _call(query: str) -> dict[str, Any]:
     return {"name": "search", "arguments": {"query": query}}
+
+
+def _queries(row: Mapping[str, Any]) -> list[Any]:
+    return list(row.get("queries") or [row["question"]])

@@ -70,6 +70,11 @@ class ModelSection(_Section):
     )
 
 
+Generator = Literal[
+    "sums", "products", "chain", "countdown", "counting", "wordle", "sudoku", "towns", "reasoning_gym", "verifiers"
+]
+
+
 class SourceSection(_Section):
     """Where rows come from: exactly one of hub, path, generator."""
 
@@ -78,10 +83,7 @@ class SourceSection(_Section):
     split: str = Field("train", description="Hub dataset split.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
-    generator: (
-        Literal["sums", "products", "chain", "countdown", "counting", "wordle", "sudoku", "reasoning_gym", "verifiers"]
-        | None
-    ) = Field(None, description="A named generator.")
+    generator: Generator | None = Field(None, description="A named generator.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
     limit: int | None = Field(None, ge=1, description="Use the first rows only.")
 

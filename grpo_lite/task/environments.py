@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo_lite.environments import openenv, verifiers
 from grpo_lite.environments.play import tools_of
-from grpo_lite.errors import ModelError, RewardError
+from grpo_lite.errors import GRPOLiteError, ModelError, RewardError
 from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.rewards import import_function
@@ -148,9 +148,12 @@ def make_environment(factory: Callable[[], Any], where: str) -> Any:
 
     Raises:
         RewardError: making it raises.
+        GRPOLiteError: its library is not installed.
     """
     try:
         return factory()
+    except GRPOLiteError:  # an environment of the kit says itself what it lacks
+        raise
     except Exception as error:
         raise RewardError(
             f"{where}: cannot be made without arguments: {type(error).__name__}: {error}. TRL calls it with none; a "

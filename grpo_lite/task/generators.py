@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_lite.environments import search as search_environment
 from grpo_lite.environments import sudoku as sudoku_environment
 from grpo_lite.environments import verifiers as verifiers_environment
 from grpo_lite.environments import wordle as wordle_environment
@@ -227,6 +228,18 @@ def sudoku(seed: int, size: int = 1000, empty: int = 6) -> list[Row]:
     return sudoku_environment.rows(seed, size, empty)
 
 
+def towns(seed: int, size: int = 1000) -> list[Row]:
+    """Return distinct questions about invented towns, for the environment `search`; two searches answer each.
+
+    Rows have `question`, `answer`, `corpus` (the kit's own text) and `queries` (searches that find the answer).
+
+    Args:
+        seed: of the questions; the text is always the same.
+        size: how many.
+    """
+    return search_environment.rows(seed, size)
+
+
 def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) -> list[Row]:
     """Return rows of a reasoning-gym task; `entry` keeps what its own verifier needs (rewards.reasoning_gym_reward)."""
     try:
@@ -269,6 +282,7 @@ GENERATORS: dict[str, Callable[..., list[Row]]] = {
     "counting": counting,
     "wordle": wordle,
     "sudoku": sudoku,
+    "towns": towns,
     "reasoning_gym": reasoning_gym,
     "verifiers": verifiers,
 }

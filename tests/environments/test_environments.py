@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from grpo_lite.rewards.sandbox import SandboxError
 
-from grpo_lite.environments import BUILT_IN
+from grpo_lite.environments import BUILT_IN, search, towns
 from grpo_lite.environments.calculator import Calculator, evaluate
 from grpo_lite.environments.play import play, play_in, tools_of
 from grpo_lite.environments.python import Python
@@ -20,16 +21,14 @@ from grpo_lite.environments.sudoku import Sudoku, solutions
 from grpo_lite.environments.wordle import Wordle, marks
 from grpo_lite.environments.words import WORDS
 from grpo_lite.errors import DataError
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.task.environments import load_toolkit
 from grpo_lite.task.generators import generate_rows
 
 Rows = Callable[[int], list[dict[str, Any]]]
-GENERATORS = {"calculator": "products", "python": "counting", "wordle": "wordle", "sudoku": "sudoku"}
-TOWNS = [
-    f"{a}{b}{c}"
-    for a in ("Vel", "Tor", "Kas", "Ond")
-    for b in ("mo", "li", "ra")
-    for c in ("ra", "by", "wick", "tun", "dal")
-]
+GENERATORS = {
+    "calculator": "products", "python": "counting", "wordle": "wordle", "sudoku": "sudoku", "search": "towns",
+}  # fmt: skip
 HOSTILE = [None, 3, -1, 2**70, 1.5, True, [], {}, [["a"]], "", " ", "\x00", "é" * 9, "\ud800", "＋１", "9" * 50_000,
            "(" * 300, "<tool_call>{}</tool_call>", "__import__('os').getcwd()", "1;2", "\n\n"]  # fmt: skip
 
@@ -45,25 +44,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def towns(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Questions about invented towns, with the file that answers them."""
-    corpus = tmp_path_factory.mktemp("towns") / "towns.txt"
-    years = {town: 1700 + 3 * i for i, town in enumerate(TOWNS)}
-    lines = [f"The harbour of {town} was built in {year} by stonemasons." for town, year in years.items()]
-    corpus.write_text("\n\n".join(lines), encoding="utf-8")
-    return [
-        {"question": f"When was the harbour of {town} built?", "answer": str(year), "corpus": str(corpus)}
-        for town, year in years.items()
-    ]
-
-
 @pytest.fixture
-def rows(name: str, towns: list[dict[str, Any]]) -> Rows:
-    if name != "search":
-        return lambda size: generate_rows(GENERATORS[name], {"size": size}, seed=3)
-    pytest.importorskip("bm25s")
-    return lambda size: towns[:size]
+def rows(name: str) -> Rows:
+    if name == "search":
+        pytest.importorskip("bm25s")
+    return lambda size: generate_rows(GENERATORS[name], {"size": size}, seed=3)
 
 
 def test_the_gold_policy_earns_everything_and_repeats(name: str, rows: Rows) -> None:
@@ -308,6 +293,34 @@ def test_python_pays_no_episode_whose_sandbox_failed(monkeypatch: pytest.MonkeyP
             action()
 
 
+def test_a_question_about_the_kit_s_text_takes_two_searches() -> None:
+    pytest.importorskip("bm25s")
+    answers = [str(n) for town in towns.towns() for n in (town.bridge, town.museum, town.inhabitants)]
+    assert len(set(answers)) == len(answers) == 720  # each stands in one passage
+    rows = generate_rows("towns", {"size": 100}, seed=5)
+    for row in rows:
+        who, what = row["queries"]
+        assert play(Search, row, calls("search", "query", who, what))[0] == 1.0
+        assert play(Search, row, calls("search", "query", who))[0] == 0.0
+    asked = [play(Search, row, calls("search", "query", row["question"]))[0] for row in rows]
+    assert sum(asked) <= 2  # some hit is by chance: 3 of 240 passages of the kind are shown
+
+
+def test_a_question_about_a_file_of_one_s_own_is_found_by_its_own_words(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    lines = [f"The harbour of {town} was built in {1700 + i}." for i, town in enumerate(("Vel", "Tor", "Kas", "Ond"))]
+    (tmp_path / "mine.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    row = {"question": "When was the harbour of Kas built?", "answer": "1702", "corpus": str(tmp_path / "mine.txt")}
+    assert play(Search, row, search.gold(row))[0] == 1.0
+    assert {play(Search, row, turns)[0] for turns in search.cheats(row).values()} == {0.0}
+
+
+def test_without_its_library_the_search_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(DataError, match=r"pip install 'grpo-lite\[search\]' \(in a checkout: pip install bm25s\)"):
+        load_toolkit(load_recipe("search"))
+
+
 def test_search_shows_bounded_passages_of_text_and_json_lines(tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
     corpus = tmp_path / "facts.jsonl"
@@ -354,7 +367,7 @@ def test_nothing_of_this_process_s_environment_reaches_the_python_tool(monkeypat
 def test_a_search_for_the_answer_is_not_paid(tmp_path: Path, answer: str, query: str, paid: float) -> None:
     corpus = tmp_path / "town.txt"
     corpus.write_text("The town has 7 gates; the old gate is of stone.\n\nMary Shelley wrote there.\n\nHens lay eggs.")
-    search = Search()
-    search.reset(corpus=str(corpus), question="What of the town?", answer=answer)
-    search.search(query)
-    assert search.get_reward() == paid
+    tool = Search()
+    tool.reset(corpus=str(corpus), question="What of the town?", answer=answer)
+    tool.search(query)
+    assert tool.get_reward() == paid

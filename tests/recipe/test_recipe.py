@@ -40,6 +40,7 @@ SHIPPED = [
         "qwen3.5-0.8b",
         "qwen3.5-2b",
         "qwen3.5-4b",
+        "search",
         "smoke",
         "smollm3-3b",
         "sudoku",

@@ -264,6 +264,7 @@ def test_countdown_problems_are_distinct_and_solved_by_their_answer() -> None:
         ("counting", {"high": 200, "size": 5000}, "distinct problems; ask for fewer"),
         ("wordle", {"size": 5000}, "words, so size is 1 to"),
         ("sudoku", {"empty": 11}, "1 <= empty <= 10"),
+        ("towns", {"size": 1441}, "there are 1440 distinct questions"),
         ("countdown", {"numbers": 9}, "2 <= numbers <= 6"),
         ("countdown", {"numbers": 2, "low": 1, "high": 2, "size": 500}, "distinct problems exist"),
     ],
