@@ -10,6 +10,8 @@ wordle       `Wordle`       `guess`      `answer` or `seed`      the word at onc
 sudoku       `Sudoku`       `place`      `puzzle` or `seed`      the full board, no spare move
 search       `Search`       `search`     those and `corpus`      finding a passage with the answer
 
+`python:StatelessPython` is the python tool that keeps nothing between calls.
+
 An environment sees tool calls and never the final text (TRL's contract). A recipe that wants the text to be right adds
 `rewards.accuracy_reward`. A tool called with nonsense returns a line that begins with "Error:"; it never raises.
 

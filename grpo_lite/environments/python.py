@@ -1,4 +1,4 @@
-"""A Python tool in the rewards' sandbox, for questions whose answer a short program prints."""
+"""A Python tool in the rewards' sandbox, for questions whose answer a short program prints; with state or without."""
 
 from __future__ import annotations
 
@@ -89,6 +89,20 @@ class Python:
         Returns:
             The printed text and the value of a last expression, or a line that begins with "Error:".
         """
+        return self._shown(code, keep=True)
+
+    def get_reward(self) -> float | None:
+        """Return 1 if the last call printed the answer, worked out from the question, else 0; None without an answer.
+
+        Raises:
+            SandboxError: the sandbox failed in this episode, so it cannot be judged.
+        """
+        if self._broken is not None:
+            raise self._broken
+        return self._working.reward()
+
+    def _shown(self, code: str, keep: bool) -> str:
+        """Return what the model sees of a call; `keep` says whether later calls run its code again before theirs."""
         if not isinstance(code, str) or not code.strip():
             return "Error: code must be text, for example print(1+1)."
         if len(code) > MOST_CHARACTERS:
@@ -102,19 +116,10 @@ class Python:
         if not done:
             self._working.show("", text)
             return f"Error: {text}"
-        self._earlier.append(code)
+        if keep:
+            self._earlier.append(code)
         self._working.show(text.rpartition("\n")[2], text)
         return text or "(no output; use print to see a value)"
-
-    def get_reward(self) -> float | None:
-        """Return 1 if the last call printed the answer, worked out from the question, else 0; None without an answer.
-
-        Raises:
-            SandboxError: the sandbox failed in this episode, so it cannot be judged.
-        """
-        if self._broken is not None:
-            raise self._broken
-        return self._working.reward()
 
     def _run(self, code: str) -> tuple[bool, str]:
         """Return whether the code ran to its end, and its output or what went wrong."""
@@ -132,6 +137,21 @@ class Python:
         if outcome.timed_out:
             return False, f"out of time after {TIMEOUT_S:g} s"
         return False, "the code ended its process" if outcome.error is None else outcome.error[:300]
+
+
+class StatelessPython(Python):
+    """`Python` without state: each call runs by itself, so it never takes the time of the calls before."""
+
+    def run(self, code: str) -> str:
+        """Run Python code and return what it prints. Each call starts anew: nothing of earlier calls is kept.
+
+        Args:
+            code: Python code, for example print(sum(range(10))).
+
+        Returns:
+            The printed text and the value of a last expression, or a line that begins with "Error:".
+        """
+        return self._shown(code, keep=False)
 
 
 def _literals(code: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from grpo_lite.rewards.sandbox import SandboxError
 
-from grpo_lite.environments import BUILT_IN, search, towns
+from grpo_lite.environments import BUILT_IN, python, search, towns
 from grpo_lite.environments.calculator import Calculator, evaluate
 from grpo_lite.environments.play import play, play_in, tools_of
-from grpo_lite.environments.python import Python
+from grpo_lite.environments.python import Python, StatelessPython
 from grpo_lite.environments.search import Search
 from grpo_lite.environments.sudoku import Sudoku, solutions
 from grpo_lite.environments.wordle import Wordle, marks
@@ -264,6 +264,21 @@ def test_python_keeps_state_by_replay_and_hides_earlier_output() -> None:
     assert tool.run("y") == "Error: NameError: name 'y' is not defined (line 1)"  # what failed is not replayed
     tool.reset(question="?", answer=1)
     assert tool.run("x").startswith("Error: NameError")
+
+
+def test_stateless_python_keeps_nothing_between_calls_and_says_so_to_the_model() -> None:
+    from transformers.utils import get_json_schema
+
+    row = generate_rows("counting", {"size": 1}, seed=3)[0]
+    tool = StatelessPython()
+    tool.reset(**row)
+    assert tool.run("x = 20\nprint(x)") == "20"
+    assert tool.run("x") == "Error: NameError: name 'x' is not defined (line 1)"
+    assert play(StatelessPython, row, python.gold(row))[0] == 1.0
+    assert {play(StatelessPython, row, turns)[0] for turns in python.cheats(row).values()} == {0.0}
+    kept, anew = (get_json_schema(kind().run)["function"]["description"] for kind in (Python, StatelessPython))
+    assert "Variables and functions of earlier calls are kept." in kept
+    assert "nothing of earlier calls is kept" in anew
 
 
 def test_python_survives_code_that_leaves_floods_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
