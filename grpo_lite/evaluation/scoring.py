@@ -80,11 +80,12 @@ def call_reward(
 ) -> list[float | None]:
     """Score completions, one a row, by one reward, as many in a call as in training.
 
-    An episode whose environment could not be reset has no score.
+    An episode whose environment could not be reset has no score; one with a call that could not be ended has 0.
     """
     columns, size = columns_of(rows), recipe.schedule.batch
-    scores: list[float | None] = [None] * len(rows)
-    played = [i for i, given in enumerate(completions) if not isinstance(given, Episode) or given.ended != "reset"]
+    ends = [given.ended if isinstance(given, Episode) else None for given in completions]
+    scores: list[float | None] = [0.0 if end == "hung" else None for end in ends]
+    played = [i for i, end in enumerate(ends) if end not in ("reset", "hung")]
     for start in range(0, len(played), size):
         batch = played[start : start + size]
         results = function(

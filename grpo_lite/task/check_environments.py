@@ -20,8 +20,8 @@ from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.environments import Toolkit
 from grpo_lite.task.generators import Row
-from grpo_lite.task.guard import TimeLimitExceeded, call_within
 from grpo_lite.task.prompts import load_prompts
+from grpo_lite.task.time_limit import TimeLimitExceeded, call_within
 
 ROWS = 32  # of each environment
 REPEATED = 4  # rows whose episodes are repeated

@@ -7,7 +7,6 @@ turns give the same tokens.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show
 from grpo_lite.task.environments import make_environment
 from grpo_lite.task.generators import Row
-from grpo_lite.task.guard import TimeLimitExceeded, call_within
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import checked_reward
+from grpo_lite.task.time_limit import TimeLimitExceeded, call_within, is_async, wait_for
 from grpo_lite.task.tokens import tool_result_ids, without_markup
-from grpo_lite.task.tool_guard import Budget, ToolFailure, ToolGuard
+from grpo_lite.task.tool_guard import STILL_RUNNING, Budget, ToolFailure, ToolGuard
 
 Message = dict[str, Any]
 # Gets prompts as token ids and the most tokens to write; returns what was written, without the token that ended it.
@@ -44,8 +43,8 @@ class Episode:
         ids: tokens of the completion, results of tools included.
         mask: 1 where the model wrote the token.
         messages: the turns: the model's, and the results of tools.
-        ended: by an answer without a call, at the limit of turns, at the length, or by a `reset` that failed, after
-            which nothing was played.
+        ended: by an answer without a call, at the limit of turns, at the length, by a call that could not be ended, or
+            by a `reset` that failed, after which nothing was played.
         calls: how many, of which `failed_calls` gave the model an error.
         asked: whether `get_reward` was called, which is done once; `paid` is what it returned, 0 where it failed.
         fault: why it could not be scored; "" where it could.
@@ -58,7 +57,7 @@ class Episode:
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    ended: Literal["answer", "turns", "length", "reset"] | None = None
+    ended: Literal["answer", "turns", "length", "hung", "reset"] | None = None
     calls: int = 0
     failed_calls: int = 0
     asked: bool = False
@@ -159,7 +158,7 @@ class Player:
         """Return an environment for each row, those of earlier episodes first; one in which a call hung is left."""
         for pool in self._pool.values():
             pool[:] = [instance for instance in pool if id(instance) not in self.guard.hung]
-        self.guard.hung.clear()
+        self.guard.forget()
         if not self.toolkit.factories:
             return [None] * len(rows)
         taken: Counter[str | None] = Counter()
@@ -223,8 +222,11 @@ class Player:
             )
         added = self._result_ids(results)
         length = len(episode.ids) + len(added)
+        if id(episode.environment) in self.guard.lost:
+            episode.ended, episode.asked, episode.paid = "hung", True, 0.0
+            episode.fault = f"environment: {type(episode.environment).__name__}.get_reward {STILL_RUNNING}."
         if length > max_tokens or (context is not None and len(episode.prompt_ids) + length >= context):
-            episode.ended = "length"
+            episode.ended = episode.ended or "length"
             return
         episode.messages += results
         for message in results:
@@ -255,22 +257,19 @@ class Player:
         if episode.ended == "reset" or not hasattr(environment, "get_reward"):
             return None
         name, seconds = f"{type(environment).__name__}.get_reward", self.limits.reward_timeout_s
-        call = environment.get_reward
-        if inspect.iscoroutinefunction(call):
-            call = functools.partial(self._awaited, environment.get_reward, seconds)
+        pay = environment.get_reward
+
+        def paid(completions: Any) -> list[Any]:
+            return [wait_for(pay()) if is_async(pay) else pay()]
+
         try:
-            (score,) = call_within(
-                seconds, lambda: checked_reward(lambda completions: [call()], name)(completions=[episode.messages])
-            )
+            (score,) = call_within(seconds, lambda: checked_reward(paid, name)(completions=[episode.messages]))
         except TimeLimitExceeded:
             raise RewardError(
                 f"environment: {name} took longer than limits.reward_timeout_s = {seconds:g} s. Fix it, or "
                 "raise the limit."
             ) from None
         return score
-
-    def _awaited(self, function: Callable[[], Any], seconds: float | None) -> Any:
-        return self.guard.wait_for(function(), seconds)
 
 
 def turns_of(messages: Sequence[Message]) -> int:

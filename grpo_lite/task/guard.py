@@ -6,30 +6,22 @@ failure is never turned into a number, because that would be a training signal.
 
 TRL calls the guarded rewards (`_calculate_rewards`). Whatever a reward raises arrives here as a RewardError with its
 name, because `task.rewards` wraps every reward when it loads it. Checks, probe and evaluation use `limited` instead.
-
-Time limits (`call_within`): on the main thread an alarm interrupts pure Python, a sleep, a read, and the regular
-expressions of `re`, which hold the interpreter's lock. On other threads (a notebook's worker, a web server) the call
-runs in its own thread, which is abandoned and asked to stop. C code that holds the lock there cannot be interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import ctypes
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.screen import Show
 from grpo_lite.task.rewards import Reward, UnscoredRows
+from grpo_lite.task.time_limit import TimeLimitExceeded, call_within
 
 _LOGGERS = ("log_extra", "log_metric")  # a second call must not log twice
 
@@ -190,82 +182,3 @@ def _is_column(value: Any, length: int) -> bool:
 
 def _ignore(*_: Any) -> None:
     """Log nothing."""
-
-
-class TimeLimitExceeded(BaseException):
-    """The limit is over. No `Exception`, so that a function's own `except Exception` does not swallow it."""
-
-
-def call_within(seconds: float | None, function: Callable[[], Any]) -> Any:
-    """Return what `function` returns, or raise when it takes longer than `seconds` (None: no limit).
-
-    Raises:
-        TimeLimitExceeded: it took longer. Off the main thread it may run on until it next runs Python.
-    """
-    if seconds is None:
-        return function()
-    if threading.current_thread() is threading.main_thread():
-        return _with_alarm(seconds, function)
-    return _in_a_thread(seconds, function)
-
-
-def _with_alarm(seconds: float, function: Callable[[], Any]) -> Any:
-    """Raise in the main thread after so many seconds, and again each second in case it is swallowed.
-
-    A function that uses `signal.alarm` itself (math-verify does) switches our timer off, so a thread also sends the
-    signal.
-    """
-    over = threading.Event()
-    main = threading.main_thread().ident or 0
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        if not over.is_set():
-            raise TimeLimitExceeded
-
-    def watch() -> None:
-        wait = seconds + 0.5
-        while not over.wait(wait):
-            signal.pthread_kill(main, signal.SIGALRM)
-            wait = 1.0
-
-    start, caller_delay, caller_interval = time.monotonic(), 0.0, 0.0
-    previous = signal.signal(signal.SIGALRM, ring)
-    watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
-    try:
-        try:
-            watcher.start()
-            caller_delay, caller_interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            return function()
-        finally:
-            over.set()  # a ring that comes just before this still finds the outer `finally`
-    finally:
-        over.set()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        watcher.join()  # so that no signal comes after the handler is gone
-        signal.signal(signal.SIGALRM, previous)
-        if caller_delay:  # restart the caller's own alarm
-            signal.setitimer(signal.ITIMER_REAL, max(caller_delay - (time.monotonic() - start), 1e-3), caller_interval)
-
-
-def _in_a_thread(seconds: float, function: Callable[[], Any]) -> Any:
-    results: list[Any] = []
-    errors: list[BaseException] = []
-    context = contextvars.copy_context()
-
-    def work() -> None:
-        try:
-            results.append(context.run(function))
-        except BaseException as error:
-            errors.append(error)
-
-    worker = threading.Thread(target=work, name="reward", daemon=True)
-    worker.start()
-    worker.join(seconds)
-    if worker.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(worker.ident or 0), ctypes.py_object(TimeLimitExceeded)
-        )
-        raise TimeLimitExceeded
-    if errors:
-        raise errors[0]
-    return results[0]

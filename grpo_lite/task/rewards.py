@@ -18,7 +18,7 @@ from grpo_lite.errors import RewardError
 from grpo_lite.recipe.checks import nearest
 from grpo_lite.recipe.recipe import JudgeBudget, Recipe, ScoreSection
 from grpo_lite.rewards.waiting import BudgetSpent, RowsFailed
-from grpo_lite.task.waiting import is_async, wait_for
+from grpo_lite.task.time_limit import is_async, wait_for
 
 logger = logging.getLogger(__name__)
 

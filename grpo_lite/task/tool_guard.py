@@ -7,22 +7,22 @@ a `reset` that fails costs its group (`failed`), as a reward that fails does (`g
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.screen import Show
-from grpo_lite.task.guard import TimeLimitExceeded, call_within
+from grpo_lite.task.time_limit import TimeLimitExceeded, call_within, is_async, wait_for
 
 _LONGEST_ERROR = 500  # characters of an error that the model gets
 _LINES_PER_TOOL = 3  # failures of one tool, `reset` or `get_reward` that are shown; all are counted
+
+
+STILL_RUNNING = "was not called: an earlier call is still running, and could not be ended"
 
 
 class ToolFailure(Exception):
@@ -43,14 +43,15 @@ class ToolGuard:
 
     Attributes:
         timeouts: calls that were over their time, of the whole run.
-        hung: ids of the environments in which a call was over its time; they are not used again.
+        hung: ids of the environments in which a call was over its time; they are not used in another episode.
+        lost: ids of those in which the call could not be ended; they are not used at all.
     """
 
     limits: LimitsSection
     show: Show
     timeouts: int = 0
     hung: set[int] = field(default_factory=set)
-    loop: asyncio.AbstractEventLoop | None = None  # runs async tools
+    lost: set[int] = field(default_factory=set)
     _shown: Counter[str] = field(default_factory=Counter)
 
     def budgets(self, episodes: int) -> list[tuple[Budget, ...]]:
@@ -69,21 +70,25 @@ class ToolGuard:
                 if budget.left_s < seconds:
                     seconds, limit = budget.left_s, budget.limit
             start = time.monotonic()
+            owner = getattr(tool, "__self__", None)
             try:
+                if id(owner) in self.lost:
+                    raise ToolFailure(STILL_RUNNING)
                 if seconds <= 0:
                     raise ToolFailure(f"was not called: no time is left ({limit})")
                 result = self._within(functools.partial(tool, *args, **kwargs), seconds, _text)
                 longest = self.limits.tool_result_chars
                 return self._shortened(result, longest) if isinstance(result, str) else result
-            except TimeLimitExceeded:
+            except TimeLimitExceeded as over:
                 self.timeouts += 1
-                if (owner := getattr(tool, "__self__", None)) is not None:
-                    self.hung.add(id(owner))
+                self._leave(owner, over)
                 reason = f"took longer than {seconds:.3g} s" + (f", what {limit} had left" if limit else "")
-            except (Exception, asyncio.CancelledError) as error:  # what a tool's own event loop cancels is no Exception
-                reason = str(error) or type(error).__name__
+            except KeyboardInterrupt:
+                raise
             except SystemExit:
                 reason = "called exit"
+            except BaseException as error:  # such as the CancelledError of a tool's own event loop
+                reason = _said(error) or type(error).__name__
             finally:
                 for budget in budgets:
                     budget.left_s -= time.monotonic() - start
@@ -100,11 +105,13 @@ class ToolGuard:
         """
         try:
             observation = self._within(functools.partial(reset, **row), self.limits.tool_timeout_s)
-        except TimeLimitExceeded:
-            self.hung.add(id(environment))
+        except TimeLimitExceeded as over:
+            self._leave(environment, over)
             reason = f"took longer than limits.tool_timeout_s = {self.limits.tool_timeout_s:g} s"
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            reason = f"raised {type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reason = f"raised {type(error).__name__}: {_said(error)}"
         else:
             if observation is None or isinstance(observation, str | list):
                 return observation
@@ -112,30 +119,21 @@ class ToolGuard:
         self.say(f"tool failed: {type(environment).__name__}.reset", reason)
         raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
 
-    def wait_for(self, coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
-        """Return what a coroutine returns; all run on one event loop, so that a client's connection stays usable.
+    def forget(self) -> None:
+        """Forget the environments in which a call was over its time, when all of them have been replaced."""
+        self.hung.clear()
+        self.lost.clear()
 
-        Raises:
-            TimeLimitExceeded: it took longer, and was cancelled.
-        """
-        if self.loop is None:
-            self.loop = asyncio.new_event_loop()
-            threading.Thread(target=self.loop.run_forever, name="tools", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result(seconds)
-        except TimeoutError:
-            if future.done():  # the coroutine's own
-                raise
-            future.cancel()
-            raise TimeLimitExceeded from None
+    def _leave(self, environment: Any, over: TimeLimitExceeded) -> None:
+        if environment is not None:
+            self.hung.add(id(environment))
+            if over.still_running:
+                self.lost.add(id(environment))
 
     def _within(
         self, call: functools.partial[Any], seconds: float, convert: Callable[[Any], Any] = lambda result: result
     ) -> Any:
-        if inspect.iscoroutinefunction(call.func):
-            return convert(self.wait_for(call(), seconds))
-        return call_within(seconds, lambda: convert(call()))
+        return call_within(seconds, lambda: convert(wait_for(call()) if is_async(call) else call()))
 
     def say(self, what: str, reason: str) -> None:
         """Show why something failed, the first times that it does."""
@@ -147,6 +145,13 @@ class ToolGuard:
     @staticmethod
     def _shortened(text: str, limit: int) -> str:
         return text if len(text) <= limit else f"{text[:limit]}\n[cut: {len(text)} characters, the first {limit} shown]"
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _text(result: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_lite.errors import RewardError
-from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+from grpo_lite.task.tool_guard import STILL_RUNNING, ToolFailure, ToolGuard
 
 
 class Episodes:
@@ -31,8 +31,6 @@ class Episodes:
         self._in_a_row = 0  # rounds of which more than half could not be reset
         if guard is None:
             return
-        if trainer._has_async_funcs:
-            guard.loop = trainer.async_loop
         if trainer.environment_factories is None:
             return
         for instances in trainer._environment_pool.values():
@@ -50,7 +48,7 @@ class Episodes:
             for i, instance in enumerate(instances):
                 if id(instance) in self.guard.hung:
                     instances[i] = self.trainer.environment_factories[name]()
-        self.guard.hung.clear()
+        self.guard.forget()
 
     def play(self, loop: Callable[[], Any]) -> Any:
         """Return what `loop`, TRL's `_tool_call_loop`, does; tools are guarded meanwhile, and calls counted."""
@@ -79,21 +77,26 @@ class Episodes:
         return generated
 
     def failed_rows(self) -> list[int]:
-        """Return the rows of the last round whose environment could not be reset.
+        """Return the rows of the last round whose environment could not be reset, or has a call that still runs.
 
         Raises:
             RewardError: they were most of the rows, `limits.reward_failures` times in a row.
         """
         environments = self.trainer.environments or ()
-        failed = [row for row, environment in enumerate(environments) if id(environment) in self._failed]
+        failed = [row for row, environment in enumerate(environments) if self._is_out(environment)]
         self._in_a_row = self._in_a_row + 1 if 2 * len(failed) > len(environments) else 0
         if self.guard is not None and self._in_a_row >= self.guard.limits.reward_failures:
             raise RewardError(
-                f"{self._last_failure}. In {self._in_a_row} rounds in a row (limits.reward_failures) most of the "
-                f"{len(environments)} environments that play at once could not be reset, so the run stops; what was "
-                "saved is kept. Fix the environment, then give the same command again."
+                f"{self._last_failure or STILL_RUNNING}. In {self._in_a_row} rounds in a row (limits.reward_failures) "
+                f"most of the {len(environments)} environments that play at once could not be used, so the run stops; "
+                "what was saved is kept. Fix the environment, then give the same command again."
             )
         return failed
+
+    def _is_out(self, environment: Any) -> bool:
+        """Return whether an environment is not to be asked: its `reset` failed, or a call of it could not be ended."""
+        lost = self.guard.lost if self.guard is not None else ()
+        return id(environment) in self._failed or id(environment) in lost
 
     def _guarded(self, factory: Callable[[], Any]) -> Callable[[], Any]:
         def make() -> Any:
@@ -121,11 +124,11 @@ class Episodes:
             instance.get_reward = self._guarded_reward(instance, instance.get_reward)
 
     def _guarded_reward(self, instance: Any, plain: Callable[[], Any]) -> Callable[[], Any]:
-        """Return `get_reward`, which is not asked where `reset` failed: the instance may hold nothing to score."""
+        """Return `get_reward`, which is not asked of an instance that is out: it may hold nothing to score."""
         if inspect.iscoroutinefunction(plain):
 
             async def awaited() -> Any:
-                return None if id(instance) in self._failed else await plain()
+                return None if self._is_out(instance) else await plain()
 
             return awaited
-        return lambda: None if id(instance) in self._failed else plain()
+        return lambda: None if self._is_out(instance) else plain()

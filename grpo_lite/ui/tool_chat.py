@@ -86,6 +86,8 @@ class ToolChat:
                 f"(not begun: {self._failures[-1].removeprefix('tool failed: ')}. Type the columns of a row as JSON, "
                 'such as {"number": 37})'
             )
+        if episode.ended == "hung":
+            return f"(stopped: {self._failures[-1].removeprefix('tool failed: ')}, and could not be ended)"
         if episode.ended == "turns":
             return f"(stopped after {episode.turns} turns: grpo.max_tool_calling_iterations={self.player.most_turns})"
         return f"(cut off: an episode has at most {max_tokens} tokens)" if episode.ended == "length" else ""

@@ -1,8 +1,10 @@
 """Episodes outside of training: the same turns give the same tokens as TRL's loop, and faults cost the episode."""
 
 import asyncio
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,46 @@ def test_a_reset_that_fails_costs_its_episode_and_a_hung_environment_is_not_used
     again = ours.play(rows(2), scripted(words, [[f"It is 1.{END}"]] * 2), 500)
     assert again[0].environment is left
     assert hung not in [e.environment for e in again]
+
+
+class Stuck(Ledger):
+    """Its tools cannot be ended, or swallow what ends them."""
+
+    async def hang(self) -> str:
+        """Wait for long, whatever comes."""
+        while True:
+            with contextlib.suppress(BaseException):
+                await asyncio.sleep(0.05)
+
+    def leave(self) -> str:
+        """Sleep for long, whatever comes."""
+        while True:
+            with contextlib.suppress(BaseException):
+                time.sleep(0.05)
+
+    def get_reward(self) -> float:
+        self.total += 100
+        return 7.0
+
+
+def test_a_tool_that_swallows_everything_costs_its_episode():
+    words, lines = tool_tokenizer(), []
+    ours = player(words, Stuck, lines, limits={"tool_timeout_s": 0.2})
+    once = [f"{call('leave')}{END}", f"ok{END}"]
+    twice = [f"{call('hang')}\n{call('add', number=1)}{END}", f"ok{END}"]
+    left, lost = ours.play(rows(2), scripted(words, [once, twice]), 500)
+    assert (left.ended, left.failed_calls) == (
+        "answer",
+        1,
+    )  # it was ended, and the model reads so
+    assert (lost.ended, lost.calls, lost.failed_calls) == ("hung", 2, 2)  # it may run on for a second, to clean up
+    assert "took longer than 0.2 s" in lost.messages[1]["content"]
+    assert "an earlier call is still running" in lost.messages[2]["content"]
+    assert ours.rewards([left, lost]) == [7.0, 0.0]
+    assert "Stuck.get_reward was not called: an earlier call is still running" in lost.fault
+    assert (lost.environment.total, ours.guard.timeouts) == (0, 2)
+    again = ours.play(rows(1), scripted(words, [[f"It is 1.{END}"]]), 500)
+    assert again[0].environment not in (left.environment, lost.environment)
 
 
 class Unpayable(Ledger):

@@ -71,6 +71,25 @@ def test_a_hang_costs_at_most_twice_the_limit_and_the_groups_it_left_no_time_for
     assert reward.excluded == (2, 3, 4, 5)
 
 
+def never_leaves(completions: list[str], **_: Any) -> list[float]:
+    while "bad" in completions:
+        try:  # noqa: SIM105
+            time.sleep(0.01)
+        except:  # noqa: E722
+            pass
+    return [float(ord(text[0])) for text in completions]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["plain", "async"])
+def test_a_reward_that_swallows_everything_costs_its_groups_only(waits: bool) -> None:
+    async def awaited(completions: list[str], **_: Any) -> list[float]:
+        return never_leaves(completions)
+
+    reward = guarded(awaited if waits else never_leaves, reward_timeout_s=0.3)
+    assert reward(completions=TEXTS, answer=TEXTS) == [97.0, 98.0, None, None, None, None]
+    assert reward(completions=["a", "b"], answer=[1, 2]) == [97.0, 98.0]
+
+
 def test_columns_are_cut_with_the_group_and_nothing_is_logged_twice() -> None:
     logged: list[str] = []
 

@@ -1,6 +1,7 @@
 """Episodes with tools: the same tokens, masks, losses and gradients as plain TRL on the same scripted turns."""
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,34 @@ def test_faults_of_tools_reach_the_model_as_text_and_a_failed_reset_costs_its_gr
     assert [turn["role"] for turn in row["turns"]] == ["assistant", "tool", "assistant"]
     assert row["completion"] == "ok"
     assert row["tokens"] == int(batch["tool_mask"][first[2]][batch["completion_mask"][first[2]].bool()].sum())
+
+
+class Stuck(Ledger):
+    """Has a tool that cannot be ended at once."""
+
+    async def stick(self) -> str:
+        """Wait for long, whatever comes."""
+        while True:
+            with contextlib.suppress(BaseException):
+                await asyncio.sleep(0.05)
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+@pytest.mark.slow
+def test_a_call_that_cannot_be_ended_costs_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stuck = [f"{call('stick')}\n{call('add', number=5)}{END}", f"ok{END}"]
+    script = [stuck, *[[f"It is {n}.{END}"] for n in range(3)], *SCRIPT[1:2], *[[f"It is {n}.{END}"] for n in range(3)]]
+    trainer, batch, _ = play(PackedGRPOTrainer, tmp_path, monkeypatch, script, Stuck, guard=guard(tool_timeout_s=0.2))
+    environment = trainer.environments[0]
+    assert environment.total == 0  # its second tool was not called
+    assert not batch["advantages"][:4].any()
+    assert batch["advantages"][4:].any()
+    logs = trainer.state.log_history[0]
+    assert (logs["tools/timeouts"], logs["faults/excluded_groups"]) == (1, 1)
+    trainer.episodes.replace_hung()
+    assert environment not in [made for pool in trainer._environment_pool.values() for made in pool]
 
 
 class Awaited(Ledger):
