@@ -198,16 +198,25 @@ def _trained_run(path: str) -> RunDir:
 
 @main.command()
 def recipes() -> None:
-    """List the recipes: model, data, least GPU."""
+    """List the recipes: model, data, least GPU. Then those that stand beside a published result, with its figure."""
+    from grpo_lite.recipe.find import anchor_names
     from grpo_lite.recipe.load import load_all
 
     loaded, faults = load_all()
     rows = [("RECIPE", "MODEL", "DATA", "LEAST GPU")]
-    rows += [(r.name, f"{r.model.id} {r.model.load_in}", _source(r.data.train), r.least_gpu) for r in loaded]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
-    for fault in faults:
+    rows += [(n, f"{r.model.id} {r.model.load_in}", _source(r.data.train), r.least_gpu) for n, r in loaded.items()]
+    anchors, of_anchors = load_all(names=anchor_names())
+    beside = [("BESIDE A PUBLISHED RESULT", "MODEL", "PUBLISHED", "LEAST GPU")]
+    for name, r in anchors.items():
+        figure = (r.expected and r.expected.published) or ""
+        beside.append((name, f"{r.model.id} {r.model.load_in}", figure, r.least_gpu))
+    for table in (rows, beside):
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        for row in table:
+            click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+        if table is rows:
+            click.echo()
+    for fault in [*faults, *of_anchors]:
         click.echo(f"not listed: {fault}", err=True)
 
 
@@ -297,7 +306,7 @@ def plan(
     from grpo_lite.recipe.load import load_all, load_recipe
 
     if all_gpus:
-        chosen = [load_recipe(recipe, overrides)] if recipe else load_all(overrides)[0]
+        chosen = [load_recipe(recipe, overrides)] if recipe else list(load_all(overrides)[0].values())
         click.echo("\n".join(all_cards_table([r for r in chosen if recipe or r.name != "smoke"])))
         return
     loaded = load_recipe(recipe or "quickstart", overrides)

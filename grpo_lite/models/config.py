@@ -46,6 +46,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": _config("qwen2", "2048 11008 36 16 2 128 151936 32768"),
     "qwen2.5-7b": _config("qwen2", "3584 18944 28 28 4 128 152064 32768", **_LOOSE),
     "qwen2.5-14b": _config("qwen2", "5120 13824 48 40 8 128 152064 32768", **_LOOSE),
+    "deepseek-r1-distill-qwen-1.5b": _config("qwen2", "1536 8960 28 12 2 128 151936 131072", **_LOOSE),
     "qwen3-0.6b": _config("qwen3", "1024 3072 28 16 8 128 151936 32768"),
     "qwen3-1.7b": _config("qwen3", "2048 6144 28 16 8 128 151936 32768"),
     "qwen3-4b": _config("qwen3", "2560 9728 36 32 8 128 151936 32768"),

@@ -17,6 +17,8 @@ class Expected(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(min_length=1, description="Who measured it, and in which table, log or figure.")
+    published: str | None = Field(None, description="The published figure, such as `54.3 % of GSM8K's test`.")
+    measured: str | None = Field(None, description="What this recipe gave here; null: it has not been run yet.")
     link: str | None = Field(None, description="Address of the source.")
     model: str = Field(min_length=1, description="The model of the source.")
     hardware: str = Field(min_length=1, description="The hardware of the source.")
@@ -56,6 +58,11 @@ class Expected(BaseModel):
         if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ValueError(f"points: the steps are {steps}; each must be larger than the one before")
         return self
+
+    @property
+    def cited(self) -> str:
+        """The source and its figure, for a line of text."""
+        return f"{self.source}: {self.published}" if self.published else self.source
 
     @property
     def of_scores(self) -> bool:

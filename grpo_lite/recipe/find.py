@@ -39,7 +39,9 @@ def find_recipe(name_or_path: str) -> Path:
             return local
         if shipped.is_file():
             return shipped
-    guess = nearest(name_or_path, [*recipe_names(), *anchor_names()])
+    anchor = f"{ANCHORS}/{name_or_path}"
+    meant = [name for name in anchor_names() if name.startswith(anchor)]  # such as tina, for anchors/tina-1.5b
+    guess = f" (did you mean {meant[0]!r}?)" if meant else nearest(name_or_path, [*recipe_names(), *anchor_names()])
     raise RecipeError(
         f"recipe {name_or_path!r}: unknown{guess}. {_what_there_is()} Your own: give the path of a .yaml file."
     )
@@ -69,7 +71,8 @@ def _names(folder: Path) -> list[str]:
 def _what_there_is() -> str:
     shipped, local = _names(shipped_dir()), _names(LOCAL)
     text = f"Shipped recipes: {', '.join(shipped)}."
-    return text + (f" In ./recipes: {', '.join(local)}." if local and local != shipped else "")
+    text += f" In ./recipes: {', '.join(local)}." if local and local != shipped else ""
+    return f"{text} Beside a published result: {', '.join(anchor_names())}."
 
 
 @cache  # once is enough

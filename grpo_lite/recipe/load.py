@@ -61,16 +61,17 @@ def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[
     return raw, str(path)
 
 
-def load_all(overrides: Sequence[str] = ()) -> tuple[list[Recipe], list[str]]:
-    """Load every recipe that has a name. Also return a message for each file that is not a valid recipe.
+def load_all(overrides: Sequence[str] = (), names: Sequence[str] | None = None) -> tuple[dict[str, Recipe], list[str]]:
+    """Load the recipes of these names, or all but the anchors. Also return a message for each that is not valid.
 
     Raises:
         RecipeError: none of them is valid, as without the packages whose options recipes are checked against.
     """
-    recipes, faults = [], []
-    for name in recipe_names():
+    recipes: dict[str, Recipe] = {}
+    faults = []
+    for name in recipe_names() if names is None else names:
         try:
-            recipes.append(load_recipe(name, overrides))
+            recipes[name] = load_recipe(name, overrides)
         except RecipeError as error:  # a file in ./recipes may be anything
             faults.append(str(error))
     if faults and not recipes:

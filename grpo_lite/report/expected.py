@@ -131,7 +131,7 @@ def standing_line(e: Evidence) -> str | None:
         else f"outside the band, {found.outside_by:.3f} above" if found.above
         else "inside the band"
     )  # fmt: skip
-    return f"{place}: {where}{sure}; {expected.source}"
+    return f"{place}: {where}{sure}; {expected.cited}"
 
 
 def below_expected(e: Evidence) -> Finding | None:
@@ -143,7 +143,7 @@ def below_expected(e: Evidence) -> Finding | None:
     since = "" if e.recipe.expected.of_scores else f" since step {found.since}"
     start = (
         f"Below the band{since}: {e.recipe.expected.metric} is {found.value:.3f}, expected {found.low:.3f} to "
-        f"{found.high:.3f} ({e.recipe.expected.source})"
+        f"{found.high:.3f} ({e.recipe.expected.cited})"
     )
     changes = list(changed_keys(e.recipe))
     if changes:

@@ -65,7 +65,10 @@ def test_a_copy_of_a_shipped_recipe_is_not_worth_a_word(local: Path, caplog: pyt
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
 def test_an_unknown_recipe_is_answered_with_all_that_there_are(local: Path, name: str) -> None:
     (local / "mine.yaml").touch()
-    with pytest.raises(RecipeError, match=r"Shipped recipes: code, .*wordle\. In \./recipes: mine\."):
+    with pytest.raises(
+        RecipeError,
+        match=r"Shipped recipes: code, .*wordle\. In \./recipes: mine\. Beside a published result: anchors/",
+    ):
         load_recipe(name)
 
 

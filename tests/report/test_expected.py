@@ -10,7 +10,6 @@ import pytest
 
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.expected import Expected
-from grpo_lite.recipe.find import anchor_names
 from grpo_lite.recipe.load import build_recipe, load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import Board
@@ -179,22 +178,6 @@ def test_tina_s_learning_rate_is_not_called_too_low() -> None:
     assert learning_rate_too_low(evidence([0.1] * 10, rs)) is None
 
 
-def test_anchors_are_six_valid_recipes_with_source_link_and_band(root: Path) -> None:
-    names = anchor_names()
-    assert [name.partition("/")[2] for name in names] == [
-        *("qerl-gsm8k-7b", "tina-1.5b", "tinker-sums", "verl-gsm8k-0.5b", "verl-gsm8k-1.5b", "verl-gsm8k-3b"),
-    ]
-    for name in names:
-        loaded = load_recipe(name)
-        assert loaded.expected is not None
-        assert loaded.expected.link
-        assert loaded.expected.deviations
-        assert list(changed_keys(loaded)) == []
-        text = Path("recipes", f"{name}.yaml").read_text()
-        assert len(text.splitlines()) <= 60
-        assert text.startswith("# yaml-language-server: $schema=../schema.json\n")
-
-
 def test_the_published_intervals_are_those_of_their_test_sets(root: Path) -> None:
     for size, score in (("0.5b", 0.543), ("1.5b", 0.779), ("3b", 0.861)):
         expected = load_recipe(f"anchors/verl-gsm8k-{size}").expected
@@ -203,11 +186,6 @@ def test_the_published_intervals_are_those_of_their_test_sets(root: Path) -> Non
         assert expected.points == [
             (116, pytest.approx(score - margin, abs=6e-4), pytest.approx(score + margin, abs=6e-4))
         ]
-
-
-def test_an_unknown_anchor_is_answered_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean 'anchors/tina-1.5b'"):
-        load_recipe("anchors/tina-1.5")
 
 
 def written(tmp_path: Path, values: list[float], **expected: Any) -> RunDir:

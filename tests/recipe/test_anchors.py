@@ -1,0 +1,104 @@
+"""The recipes that stand beside a published result: listed, planned, and their rewards pay the gold and no cheat."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_lite.memory.report import least_card_gb
+from grpo_lite.recipe.find import anchor_names
+from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.report.expected import changed_keys
+from grpo_lite.task.check import check_recipe_rewards
+from grpo_lite.task.prompts import load_prompts
+from tests.command_line import in_process
+
+ANCHORS = [
+    "qerl-gsm8k-7b",
+    "tina-1.5b",
+    "tinker-sums",
+    "verl-gsm8k-0.5b",
+    "verl-gsm8k-1.5b",
+    "verl-gsm8k-3b",
+]
+WORDS = [
+    {"question": "A box has 6 rows of 8 eggs. How many eggs?", "answer": "6 * 8 = <<6*8=48>>48 eggs.\n#### 48"},
+    {
+        "question": "Ann has 20 cents and gets 52 more. How many?",
+        "answer": "She has 20 + 52 = <<20+52=72>>72 cents.\n#### 72",
+    },
+    {
+        "question": "A bag costs 1,200 and a hat 34. What is the sum?",
+        "answer": "Both cost 1,200 + 34 = 1,234 in all.\n#### 1,234",
+    },
+    {"question": "Of 9 cats 4 sleep. How many are awake?", "answer": "9 - 4 = <<9-4=5>>5 cats.\n#### 5"},
+]
+SOLVED = [("What is $2^5$?", "32"), ("Solve $3x = 2$.", r"\frac{2}{3}"), ("Expand $(x+1)^2$.", "x^2 + 2x + 1"),
+          ("Which point is 3 above the origin?", "(0, 3)")]  # fmt: skip
+ROWS: dict[str, list[dict[str, Any]]] = {  # in the columns of each data set
+    "openai/gsm8k": WORDS,
+    "knoveleng/open-rs": [{"problem": q, "answer": a, "solution": f"${a}$"} for q, a in SOLVED],
+}
+
+
+def test_the_anchors_are_those_named_here_with_source_figure_and_deviations(root: Path) -> None:
+    assert anchor_names() == [f"anchors/{name}" for name in ANCHORS]
+    for name in anchor_names():
+        loaded = load_recipe(name)
+        assert loaded.expected is not None
+        assert loaded.expected.link
+        assert loaded.expected.published
+        assert loaded.expected.deviations
+        assert list(changed_keys(loaded)) == []
+        text = Path("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 60
+        assert text.startswith("# yaml-language-server: $schema=../schema.json\n")
+
+
+def test_recipes_lists_the_anchors_in_a_section_of_their_own_with_the_published_figure() -> None:
+    ours, _, beside = in_process("recipes").partition("\nBESIDE A PUBLISHED RESULT")
+    assert "anchors/" not in ours
+    for name in anchor_names():
+        recipe = load_recipe(name)
+        line = next(line for line in beside.splitlines() if line.startswith(f"{name} "))
+        assert recipe.model.id in line
+        assert recipe.expected is not None
+        assert str(recipe.expected.published) in line
+
+
+@pytest.mark.parametrize("name", ["verl-gsm8k-3b", "tina", "anchors/tina-1.5"])
+def test_a_name_without_its_folder_or_end_is_answered_with_the_anchor(name: str) -> None:
+    said = in_process("plan", name, "--gpu", "h100", expect=1)
+    assert f"did you mean 'anchors/{name.removeprefix('anchors/')}" in said
+    assert "Beside a published result: anchors/" in said
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_the_plan_names_the_smallest_gpu_of_an_anchor(name: str) -> None:
+    recipe = load_recipe(f"anchors/{name}")
+    assert recipe.least_gpu.partition(";")[0] == f"{least_card_gb(recipe)} GB"
+    assert "to spare" in in_process("plan", f"anchors/{name}", "--gpu", "h100")
+
+
+def with_rows(name: str, folder: Path) -> Recipe:
+    """Return an anchor with rows from here in the place of the Hub's."""
+    source = load_recipe(f"anchors/{name}").data.train
+    given = []
+    if source.hub:
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[source.hub]), encoding="utf-8")
+        given = [f"data.train.path={path}", "data.eval=null", "data.holdout=1"]
+    return load_recipe(f"anchors/{name}", given)
+
+
+@pytest.mark.parametrize(("name", "lead_in"), [*((name, "") for name in ANCHORS), ("tina-1.5b", "<think>\n")])
+def test_an_anchor_pays_its_gold_in_full_and_no_cheat(name: str, lead_in: str, tmp_path: Path) -> None:
+    """With `lead_in` as the chat template of Tina's model leaves it: the thinking is open already."""
+    recipe = with_rows(name, tmp_path)
+    report = check_recipe_rewards(recipe, replace(load_prompts(recipe), lead_in=lead_in))
+    assert report.ok, report.table()
