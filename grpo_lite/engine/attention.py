@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from grpo_lite.engine import states, varlen
+from grpo_lite.engine import blockwise, states, varlen
 
 IMPLEMENTATION = "grpo_lite"
 EAGER_IMPLEMENTATION = "grpo_lite_eager"
@@ -28,8 +28,6 @@ EAGER_IMPLEMENTATION = "grpo_lite_eager"
 # Up to this many tokens per group (prompt and all its completions) one masked call over whole groups is cheaper than
 # a call per completion; see docs/measurements/compare_trl.md.
 DENSE_TOKENS = 192
-# Below this mean length a completion's attention is computed in fp32 on CPU.
-SHORT_COMPLETION = 128
 # What layers with a window see in a self-check, whose sequences of about ten tokens would fit into any real one.
 CHECK_WINDOW = 4
 
@@ -73,8 +71,6 @@ class PackedLayout:
         group_lengths = [prompt + sum(completions) for prompt, completions in segments]
         self.longest = max(prompt + max(completions, default=0) for prompt, completions in segments)
         self.dense = max(group_lengths) <= DENSE_TOKENS
-        completion_lengths = [length for _, completions in segments for length in completions]
-        self.short = self.dense or sum(completion_lengths) < SHORT_COMPLETION * len(completion_lengths)
         self.lengths = [length for prompt, completions in segments for length in (prompt, *completions)]
         self._masks: dict[tuple[int, int, torch.dtype, int | None], Tensor] = {}
         self._group_masks: dict[int | None, Tensor] = {}
@@ -190,9 +186,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     layout.calls += 1
     rule = rule.within(layout.longest)
     dtype = query.dtype
-    if query.device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and layout.short)):
-        # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in bf16 as in fp32 on short blocks, and in fp16
-        # on all.
+    if not layout.dense and rule.is_plain and blockwise.serves(query):
+        return blockwise.attend(query, key, value, layout.segments, rule.scaling, rule.window)
+    if query.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in 16 bit as in fp32 on short blocks.
         query, key, value = query.float(), key.float(), value.float()
     if layout.dense:
         return _dense(query, key, value, layout, rule).to(dtype)

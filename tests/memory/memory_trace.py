@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_lite.engine import attention, decoding_layers
+from grpo_lite.engine import attention, blockwise, decoding_layers
 from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.decode import Sampling
 from grpo_lite.engine.decoding_layers import DecodingLayers
@@ -75,16 +75,17 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[None]:
-    """Take the GPU's way: PEFT's under autocast, and the output head's larger chunks."""
+    """Take the GPU's way: PEFT's under autocast, the output head's larger chunks, attention by calls of a kernel."""
     real, chunk = torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU
     norms, decoding_layers._can_be_fused = decoding_layers._can_be_fused, lambda norm, dtype: False  # no numbers here
     torch.is_autocast_enabled = lambda device="cpu": real(device)  # type: ignore[assignment]
     logprobs.CHUNK_ELEMENTS_CPU = logprobs.CHUNK_ELEMENTS_GPU
+    blocks, blockwise.serves = blockwise.serves, lambda query: False
     try:
         yield
     finally:
         torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU = real, chunk
-        decoding_layers._can_be_fused = norms
+        decoding_layers._can_be_fused, blockwise.serves = norms, blocks
 
 
 def build_model(config: dict[str, Any], load_in: str, rank: int, dtype: torch.dtype, checkpointing: bool) -> Any:
