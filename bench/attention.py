@@ -2,9 +2,9 @@
 
     python bench/attention.py [--repeats 7] [--dtype bfloat16]
 
-Kernels: *segmented* (a call per completion against its prompt's keys), *dense* (a call over groups padded alike with a
-boolean mask), *whole row* (one call over the flat row with an additive mask of the compute dtype, the naive way) and on
-CUDA *flex* (FlexAttention with a block mask). Heads as in SmolLM2-135M: 9 queries, 3 keys/values, 64 wide.
+Kernels: *blocks* (matrix products over blocks of queries, on a CPU), *segmented* (a call per completion against its
+prompt's keys), *dense* (a call over groups padded alike with a boolean mask), *whole row* (one call over the flat row
+with an additive mask of the compute dtype, the naive way) and on CUDA *flex* (FlexAttention with a block mask). Heads as in SmolLM2-135M: 9 queries, 3 keys/values, 64 wide.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lite.engine import attention
-from grpo_lite.engine.attention import PackedLayout, Rule, packed_attention
+from grpo_lite.engine import attention, blockwise
+from grpo_lite.engine.attention import PackedLayout, Rule, _segmented, packed_attention
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SHAPES = {  # groups, prompt, completions of a group
@@ -32,9 +32,9 @@ SHAPES = {  # groups, prompt, completions of a group
 def kernels(segments: list[tuple[int, list[int]]], dtype: torch.dtype, device: str) -> dict[str, Callable[..., Tensor]]:
     """Return the kernels by name, their masks built outside the timing."""
     layouts = {}
-    for name, limit in (("segmented", -1), ("dense", 1 << 30)):
+    for is_dense, limit in ((False, -1), (True, 1 << 30)):
         attention.DENSE_TOKENS = limit
-        layouts[name] = PackedLayout(segments, torch.device(device))
+        layouts[is_dense] = PackedLayout(segments, torch.device(device))
     owner, group = [], []
     for row, (prompt, completions) in enumerate(segments):
         owner += [0] * prompt + [i + 1 for i, size in enumerate(completions) for _ in range(size)]
@@ -48,10 +48,12 @@ def kernels(segments: list[tuple[int, list[int]]], dtype: torch.dtype, device: s
         return scaled_dot_product_attention(q, k, v, attn_mask=additive, enable_gqa=True).transpose(1, 2)
 
     found: dict[str, Callable[..., Tensor]] = {
-        name: lambda q, k, v, layout=layout: packed_attention(q, k, v, layout, Rule())
-        for name, layout in layouts.items()
+        "segmented": lambda q, k, v: _segmented(q, k, v, layouts[False], Rule()),
+        "dense": lambda q, k, v: packed_attention(q, k, v, layouts[True], Rule()),
+        "whole row": whole_row,
     }
-    found["whole row"] = whole_row
+    if device == "cpu":
+        found = {"blocks": lambda q, k, v: blockwise.attend(q, k, v, segments, None, None)} | found
     if device == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -92,7 +94,7 @@ def main() -> None:
             print("| shape | " + " | ".join(found) + " | chosen |\n|---|" + "---|" * (len(found) + 1))
         tokens = groups * (prompt + sum(completions))
         times = [milliseconds(call, tokens, dtype, device, arguments.repeats) for call in found.values()]
-        chosen = "dense" if prompt + sum(completions) <= chosen_up_to else "segmented"
+        chosen = "dense" if prompt + sum(completions) <= chosen_up_to else next(iter(found))
         print(f"| {name} | " + " | ".join(f"{t:.1f}" for t in times) + f" | {chosen} |", flush=True)
 
 

@@ -77,4 +77,5 @@ def test_autocast_casts_for_it_as_for_sdpa():
         out = blockwise.attend(drawn[0], drawn[1], drawn[2], SEGMENTS, None, None)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    assert drawn[0].grad is not None and drawn[0].grad.dtype == torch.float32
+    assert drawn[0].grad is not None
+    assert drawn[0].grad.dtype == torch.float32
