@@ -4,7 +4,8 @@
 
 Kernels: *blocks* (matrix products over blocks of queries, on a CPU), *segmented* (a call per completion against its
 prompt's keys), *dense* (a call over groups padded alike with a boolean mask), *whole row* (one call over the flat row
-with an additive mask of the compute dtype, the naive way) and on CUDA *flex* (FlexAttention with a block mask). Heads as in SmolLM2-135M: 9 queries, 3 keys/values, 64 wide.
+with an additive mask of the compute dtype, the naive way) and on CUDA *flex* (FlexAttention with a block mask).
+Heads as in SmolLM2-135M: 9 queries, 3 keys/values, 64 wide.
 """
 
 import argparse
