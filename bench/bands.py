@@ -1,6 +1,6 @@
 """Measure the band of a recipe over several seeds, and print the section `expected:` for it.
 
-    python bench/bands.py sums --seeds 5 --out runs/bands
+    python bench/bands.py sums --seeds 1 2 3 4 5 --out runs/bands
 
 Each seed is a run of its own, without evaluation and merge; one that is there already is only read. The band at a step
 is the mean over the seeds, give or take twice their standard deviation or the whole range, whichever is wider, of the
@@ -31,15 +31,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--metric", default="reward")
     parser.add_argument("--out", type=Path, default=Path("runs/bands"))
     arguments = parser.parse_args()
-    if arguments.seeds < 5:
+    if len(set(arguments.seeds)) < 5:
         parser.error("--seeds: a band comes from at least 5 seeds")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     series = []
-    for seed in range(1, arguments.seeds + 1):
+    for seed in arguments.seeds:
         run = RunDir(arguments.out / f"{recipe.name}-{seed}")
         if not run.read_run().get("trained_at"):
             command = [sys.executable, "-m", "grpo_lite.cli", "train", arguments.recipe, "--run", str(run.path)]
@@ -48,7 +48,7 @@ def main() -> None:
         values = smoothed(Evidence(recipe, read_steps(run)), arguments.metric)
         print(f"# seed {seed}: " + " ".join(f"{step}:{value:.3f}" for step, value in values), file=sys.stderr)
         series.append(dict(values))
-    source = f"measured here: {arguments.seeds} seeds, bench/bands.py"
+    source = f"measured here: seeds {', '.join(map(str, arguments.seeds))}, bench/bands.py"
     section = {
         "source": source,
         "model": recipe.model.id,
