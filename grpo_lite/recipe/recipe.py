@@ -310,7 +310,9 @@ class LimitsSection(_Section):
         600.0, gt=0, allow_inf_nan=False, description="What all calls of the episodes of a round may take, in seconds."
     )
     tool_result_chars: int = Field(
-        4000, ge=100, description="Longest result of a tool that the model gets; the rest is cut off, with a note."
+        4000,
+        ge=100,
+        description="Longest result of a tool, or text of reset, that the model gets; the rest is cut, with a note.",
     )
     judge_budget: JudgeBudget | None = Field(
         None, description="Most that a reward which asks a paid server may spend; null: no limit."

@@ -52,7 +52,8 @@ class Prompts:
 
     def ids(self, row: Row) -> list[int]:
         """Return a row's prompt as token ids."""
-        return prompt_ids(row["prompt"], self.tokenizer, self.template_of(row))
+        observed = self.toolkit is not None and bool(self.toolkit.factories)
+        return prompt_ids(row["prompt"], self.tokenizer, self.template_of(row), observed)
 
     def template_of(self, row: Row) -> dict[str, Any] | None:
         """Return what the chat template gets for a row: with tools also their schemas."""

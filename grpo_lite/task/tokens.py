@@ -2,7 +2,8 @@
 
 A row that contains `<|im_end|><|im_start|>system` would otherwise close its own turn and open another one. Special
 tokens inside a message (or a text prompt) are therefore spelled out in ordinary tokens. Prompts without any, nearly
-all, are tokenised exactly as upstream does it.
+all, are tokenised exactly as upstream does it. What tools and environments write is trusted less: there, other markup
+such as `<tool_call>` is spelled out too.
 """
 
 from __future__ import annotations
@@ -62,15 +63,18 @@ def require_messages(prompt: list[Any], where: str) -> None:
             )
 
 
-def prompt_ids(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> list[int]:
+def prompt_ids(
+    prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None = None, observed: bool = False
+) -> list[int]:
     """Return the token ids the model sees for a prompt, as TRL makes them (no BOS added to a rendered chat).
 
     Args:
         prompt: text, or chat messages.
         template_kwargs: what the chat template gets (TRL's `chat_template_kwargs`).
+        observed: whether the last message ends with what an environment's `reset` returned.
     """
-    if holds_special_tokens(prompt, tokenizer):
-        return _spelled_out(prompt, tokenizer, template_kwargs)
+    if holds_special_tokens(prompt, tokenizer, observed):
+        return _spelled_out(prompt, tokenizer, template_kwargs, observed)
     text = prompt_text(prompt, tokenizer, template_kwargs)
     return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
@@ -116,16 +120,24 @@ def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return [[*tokens, end_id] for tokens in ids]
 
 
-def holds_special_tokens(prompt: Any, tokenizer: Any) -> bool:
-    """Say whether a prompt's own words contain the text of a special token."""
+def holds_special_tokens(prompt: Any, tokenizer: Any, observed: bool = False) -> bool:
+    """Say whether a prompt's own words contain the text of a special token, or the observed ones any markup's."""
     pattern = _pattern(tokenizer)
-    return any(pattern.search(text) for text in _texts(prompt))
+    if any(pattern.search(text) for text in _texts(_joined(prompt, pattern))):
+        return True
+    return observed and not isinstance(prompt, str) and holds_markup(prompt[-1:], tokenizer)
 
 
 def holds_markup(messages: list[dict[str, Any]], tokenizer: Any) -> bool:
     """Say whether results of tools contain the text of a special token, or of another one such as `<tool_call>`."""
     pattern = _markup(tokenizer)
-    return any(pattern.search(text) for text in _texts(messages))
+    return any(pattern.search(text) for text in _texts(_joined(messages, pattern)))
+
+
+def plainly_named(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return results of tools without markup in the tools' names: a model calls any name, and templates write it."""
+    pattern = _markup(tokenizer)
+    return [{**message, "name": pattern.sub("?", str(message.get("name")))} for message in messages]
 
 
 def tool_result_ids(
@@ -136,6 +148,7 @@ def tool_result_ids(
     As TRL's `_get_tool_suffix_ids` (trl 1.14-1.16), the call before them is a stand-in. None where the template
     changes the text of a result, so that its parts cannot be told apart.
     """
+    messages = plainly_named(messages, tokenizer)
     call = {"type": "function", "function": {"name": messages[0]["name"], "arguments": {}}}
     before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     options = {key: value for key, value in template_kwargs.items() if value is not None}
@@ -143,7 +156,7 @@ def tool_result_ids(
     ends = [i for i, token in enumerate(prefix) if token == tokenizer.eos_token_id]
     prefix = prefix[: ends[-1] + 1] if ends else prefix
     try:
-        ids = _spelled_out([*before, *messages], tokenizer, options, _markup(tokenizer))
+        ids = _spelled_out([*before, *messages], tokenizer, options, len(messages))
     except DataError:
         return None
     return ids[len(prefix) :] if ids[: len(prefix)] == prefix else None
@@ -153,7 +166,7 @@ def without_markup(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[
     """Return the messages with a space in each piece of markup, so that it is none."""
     pattern = _markup(tokenizer)
     changed: list[dict[str, Any]] = _replaced(
-        messages, lambda text: pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+        _joined(messages, pattern), lambda text: pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
     )
     return changed
 
@@ -169,10 +182,15 @@ def _markup(tokenizer: Any) -> re.Pattern[str]:
     return _MARKUP[tokenizer]
 
 
-def _spelled_out(
-    prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None, pattern: re.Pattern[str] | None = None
-) -> list[int]:
-    """Tokenise with stand-ins for the special tokens in the messages, then put their letters' tokens there."""
+def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | None, observed: int = 0) -> list[int]:
+    """Tokenise with stand-ins for the special tokens in the messages, then put their letters' tokens there.
+
+    Args:
+        prompt: text or messages.
+        tokenizer: of the model.
+        template_kwargs: what the chat template gets.
+        observed: how many of the last messages hold what a tool or an environment wrote: any markup is spelled out.
+    """
     everything = "".join(_texts(prompt))
     mark = next(mark for n in itertools.count() if (mark := f"\ue0f3{n}\ue0f4") not in everything)
     specials: list[str] = []
@@ -181,8 +199,17 @@ def _spelled_out(
         specials.append(match[0])
         return mark
 
-    pattern = pattern or _pattern(tokenizer)
-    safe = _replaced(prompt, lambda text: pattern.sub(stand_in, text))
+    pattern, markup = _pattern(tokenizer), _markup(tokenizer)
+    if isinstance(prompt, str):
+        safe: Any = pattern.sub(stand_in, prompt)
+    else:
+        first = len(prompt) - observed
+        parts = (prompt[:first], pattern), (prompt[first:], markup)
+        safe = [
+            message
+            for messages, known in parts
+            for message in _replaced(_joined(messages, known), lambda text, known=known: known.sub(stand_in, text))
+        ]
     pieces = prompt_text(safe, tokenizer, template_kwargs).split(mark)
     if len(pieces) != len(specials) + 1:
         raise DataError(
@@ -215,6 +242,24 @@ def _pattern(tokenizer: Any) -> re.Pattern[str]:
         longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
         _PATTERNS[tokenizer] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     return _PATTERNS[tokenizer]
+
+
+def _joined(prompt: Any, pattern: re.Pattern[str]) -> Any:
+    """Return the prompt with parts of a message made one where markup stands across them: templates write no gap."""
+    if isinstance(prompt, str) or not any(isinstance(message.get("content"), list) for message in prompt):
+        return prompt
+    messages = []
+    for message in prompt:
+        content, parts = message.get("content"), []
+        for is_text, run in itertools.groupby(
+            content if isinstance(content, list) else [], lambda part: isinstance(part.get("text"), str)
+        ):
+            run = list(run)
+            whole = "".join(part["text"] for part in run) if is_text else ""
+            across = len(pattern.findall(whole)) != sum(len(pattern.findall(part["text"])) for part in run if is_text)
+            parts += [{**run[0], "text": whole}] if across else run
+        messages.append({**message, "content": parts} if isinstance(content, list) else message)
+    return messages
 
 
 def _texts(prompt: Any) -> list[str]:

@@ -76,9 +76,7 @@ class ToolGuard:
                     raise ToolFailure(STILL_RUNNING)
                 if seconds <= 0:
                     raise ToolFailure(f"was not called: no time is left ({limit})")
-                result = self._within(functools.partial(tool, *args, **kwargs), seconds, _text)
-                longest = self.limits.tool_result_chars
-                return self._shortened(result, longest) if isinstance(result, str) else result
+                return self._within(functools.partial(tool, *args, **kwargs), seconds, self._text)
             except TimeLimitExceeded as over:
                 self.timeouts += 1
                 self._leave(owner, over)
@@ -98,24 +96,22 @@ class ToolGuard:
         return guarded
 
     def reset(self, environment: Any, row: dict[str, Any], reset: Callable[..., Any]) -> Any:
-        """Return the first observation: text, a list of content parts, or None.
+        """Return the first observation as text; None where it adds nothing.
 
         Raises:
             ToolFailure: `reset` raised, hung or returned something else.
         """
         try:
-            observation = self._within(functools.partial(reset, **row), self.limits.tool_timeout_s)
+            return self._within(functools.partial(reset, **row), self.limits.tool_timeout_s, self._observation)
         except TimeLimitExceeded as over:
             self._leave(environment, over)
             reason = f"took longer than limits.tool_timeout_s = {self.limits.tool_timeout_s:g} s"
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            reason = f"raised {type(error).__name__}: {_said(error)}"
-        else:
-            if observation is None or isinstance(observation, str | list):
-                return observation
-            reason = f"returned a {type(observation).__name__}; allowed are text, content parts and None"
+            reason = (
+                _said(error) if isinstance(error, ToolFailure) else f"raised {type(error).__name__}: {_said(error)}"
+            )
         self.say(f"tool failed: {type(environment).__name__}.reset", reason)
         raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
 
@@ -130,9 +126,7 @@ class ToolGuard:
             if over.still_running:
                 self.lost.add(id(environment))
 
-    def _within(
-        self, call: functools.partial[Any], seconds: float, convert: Callable[[Any], Any] = lambda result: result
-    ) -> Any:
+    def _within(self, call: functools.partial[Any], seconds: float, convert: Callable[[Any], str | None]) -> Any:
         return call_within(seconds, lambda: convert(wait_for(call()) if is_async(call) else call()))
 
     def say(self, what: str, reason: str) -> None:
@@ -142,6 +136,38 @@ class ToolGuard:
             last = "; further ones are only counted" if self._shown[what] == _LINES_PER_TOOL else ""
             self.show(f"{what}: {self._shortened(reason, _LONGEST_ERROR)}{last}")
 
+    def _text(self, result: Any) -> str:
+        """Return a result as text of bounded length: parts of a message joined, all else by `str`, as TRL does it.
+
+        Raises:
+            ToolFailure: it holds an image, or cannot be written as text.
+        """
+        if isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result):
+            if other := [part["type"] for part in result if part["type"] != "text"]:
+                raise ToolFailure(f"returned a part of type {str(other[0])[:50]!r}; the model reads text only")
+            result = "".join(str(part.get("text", "")) for part in result)
+        try:
+            text = str(result)
+        except Exception as error:
+            raise ToolFailure(f"returned a {type(result).__name__} that is no text: {type(error).__name__}") from None
+        return _writable(self._shortened(text, self.limits.tool_result_chars))
+
+    def _observation(self, value: Any) -> str | None:
+        """Return what `reset` returned as text.
+
+        Raises:
+            ToolFailure: it is neither text, nor parts with text, nor None.
+        """
+        parts = isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
+        if value is not None and not isinstance(value, str) and not parts:
+            raise ToolFailure(f"returned a {type(value).__name__}; allowed are text, content parts and None")
+        if value is None or value == []:
+            return None
+        text, longest = self._text(value), self.limits.tool_result_chars
+        if len(text) > longest:
+            self.say("reset returned a long text", f"it is cut off after limits.tool_result_chars = {longest}")
+        return text
+
     @staticmethod
     def _shortened(text: str, limit: int) -> str:
         return text if len(text) <= limit else f"{text[:limit]}\n[cut: {len(text)} characters, the first {limit} shown]"
@@ -149,26 +175,10 @@ class ToolGuard:
 
 def _said(error: BaseException) -> str:
     try:
-        return str(error)
+        return _writable(str(error))
     except Exception:
         return ""
 
 
-def _text(result: Any) -> Any:
-    """Return a result as text, by `str` as TRL does; parts of a message stay a list if one is an image.
-
-    Raises:
-        ToolFailure: it cannot be written as text.
-    """
-    if isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result):
-        if any(part["type"] == "image" for part in result):
-            return result
-        result = "".join(str(part.get("text", "")) for part in result)
-    if isinstance(result, str):
-        text = result
-    else:
-        try:
-            text = str(result)
-        except Exception as error:
-            raise ToolFailure(f"returned a {type(result).__name__} that is no text: {type(error).__name__}") from None
+def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer reads half a surrogate pair

@@ -17,7 +17,13 @@ from grpo_lite.engine.out_of_memory import trim_heap
 from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder
-from grpo_lite.task.tokens import holds_markup, holds_special_tokens, tool_result_ids, without_markup
+from grpo_lite.task.tokens import (
+    holds_markup,
+    holds_special_tokens,
+    plainly_named,
+    tool_result_ids,
+    without_markup,
+)
 from grpo_lite.task.tokens import prompt_ids as tokens_of_prompt
 
 
@@ -37,19 +43,21 @@ class Rollouts:
     def reread_special_tokens(self, prompts: list[Any], ids: list[list[int]]) -> None:
         """Replace the ids of prompts whose text spells special tokens, which TRL reads as markup."""
         trainer = self.trainer
+        observed = trainer.environment_factories is not None
         for row, prompt in enumerate(prompts):
-            if holds_special_tokens(prompt, trainer.processing_class):
+            if holds_special_tokens(prompt, trainer.processing_class, observed):
                 tools = trainer.tools
                 if trainer.environment_factories is not None:
                     tools = trainer._env_tools[trainer._batch_environments[row]]
                 ids[row] = tokens_of_prompt(
-                    prompt, trainer.processing_class, {**self._template(), "tools": tools or None}
+                    prompt, trainer.processing_class, {**self._template(), "tools": tools or None}, observed
                 )
 
     def tool_suffix(self, plain: Callable[[Any], list[int]], messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of results of tools, as `plain`, TRL's `_get_tool_suffix_ids`; markup in them is only text."""
         trainer = self.trainer
         tokenizer = trainer.processing_class
+        messages = plainly_named(messages, tokenizer)
         if trainer._is_vlm or not holds_markup(messages, tokenizer):
             return plain(messages)
         ids = tool_result_ids(messages, tokenizer, self._template())
