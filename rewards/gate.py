@@ -7,6 +7,7 @@ shapeless one. `gated(format_reward, by=accuracy_reward)` pays for form only whe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
     """Return `reward`, counting only where `by` reaches `threshold`: elsewhere 0, and None where `by` says None.
 
     The result has TRL's signature and keeps the reward's name (TRL's metric keys). Where `by` is not memoised it is
-    asked on every call.
+    asked on every call. A reward with an argument `passed_gate`, such as `judge_reward`, gets which completions count,
+    so that it does not ask anyone about the others.
 
     >>> from functools import partial
     >>> from rewards import accuracy_reward, format_reward
@@ -28,13 +30,15 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
     [1.0, 0.0, 0.0]
     """
     judge = by if isinstance(by, _Memo) else memoised(by)
+    is_told = _takes(reward, "passed_gate")
 
     def gated_reward(completions: Any, **kwargs: Any) -> list[float | None]:
         tops = judge(completions=completions, **{**kwargs, "log_metric": None, "log_extra": None})
-        values = reward(completions=completions, **kwargs)
+        passed = [top is not None and top >= threshold for top in tops]
+        values = reward(completions=completions, **(kwargs | {"passed_gate": passed} if is_told else kwargs))
         return [
-            None if top is None or value is None else value if top >= threshold else 0.0
-            for top, value in zip(tops, values, strict=True)
+            None if top is None or value is None else value if counts else 0.0
+            for top, value, counts in zip(tops, values, passed, strict=True)
         ]
 
     pass_on(reward, gated_reward)
@@ -90,6 +94,13 @@ def composition_margin(parts: Sequence[Part]) -> float:
         elif not part.gated:
             wrong += max(part.weight * part.low, part.weight * part.high)
     return correct - wrong
+
+
+def _takes(reward: Reward, argument: str) -> bool:
+    try:
+        return argument in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def reward_name(reward: Reward) -> str:

@@ -41,6 +41,7 @@ async def judge_reward(
     cache: str | None = None,
     request: Mapping[str, Any] | None = None,
     prefilled: bool | None = None,
+    passed_gate: list[bool] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """Return the judge's score of each completion, from 0 to 1 (whole tenths); 0.8 counts as right.
@@ -55,7 +56,8 @@ async def judge_reward(
         completions: text or chat messages.
         prompts: the tasks, shown to the judge.
         answer: right answers, shown to the judge with `show_answer`.
-        log_metric: TRL's; gets `judge/calls`, `judge/cached`, `judge/retries`, `judge/tokens`, `judge/usd` of a batch.
+        log_metric: TRL's; gets `judge/calls`, `judge/cached`, `judge/retries`, `judge/saved`, `judge/tokens` and
+            `judge/usd` of a batch. `judge/saved` are calls that a gate spared.
         rubric: what a good response does, in words.
         model: its name on the server.
         base_url: the server's address, up to `/v1`. There is no default: nothing is sent unless it is given.
@@ -70,6 +72,7 @@ async def judge_reward(
         cache: file of verdicts and spending; None: `judge.sqlite` in grpo_lite's cache folder.
         request: further fields of the request, or others in place of ours; null leaves one out (`temperature: null`).
         prefilled: whether the prompt has opened the thinking.
+        passed_gate: which completions count, from `rewards.gated` (`gate: true`); nobody is asked about the others.
         kwargs: ignored.
 
     Returns:
@@ -95,11 +98,12 @@ async def judge_reward(
     judge = {"base_url": base_url, "model": model, "rubric": rubric}
     settings = {"model": model, **_SETTINGS, **(request or {})}
     settings = {name: value for name, value in settings.items() if value is not None}
-    counts = dict.fromkeys(("calls", "cached", "retries", "tokens", "usd"), 0.0)
+    counts = dict.fromkeys(("calls", "cached", "retries", "saved", "tokens", "usd"), 0.0)
     pace = _pace(base_url, per_minute)
 
     scores: list[float | None] = [0.0 if not text.strip() else None for text in rows]
     waiting: dict[str, tuple[dict[str, Any], list[int]]] = {}  # a group often says the same twice: asked once
+    spared: set[str] = set()
     with Ledger(Path(cache).expanduser() if cache else None, judge, budget) as ledger:
         for row, text in enumerate(rows):
             if scores[row] is not None:
@@ -107,11 +111,15 @@ async def judge_reward(
             asked = {**settings, "messages": messages(rubric, tasks[row], text, references[row])}
             name = digest({"base_url": base_url, **asked})
             known = ledger.known(name)
-            if known is None:
+            if passed_gate is not None and not passed_gate[row]:
+                scores[row] = 0.0
+                spared |= {name} if known is None else set()
+            elif known is None:
                 waiting.setdefault(name, (asked, []))[1].append(row)
             else:
                 scores[row] = known / TOP
                 counts["cached"] += 1
+        counts["saved"] = float(len(spared - waiting.keys()))
         try:
             await _ask_all(
                 waiting, scores, ledger, ChatClient(base_url, key, timeout_s), counts, price or (),

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from .completion import completion_text
@@ -74,7 +74,8 @@ def each_row(
 ) -> Callable[[Callable[..., Awaitable[float | None]]], AsyncReward]:
     """Return a decorator: an `async def` function of one completion becomes a reward of a batch.
 
-    The function gets `completion` as text, and those of the row's columns that it names. It raises `TryAgain` where
+    The function gets `completion` as text, and those of the row's columns that it names. Behind a gate it is asked only
+    about the rows that pass (`rewards.gated`). It raises `TryAgain` where
     another attempt may succeed; so do an attempt that takes too long and a broken connection (OSError). Any other
     exception is a fault of the function and goes to the caller.
 
@@ -98,7 +99,9 @@ def each_row(
         names = [name for name in parameters if name != "completion"]
 
         @functools.wraps(function)
-        async def reward(completions: list[Any], **columns: Any) -> list[float | None]:
+        async def reward(
+            completions: list[Any], passed_gate: list[bool] | None = None, **columns: Any
+        ) -> list[float | None]:
             named = {name: columns[name] for name in names if name in columns}
 
             async def ask(row: int) -> float | None:
@@ -106,7 +109,7 @@ def each_row(
                 return await function(completion_text(completions[row]), **values)
 
             return await ask_rows(
-                ask, len(completions),
+                ask, len(completions), passed_gate,
                 concurrency=concurrency, timeout_s=timeout_s, retries=retries, pace=pace,
             )  # fmt: skip
 
@@ -114,6 +117,7 @@ def each_row(
         signature = inspect.Signature(  # so that a missing column is named
             [
                 inspect.Parameter("completions", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+                inspect.Parameter("passed_gate", named_only, default=None),
                 *(parameters[name].replace(kind=named_only) for name in names if parameters[name].kind.value in (1, 3)),
             ]
         )
@@ -127,6 +131,7 @@ def each_row(
 async def ask_rows(
     ask: Callable[[int], Awaitable[float | None]],
     rows: int,
+    wanted: Sequence[bool] | None = None,
     *,
     concurrency: int,
     timeout_s: float,
@@ -138,6 +143,7 @@ async def ask_rows(
     Args:
         ask: asks for the score of one row, once.
         rows: how many there are.
+        wanted: which of them to ask about; the others get 0. None: all.
         concurrency, timeout_s, retries: as in `each_row`.
         pace: of the attempts.
 
@@ -146,7 +152,8 @@ async def ask_rows(
         Exception: what `ask` raised, where that is neither `TryAgain`, nor `OSError`, nor its time limit.
     """
     free = asyncio.Semaphore(concurrency)
-    scores: list[float | None] = [None] * rows
+    asks = [wanted is None or wanted[row] for row in range(rows)]
+    scores: list[float | None] = [None if asked else 0.0 for asked in asks]
     reasons: dict[int, str] = {}
     spent: list[BudgetSpent] = []
 
@@ -178,8 +185,9 @@ async def ask_rows(
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            for row in range(rows):
-                tasks.create_task(one(row))
+            for row, asked in enumerate(asks):
+                if asked:
+                    tasks.create_task(one(row))
     except ExceptionGroup as group:  # the others are cancelled by now
         raise group.exceptions[0] from None
     if reasons:

@@ -52,7 +52,21 @@ def test_the_same_completion_is_asked_once_and_kept_on_disk(tmp_path: Path) -> N
         assert judged(server, tmp_path, ["good", "bad"], log_metric=metrics.__setitem__) == [1.0, 0.0]
         assert judged(server, tmp_path, ["good"], rubric="Another.") == [1.0]
     assert len(server.requests) == 3
-    assert metrics == {"judge/calls": 1, "judge/cached": 1, "judge/retries": 0, "judge/tokens": 120, "judge/usd": 0}
+    assert metrics == {"judge/calls": 1, "judge/cached": 1, "judge/retries": 0, "judge/saved": 0,
+                       "judge/tokens": 120, "judge/usd": 0}  # fmt: skip
+
+
+def test_nobody_is_asked_about_a_completion_that_does_not_pass_its_gate(tmp_path: Path) -> None:
+    metrics: dict[str, float] = {}
+    texts = ["good", "bad 1", "bad 1", "bad 2", "fair", " ", "good 2"]
+    passed = [True, False, False, False, True, False, False]
+    with judging(by_word) as server:
+        assert judged(server, tmp_path, ["good 2"]) == [1.0]  # known: no call is saved by its gate
+        scores = judged(server, tmp_path, texts, passed_gate=passed, log_metric=metrics.__setitem__)
+    assert scores == [1.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0]
+    assert response_in(server.requests[0]) == "good 2"
+    assert sorted(response_in(request) for request in server.requests[1:]) == ["fair", "good"]
+    assert (metrics["judge/calls"], metrics["judge/saved"]) == (2, 2)  # "bad 1" would have been asked once
 
 
 def test_thinking_is_not_shown_and_a_completion_that_says_nothing_earns_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 
 from grpo_lite.cli import INTERRUPTED
 from grpo_lite.errors import RewardError
+from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import RewardSection
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.task.guard import awaited, limited
-from grpo_lite.task.rewards import load_function
+from grpo_lite.task.rewards import load_function, load_rewards
 from rewards import each_row
 from rewards.waiting import TryAgain
 from tests.command_line import in_process
@@ -95,6 +97,25 @@ def test_each_row_retries_its_rows_and_excludes_the_groups_of_those_that_fail() 
     assert reward.excluded == (2, 3)
     assert [asked.count(text) for text in ("a", "bad")] == [2, 3]
     assert "1 of 6 rows could not be scored, the first because busy; 1 of 3 groups are left out" in lines[0]
+
+
+def test_a_gate_asks_only_about_the_rows_that_pass(tmp_path: Path) -> None:
+    """As `gate: true` has it: the judge stands behind the recipe's first reward, and both are loaded from it."""
+    module = tmp_path / "mine.py"
+    module.write_text(
+        "from rewards import each_row\nasked = []\n\n@each_row()\nasync def style(completion, answer):\n"
+        "    asked.append(completion)\n    if completion == 'bad':\n        raise ValueError\n    return 0.5\n\n"
+        "def right(completions, answer, **kwargs):\n"
+        "    return [None if a is None else float(c == a) for c, a in zip(completions, answer)]\n"
+    )
+    recipe = load_recipe(
+        "smoke", [f"rewards=[{{function: '{module}:right'}}, {{function: '{module}:style', gate: true}}]"]
+    )
+    (right, style), _ = load_rewards(recipe, ["answer"])
+    batch = {"completions": ["a", "bad", "c", "d"], "answer": ["a", "x", None, "d"]}
+    assert right(**batch) == [1.0, 0.0, None, 1.0]
+    assert style(**batch) == [0.5, 0.0, None, 0.5]
+    assert sorted(sys.modules["grpo_lite_user_rewards_mine"].asked) == ["a", "d"]
 
 
 def test_a_fault_in_a_rows_function_is_named_as_any_other() -> None:
