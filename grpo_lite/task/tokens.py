@@ -250,11 +250,12 @@ def _joined(prompt: Any, pattern: re.Pattern[str]) -> Any:
         return prompt
     messages = []
     for message in prompt:
-        content, parts = message.get("content"), []
-        for is_text, run in itertools.groupby(
+        content = message.get("content")
+        parts: list[dict[str, Any]] = []
+        for is_text, following in itertools.groupby(
             content if isinstance(content, list) else [], lambda part: isinstance(part.get("text"), str)
         ):
-            run = list(run)
+            run = list(following)
             whole = "".join(part["text"] for part in run) if is_text else ""
             across = len(pattern.findall(whole)) != sum(len(pattern.findall(part["text"])) for part in run if is_text)
             parts += [{**run[0], "text": whole}] if across else run
