@@ -21,8 +21,8 @@ setup: $(VENV)/.ready$(if $(filter unsloth,$(BACKEND)),-unsloth)  ## Install eve
 
 setup-dev: $(VENV)/.ready-dev  ## Install what the tests and the linters need
 
-plan: $(VENV)/.ready  ## Plan the memory of RECIPE on GPU=t4|rtx4060-8|…|11GiB; ARGS=--all-gpus for the table
-	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,"$(RECIPE)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
+plan: $(VENV)/.ready  ## Plan the memory of RECIPE on GPU=t4|rtx4060-8|…|11GiB, and what fits into BUDGET=3h; ARGS=--all-gpus for the tables
+	@$(CLI) plan $(if $(findstring --all-gpus,$(ARGS)),,"$(RECIPE)") $(if $(GPU),--gpu $(GPU)) $(if $(BUDGET),--budget "$(BUDGET)") $(ARGS)
 
 backends: $(VENV)/.ready  ## Time hf and unsloth on RECIPE; `auto` then takes the faster one on this GPU
 	@$(CLI) backends $(RECIPE) $(ARGS)
@@ -30,8 +30,8 @@ backends: $(VENV)/.ready  ## Time hf and unsloth on RECIPE; `auto` then takes th
 probe: $(VENV)/.ready  ## Estimate in minutes whether RECIPE can learn: samples the untrained model on its prompts
 	@$(CLI) probe "$(RECIPE)" $(ARGS)
 
-train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate base and trained model, merge; resumes an interrupted run; GPUS=2
-	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train "$(RECIPE)" --run "$(RUN)" $(ARGS)
+train: $(VENV)/.ready  ## Train RECIPE into RUN, evaluate base and trained model, merge; resumes an interrupted run; BUDGET=3h GPUS=2
+	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) train "$(RECIPE)" --run "$(RUN)" $(if $(BUDGET),--budget "$(BUDGET)") $(ARGS)
 
 warmup: $(VENV)/.ready  ## Run the warm-up of RECIPE alone, into RUN; `make train` on the same RUN continues with GRPO; GPUS=2
 	@$(if $(filter-out 1,$(GPUS)),$(LAUNCH) -m grpo_lite.cli,$(CLI)) warmup "$(RECIPE)" --run "$(RUN)" $(ARGS)

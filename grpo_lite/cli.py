@@ -177,6 +177,9 @@ def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path())
 _new_run_option = click.option("--run", "run_path", help="Run directory.  [default: runs/RECIPE]")
+_budget_option = click.option(
+    "--budget", metavar="TIME", help="3h, 90m, 2h30m: choose steps, evaluation and caps that fit into it."
+)
 _plain_option = click.option(
     "--plain", is_flag=True, help="Lines instead of a live board; the default outside a terminal."
 )
@@ -296,38 +299,63 @@ def check_env(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--gpu", help="t4, rtx3060-12, rtx4060-8, rtx4070ti-16, rtx4090, l4, a10, a100-40, h100, or e.g. 11GiB.")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="The longest prompt.  [default: data.max_prompt_tokens]")
 @click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table, of every recipe or of RECIPE.")
+@_budget_option
 def plan(
-    recipe: str | None, overrides: tuple[str, ...], gpu: str | None, prompt_tokens: int | None, all_gpus: bool
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    prompt_tokens: int | None,
+    all_gpus: bool,
+    budget: str | None,
 ) -> None:
-    """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing."""
-    from grpo_lite.evaluation.statistics import power_line
-    from grpo_lite.memory.report import all_cards_table, plan_recipe, report_lines
+    """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing.
+
+    With --budget also what of it fits into that time.
+    """
+    from grpo_lite.evaluation.statistics import chance_to_find, power_line
+    from grpo_lite.memory.report import all_cards_tables, plan_recipe, report_lines
     from grpo_lite.models.device import find_card
     from grpo_lite.recipe.load import load_all, load_recipe
 
     if all_gpus:
         chosen = [load_recipe(recipe, overrides)] if recipe else list(load_all(overrides)[0].values())
-        click.echo("\n".join(all_cards_table([r for r in chosen if recipe or r.name != "smoke"])))
+        click.echo("\n".join(all_cards_tables([r for r in chosen if recipe or r.name != "smoke"], chance_to_find)))
         return
+    from grpo_lite.memory.budget import budget_lines, plan_budget, read_duration
+    from grpo_lite.memory.times import held_out_rows
+
     loaded = load_recipe(recipe or "quickstart", overrides)
-    card = find_card(gpu) if gpu else _this_card()
-    memory = plan_recipe(loaded, card, prompt_tokens)
-    click.echo("\n".join(report_lines(loaded, card, memory)))
-    if loaded.eval.enabled and loaded.eval.limit:  # without a limit the number of rows is known to `probe`
-        click.echo(power_line(loaded.eval.limit))
-    if not memory.fits:
+    limit_s = read_duration(budget) if budget else None
+    card = find_card(gpu) if gpu else _this_card(required=limit_s is None)
+    memory = plan_recipe(loaded, card, prompt_tokens) if card else None
+    rows = held_out_rows(loaded)
+    if card and memory:
+        click.echo("\n".join(report_lines(loaded, card, memory)))
+    if limit_s and (memory is None or memory.fits):
+        fitting = plan_budget(loaded, limit_s, _keys(overrides), card, memory)
+        click.echo("\n".join(budget_lines(loaded, fitting)))
+        rows = fitting.rows
+    if rows:  # else the number of rows is known to `probe`
+        click.echo(power_line(rows))
+    if memory and not memory.fits:
         sys.exit(1)
 
 
-def _this_card() -> Card:
+def _keys(overrides: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(override.partition("=")[0].strip() for override in overrides)
+
+
+def _this_card(required: bool) -> Card | None:
     from grpo_lite.errors import ModelError
-    from grpo_lite.models.device import CARDS, Card, detect_device
+    from grpo_lite.models.device import CARDS, Card, detect_device, published_speed
 
     device = detect_device()
+    if device.kind != "cuda" and not required:
+        return None
     if device.kind != "cuda":
         option = either("GPU=", "--gpu ")
         raise ModelError(f"gpu: there is none here. Name one: {option}{'|'.join(CARDS)}, or e.g. {option}11GiB.")
-    return Card(device.name, device.memory_bytes, device.bfloat16)
+    return Card(device.name, device.memory_bytes, device.bfloat16, *published_speed(device.name))
 
 
 @main.command()
@@ -342,18 +370,17 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     from grpo_lite.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from grpo_lite.evaluation.probe import probe_lines, probe_recipe
+    from grpo_lite.evaluation.probe import probe_base, probe_lines
     from grpo_lite.evaluation.statistics import power_line
-    from grpo_lite.memory.report import keep_times
+    from grpo_lite.memory.times import keep_times
     from grpo_lite.models.base import Base
     from grpo_lite.models.driver import usable_device
-    from grpo_lite.models.load import load_for_sampling, load_tokenizer
+    from grpo_lite.models.load import load_tokenizer
     from grpo_lite.task.prompts import load_prompts
 
     base = Base.resolve(loaded.model, usable_device(loaded, click.echo))
     rows = load_prompts(loaded, load_tokenizer(base))
-    model = load_for_sampling(base, loaded.rollout)
-    result = probe_recipe(loaded, model, rows.tokenizer, rows, count=prompts, samples=samples)
+    result, _ = probe_base(loaded, base, rows, count=prompts, samples=samples)
     keep_times(loaded, base.device.name, result.to_json())
     click.echo("\n".join(probe_lines(result)))
     if loaded.eval.enabled and rows.eval:
@@ -394,9 +421,13 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
 @recipe_argument
 @_new_run_option
 @_plain_option
-def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
-    """Train a recipe, or resume its run. Evaluates base and trained model, merges and verifies."""
-    _train(recipe, overrides, run_path, plain)
+@_budget_option
+def train(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool, budget: str | None) -> None:
+    """Train a recipe, or resume its run. Evaluates base and trained model, merges and verifies.
+
+    With --budget it measures this machine's speed if none is known, and chooses what fits into that time.
+    """
+    _train(recipe, overrides, run_path, plain, budget=budget)
 
 
 @main.command()
@@ -433,11 +464,19 @@ def reproduce_anchor(recipe: str, overrides: tuple[str, ...], run_path: str | No
 
 
 def _train(
-    recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool, warmup_only: bool = False
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_path: str | None,
+    plain: bool,
+    warmup_only: bool = False,
+    budget: str | None = None,
 ) -> None:
+    from grpo_lite.memory.budget import read_duration
     from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.units import duration
 
     begun = time.monotonic()
+    limit_s = read_duration(budget) if budget else None
     loaded = load_recipe(recipe, overrides)
     if warmup_only and loaded.warmup is None:
         raise RecipeError(
@@ -457,14 +496,21 @@ def _train(
     from grpo_lite.report.summary import interrupted_summary, run_summary, warmup_summary
     from grpo_lite.train import train_run
 
+    record = None
+    if limit_s and not (resumes and run.read_run().get("trained_at")):
+        from grpo_lite.session.budget import fit_to_budget
+
+        loaded, record = fit_to_budget(loaded, run, limit_s, _keys(overrides), begun, say)
     view = "plain" if plain else _view()
-    result = train_run(loaded, run, _print, view, begun, warmup_only)
+    result = train_run(loaded, run, _print, view, begun, warmup_only, record)
     if not this_process().is_first:
         return
     if result.stopped_by:
         say(interrupted_summary(run, result.steps, result.stopped_by))
         sys.exit(INTERRUPTED)
     say(warmup_summary(run) if warmup_only else run_summary(run))
+    if limit_s:
+        say(f"budget: {budget} given, {duration(time.monotonic() - begun)} taken by this command")
 
 
 def _view() -> Literal["plain", "live", "notebook"]:

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent  # of a checkout, or the folder of
 UNKNOWN = "…"  # stands for a value that the reader knows
 TAKE_RECIPE = ("plan", "backends", "probe", "train", "warmup", "show", "check", "check-env", "rewards check")
 MAKE_TARGETS = {"rewards check": "check-rewards"}  # the others have the verb's name
-MAKE_VARIABLES = {"gguf": "GGUF", "nf4": "NF4", "force": "FORCE", "gpus": "GPUS"}  # other options go into ARGS
+MAKE_VARIABLES = {
+    "gguf": "GGUF",
+    "nf4": "NF4",
+    "force": "FORCE",
+    "gpus": "GPUS",
+    "budget": "BUDGET",
+}  # other options go into ARGS
 
 
 def speaks_make() -> bool:

@@ -36,6 +36,7 @@ def train_run(
     view: ViewKind = "plain",
     begun: float | None = None,
     warmup_only: bool = False,
+    budget: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train a recipe in a run directory, then evaluate, merge and report; resume if it was interrupted.
 
@@ -44,6 +45,7 @@ def train_run(
         view: how training is watched: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
         begun: `time.monotonic()` at the start of the command, from where `limits.max_minutes` counts; None: now.
         warmup_only: stop when the warm-up is complete; `train` continues with GRPO.
+        budget: what `--budget` chose, for run.json.
 
     Raises:
         GRPOLiteError: any fault that the user can fix; nothing already saved is lost.
@@ -53,6 +55,8 @@ def train_run(
     show = quiet_on_broken_pipe(process.shown(show))
     with held_by_first(run):
         state, recipe = open_run(run, recipe, show)
+        if budget and process.is_first:
+            run.update_run(budget=budget)
         if state in ("finish", "report") and not process.is_first:
             return TrainResult(run, 0)
         if warmup_only and state in ("finish", "report"):

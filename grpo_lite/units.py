@@ -16,6 +16,19 @@ def duration(seconds: float | None) -> str | None:
     return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def span(low_s: float, high_s: float) -> str:
+    """Return a range of times in one unit, as `40 to 70 min` or `1.5 to 3 h`; a digit or two, as it is an estimate.
+
+    >>> span(100, 300), span(2500, 4100), span(5400, 12000), span(50000, 90000)
+    ('2 to 5 min', '42 to 68 min', '1.5 to 3.3 h', '14 to 25 h')
+    """
+    if high_s < 90 * 60:
+        least, most = max(1, round(low_s / 60)), max(1, round(high_s / 60))
+        return f"{least} to {most} min" if most > least else f"about {most} min"
+    low, high = (f"{s / 3600:.1f}".removesuffix(".0") if s < 35000 else f"{s / 3600:.0f}" for s in (low_s, high_s))
+    return f"{low} to {high} h"
+
+
 def whole_seconds(seconds: float) -> str:
     """Return seconds without tenths, for a figure that changes while it is read: `4 s`, `42 s`, `3 min 28 s`."""
     return f"{seconds:.0f} s" if seconds < 9.95 else str(duration(seconds))

@@ -6,6 +6,7 @@ prompt are right, or none is, or all are cut off at the cap, there is nothing to
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import statistics
@@ -17,11 +18,14 @@ from typing import Any
 
 from grpo_lite.commands import hint
 from grpo_lite.engine.generate import generate_completions
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.evaluation.episodes import play_with
 from grpo_lite.evaluation.scoring import Completions, call_reward, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
+from grpo_lite.models.base import Base
+from grpo_lite.models.load import load_for_sampling
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.rewards import format_reward
@@ -58,7 +62,11 @@ class Probe:
     step_s: float
     steps: int
     cuts_cost: bool = True  # completions that reach the cap are right less than half as often as those that end
+    longest_step_s: float = 0.0  # with a gradient in every group
     evaluation_s: float = 0.0  # of base and trained model, before the merge
+    completion_s: float = 0.0  # an evaluated completion, without what only the first batch takes
+    held_out: int = 0  # rows that there are
+    token_s: float = 0.0  # forward and backward of a token
     notes: tuple[str, ...] = field(default=())
     verdict: str = ""
     skipped: tuple[str, ...] = ()  # what the time limit left out
@@ -106,6 +114,28 @@ class _Scores:
     totals: list[float | None]
     formats: list[bool] | None  # whether each has the agreed format; None: the recipe has no format reward
     seconds: float
+
+
+def probe_base(recipe: Recipe, base: Base, prompts: Prompts, **arguments: Any) -> tuple[Probe, float]:
+    """Load a recipe's base, probe it and free its memory.
+
+    Args:
+        recipe: the recipe.
+        base: its base.
+        prompts: its prompts.
+        arguments: of `probe_recipe`.
+
+    Returns:
+        The probe, and how long loading took, in seconds.
+    """
+    begun = time.monotonic()
+    model = load_for_sampling(base, recipe.rollout)
+    loaded_s = time.monotonic() - begun
+    probe = probe_recipe(recipe, model, prompts.tokenizer, prompts, **arguments)
+    del model
+    gc.collect()
+    free_memory()
+    return probe, loaded_s
 
 
 def probe_recipe(
@@ -160,8 +190,12 @@ def probe_recipe(
         opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
         step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
+        longest_step_s=_step_seconds(recipe, sampled, scores, 0.0, forward_s),
         steps=recipe.schedule.steps(len(prompts.train)),
         evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(lengths),
+        completion_s=min(sampled.seconds / len(lengths), sampled.round_s / recipe.schedule.batch),
+        held_out=len(prompts.eval),
+        token_s=forward_s * training_forwards(recipe) / _row_tokens(recipe, sampled),
         notes=() if counts else (_UNJUDGED if sampled.episodes else "no probed prompt has a usable gold answer",),
         skipped=sampled.skipped,
         calls=calls / len(sampled.episodes) if sampled.episodes else None,
@@ -324,6 +358,14 @@ def _step_seconds(recipe: Recipe, sampled: _Samples, scores: _Scores, equal: flo
     sampling_s = sampled.round_s / plan.batch + scores.seconds / len(sampled.rows)
     training_s = trained_share * forward_s * training_forwards(recipe)
     return plan.sampled_per_step * sampling_s + plan.trained_per_step * training_s
+
+
+def _row_tokens(recipe: Recipe, sampled: _Samples) -> float:
+    """Return the mean tokens of a completion, its end and its share of the prompt, as `forward_seconds` packs it."""
+    size = min(recipe.num_generations, len(sampled.groups[0]))
+    rows = [len(ids) + 1 for group in sampled.groups for ids in group[:size]]
+    shares = 1 if recipe.compute == "packed" else size
+    return (sum(rows) + shares * sum(map(len, sampled.ids))) / len(rows)
 
 
 def verdict(probe: Probe, recipe: Recipe) -> str:

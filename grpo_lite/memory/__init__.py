@@ -1,1 +1,1 @@
-"""Where a GPU's memory goes: the phases of a run, the plan for a card, the budgets that fit. Torch-free."""
+"""Where a GPU's memory and a run's time go: the phases, the plan for a card, what fits it and a budget. Torch-free."""

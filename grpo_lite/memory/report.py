@@ -1,23 +1,23 @@
-"""What `grpo-lite plan` prints: where a card's memory goes, what was chosen, and the recipe × GPU table. Torch-free."""
+"""What `grpo-lite plan` prints: where a card's memory goes, what was chosen, the tables of all cards. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from grpo_lite.commands import hint
 from grpo_lite.errors import ModelError
-from grpo_lite.files.cache import keep_record, kept_record
+from grpo_lite.memory.budget import brief, choose
+from grpo_lite.memory.card_time import card_times
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
+from grpo_lite.memory.times import held_out_rows, time_line
 from grpo_lite.memory.warmup import warmup_parts, warmup_tokens
 from grpo_lite.models.config import model_shape
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.models.positions import too_long
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.units import duration, gib, now
+from grpo_lite.units import gib, span
 
 CARD_SIZES_GB = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # as GPUs are sold
 USABLE = 0.9  # the share of its size that a card has at least: a T4 of 16 GB has 14.56 GiB
@@ -150,33 +150,92 @@ def _divided(plan: MemoryPlan) -> bool:
     return bool({"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen))
 
 
-# What a step's time and the number of steps depend on.
-_TIMED = {"model", "lora", "data", "rewards", "grpo", "compute", "rollout", "memory", "sampling", "eval", "seed"}
-_KEPT = ("step_s", "steps", "eta_s", "evaluation_s", "tokens_per_s")
+def all_cards_tables(recipes: Sequence[Recipe], found: Callable[[float, int], float]) -> Iterator[str]:
+    """Yield the tables of memory, of hours, and of three hours on a T4; the recipes' page holds them.
+
+    Args:
+        recipes: their rows.
+        found: how often so many problems show a gain (`statistics.chance_to_find`).
+    """
+    for table in (
+        all_cards_table(recipes),
+        hours_table(recipes),
+        budget_table(recipes, CARDS["t4"], 3 * 3600, lambda rows: found(0.05, rows)),
+    ):
+        yield from table
+        yield ""
 
 
-def keep_times(recipe: Recipe, device: str, probe: dict[str, Any]) -> None:
-    """Keep a probe's figures for `plan`; a cache that cannot be written costs nothing."""
-    record = {**{key: probe[key] for key in _KEPT}, "device": device, "measured_at": now()}
-    keep_record("probes", _settings(recipe), record)
+def hours_table(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Yield the hours of whole recipes on the cards as Markdown, each a range and an estimate; `-`: none is honest."""
+    names = list(CARDS)
+    yield "| " + " | ".join(["recipe", "completions", "evaluated", *names]) + " |"
+    yield "|---|---|---|" + "---|" * len(names)
+    for recipe in recipes:
+        cells = [_hours(recipe, CARDS[name]) for name in names]
+        if any(cells):
+            completions = f"{round(recipe.schedule.max_steps * recipe.schedule.sampled_per_step):,}"
+            yield (
+                "| "
+                + " | ".join([f"`{recipe.name}`", completions, f"{_rows(recipe):,}", *(cell or "-" for cell in cells)])
+                + " |"
+            )
+    yield ""
+    yield (
+        "Planned, not measured on a GPU: from start to merge, by the card's published speeds and guesses with a range "
+        "(`grpo_lite/memory/card_time.py`). `-`: does not fit, or computes in float32 there. Left out are recipes with "
+        "tools or recurrent layers."
+    )
 
 
-def kept_times(recipe: Recipe) -> dict[str, Any]:
-    """Return the figures of the last probe of this very recipe; empty if there is none."""
-    return kept_record("probes", _settings(recipe))
-
-
-def time_line(recipe: Recipe) -> str:
-    """Return how long a step and the run take by the last probe of this very recipe, or how to find out."""
+def _hours(recipe: Recipe, card: Card) -> str | None:
     try:
-        times = kept_times(recipe)
-        return (
-            f"time: a step about {times['step_s']:.3g} s, {times['steps']} steps about {duration(times['eta_s'])}, "
-            f"evaluation about {duration(times['evaluation_s'])}; probed on {times['device']} {times['measured_at']}"
+        plan = plan_recipe(recipe, card)
+    except ModelError:
+        return None
+    times = card_times(recipe, plan.job, card)
+    if not plan.fits or times is None or recipe.schedule.max_steps <= 0:
+        return None
+    seconds = times.run_s(recipe, recipe.schedule.max_steps, _rows(recipe))
+    return span(*times.bounds(recipe, seconds))
+
+
+def _rows(recipe: Recipe) -> int:
+    return held_out_rows(recipe) or 0
+
+
+def budget_table(recipes: Sequence[Recipe], card: Card, limit_s: float, power: Callable[[int], float]) -> Iterator[str]:
+    """Yield whole recipes beside what of them fits into a time on a card, as Markdown.
+
+    Args:
+        recipes: those without an estimate, or that fit whole, are left out.
+        card: the GPU.
+        limit_s: the budget, in seconds.
+        power: how often an evaluation of so many problems finds a gain of 5 points.
+    """
+    yield f"| recipe | whole on a {card.name}: steps, problems, time | `BUDGET={brief(limit_s)}`: steps, problems |"
+    yield "|---|---|---|"
+    for recipe in recipes:
+        whole = _hours(recipe, card)
+        if whole is None or not _rows(recipe):
+            continue
+        plan = plan_recipe(recipe, card)
+        times = card_times(recipe, plan.job, card)
+        assert times is not None  # or there were no hours
+        budget = choose(recipe, times, limit_s, recipe.schedule.max_steps, _rows(recipe))
+        if budget.steps == budget.whole_steps and budget.rows == budget.whole_rows:
+            continue
+        yield (
+            f"| `{recipe.name}` | {_found(budget.whole_steps, budget.whole_rows, power)}, {whole} | "
+            f"{_found(budget.steps, budget.rows, power)} |"
         )
-    except (ValueError, KeyError, TypeError):
-        return f"time: not probed yet; on the machine that will train: {hint('probe', recipe=recipe.name)} (minutes)"
+    yield ""
+    yield (
+        "Planned, not measured on a GPU. In brackets: how often an evaluation of so many problems finds a gain of 5 "
+        "points, if a quarter of the answers change. `make train BUDGET=3h` measures the card first, and may choose "
+        "otherwise."
+    )
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", include=_TIMED)
+def _found(steps: int, rows: int, power: Callable[[int], float]) -> str:
+    return f"{steps:,} steps, {rows:,} problems ({power(rows):.0%})"

@@ -49,19 +49,37 @@ class Card:
     name: str
     memory_bytes: int  # as torch reports it, below the name's number
     bfloat16: bool
+    tflops: float = 0.0  # dense, 16-bit, added up in float32, as published; 0: not known
+    gb_per_s: float = 0.0  # of its memory, as published; 0: not known
 
 
+# Speeds: NVIDIA's data sheets of T4, L4, A10, A100 and H100 SXM. GeForce cards multiply in 16 bit at twice the float32
+# rate of their data sheet where they add up in float32 (Ada white paper: 82.6 and 165.2 for the RTX 4090).
 CARDS = {
-    "t4": Card("Tesla T4 16 GB", int(14.56 * 2**30), bfloat16=False),
-    "rtx3060-12": Card("RTX 3060 12 GB", int(11.6 * 2**30), bfloat16=True),
-    "rtx4060-8": Card("RTX 4060 8 GB", int(7.6 * 2**30), bfloat16=True),
-    "rtx4070ti-16": Card("RTX 4070 Ti Super 16 GB", int(15.6 * 2**30), bfloat16=True),
-    "rtx4090": Card("RTX 4090 24 GB", int(23.5 * 2**30), bfloat16=True),
-    "l4": Card("L4 24 GB", int(22.0 * 2**30), bfloat16=True),
-    "a10": Card("A10 24 GB", int(22.0 * 2**30), bfloat16=True),
-    "a100-40": Card("A100 40 GB", int(39.4 * 2**30), bfloat16=True),
-    "h100": Card("H100 80 GB", int(79.1 * 2**30), bfloat16=True),
+    "t4": Card("Tesla T4 16 GB", int(14.56 * 2**30), bfloat16=False, tflops=65, gb_per_s=320),
+    "rtx3060-12": Card("RTX 3060 12 GB", int(11.6 * 2**30), bfloat16=True, tflops=25.5, gb_per_s=360),
+    "rtx4060-8": Card("RTX 4060 8 GB", int(7.6 * 2**30), bfloat16=True, tflops=30.2, gb_per_s=272),
+    "rtx4070ti-16": Card("RTX 4070 Ti Super 16 GB", int(15.6 * 2**30), bfloat16=True, tflops=88.2, gb_per_s=672),
+    "rtx4090": Card("RTX 4090 24 GB", int(23.5 * 2**30), bfloat16=True, tflops=165.2, gb_per_s=1008),
+    "l4": Card("L4 24 GB", int(22.0 * 2**30), bfloat16=True, tflops=121, gb_per_s=300),
+    "a10": Card("A10 24 GB", int(22.0 * 2**30), bfloat16=True, tflops=125, gb_per_s=600),
+    "a100-40": Card("A100 40 GB", int(39.4 * 2**30), bfloat16=True, tflops=312, gb_per_s=1555),
+    "h100": Card("H100 80 GB", int(79.1 * 2**30), bfloat16=True, tflops=989, gb_per_s=3350),
 }
+
+
+def published_speed(name: str) -> tuple[float, float]:
+    """Return (TFLOPS, GB/s) as published for a device by its name in torch or in CARDS; zeros: not known.
+
+    >>> published_speed("NVIDIA A100-SXM4-40GB"), published_speed("NVIDIA GeForce RTX 4060 Ti")
+    ((312, 1555), (0.0, 0.0))
+    """
+    short = re.sub(r"^(NVIDIA )?(GeForce )?", "", name.strip())
+    for card in CARDS.values():
+        model = re.sub(r" \d+ GB$", "", card.name)
+        if re.fullmatch(rf"{re.escape(model)}([- ].*GB.*)?", short, re.IGNORECASE):
+            return card.tflops, card.gb_per_s
+    return 0.0, 0.0
 
 
 def find_card(name: str) -> Card:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from grpo_lite.commands import hint, hint_run
+from grpo_lite.commands import either, hint, hint_run
 from grpo_lite.errors import RunDirError
 from grpo_lite.files import lock
 from grpo_lite.files.atomic import read_record, write_atomic
@@ -111,15 +111,17 @@ class RunDir:
         old = self.recipe_file.read_text(encoding="utf-8")
         if old == new:
             return
-        never_began = not self.read_run().get("started_at") and not self.last_checkpoint()  # it was refused
+        record = self.read_run()
+        never_began = not record.get("started_at") and not self.last_checkpoint()  # it was refused
         if never_began or fixed_keys(first) == fixed_keys(yaml.safe_load(new)):
             write_atomic(self.recipe_file, new)  # the next session may be longer, and log less
             return
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "recipe of this run", "now", n=0, lineterm="")
         changed = "\n".join(f"  {line}" for line in lines if not line.startswith("@@"))
+        again = f"It was started with {either('BUDGET=', '--budget ')}; give that again. " if "budget" in record else ""
         raise RunDirError(
             f"run directory {self.path}: was started with another recipe, and a run has one recipe:\n{changed}\n"
-            f"Undo the change to resume it, or choose another directory with {hint_run()}"
+            f"{again}Undo the change to resume it, or choose another directory with {hint_run()}"
         )
 
     def last_checkpoint(self) -> Path | None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from grpo_lite.commands import hint
 from grpo_lite.evaluation.probe import CAN_LEARN, PROMPTS, SAMPLES, probe_lines, probe_recipe
-from grpo_lite.memory.report import keep_times
+from grpo_lite.memory.times import keep_times
 from grpo_lite.models.device import Device
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from grpo_lite.memory.times import merge_seconds
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show
 from grpo_lite.task.traces import Trace
 
-# Reading, rounding, writing and twice verifying a merge, on a slow machine; measured ones of the run itself are used
-# as soon as there are any.
-MERGE_BYTES_PER_S = 25e6
-MERGE_SETUP_S = 30.0
 # Generating a token of an evaluation takes no longer than training on so many.
 TRAINED_PER_GENERATED = 3.0
 SPENT = "a spent budget"  # the reason in place of a signal's name
@@ -79,15 +76,19 @@ class Deadline(TrainerCallback):
             )
 
     def reserve_s(self, step_s: float) -> float:
-        """Return the seconds that evaluation and merge are expected to take: an estimate, from above."""
-        evaluation = self.earlier.get("evaluation_seconds")
+        """Return the seconds that evaluation and merge are expected to take: an estimate, from above.
+
+        Measured in an earlier session, or planned for a budget, or else by the steps until now.
+        """
+        planned = self.earlier.get("budget") or {}
+        evaluation = self.earlier.get("evaluation_seconds", planned.get("evaluation_s"))
         if evaluation is None:
             completions = self.recipe.evaluated_completions(self.held_out)
             completions += self.held_out if self.recipe.merge else 0
             evaluation = completions * step_s / self.sampled_per_step
         merge = self.earlier.get("merge_seconds")
         if merge is None:
-            merge = MERGE_SETUP_S + self.base_bytes / MERGE_BYTES_PER_S
+            merge = merge_seconds(self.base_bytes)
         return 1.2 * ((evaluation if self.recipe.eval.enabled else 0.0) + (merge if self.recipe.merge else 0.0))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from grpo_lite.memory.report import kept_times
+from grpo_lite.memory.times import kept_times
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import MOST_FINDINGS, Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
 from grpo_lite.report.evidence import Finding

@@ -13,7 +13,8 @@ from typing import Any
 from grpo_lite.errors import GRPOLiteError, RunDirError
 from grpo_lite.memory.phases import PhaseBytes
 from grpo_lite.memory.plan import advice, most_completion
-from grpo_lite.memory.report import plan_recipe, time_line
+from grpo_lite.memory.report import plan_recipe
+from grpo_lite.memory.times import time_line
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
 from grpo_lite.report.board import Board, WarmupBoard

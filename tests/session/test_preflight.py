@@ -11,7 +11,8 @@ import pytest
 
 from grpo_lite.evaluation import probe
 from grpo_lite.evaluation.step_time import training_forwards
-from grpo_lite.memory.report import keep_times, plan_recipe, report_lines, time_line
+from grpo_lite.memory.report import plan_recipe, report_lines
+from grpo_lite.memory.times import keep_times, time_line
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device, find_card
 from grpo_lite.models.load import load_tokenizer
@@ -184,7 +185,7 @@ def test_the_plan_tells_the_time_that_the_last_probe_measured(
     assert "time: not probed yet; on the machine that will train: make probe RECIPE=gsm8k" in "\n".join(
         report_lines(recipe, card, plan)
     )
-    figures = {"step_s": 41.25, "steps": 250, "eta_s": 10312.5, "evaluation_s": 120.0, "tokens_per_s": 900.0}
+    figures = {"step_s": 41.25, "steps": 250, "completion_s": 0.06, "held_out": 1319, "tokens_per_s": 900.0}
     keep_times(recipe, "Tesla T4", figures)
     line = time_line(recipe)
     assert line.startswith(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from grpo_lite.memory.report import keep_times
+from grpo_lite.memory.times import keep_times
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.report.board import Board, GRPOAhead, describe_sample, rendered, sparkline
 from grpo_lite.report.evidence import Finding
