@@ -20,9 +20,9 @@ from grpo_lite.recipe.recipe import GRPO_DEFAULTS, LORA_DEFAULTS, Recipe, Source
 from grpo_lite.recipe.trl_keys import is_trl_key, top_level_advice
 
 _SOURCE_KINDS = {
-    "hub": ("path", "generator", "kwargs"),
-    "path": ("hub", "generator", "kwargs", "config", "revision", "split"),
-    "generator": ("hub", "path", "config", "revision", "split"),
+    "hub": ("path", "generator", "kwargs", "data_dir"),
+    "path": ("hub", "generator", "kwargs", "config", "data_dir", "revision", "split"),
+    "generator": ("hub", "path", "config", "data_dir", "revision", "split"),
 }
 _SOURCES = (("data", "train"), ("data", "eval"), ("warmup", "data"))
 _MOST_ALIASES = 20

@@ -80,6 +80,7 @@ class SourceSection(_Section):
 
     hub: str | None = Field(None, description="Dataset id on the Hub.")
     config: str | None = Field(None, description="Hub dataset configuration.")
+    data_dir: str | None = Field(None, description="Folder of the Hub dataset, where each holds a set of its own.")
     split: str = Field("train", description="Hub dataset split.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     path: str | None = Field(None, description="Local .jsonl, .json, .csv or .parquet file.")
@@ -119,9 +120,10 @@ class DataSection(_Section):
     format: Literal["chat", "text"] = Field("chat", description="chat: messages through the chat template.")
     system: str | None = Field(None, description="System prompt (chat) or first lines (text).")
     examples: list[Example] = Field(default_factory=list, description="Few-shot examples.")
-    gold_completion: str = Field(
+    gold_completion: str | None = Field(
         "{gold}",
-        description="What a perfect completion looks like, over the columns and {gold} (the final answer); for checks.",
+        description="What a perfect completion looks like, over the columns and {gold} (the final answer), for checks; "
+        "null: the rows hold none, so the rewards are not tried before training.",
     )
     max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are dropped, with a message.")
 

@@ -25,6 +25,7 @@ from grpo_lite.task.traces import earning, earning_lines, load_traces
 
 GOLD_ROWS = 64
 MEASURED_PROMPTS = 2000
+NO_GOLD = "data.gold_completion is null: the rows hold no right answer"
 
 
 def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
@@ -118,6 +119,9 @@ def _percentile(ordered: Sequence[int], percent: int) -> int:
 
 def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
     """Yield, per reward, the mean over gold completions of the first training rows."""
+    if recipe.data.gold_completion is None:
+        yield f"{NO_GOLD}, so the rewards are not tried"
+        return
     rows = prompts.train[:GOLD_ROWS]
     columns = columns_of(rows)
     functions, _ = load_rewards(recipe, columns, prompts.lead_in)
@@ -144,10 +148,12 @@ def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
     with a line of thinking and the closing tag if `data.gold_completion` shows none.
 
     Raises:
-        DataError: the template names a column that is not there.
+        DataError: there is none, or the template names a column that is not there.
     """
     from grpo_lite.rewards.extraction import extract_answer
 
+    if recipe.data.gold_completion is None:
+        raise DataError(f"{NO_GOLD}. Give what a right one looks like, over rows that hold one.")
     answer = str("" if row.get("answer") is None else row["answer"])
     final = extract_answer(answer, ("hash", "boxed")) or answer.strip()
     try:
@@ -212,12 +218,18 @@ def check_rewards_alone(recipe: Recipe) -> tuple[Report, list[str]]:
     return check_recipe_rewards(recipe, prompts), notes
 
 
-def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], None]) -> Report:
+def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], None]) -> Report | None:
     """Run the check before training, in a line; refuse to train on rewards that do not pay the gold.
+
+    Returns:
+        What was found; None where the rows hold no gold, which is said.
 
     Raises:
         RewardError: a gold completion does not earn the top score.
     """
+    if recipe.data.gold_completion is None:
+        show(f"rewards: not checked, {NO_GOLD}")
+        return None
     report = check_recipe_rewards(recipe, prompts)
     if not report.gold_scores:
         raise RewardError(

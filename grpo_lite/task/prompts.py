@@ -240,11 +240,13 @@ def _read_hub(source: SourceSection, where: str) -> list[Row]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    name = f"{source.hub}" + (f" ({source.config})" if source.config else "")
+    name = "/".join(filter(None, (source.hub, source.data_dir))) + (f" ({source.config})" if source.config else "")
     split = f"{source.split}[:{source.limit}]" if source.limit and "[" not in source.split else source.split
     try:
         with only_cache_if_unreachable():
-            dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+            dataset = datasets.load_dataset(
+                source.hub, source.config, data_dir=source.data_dir, split=split, revision=source.revision
+            )
     except DatasetNotFoundError as error:
         raise DataError(
             f"{where}.hub: the dataset {name} was not found on the Hub, or is gated or private: {error}. Check the "

@@ -9,22 +9,30 @@ from typing import Any
 
 import pytest
 
-from grpo_lite.memory.report import least_card_gb
+from grpo_lite.memory.report import least_card_gb, plan_recipe
+from grpo_lite.models.device import find_card
 from grpo_lite.recipe.find import anchor_names
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.expected import changed_keys
-from grpo_lite.task.check import check_recipe_rewards
+from grpo_lite.task.check import NO_GOLD, check_recipe_rewards, gold_rewards, require_paid_gold
 from grpo_lite.task.prompts import load_prompts
 from tests.command_line import in_process
 
 ANCHORS = [
+    "lora-rank1-8b",
     "qerl-gsm8k-7b",
+    "simplerl-0.5b",
+    "simplerl-1.5b",
     "tina-1.5b",
     "tinker-sums",
+    "tinyzero-3b",
     "verl-gsm8k-0.5b",
     "verl-gsm8k-1.5b",
     "verl-gsm8k-3b",
+    "verl-math-0.5b",
+    "verl-math-1.5b",
+    "verl-math-3b",
 ]
 WORDS = [
     {"question": "A box has 6 rows of 8 eggs. How many eggs?", "answer": "6 * 8 = <<6*8=48>>48 eggs.\n#### 48"},
@@ -43,6 +51,16 @@ SOLVED = [("What is $2^5$?", "32"), ("Solve $3x = 2$.", r"\frac{2}{3}"), ("Expan
 ROWS: dict[str, list[dict[str, Any]]] = {  # in the columns of each data set
     "openai/gsm8k": WORDS,
     "knoveleng/open-rs": [{"problem": q, "answer": a, "solution": f"${a}$"} for q, a in SOLVED],
+    "DigitalLearningGmbH/MATH-lighteval": [
+        {"problem": q, "solution": rf"So it is $\boxed{{{a}}}$."} for q, a in SOLVED
+    ],
+    "hkust-nlp/SimpleRL-Zoo-Data": [{"question": q, "answer": a, "gt_answer": a} for q, a in SOLVED],
+    "Jiayi-Pan/Countdown-Tasks-3to4": [
+        {"nums": [31, 76, 70], "target": 25, "solved": "70 + (31 - 76)"},
+        {"nums": [48, 78, 61, 81], "target": 16, "solved": "(61 + 81) - (48 + 78)"},
+        {"nums": [78, 2, 61], "target": 22, "solved": "61 - 78 / 2"},
+        {"nums": [3, 5, 4], "target": 60, "solved": "3 * 4 * 5"},
+    ],
 }
 
 
@@ -81,7 +99,9 @@ def test_a_name_without_its_folder_or_end_is_answered_with_the_anchor(name: str)
 @pytest.mark.parametrize("name", ANCHORS)
 def test_the_plan_names_the_smallest_gpu_of_an_anchor(name: str) -> None:
     recipe = load_recipe(f"anchors/{name}")
-    assert recipe.least_gpu.partition(";")[0] == f"{least_card_gb(recipe)} GB"
+    named, least = recipe.least_gpu.partition(";")[0], least_card_gb(recipe)
+    assert named == (f"{least} GB" if least else "24 GB, divided")  # no card holds thousands of long answers at once
+    assert least or plan_recipe(recipe, find_card("rtx4090")).fits
     assert "to spare" in in_process("plan", f"anchors/{name}", "--gpu", "h100")
 
 
@@ -92,7 +112,9 @@ def with_rows(name: str, folder: Path) -> Recipe:
     if source.hub:
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[source.hub]), encoding="utf-8")
-        given = [f"data.train.path={path}", "data.eval=null", "data.holdout=1"]
+        given = [f"data.train.path={path}", "data.eval=null", "data.holdout=1", "eval.also={}"]
+    if name == "tinyzero-3b":
+        given.append("data.gold_completion=working</think>\n<answer>{solved}</answer>")
     return load_recipe(f"anchors/{name}", given)
 
 
@@ -102,3 +124,33 @@ def test_an_anchor_pays_its_gold_in_full_and_no_cheat(name: str, lead_in: str, t
     recipe = with_rows(name, tmp_path)
     report = check_recipe_rewards(recipe, replace(load_prompts(recipe), lead_in=lead_in))
     assert report.ok, report.table()
+
+
+def test_without_a_gold_the_rewards_are_not_tried_and_this_is_said() -> None:
+    """TinyZero's data have problems without solutions."""
+    recipe = load_recipe("smoke", ["data.gold_completion=null"])
+    prompts, said = load_prompts(recipe), list[str]()
+    require_paid_gold(recipe, prompts, said.append)
+    assert said == ["rewards: not checked, data.gold_completion is null: the rows hold no right answer"]
+    assert list(gold_rewards(recipe, prompts)) == [f"{NO_GOLD}, so the rewards are not tried"]
+    assert "data.gold_completion is null" in in_process(
+        "rewards", "check", "smoke", "data.gold_completion=null", expect=1
+    )
+    assert load_recipe("anchors/tinyzero-3b").data.gold_completion is None
+
+
+def test_the_published_intervals_are_those_of_their_test_sets(root: Path) -> None:
+    def interval(score: float, problems: int) -> list[float]:
+        margin = 1.96 * (score * (1 - score) / problems) ** 0.5
+        return [pytest.approx(score - margin, abs=6e-4), pytest.approx(score + margin, abs=6e-4)]
+
+    published = {
+        "verl-gsm8k-0.5b": (0.543, 1319), "verl-gsm8k-1.5b": (0.779, 1319), "verl-gsm8k-3b": (0.861, 1319),
+        "verl-math-0.5b": (0.3175, 4998), "verl-math-1.5b": (0.4836, 4998), "verl-math-3b": (0.5642, 4998),
+        "simplerl-0.5b": (0.495, 1319), "simplerl-1.5b": (0.744, 1319), "tinyzero-3b": (0.535, 200),
+    }  # fmt: skip
+    for name, (score, problems) in published.items():
+        expected = load_recipe(f"anchors/{name}").expected
+        assert expected is not None
+        assert list(expected.points[-1][1:]) == interval(score, problems), name
+        assert f"{100 * score:.1f} %" in str(expected.published)

@@ -340,3 +340,13 @@ def test_nesting_without_end_is_one_error(tmp_path: Path, suffix: str) -> None:
     path.write_text("[" * 99_999)
     with pytest.raises(DataError):
         read_rows(SourceSection(path=str(path)), 0, "data.train")  # type: ignore[call-arg]
+
+
+def test_a_folder_of_a_dataset_is_read_alone(tmp_path: Path) -> None:
+    for folder in ("easy", "hard"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text(json.dumps({"question": folder, "answer": "1"}) + "\n")
+    rows = read_rows(SourceSection(hub=str(tmp_path), data_dir="hard"), 0, "data.train")
+    assert [row["question"] for row in rows] == ["hard"]
+    with pytest.raises(DataError, match=r"data\.train.*/soft"):
+        read_rows(SourceSection(hub=str(tmp_path), data_dir="soft"), 0, "data.train")
