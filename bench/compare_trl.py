@@ -33,6 +33,7 @@ from bench.families import FAMILIES, family
 from grpo_lite.engine.attention import uninstall
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
+from grpo_lite.engine.packing import pack, plan_microbatches
 from grpo_lite.engine.router_loss import has_router_loss
 from grpo_lite.engine.score import base_model
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
@@ -160,8 +161,8 @@ def measured(engine: str, model: Any, clock: Clock, tokens: dict[str, int]) -> t
                 width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
                 tokens["training"] += inputs["prompt_ids"].size(0) * width
             else:
-                prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
-                tokens["training"] += prompts + sum(batch.completion_lengths)
+                parts = plan_microbatches(batch, range(len(batch.completions)), None)
+                tokens["training"] += sum(pack(batch, pieces).num_tokens for pieces in parts)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _prepare_inputs(self, batch: Any) -> Any:

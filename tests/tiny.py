@@ -136,6 +136,18 @@ def fixed_completions(rows: int, longest: int, seed: int, lengths: list[int] | N
     return made
 
 
+def alike_completions(rows: int, longest: int, seed: int) -> list[list[int]]:
+    """Return made-up completions, four to a prompt, that begin alike.
+
+    Of each four, two fork behind the same tokens, one is equal to the first, and one ends where they still agree.
+    """
+    made = []
+    for first in range(0, rows, 4):
+        start, one, other = fixed_completions(3, longest, seed + 97 * first, [longest - 5, 4, longest])
+        made += [start[:-1] + one, start[:-1] + other[:5], start[:-1] + one, start[: longest - 7]]
+    return made[:rows]
+
+
 def traces(count: int, seed: int = 0) -> list[Trace]:
     """Return rows of a warm-up, of different lengths; every completion ends with the end token, 2."""
     generator = torch.Generator().manual_seed(seed)
@@ -196,6 +208,7 @@ def train_fixed(
     reward: Any = parity_reward,
     prompts: Dataset | None = None,
     same_completions: bool = False,
+    alike: bool = False,
     resume: str | None = None,
     **kwargs: Any,
 ) -> tuple[GRPOTrainer, Gradients]:
@@ -206,7 +219,10 @@ def train_fixed(
     class Fixed(trainer_class):  # type: ignore[misc, valid-type]
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
             calls[0] = 1 if same_completions else calls[0] + 1
-            return fixed_completions(len(prompt_ids), args.max_completion_length, calls[0], lengths), None
+            rows, longest = len(prompt_ids), args.max_completion_length
+            if alike:
+                return alike_completions(rows, longest, calls[0]), None
+            return fixed_completions(rows, longest, calls[0], lengths), None
 
     gradients = Gradients()
     trainer = Fixed(

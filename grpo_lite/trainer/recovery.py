@@ -221,11 +221,13 @@ def rehearse_rollout(trainer: Any, prompt: list[int]) -> None:
 
 
 def longest_inputs(trainer: Any, prompt: list[int]) -> dict[str, Tensor]:
-    """Return a micro-step's inputs as TRL prepares them, with every completion at its cap."""
+    """Return a micro-step's inputs as TRL prepares them, with every completion at its cap and unlike the others."""
     rows, longest = trainer.args.per_device_train_batch_size, trainer.max_completion_length
     device = trainer.accelerator.device
     prompts = torch.tensor(longest_round(trainer, prompt)[:rows], device=device)  # (B, P)
-    completions = prompts[:, :1].expand(rows, longest).contiguous()  # (B, C)
+    vocabulary = base_model(trainer.accelerator.unwrap_model(trainer.model)).config.vocab_size
+    first = (prompts[:, :1] + torch.arange(rows, device=device).unsqueeze(1)) % vocabulary
+    completions = first.expand(rows, longest).contiguous()  # (B, C)
     signs = 1.0 - 2.0 * (torch.arange(rows, device=device) % 2)
     inputs = {
         "prompt_ids": prompts,

@@ -28,7 +28,8 @@ from grpo_lite.engine.score import Scoring, score, self_check
 
 VOCABULARY = 96
 TEMPERATURE = 0.9
-# Three groups: prompts of three lengths, ragged completions, some of one token, one row without any.
+# Three groups: prompts of three lengths, ragged completions, some of one token, one row without any. In the first and
+# the last all completions begin alike, as far as they go.
 PROMPTS = (11, 3, 7)
 COMPLETIONS = ((9, 1, 14), (6, 13), (1, 0, 5))
 # The same sizes where a prompt and its completions cross borders at 64 tokens.
@@ -79,13 +80,20 @@ def build(config_class: str, model_class: str, dtype: torch.dtype = torch.float6
 def padded_rows(
     prompts: Sequence[int] = PROMPTS, completions: Sequence[Sequence[int]] = COMPLETIONS, seed: int = 0
 ) -> tuple[Tensor, Tensor, int]:
-    """Return ids and mask `(B, P + C)` as TRL pads them, and C; the groups' rows stand in turn, not in blocks."""
+    """Return ids and mask `(B, P + C)` as TRL pads them, and C; the groups' rows stand in turn, not in blocks.
+
+    The completions of every second group begin with the same four tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, longest = max(prompts), max(max(lengths) for lengths in completions)
     rows = []
-    for prompt, lengths in zip(prompts, completions, strict=True):
+    for group, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True)):
         ids = torch.randint(3, VOCABULARY, (prompt,), generator=generator)
-        rows.append([(ids, torch.randint(3, VOCABULARY, (length,), generator=generator)) for length in lengths])
+        drawn = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+        if group % 2 == 0:
+            start = torch.randint(3, VOCABULARY, (4,), generator=generator)
+            drawn = [torch.cat([start, own[4:]])[: len(own)] for own in drawn]
+        rows.append([(ids, own) for own in drawn])
     order = [group[i] for i in range(max(map(len, rows))) for group in rows if i < len(group)]
     ids, mask = torch.zeros(len(order), width + longest, dtype=torch.long), torch.zeros(len(order), width + longest)
     for row, (prompt_ids, completion) in enumerate(order):

@@ -151,7 +151,7 @@ def test_packed_rows_are_plain_ones_in_float64(name: str) -> None:
 @every_family
 def test_packed_rows_are_plain_ones_in_float32(name: str) -> None:
     """By one masked call over whole groups, in micro-batches that divide a group."""
-    check_packed_equals_plain(FAMILIES[name](dtype=torch.float32), dense=True, budget=30)
+    check_packed_equals_plain(FAMILIES[name](dtype=torch.float32), dense=True, budget=36)
 
 
 @pytest.mark.slow

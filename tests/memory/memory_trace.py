@@ -197,7 +197,8 @@ def trace_training(
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
         static = static_bytes(model, live)
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
-        packed = pack(PaddedBatch(ids, [prompt] * rows, [completion] * rows, prompt, groups), groups)
+        distinct = [[row] * completion for row in range(rows)]
+        packed = pack(PaddedBatch(ids, [prompt] * rows, distinct, prompt, groups), groups)
         return trace_passes(
             live, static, lambda: score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16))
         )
@@ -220,7 +221,8 @@ def trace_packed_warmup(
         ids, scored = torch.zeros((1, rows * (prompt + completion)), dtype=torch.long), rows * completion
         places = torch.zeros(scored, dtype=torch.long)
         segments = tuple((prompt, (completion,)) for _ in range(rows))
-        packed = PackedBatch(ids, ids, segments, predictors=places, targets=places, scatter=places, padded_width=0)
+        tokens = dict.fromkeys(("predictors", "targets", "scatter", "scored"), places)
+        packed = PackedBatch(ids, ids, segments, **tokens, padded_width=0)
         top1 = torch.zeros(scored, dtype=torch.bool)
         return trace_passes(
             live,

@@ -9,18 +9,27 @@ import torch
 
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
-from tests.tiny import fixed_completions, tiny_args, tiny_lora, tiny_model, tiny_prompts, tiny_tokenizer
+from tests.tiny import (
+    alike_completions,
+    fixed_completions,
+    tiny_args,
+    tiny_lora,
+    tiny_model,
+    tiny_prompts,
+    tiny_tokenizer,
+)
 
 ROWS = 16  # of all processes together: four prompts, four completions each
 
 
 class Fixed(PackedGRPOTrainer):
-    """Gives each prompt completions that depend on it alone."""
+    """Gives each prompt completions that depend on it alone; those of every second one begin alike."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
         made = []
         for i, ids in enumerate(prompt_ids):
-            made.append(fixed_completions(4, 12, sum(ids))[i % 4])
+            make = alike_completions if sum(ids) % 2 else fixed_completions
+            made.append(make(4, 12, sum(ids))[i % 4])
         return made, None
 
 

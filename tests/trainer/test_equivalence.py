@@ -38,7 +38,7 @@ def assert_same_training(
     tmp_path: Path, kind: str = "llama", options: EngineOptions | None = None, lora: bool = True, **settings: Any
 ) -> None:
     """Train twice, plain and packed, and compare everything a user could see."""
-    data = {key: settings.pop(key) for key in ("lengths", "reward", "prompts") if key in settings}
+    data = {key: settings.pop(key) for key in ("lengths", "reward", "prompts", "alike") if key in settings}
     runs = []
     for trainer_class, extra in ((GRPOTrainer, {}), (PackedGRPOTrainer, {"options": options or EngineOptions()})):
         model = tiny_model(kind)
@@ -240,6 +240,74 @@ def test_setting(settings: dict[str, Any], budget: int | None, tmp_path: Path):
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=SLOW), True], ids=["kept", "truncated ones masked"])
 def test_lengths(lengths: list[int], masked: bool, tmp_path: Path):
     assert_same_training(tmp_path, lengths=lengths, mask_truncated_completions=masked)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="one micro-batch"),
+        pytest.param({"options": EngineOptions(tokens_per_microbatch=60)}, id="several", marks=SLOW),
+        pytest.param({"options": EngineOptions(tokens_per_microbatch=30), "loss_type": "bnpo"}, id="cut", marks=SLOW),
+        pytest.param(
+            {"beta": 0.05, "num_iterations": 2, "max_steps": 4, "learning_rate": 3e-2, "gradient_checkpointing": True},
+            id="kl, clipping and checkpointing",
+        ),
+        pytest.param({"loss_type": "vespo", "num_iterations": 2, "max_steps": 2}, id="vespo", marks=SLOW),
+        pytest.param(
+            {"importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 2}, id="gspo", marks=SLOW
+        ),
+        pytest.param({"top_entropy_quantile": 0.3}, id="high-entropy tokens only", marks=SLOW),
+        pytest.param({"entropy_coef": 0.05}, id="entropy bonus", marks=SLOW),
+        pytest.param(
+            {"kind": "mixtral", "lora": False, "router_aux_loss_coef": 0.5, "learning_rate": 1e-3}, id="router's loss"
+        ),
+        pytest.param(
+            {
+                "kind": "mixtral",
+                "lora": False,
+                "router_aux_loss_coef": 0.5,
+                "learning_rate": 1e-3,
+                "options": EngineOptions(tokens_per_microbatch=60),
+            },
+            id="router's loss, several",
+            marks=SLOW,
+        ),
+        *(pytest.param({"kind": kind}, id=kind, marks=SLOW) for kind in ("gemma", "lfm2", "qwen3_5")),
+        pytest.param({"lora": False, "learning_rate": 1e-4}, id="all weights", marks=SLOW),
+    ],
+)
+def test_completions_that_begin_alike_are_computed_once(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two fork, two are equal, one ends where the others still agree; each is paid for its place, not for its text."""
+    packed = []
+    monkeypatch.setattr("grpo_lite.trainer.gradients.pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+
+    def by_place(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(place % 4) + 0.3 * (place // 4) * (place % 3) for place in range(len(completion_ids))]
+
+    assert_same_training(tmp_path, alike=True, reward=by_place, **settings)
+    assert any(len(batch.targets) < len(batch.scatter) for batch in packed)
+    assert any(len(batch.segments[0][1]) == 2 for batch in packed) or "options" in settings
+
+
+@pytest.mark.parametrize("budget", [None, pytest.param(60, marks=SLOW)])
+def test_what_is_shared_changes_nothing(budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In float32 to 1e-5, against the same rows with nothing but their prompt in common."""
+    found = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr("grpo_lite.engine.packing._branches", lambda _, rows: {row: [row] for row in rows})
+            monkeypatch.setattr("grpo_lite.engine.packing._common", lambda *_: 0)
+        args = tiny_args(tmp_path, beta=0.05, num_iterations=2, max_steps=2, learning_rate=3e-3)
+        options = EngineOptions(tokens_per_microbatch=budget)
+        found.append(train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model("qwen3")), args, alike=True, options=options))
+    (shared, gradients), (unshared, expected) = found
+    for mine, theirs in zip(gradients.steps, expected.steps, strict=True):
+        assert 0 < relative_difference(mine, theirs) < 1e-5
+    for mine, theirs in zip(shared.state.log_history, unshared.state.log_history, strict=True):
+        for key in theirs.keys() - TIMES - OUR_METRICS:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
 
 
 def test_all_advantages_zero_moves_weights_only_as_plain_trl_does(tmp_path: Path):
