@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import Sampling
 from grpo_lite.errors import MemoryBudgetError, ModelError
+from grpo_lite.evaluation.statistics import chance_to_find
 from grpo_lite.memory.evaluation import evaluation_phase
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import (
@@ -46,7 +48,15 @@ from grpo_lite.memory.plan import (
     plan_memory,
     require_fit,
 )
-from grpo_lite.memory.report import all_cards_table, least_card_gb, plan_recipe, report_lines
+from grpo_lite.memory.report import (
+    all_cards_table,
+    all_cards_tables,
+    budget_table,
+    hours_table,
+    least_card_gb,
+    plan_recipe,
+    report_lines,
+)
 from grpo_lite.memory.warmup import warmup_parts, warmup_phase, warmup_tokens
 from grpo_lite.models.config import KNOWN, known_config, model_shape
 from grpo_lite.models.device import CARDS, find_card
@@ -587,7 +597,7 @@ def test_the_readme_states_the_least_gpu_of_each_recipe(root: Any) -> None:
 
 def test_the_smallest_gpu_holds_the_plan_and_the_next_smaller_one_does_not() -> None:
     """A 3B base: 1.7 GB of NF4 weights and 8-bit states, 4.6 GiB in all; of a card of 4 GB 3.6 GiB are counted on."""
-    recipe = load_recipe("countdown")
+    recipe = load_recipe("countdown", ["grpo.per_device_train_batch_size=2"])  # 32 completions a round
     assert least_card_gb(recipe) == 6
     assert plan_recipe(recipe, find_card("5.4GiB")).fits
     assert not plan_recipe(recipe, find_card("3.6GiB")).fits
@@ -712,7 +722,7 @@ def test_several_processes_plan_their_own_share(tmp_path: Path, monkeypatch: pyt
     device = Device("cuda", "Tesla T4", 15 * GIB, bfloat16=False, compute_capability=(7, 5), count=2)
     recipe = load_recipe("gsm8k")
     budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, lambda line: None)
-    assert (planned[0].batch, planned[0].rows, planned[0].prompt) == (16, 4, 300)
+    assert (planned[0].batch, planned[0].rows, planned[0].prompt) == (64, 8, 300)
 
 
 def test_a_model_whose_blocks_are_not_counted_trains_without_a_plan_and_says_so(tmp_path: Path) -> None:
@@ -763,5 +773,24 @@ def test_the_layer_with_the_largest_working_set_decides_under_checkpointing() ->
 def test_the_recipes_page_has_the_table_that_plan_prints(root: Any) -> None:
     page = (root / "recipes" / "README.md").read_text(encoding="utf-8")
     names = [name for name in recipe_names() if name not in UNPLANNED]
-    for line in all_cards_table([load_recipe(name) for name in names]):
+    for line in all_cards_tables([load_recipe(name) for name in names], chance_to_find):
         assert line in page, f"{line}\nWrite it anew: grpo-lite plan --all-gpus"
+
+
+def test_the_table_of_hours_gives_ranges_and_leaves_out_what_cannot_be_estimated() -> None:
+    lines = list(hours_table([load_recipe(name) for name in ("gsm8k", "wordle", "qwen3.5-2b", "gemma3-4b")]))
+    rows = {line.split("`")[1]: [cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:4]}
+    assert set(rows) == {"gsm8k", "gemma3-4b"}
+    assert rows["gsm8k"][1:3] == ["37,120", "1,319"]
+    assert all(re.fullmatch(r"[\d.]+ to [\d.]+ (h|min)", cell) for cell in rows["gsm8k"][3:])
+    assert rows["gemma3-4b"][3] == "-"  # float32 on a T4
+    assert "not measured on a GPU" in lines[-1]
+
+
+def test_the_table_of_three_hours_sets_the_whole_recipe_beside_what_fits() -> None:
+    recipes = [load_recipe(name) for name in ("math", "unsloth-qwen2.5-3b")]
+    lines = list(budget_table(recipes, find_card("t4"), 10800, lambda rows: rows / 1000))
+    assert lines[0].startswith("| recipe | whole on a Tesla T4 16 GB")
+    (row,) = [line for line in lines if line.startswith("| `")]  # the other one fits whole
+    assert "290 steps, 500 problems (50%), " in row
+    assert "not measured on a GPU" in lines[-1]

@@ -6,6 +6,8 @@ import pytest
 
 from grpo_lite.recipe.load import load_recipe
 
+BATCH = ("grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=8")
+
 
 @pytest.mark.parametrize(
     "overrides, rows, expected",
@@ -24,7 +26,7 @@ from grpo_lite.recipe.load import load_recipe
 def test_steps_are_counted_as_the_trainer_counts_them(
     overrides: list[str], rows: int, expected: tuple[int, int, int]
 ) -> None:
-    schedule = load_recipe("gsm8k", overrides).schedule
+    schedule = load_recipe("gsm8k", [*BATCH, *overrides]).schedule
     assert (schedule.steps(rows), schedule.sampled_per_step, schedule.trained_per_step) == expected
 
 
@@ -40,4 +42,4 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     ],
 )
 def test_a_round_is_trained_on_in_so_many_steps(overrides: list[str], steps: int) -> None:
-    assert load_recipe("gsm8k", overrides).schedule.steps_per_round == steps
+    assert load_recipe("gsm8k", [*BATCH, *overrides]).schedule.steps_per_round == steps

@@ -177,7 +177,7 @@ def test_the_plan_follows_group_and_length(client: Any) -> None:
     plan = client.get("/api/plan?recipe=gsm8k&card=2GiB").json()
     assert plan["fits"] is False
     assert "would make it fit" in plan["advice"]
-    assert plan["groups"] == [2, 4, 8, 16, 32]  # a round of gsm8k has 32 completions
+    assert plan["groups"] == [2, 4, 8, 16, 32, 64]  # a round of gsm8k has 128 completions
     changed = client.get("/api/plan?recipe=gsm8k&card=t4&group=16").json()
     assert changed["command"] == "grpo-lite train gsm8k grpo.num_generations=16"
     assert {phase["name"] for phase in changed["phases"]} == {"rollout", "training", "evaluation"}
