@@ -171,8 +171,6 @@ def _episode_faults(recipe: Recipe) -> list[str]:
         faults.append(f"model.backend: unsloth is given with {key}; allowed is hf. Set model.backend=hf.")
     if recipe.grpo.get("use_vllm"):
         faults.append(f"grpo.use_vllm: true is given with {key}; only false is allowed. Remove the key.")
-    if recipe.warmup is not None and recipe.warmup.source == "self":
-        faults.append(f"warmup.source: self is given with {key}; it samples one turn only. Use warmup.source=data.")
     return faults
 
 

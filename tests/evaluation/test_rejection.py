@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.traces import Trace, Traces, earning
 from tests.tiny import tiny_lora
+from tests.tool_model import write_tool_model
 
 REWARDS = """
 def starts_even(completions, completion_ids, **kwargs):
@@ -126,6 +128,60 @@ def test_right_but_cut_off_is_refused_and_counted(root: Path, rewards: Path, mod
         sample_traces(recipe, model, prompts, quiet)
 
 
+def episodes_of(folder: Path, *overrides: str) -> tuple[Recipe, Prompts, Any]:
+    """A recipe whose model calls `add` in most turns, and is paid by where its total ends."""
+    write_tool_model(folder)
+    recipe = load_recipe(
+        "smoke",
+        [
+            f"model={{id: '{folder}', load_in: 32bit}}", f"data.train={{path: '{folder}/rows.jsonl'}}",
+            "data.prompt={question}", "data.answer=null", "data.holdout=2",
+            "environment=tests.tool_model:Ledger", "rewards=[]",
+            "eval={lenient: {function: get_reward, threshold: 0.5}}",
+            "grpo.max_tool_calling_iterations=3", "grpo.max_completion_length=96",
+            "warmup={source: self, samples: 6, keep: 2}", *overrides,
+        ],
+    )  # fmt: skip
+    base = Base.resolve(recipe.model)
+    return recipe, load_prompts(recipe, load_tokenizer(base)), load_for_sampling(base, "shared")
+
+
+def test_paid_episodes_are_kept_with_the_tools_words_masked(tmp_path: Path) -> None:
+    recipe, prompts, model = episodes_of(tmp_path / "model")
+    traces = sample_traces(recipe, model, prompts, quiet)
+    words = prompts.tokenizer
+    assert any(trace.tool_mask and 0 in trace.tool_mask for trace in traces.rows)
+    pay = []
+    for trace, source in zip(traces.rows, traces.sources, strict=True):
+        prompt = words.decode(trace.prompt_ids)
+        total = int(re.search(r"Begin at (\d+)\.", prompt).group(1))  # type: ignore[union-attr]  # from `reset`
+        mask = trace.tool_mask or []
+        assert len(mask) == len(trace.completion_ids) <= 96
+        assert trace.completion_ids[-1] == words.eos_token_id
+        written = words.decode([i for i, own in zip(trace.completion_ids, mask, strict=True) if own])
+        results = words.decode([i for i, own in zip(trace.completion_ids, mask, strict=True) if not own])
+        numbers = [int(n) for n in re.findall(r'"number": (-?\d+)', written)]
+        assert "tool_response" not in written
+        assert results.count("<tool_response>") == len(numbers)
+        total += sum(n for n in numbers if n >= 0)  # Ledger refuses one below 0
+        assert total % 5 / 4 >= 0.5
+        assert isinstance(source["completion"], list) == bool(numbers)
+        pay.append((source["question"], -(total % 5 / 4), sum(mask)))
+    assert all(0 < sum(q == question for q, *_ in pay) <= 2 for question, *_ in pay)
+    for question in {q for q, *_ in pay}:  # the best paid first, then the shorter
+        mine = [rest for q, *rest in pay if q == question]
+        assert mine == sorted(mine)
+    assert "of 60 completions are right" in traces.notes[0]
+    write_traces(tmp_path / "traces.jsonl", traces)
+    assert read_traces(tmp_path / "traces.jsonl").rows == traces.rows
+
+
+def test_episodes_that_nobody_pays_are_refused(tmp_path: Path) -> None:
+    recipe, prompts, model = episodes_of(tmp_path / "model", "eval.lenient.threshold=2", "warmup.prompts=1")
+    with pytest.raises(DataError, match=r"none of the 6 completions .* cut off at 96 tokens or at the last turn\."):
+        sample_traces(recipe, model, prompts, quiet)
+
+
 def sample(text: str, total: float, length: int = 3, right: bool = True, ended: bool = True) -> _Sample:
     return _Sample([9] * length, text, right, ended, total)
 
@@ -147,7 +203,7 @@ def test_the_best_distinct_ones_of_a_prompt_stay(group: list[_Sample], keep: int
 
 def test_traces_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     sources = [{"prompt": [{"role": "user", "content": "q\u2028"}], "completion": "a\nb", "answer": "1"}] * 2
-    traces = Traces([Trace([1, 2], [3, 4]), Trace([1], [4])], ["a note"], sources)
+    traces = Traces([Trace([1, 2], [3, 4]), Trace([1], [4], [0])], ["a note"], sources)
     write_traces(tmp_path / "traces.jsonl", traces)
     assert read_traces(tmp_path / "traces.jsonl") == traces
     assert json.loads((tmp_path / "traces.jsonl").read_text().split("\n")[1])["completion_ids"] == [4]

@@ -17,6 +17,35 @@ pytestmark = [
 ]
 
 
+def test_a_run_warms_up_on_the_base_s_own_paid_episodes(tmp_path: Path) -> None:
+    write_tool_model(tmp_path / "model")
+    (tmp_path / "t.yaml").write_text(
+        f"""
+name: t
+description: d
+least_gpu: none
+model: {{id: {tmp_path}/model, load_in: 32bit}}
+data: {{train: {{path: {tmp_path}/model/rows.jsonl}}, prompt: "{{question}}", answer: null, holdout: 2}}
+environment: tests.tool_model:Ledger
+rewards: []
+warmup: {{source: self, samples: 4, steps: 2, learning_rate: 0.01}}
+grpo:
+  {{max_tool_calling_iterations: 2, max_completion_length: 64, num_generations: 4, per_device_train_batch_size: 8,
+    gradient_accumulation_steps: 1, max_steps: 1, learning_rate: 0.01, gradient_checkpointing: false}}
+eval: {{limit: 2, samples: 0, lenient: {{function: get_reward, threshold: 0.5}}}}
+"""
+    )
+    lines: list[str] = []
+    run = train_run(load_recipe(str(tmp_path / "t.yaml")), RunDir(tmp_path / "run"), show=lines.append).run
+    kept = [json.loads(line) for line in (run.warmup / "traces.jsonl").read_text().splitlines()]
+    assert any(0 in row["tool_mask"] for row in kept)
+    assert f"warm-up: {len(kept)} rows" in lines
+    steps = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["stage"] for step in steps] == ["warmup", "warmup", "grpo"]
+    assert all(step["grad_norm"] > 0 for step in steps[:2])
+    assert run.read_scores()["episodes"].keys() == {"base", "warm", "trained"}
+
+
 def test_a_run_warms_up_on_episodes_and_keeps_the_recipe_s_template(tmp_path: Path) -> None:
     write_tool_model(tmp_path / "model")
     template = (Path("grpo_lite") / "models" / "chat_templates" / "smollm2-tools.jinja").read_text()
