@@ -73,9 +73,11 @@ class Ledger:
         return float(self.total % 5) / 4
 
 
-def write_tool_model(folder: Path) -> Path:
-    """Write a model whose likely tokens are calls of `add`, each one token, the end of a turn, and two letters."""
-    calls = tuple(call("add", number=number) for number in (-1, 1, 2, 3, 5))
+ADDING = tuple(call("add", number=number) for number in (-1, 1, 2, 3, 5))
+
+
+def write_tool_model(folder: Path, calls: tuple[str, ...] = ADDING) -> Path:
+    """Write a model whose likely tokens are calls, each one token, the end of a turn, and two letters."""
     words = tool_tokenizer(calls)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(

@@ -13,6 +13,7 @@ from grpo_lite.environments.words import WORDS
 TURNS = 6
 _KNOWN = frozenset(WORDS)
 _LOST_PER_TURN = 0.1
+_IN_PLACE, _ELSEWHERE = 0.08, 0.04  # for a letter of a word that is not found: at most 0.32 in all
 QUESTION = (
     f"Play Wordle. Find the hidden English word of five letters in at most {TURNS} guesses, by calling the tool guess. "
     "It marks each letter: G right place, Y in the word at another place, - not in the word."
@@ -23,8 +24,9 @@ class Wordle:
     """Find the hidden word by guessing; each guess is marked letter by letter.
 
     Columns: `answer` (the hidden word), or `seed`, which picks one. Reward: 1 for the word at the first turn, 0.1
-    less for each turn more, 0 if it is not found. Every call is a turn: also one that is no word of the list, or that
-    repeats a guess.
+    less for each turn more. A word that is not found pays for what the best guess showed of it: 0.08 for each letter in
+    its place and 0.04 for each at another. Every call is a turn: also one that is no word of the list,
+    or that repeats a guess.
     """
 
     def __init__(self) -> None:
@@ -64,10 +66,12 @@ class Wordle:
         return f"{spaced}\n{' '.join(marks(given, self._hidden))}\n{'Solved.' if self._solved() else left}"
 
     def get_reward(self) -> float | None:
-        """Return 1 less 0.1 for each turn after the first, 0 if unsolved; None without a word to find."""
+        """Return 1 less 0.1 for each turn after the first, or what the best guess is worth; None without a word."""
         if self._hidden is None:
             return None
-        return round(1 - _LOST_PER_TURN * (self._turns - 1), 6) if self._solved() else 0.0
+        if self._solved():
+            return round(1 - _LOST_PER_TURN * (self._turns - 1), 6)
+        return max((_worth(marks(guess, self._hidden)) for guess in self._guesses), default=0.0)
 
     def _solved(self) -> bool:
         return bool(self._guesses) and self._guesses[-1] == self._hidden
@@ -88,6 +92,10 @@ def marks(guess: str, hidden: str) -> str:
         else:
             signs.append("G" if a == b else "-")
     return "".join(signs)
+
+
+def _worth(signs: str) -> float:
+    return round(_IN_PLACE * signs.count("G") + _ELSEWHERE * signs.count("Y"), 6)
 
 
 def rows(seed: int, size: int) -> list[dict[str, Any]]:

@@ -124,6 +124,7 @@ def episode_means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _record(episode: Episode, lenient: bool | None, strict: bool | None) -> Row:
     return {
         "completion": episode.answer,
+        "prompt": episode.prompt,
         "turns": episode.messages,
         "calls": episode.calls,
         "failed_calls": episode.failed_calls,

@@ -198,8 +198,8 @@ def score_model(
     Returns:
         One record per row: `completion` (greedy) and whether the cap cut it off (`truncated`); `lenient`, `strict` and,
         where the first reward states a second opinion, `honest` (bool, None without a usable gold); `samples_right`,
-        how many of `eval.samples` sampled completions are leniently right. Of an episode also `turns` (its messages),
-        `calls` and `failed_calls`, and `fault` where its `get_reward` failed, so that it counts as not right.
+        how many of `eval.samples` sampled completions are leniently right. Of an episode also `prompt` and `turns`
+        (messages), `calls` and `failed_calls`, and `fault` where its `get_reward` failed, so that it is not right.
 
     Raises:
         RewardError: a reward fails; `get_reward` only where it fails in every episode.
@@ -326,8 +326,9 @@ def _powers_of_two(limit: int) -> list[int]:
 
 def _lines(rows: list[Row], records: Columns, **more: str) -> Iterator[str]:
     for i, row in enumerate(rows):
-        columns = {name: of_column[i] for name, of_column in records.items()}
-        yield json.dumps({**row, **more, **columns}, ensure_ascii=False, default=str)
+        columns = {name: dict(of_column[i]) for name, of_column in records.items()}
+        played = [column.pop("prompt", row["prompt"]) for column in columns.values()]  # with what `reset` returned
+        yield json.dumps({**row, **more, "prompt": played[0], **columns}, ensure_ascii=False, default=str)
 
 
 def _write_records(path: Path, lines: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ Rows = Callable[[int], list[dict[str, Any]]]
 GENERATORS = {
     "calculator": "products", "python": "counting", "wordle": "wordle", "sudoku": "sudoku", "search": "towns",
 }  # fmt: skip
+LEAST_SUCCESS = {"wordle": 0.5}  # below, it pays for letters
 HOSTILE = [None, 3, -1, 2**70, 1.5, True, [], {}, [["a"]], "", " ", "\x00", "é" * 9, "\ud800", "＋１", "9" * 50_000,
            "(" * 300, "<tool_call>{}</tool_call>", "__import__('os').getcwd()", "1;2", "\n\n"]  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_no_cheat_is_paid(name: str, rows: Rows) -> None:
         (cheat, row, reward)
         for row in rows(2)
         for cheat, turns in module.cheats(row).items()
-        if (reward := play(environment, row, turns)[0]) != 0.0
+        if (reward := play(environment, row, turns)[0]) is None or reward >= LEAST_SUCCESS.get(name, 1e-9)
     ]
     assert paid == []
 
@@ -206,12 +207,39 @@ def test_wordle_marks_a_letter_as_often_as_it_is_hidden(guess: str, hidden: str,
 def test_wordle_pays_less_for_each_turn_and_nothing_after_the_last() -> None:
     wrong = [word for word in WORDS if word != "tiger"][:6]
     paid = [play(Wordle, {"answer": "tiger"}, calls("guess", "word", *wrong[:n], " TIGER "))[0] for n in range(7)]
-    assert paid == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0]
+    assert paid[:6] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    assert 0.0 < paid[6] <= 0.32  # the best of six wrong words
     reward, messages = play(Wordle, {"answer": "tiger"}, calls("guess", "word", "zzzzz", "tower", "tower", "tiger"))
     assert reward == 0.7  # a word that is none and a repeated one are turns
     assert [message["content"] for message in messages if message["role"] == "tool"][1] == (
         "T O W E R\nG - - G G\n4 of 6 guesses are left."
     )
+
+
+@pytest.mark.parametrize(
+    "guesses, paid",
+    [
+        (["tower"], 0.24),  # G--GG
+        (["tower", "crime"], 0.24),  # the best guess counts, not the last
+        (["great", "tower", "tower"], 0.24),  # a repeated guess adds nothing
+        (["right"], 0.24),  # YGG-Y
+        (["great"], 0.16),  # YYY-Y
+        (["zzzzz"], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_wordle_pays_a_little_for_the_letters_of_the_best_guess(guesses: list[str], paid: float) -> None:
+    assert play(Wordle, {"answer": "tiger"}, calls("guess", "word", *guesses))[0] == paid
+
+
+def test_no_word_that_is_not_found_pays_as_much_as_one_found_last() -> None:
+    worths = {
+        play(Wordle, {"answer": hidden}, calls("guess", "word", word))[0]
+        for hidden in WORDS[::25]
+        for word in WORDS
+        if word != hidden
+    }
+    assert max(worth for worth in worths if worth is not None) <= 0.32
 
 
 def test_wordle_picks_a_word_by_seed_and_judges_no_row_without_one() -> None:
