@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.evidence import Evidence, Finding
 from grpo_lite.report.expected import band_text, standing
+from grpo_lite.report.turns import turns_of
 from grpo_lite.screen import printable
 from grpo_lite.units import duration, size, time_left, whole_seconds
 
@@ -259,8 +260,20 @@ def describe_sample(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
         parts = ", ".join(f"{part} {value:g}" for part, value in row["rewards"].items() if value is not None)
         shown = f" [{parts}]" if len(row["rewards"]) > 1 else ""
         reward = "no reward" if row["reward"] is None else f"{row['reward']:+.2f}"
-        lines.append(f"  {name} ({reward}){shown} {_short(row['completion'], width)}")
+        said = _episode(row["turns"], 2 * width) if row.get("turns") else _short(row["completion"], width)
+        lines.append(f"  {name} ({reward}){shown} {said}")
     return "\n".join(lines)
+
+
+def _episode(turns: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Return an episode as one line: calls, results and what was said, the middle left out where it is long."""
+    marks = {"call": "→ ", "result": "← ", "failed": "← "}
+    parts = [
+        f"{marks[kind]}{' '.join(text.split())}" if kind in marks else _short(text, width)
+        for kind, text in turns_of(turns)
+    ]
+    line = printable(" ".join(parts))
+    return line if len(line) <= width else f"{line[: width // 2]} … {line[-width // 2 :]}"
 
 
 def _extremes(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

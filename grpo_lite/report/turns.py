@@ -46,9 +46,16 @@ def call_text(call: Mapping[str, Any]) -> str:
 
 
 def message_text(message: Message) -> str:
-    """Return one message for a screen."""
+    """Return one message for a screen; the lines of a result stand below each other.
+
+    >>> print(message_text({"role": "tool", "content": "C R A N E\\n- Y - Y Y"}))
+    ← C R A N E
+      - Y - Y Y
+    """
     marks = {"said": "", "call": "→ ", "result": "← ", "failed": "← "}
-    return "\n".join(f"{marks[kind]}{text}" for kind, text in turns_of([message]))
+    return "\n".join(
+        marks[kind] + text.replace("\n", "\n  " if marks[kind] else "\n") for kind, text in turns_of([message])
+    )
 
 
 def calls_of(messages: Sequence[Message]) -> list[str]:

@@ -116,11 +116,13 @@ class Player:
             generate: writes the turns.
             max_tokens: of an episode, results of tools included.
             context: tokens that the model can read; None: not limited.
-            watch: called with each message as it comes.
+            watch: called with the last message of each prompt, then with each message as it comes.
         """
         episodes = [self._begun(row, instance) for row, instance in zip(rows, self._instances(rows), strict=True)]
         for episode, budgets in zip(episodes, self.guard.budgets(len(episodes)), strict=True):
             episode.budgets = budgets
+            if episode.ended is None:
+                watch(episode.prompt[-1])
         active = [episode for episode in episodes if episode.ended is None]
         turn = 0
         while active:

@@ -86,6 +86,8 @@ class Chat:
             stream: called with pieces of the answer as they are generated; one side only.
         """
         answers = {}
+        if self.tools is not None:
+            self.tools.begin()
         for side in self.sides:
             with self.model.disable_adapter() if side == "base" else contextlib.nullcontext():
                 answers[side], said = self._answer(question, self.histories[side], stream)

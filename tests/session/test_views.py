@@ -272,6 +272,21 @@ def test_the_sample_is_the_prompt_whose_rewards_differ_most() -> None:
     rows = [*group("a", 0.0, 0.2), *group("b", 0.0, 1.0, 0.5), *group("c", 1.0, 1.0)]
     lines = describe_sample(rows).splitlines()
     assert [line.strip() for line in lines] == ['prompt "b"', 'best   (+1.00) "b1.0"', 'worst  (+0.00) "b0.0"']
+
+
+def test_an_episode_is_shown_with_its_calls_and_results_and_a_long_one_without_its_middle() -> None:
+    call = {"function": {"name": "guess", "arguments": {"word": "claim"}}}
+    turn = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "C L\nG G\x1b[2J"}]
+    row = {"prompt": "Play.", "rewards": {"Wordle": 1.0}, "reward": 1.0, "completion": "Found it."}
+    said = {"role": "assistant", "content": "Found it."}
+    _, line = describe_sample([{**row, "turns": [*turn, said]}]).splitlines()
+    assert line.startswith('  all    (+1.00) → guess(word="claim") ← C L G G')
+    assert line.endswith('"Found it."')
+    assert "\x1b" not in line
+    _, line = describe_sample([{**row, "turns": [*turn * 30, said]}]).splitlines()
+    assert len(line) < 360
+    assert " … " in line
+    assert line.endswith('"Found it."')
     assert 'prompt "c"' in describe_sample([*group("a", 0.0, 0.0), *group("c", 1.0, 1.0)])  # none differs: the last
 
 

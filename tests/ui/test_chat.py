@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ from click.testing import CliRunner
 
 from grpo_lite.cli import main
 from grpo_lite.errors import DataError
+from grpo_lite.recipe.load import load_recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.ui.chat import Chat, Sampling, answer_lines, build_prompt, fill_template, talk
+from grpo_lite.ui.tool_chat import ToolChat
 from tests.command_line import in_process
 from tests.finished_run import make_recipe, make_run
+from tests.tool_model import call, tool_tokenizer, write_tool_model
 
 BASE = Path("base")
 
@@ -218,9 +223,7 @@ def test_dry_run_command_prints_the_card(run: RunDir) -> None:
 def playing(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run whose model calls a tool in most turns, its adapter untrained."""
     from grpo_lite.models.load import lora_config
-    from grpo_lite.recipe.load import load_recipe
     from grpo_lite.runs.run_dir import dump_recipe
-    from tests.tool_model import write_tool_model
 
     folder = write_tool_model(tmp_path_factory.mktemp("tools"))
     (folder / "ledger.py").write_text(
@@ -283,8 +286,29 @@ def test_a_row_is_typed_as_json_and_one_that_cannot_begin_says_why(playing: RunD
     pieces: list[str] = []
     typed = chat.ask('{"start": 40}', stream=pieces.append)["trained"]
     assert "".join(pieces) == typed
+    assert typed.startswith("? 40 Begin at 40.\n")
     assert chat.ask("many") == {
         "trained": "(not begun: Ledger.reset: raised ValueError: invalid literal for int() with base 10: 'many'. Type "
         'the columns of a row as JSON, such as {"number": 37})'
     }
-    assert "has no column 'start'" in chat.ask('{"other": 1}')["trained"]
+    assert chat.ask('{"other": 1}')["trained"] == (
+        "(chat: the recipe's rows have no column 'other'. They have: question, start.)"
+    )
+    for row in [chat.ask("{}")["trained"] for _ in range(3)]:  # one of the recipe's own, as it is
+        assert re.match(r"\? ([012]) Begin at \1\.\n", row)
+    Path(chat.recipe.data.train.path or "").rename(playing.path.parent / "gone.jsonl")
+    assert "has no column 'start'" in Chat(playing, Sampling()).ask('{"other": 1}')["trained"]
+    (playing.path.parent / "gone.jsonl").rename(chat.recipe.data.train.path or "")
+
+
+def test_a_question_to_the_search_recipe_searches_the_recipe_s_text() -> None:
+    pytest.importorskip("bm25s")
+    recipe, words = load_recipe("search"), tool_tokenizer()
+    tools, turns = ToolChat(recipe, words), iter([call("search", query="museum"), "1841"])
+    tools.begin()
+    shown, said = tools.answer(
+        "When was it opened?", partial(build_prompt, recipe),
+        lambda prompts, room: [words(next(turns), add_special_tokens=False)["input_ids"]], 500, None, None,
+    )  # fmt: skip
+    assert re.match(r'→ search\(query="museum"\)\n← \[1\] The museum of \w+ was opened in \d{4}\.\n', shown)
+    assert said == "1841"
