@@ -44,7 +44,8 @@ from grpo_lite.engine.decode import GroupDecoder  # noqa: E402
 from grpo_lite.engine.graphs import StepGraphs  # noqa: E402
 from grpo_lite.engine.lora import shorten_lora  # noqa: E402
 from grpo_lite.engine.out_of_memory import free_memory  # noqa: E402
-from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked  # noqa: E402
+from grpo_lite.engine.quantised import keep_weights_unpacked  # noqa: E402
+from grpo_lite.engine.rollout_weights import rollout_weights  # noqa: E402
 from grpo_lite.engine.static_decode import LOOK, StaticDecoder, engine_of  # noqa: E402
 from grpo_lite.models.config import KNOWN, known_config  # noqa: E402
 from grpo_lite.models.load import lora_to_float32  # noqa: E402
@@ -180,7 +181,7 @@ def make_variant(name: str, model: Any, settings: Settings) -> Generate:
     def ours(prompts: list[list[int]], tokens: int) -> None:
         decoder = (GroupDecoder if name == "loop" else StaticDecoder)(autocast)
         by_kernel = mock.patch.object(StepGraphs, "run", lambda self, key, step: step())
-        with dequantized(base), by_kernel if name == "static" else nullcontext():
+        with rollout_weights(base, autocast), by_kernel if name == "static" else nullcontext():
             run_generate(base, prompts, tokens, custom_generate=decoder)
         if name != "loop" and (reason := engine_of(base).obstacle):
             raise RuntimeError(f"static rows are off: {reason}")

@@ -2,23 +2,29 @@
 
     python -m bench.episodes --model DIR [--prompts 2] [--group 8] [--turns 4] [--result-words 50] [--repeats 3]
 
-Both engines play the same episodes: the turns of a script are forced on both samplers, with calls of a tool whose
-results have about as many tokens as words are asked for. Both then train on them, so the gradient norms can be
-compared. The model is loaded as in `compare_trl.py`, and speaks ChatML; a chat template of the kit's gives it tools.
-The rollout is the time in `_generate_single_turn`, without the tools.
+Both engines play the same episodes: both samplers draw as always, and the turns of a script take the place of what they
+drew, with calls of a tool whose results have about as many tokens as words are asked for. Both then train on them, so
+the gradient norms can be compared; `--rollout-only` leaves that out, and with it most of the memory. The model is
+loaded as in `compare_trl.py`, and speaks ChatML; a chat template of the kit's gives it tools. The rollout is the time
+in `_generate_single_turn`, without the tools.
 """
 
 import argparse
 import json
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from datasets import Dataset
 
 from bench.compare_trl import Clock, arguments_of, in_turns, load, measured, train_once, varied_reward, versions
+from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.models.chat_template import set_chat_template
 from grpo_lite.task.environments import tool_template
@@ -54,6 +60,7 @@ class Shape:
     turn_words: tuple[int, int] = (10, 50)  # before the call, or of the answer
     result_words: int = 50  # each about a token
     longest: int = 640
+    question_words: int = 60
     rows_per_micro_step: int = 16
 
     def script(self, seed: int) -> list[list[str]]:
@@ -71,6 +78,28 @@ class Shape:
             [*(words() + call() + end for _ in range(self.turns - 1)), words() + end]
             for _ in range(self.prompts * self.group)
         ]
+
+
+class Replaced(Scripted):
+    """The script in place of what the samplers have drawn, so that they compute nothing else than they always do."""
+
+    @contextmanager
+    def forced(self, inner: Any) -> Iterator[None]:
+        """Replace what is drawn inside the context."""
+        multinomial, choose = torch.multinomial, GroupDecoder._choose
+        places = iter(range(10**9))
+
+        def draw(p: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            multinomial(p, *args, **kwargs)
+            return self.tokens(next(places)).unsqueeze(1)
+
+        def choose_and_draw(decoder: Any, ids: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            notes = choose(decoder, ids, *args)[1]
+            rows = args[-1]
+            return self.tokens(ids.size(1) - self.width)[rows], notes
+
+        with mock.patch("torch.multinomial", draw), mock.patch.object(GroupDecoder, "_choose", choose_and_draw):
+            yield
 
 
 def environment(result_words: int) -> type:
@@ -94,13 +123,20 @@ def environment(result_words: int) -> type:
     return Library
 
 
-def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shape: Shape, seed: int) -> dict[str, Any]:
-    """Play and train one step with one engine, and return what it cost."""
+def first_weight(model: Any) -> torch.Tensor:
+    """Return a weight that is trained."""
+    return next(weight for weight in model.parameters() if weight.requires_grad)
+
+
+def one_step(
+    engine: str, model: Any, tokenizer: Any, template: str | None, shape: Shape, seed: int, trains: bool
+) -> dict[str, Any]:
+    """Play and, where it trains, train one step with one engine, and return what it cost."""
     clock = Clock()
     tokens = {"prefilled": 0, "decoded": 0, "training": 0}
-    script = Scripted(tokenizer, shape.script(seed))
+    script = Replaced(tokenizer, shape.script(seed))
     rng = random.Random(seed)
-    questions = [" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(shape.prompts)]
+    questions = [" ".join(rng.choice(WORDS) for _ in range(shape.question_words)) for _ in range(shape.prompts)]
 
     class Played(measured(engine, model, clock, tokens)):  # type: ignore[misc]
         def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +158,9 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
                     self.rollouts.last.decode_tokens,
                 )
             return generated
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, inputs, *args, **kwargs) if trains else first_weight(model).sum() * 0.0
 
     extra = {} if engine == "plain" else {"options": EngineOptions()}
     trainer = Played(
@@ -146,10 +185,12 @@ def one_step(engine: str, model: Any, tokenizer: Any, template: str | None, shap
     }
 
 
-def compare(model: Any, tokenizer: Any, template: str | None, shape: Shape, repeats: int) -> dict[str, Any]:
+def compare(
+    model: Any, tokenizer: Any, template: str | None, shape: Shape, repeats: int, trains: bool
+) -> dict[str, Any]:
     """Let the engines take turns; return the medians."""
     medians, first = in_turns(
-        lambda engine, turn: one_step(engine, model, tokenizer, template, shape, seed=turn), repeats
+        lambda engine, turn: one_step(engine, model, tokenizer, template, shape, turn, trains), repeats
     )
     first = {engine: {key: result[key] for key in result if key != "phases"} for engine, result in first.items()}
     return {"shape": asdict(shape), "median": medians, "first": first, "repeats": max(repeats, 1)}
@@ -163,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
         "| phase | plain TRL s | grpo_lite s | faster (wall) | (CPU time) | tokens | peak GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for phase in ("rollout", "training", "step"):
+    for phase in ("rollout", "training", "step") if tokens[0]["training"] else ("rollout",):
         names = {"rollout": ("prefilled", "decoded"), "training": ("training",), "step": ()}[phase]
         counted = ", ".join(f"{name} {tokens[0][name]} → {tokens[1][name]}" for name in names)
         one, other = plain[phase], ours[phase]
@@ -182,7 +223,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=Shape.group)
     parser.add_argument("--turns", type=int, default=Shape.turns)
     parser.add_argument("--result-words", type=int, default=Shape.result_words)
+    parser.add_argument("--question-words", type=int, default=Shape.question_words, help="of each prompt")
     parser.add_argument("--longest", type=int, default=Shape.longest)
+    parser.add_argument("--rollout-only", action="store_true", help="play the episodes, and train on nothing")
     parser.add_argument("--repeats", type=int, default=3, help="counted turns; 0 for one turn without warming up")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -200,9 +243,11 @@ def main() -> None:
         Shape.turn_words,
         arguments.result_words,
         arguments.longest,
+        arguments.question_words,
         rows,
     )
-    result = compare(load(arguments.model), tokenizer, template, shape, arguments.repeats)
+    model, trains = load(arguments.model), not arguments.rollout_only
+    result = compare(model, tokenizer, template, shape, arguments.repeats, trains)
     record = {"versions": versions(), **result}
     print(table(result) + "\n\n" + json.dumps(result["first"]) + "\n" + json.dumps(record["versions"]))
     if arguments.json:

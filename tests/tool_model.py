@@ -7,6 +7,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +130,32 @@ class Scripted(LogitsProcessor):
     def generate(self, plain: Any, trainer: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Return what `plain`, TRL's `_generate_single_turn`, does with the script's turns forced."""
         self.rows, self.width = self._rows(prompt_ids), max(map(len, prompt_ids))
-        inner = base_model(trainer.model)
-        before, generate = inner.__dict__.get("generate"), inner.generate
-        inner.generate = lambda *a, **k: generate(*a, logits_processor=LogitsProcessorList([self]), **k)
-        try:
+        with self.forced(base_model(trainer.model)):
             completions, logps = plain(trainer, prompt_ids, *args, **kwargs)
-        finally:
-            del inner.__dict__["generate"]
-            if before is not None:
-                inner.generate = before
         for row, prompt, completion in zip(self.rows, prompt_ids, completions, strict=True):
             self.next[row] = ([*prompt, *completion], self.next[row][1] + 1)
         return completions, logps
 
+    @contextmanager
+    def forced(self, inner: Any) -> Iterator[None]:
+        """Force the script on what `generate` writes inside the context."""
+        before, generate = inner.__dict__.get("generate"), inner.generate
+        inner.generate = lambda *a, **k: generate(*a, logits_processor=LogitsProcessorList([self]), **k)
+        try:
+            yield
+        finally:
+            del inner.__dict__["generate"]
+            if before is not None:
+                inner.generate = before
+
+    def tokens(self, place: int) -> torch.Tensor:
+        """Return what each row of the batch writes at a place of its turn."""
+        turns = [self.turns[row][self.next[row][1]] for row in self.rows]
+        return torch.tensor([turn[place] if place < len(turn) else self.filler for turn in turns])
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Leave one token, or let the model choose among ordinary ones."""
-        place = input_ids.size(1) - self.width
-        turns = [self.turns[row][self.next[row][1]] for row in self.rows]
-        tokens = torch.tensor([turn[place] if place < len(turn) else self.filler for turn in turns]).unsqueeze(1)
+        tokens = self.tokens(input_ids.size(1) - self.width).unsqueeze(1)
         free = scores.index_fill(1, torch.tensor(self.forbidden), float("-inf"))
         forced = torch.full_like(scores, float("-inf")).scatter_(1, tokens.clamp(min=0), 0.0)
         return torch.where(tokens < 0, free, forced)

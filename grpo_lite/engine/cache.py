@@ -190,6 +190,7 @@ class GroupCache:
     def _assign(self, groups: Tensor) -> None:
         """Give each row a slot in its group, so that a group's rows attend to its prompt in one product."""
         self.groups = groups
+        self._spreads: dict[int, tuple[Tensor, Tensor]] = {}  # by key/value heads, of all rows
         sizes = torch.bincount(groups, minlength=len(self.lengths))
         self.slots = torch.arange(len(groups), device=groups.device) - (sizes.cumsum(0) - sizes)[groups]
         self.slots_per_group = int(sizes.max())
@@ -284,22 +285,43 @@ class GroupCache:
         places = None if rule.window is None else self._places(rows, width)
         seen = self._seen_of_prompts(layer, rule, places)
         if seen:
-            groups, slots = self.groups[rows], self.slots[rows]
-            spread = query.new_zeros(len(self.lengths), self.slots_per_group, *query.shape[1:])
-            spread[groups, slots] = query
-            spread = spread.transpose(1, 2).flatten(2, 3)  # (groups, key/value heads, slots * repeat * L, D)
+            groups = len(self.lengths)
+            source, place = self._spread(rows, kv_heads)
+            spread = query.reshape(-1, queries * size).index_select(0, source).view(groups, kv_heads, -1, size)
             prompt_keys, prompt_values = (states[:, :, -seen:] for states in self.prompts[layer])
             prompt_mask = self._prompt_mask(seen, rule, places, rows, queries // width)
             prompt, prompt_weight = attend_with_weight(spread, prompt_keys, prompt_values, prompt_mask, rule)
-            shape = (len(self.lengths), kv_heads, self.slots_per_group, queries)
-            prompt = prompt.view(*shape, size).transpose(1, 2)[groups, slots]
-            prompt_weight = prompt_weight.view(shape).transpose(1, 2)[groups, slots]
+            prompt, prompt_weight = (
+                of_slots.transpose(1, 2).reshape(groups * self.slots_per_group, -1).index_select(0, place)
+                for of_slots in (prompt, prompt_weight)
+            )
+            prompt = prompt.view(-1, queries, kv_heads, size).transpose(1, 2)
+            prompt_weight = prompt_weight.view(-1, queries, kv_heads).transpose(1, 2)
             share = torch.sigmoid(prompt_weight - weight).unsqueeze(-1)  # softmax over the two parts
             out = torch.lerp(out.to(share.dtype), prompt.to(share.dtype), share)
             if rule.sinks is not None:
                 weight = torch.logaddexp(weight, prompt_weight)
         sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, -1).repeat_interleave(width, dim=1)
         return beside_sinks(out, weight, sinks).to(query.dtype)
+
+    def _spread(self, rows: slice | Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Return where the slots of all groups find their queries, and where rows find their slots.
+
+        Returns:
+            `(groups * key/value heads * slots,)`, among rows times heads, an empty slot repeats the first row; and
+            `(rows,)`, among groups times slots.
+        """
+        everything = isinstance(rows, slice)
+        if everything and kv_heads in self._spreads:
+            return self._spreads[kv_heads]
+        place = self.groups[rows] * self.slots_per_group + self.slots[rows]
+        source = place.new_zeros(len(self.lengths) * self.slots_per_group)
+        source[place] = torch.arange(len(place), device=place.device)
+        heads = torch.arange(kv_heads, device=place.device).view(1, -1, 1)
+        source = (source.view(len(self.lengths), 1, -1) * kv_heads + heads).flatten()
+        if everything:
+            self._spreads[kv_heads] = source, place
+        return source, place
 
     def _places(self, rows: slice | Tensor, width: int) -> Tensor | None:
         """Return how many own tokens come before each query, `(rows, L)`; None: `generated`, in every row."""
@@ -427,8 +449,8 @@ def attend_with_weight(
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(1)
     if rule.softcap is None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
-        if key.size(2) <= 64:  # the kernel is faster in fp32 on small blocks
-            query, key, value = query.float(), key.float(), value.float()
+        # With few queries the kernel is as fast in fp32, the casts included, and with one query 4 times (PyTorch 2.13).
+        query, key, value = query.float(), key.float(), value.float()
         if mask is not None:
             mask = mask.to(query.dtype).expand(query.size(0), 1, query.size(2), -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from grpo_lite.engine import attention
 from grpo_lite.engine.decode import decoding_obstacle
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
-from grpo_lite.engine.quantised import dequantized
+from grpo_lite.engine.rollout_weights import rollout_weights
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import StaticDecoder, choose_decoder
 from grpo_lite.errors import MemoryBudgetError
@@ -73,7 +73,7 @@ def generate_completions(
     rows = [i for i in order for _ in range(count)]
     if rows_that_fit:
         at_once = rows_that_fit(model, longest, max_new_tokens, at_once, shared=decoder is not None)
-    engine = dequantized(base_model(model)) if decoder else nullcontext()
+    engine = rollout_weights(base_model(model), nullcontext) if decoder else nullcontext()
     done = 0
     try:
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -14,7 +15,8 @@ from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import Rollout
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.out_of_memory import trim_heap
-from grpo_lite.engine.quantised import dequantized, keep_weights_unpacked
+from grpo_lite.engine.quantised import keep_weights_unpacked
+from grpo_lite.engine.rollout_weights import rollout_weights
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder
 from grpo_lite.task.tokens import (
@@ -70,11 +72,12 @@ class Rollouts:
         """Return what `generate`, TRL's `_generate`, does; keys and values are kept between the turns of its rows."""
         if not self.trainer.tools:
             return generate()
-        self._episodes = turns = _Turns(Conversations(self.trainer.max_completion_length))
-        try:
-            generated = generate()
-        finally:
-            self._episodes = None
+        with ExitStack() as held:
+            self._episodes = turns = _Turns(Conversations(self.trainer.max_completion_length), held)
+            try:
+                generated = generate()
+            finally:
+                self._episodes = None
         self.last = turns.whole(*generated[:3])
         return generated
 
@@ -88,11 +91,12 @@ class Rollouts:
         kv_tokens = trainer.options.rollout_kv_tokens
         turns = self._episodes
         kept = turns.conversations if turns else None
-        decoder = choose_decoder(inner, trainer.accelerator.autocast, kv_tokens, trainer.temperature, kept)
+        autocast = trainer.accelerator.autocast
+        decoder = choose_decoder(inner, autocast, kv_tokens, trainer.temperature, kept)
         previous = inner.__dict__.get("generate")
         inner.generate = partial(inner.generate, custom_generate=decoder)
         try:
-            with dequantized(inner):
+            with turns.weights(inner, autocast) if turns else rollout_weights(inner, autocast):
                 generated = plain(prompt_ids, *args, **kwargs)
         except BaseException:
             if kept is not None:
@@ -103,7 +107,7 @@ class Rollouts:
             if previous is not None:
                 inner.generate = previous
         if inner.device.type == "cpu":
-            trim_heap()  # the dequantized weights
+            trim_heap()  # the copies of the weights
         lengths = [len(row) for row in decoder.rollout.entropies]
         if turns is not None and len(lengths) == len(prompt_ids):
             # A row whose episode is at its limit ends before the others; TRL looks for an end token, not for padding.
@@ -156,11 +160,20 @@ class Rollouts:
 class _Turns:
     """What the turns of some episodes noted, put together when all have been played."""
 
-    def __init__(self, conversations: Conversations) -> None:
+    def __init__(self, conversations: Conversations, held: ExitStack) -> None:
         self.conversations = conversations
+        self._held = held  # until all turns are played
+        self._has_weights = False
         # By what a turn continued: the tokens, their log-probabilities and entropies.
         self._noted: dict[tuple[int, ...], list[tuple[list[int], list[float], list[float]]]] = {}
         self._read = self._decoded = 0
+
+    def weights(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+        """Return the context for a turn: the copies of the first turn's weights serve all."""
+        if not self._has_weights:
+            self._held.enter_context(rollout_weights(model, autocast))
+            self._has_weights = True
+        return nullcontext()
 
     def note(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], rollout: Rollout) -> None:
         """Note a turn of some rows."""

@@ -188,6 +188,18 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert set(draw(p).tolist()) == {7}
 
 
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
+def test_a_draw_is_where_the_cumulative_distribution_passes_the_level(vocabulary: int):
+    p = torch.softmax(torch.randn(90, vocabulary, generator=torch.Generator().manual_seed(0)) * 3, dim=-1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = draw(p)
+        torch.manual_seed(seed)
+        cumulative = p.cumsum(-1, dtype=torch.float64)
+        level = torch.rand_like(cumulative[:, -1:]) * cumulative[:, -1:]
+        assert torch.equal(found, torch.searchsorted(cumulative, level, right=True).squeeze(1))
+
+
 def test_drawing_from_nan_is_an_error_as_in_torch():
     p = torch.full((2, 4), 0.25)
     p[1, 1] = torch.nan
@@ -196,8 +208,8 @@ def test_drawing_from_nan_is_an_error_as_in_torch():
 
 
 def test_rows_drawn_follow_their_own_probabilities():
-    # 65 rows cross a chunk of 64; row i can only draw i.
-    assert draw(torch.eye(65)).tolist() == list(range(65))
+    # Row i can only draw i; 300 entries are two blocks.
+    assert draw(torch.eye(300)).tolist() == list(range(300))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
