@@ -296,7 +296,7 @@ def budget_lines(recipe: Recipe, budget: Budget) -> Iterator[str]:
     of = f" of {budget.whole_rows}" if budget.rows != budget.whole_rows else ""
     if recipe.eval.enabled:
         yield f"budget: evaluation: {budget.rows}{of} problems, {duration(budget.evaluation_s)}"
-    counted = " (of a warm-up by epochs nothing is counted)" if _uncounted(recipe) else ""
+    counted = " (the warm-up is not counted)" if recipe.warmup and not times.warmup_s else ""
     before = f", {duration(budget.spent_s)} until now" if budget.spent_s >= 1 else ""
     yield f"budget: start, warm-up and merge: {duration(budget.fixed_s)}{counted}{before}"
     low, high = times.bounds(recipe, budget.expected_s - budget.spent_s)
@@ -305,7 +305,3 @@ def budget_lines(recipe: Recipe, budget: Budget) -> Iterator[str]:
     yield f"budget: chosen: {' '.join(budget.overrides)}"
     for note in budget.notes:
         yield f"budget: {note}"
-
-
-def _uncounted(recipe: Recipe) -> bool:
-    return recipe.warmup is not None and recipe.warmup.steps is None

@@ -117,7 +117,7 @@ def kept_times(recipe: Recipe) -> dict[str, Any]:
 
 
 def measured_times(
-    recipe: Recipe, device: str | None, base_bytes: float, warmup_tokens: int | None = None
+    recipe: Recipe, device: str | None, base_bytes: float, warmup_tokens: int | None = None, train_rows: int = 0
 ) -> Times | None:
     """Return the times that a probe measured; None where there was none, or on another device.
 
@@ -126,6 +126,7 @@ def measured_times(
         device: its name; None: any.
         base_bytes: of the 16-bit base, for the merge.
         warmup_tokens: that the warm-up trains on; None: as far as the recipe says so.
+        train_rows: training prompts, which a warm-up samples from; 0: as far as the recipe says so.
     """
     record = kept_times(recipe)
     try:
@@ -138,7 +139,7 @@ def measured_times(
             source=f"measured by the probe on {record['device']}, {record['measured_at']}",
             is_estimate=False,
             range=MEASURED_RANGE,
-            warmup_s=_warmup_seconds(recipe, record, warmup_tokens),
+            warmup_s=_warmup_seconds(recipe, record, warmup_tokens, train_rows),
             start_s=float(record.get("start_s") or START_S),
             truncated=tuple((int(length), float(share)) for length, share in record["truncated"].items()),
         )
@@ -151,10 +152,10 @@ def warmup_tokens_trained(recipe: Recipe) -> int:
     return recipe.warmup.steps * recipe.warmup.tokens_per_step if recipe.warmup and recipe.warmup.steps else 0
 
 
-def _warmup_seconds(recipe: Recipe, record: dict[str, Any], tokens: int | None) -> float:
+def _warmup_seconds(recipe: Recipe, record: dict[str, Any], tokens: int | None, train_rows: int) -> float:
     sampled = 0
     if recipe.warmup and recipe.warmup.source == "self":
-        sampled = (recipe.warmup.prompts or 0) * recipe.warmup.samples
+        sampled = (recipe.warmup.prompts or train_rows) * recipe.warmup.samples
     trained = warmup_tokens_trained(recipe) if tokens is None else tokens
     return trained * float(record["token_s"]) + sampled * float(record["completion_s"])
 

@@ -23,6 +23,7 @@ from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.load import apply_override, build_recipe
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.runs.remote import fetch_checkpoint
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 from grpo_lite.task.prompts import Prompts, load_prompts
@@ -45,15 +46,18 @@ def fit_to_budget(
     Raises:
         GRPOLiteError: the budget is too small, or nothing can be planned here.
     """
+    if recipe.push_checkpoints and this_process().is_first and not run.recipe_file.is_file():
+        with run.locked():
+            fetch_checkpoint(run, recipe.push_checkpoints, show)
     record = run.read_run()
     if record.get("budget") or record.get("started_at"):
         return _as_it_began(recipe, record, limit_s, given, show), None
     option = either("BUDGET", "--budget")
     if this_process().world > 1 or uses_unsloth(recipe.model):
-        what = "the backend unsloth" if uses_unsloth(recipe.model) else f"{this_process().world} processes"
+        what = "the backend unsloth" if uses_unsloth(recipe.model) else f"GPUS={this_process().world}"
         raise GRPOLiteError(
-            f"{option}: is planned for one process and the backend hf; {what} is given. Set grpo.max_steps yourself, "
-            f"and limits.max_minutes={limit_s / 60:g}, which stops in time to evaluate and merge."
+            f"{option}: is planned for one process and the backend hf, and {what} is given. Set grpo.max_steps "
+            f"yourself, and limits.max_minutes={limit_s / 60:g}, which stops in time to evaluate and merge."
         )
     loading = time.monotonic()
     device = usable_device(recipe, show)
@@ -102,7 +106,7 @@ def _times(recipe: Recipe, base: Base, prompts: Prompts, device: str) -> Times |
     if recipe.warmup and recipe.warmup.source == "data" and recipe.warmup.steps is None:
         tokens = round(sum(map(len, load_traces(recipe, prompts).rows)) * (recipe.warmup.epochs or 1))
     base_bytes = sum(path.stat().st_size for path in base.weights.glob("*.safetensors"))
-    return measured_times(recipe, device, base_bytes, tokens)
+    return measured_times(recipe, device, base_bytes, tokens, len(prompts.train))
 
 
 def _measure(recipe: Recipe, base: Base, prompts: Prompts, device: str, loading: float, show: Show) -> None:

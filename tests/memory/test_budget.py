@@ -197,6 +197,25 @@ def test_a_plan_takes_the_probed_speed_of_this_card_and_else_an_estimate(
     assert without.times.step_s == 40
 
 
+def test_a_warm_up_counts_by_its_tokens_and_by_what_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
+    figures = {"step_s": 1.0, "longest_step_s": 1.0, "completion_s": 0.5, "token_s": 0.01, "truncated": {}}
+    for warmup, tokens, rows, seconds in (
+        ("{data: {path: x.jsonl}, steps: 5, tokens_per_step: 100}", None, 0, 5.0),
+        ("{data: {path: x.jsonl}, epochs: 2}", 3000, 0, 30.0),
+        ("{data: {path: x.jsonl}, epochs: 2}", None, 0, 0.0),  # said: not counted
+        ("{source: self, samples: 4, prompts: 10, steps: 1, tokens_per_step: 100}", None, 90, 21.0),
+        ("{source: self, samples: 4}", None, 90, 180.0),
+    ):
+        planned = recipe(f"warmup={warmup}")
+        keep_times(planned, "it", figures)
+        times = measured_times(planned, "it", 0, tokens, rows)
+        assert times is not None
+        assert times.warmup_s == pytest.approx(seconds)
+        said = "\n".join(budget_lines(planned, choose(planned, times, 1e5, 10, 100)))
+        assert ("(the warm-up is not counted)" in said) is (seconds == 0)
+
+
 def test_without_any_speed_a_plan_says_how_to_measure_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
     for arguments in (["plan", "gsm8k"], ["plan", "qwen3.5-2b", "--gpu", "t4"], ["plan", "gsm8k", "--gpu", "11GiB"]):

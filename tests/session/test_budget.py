@@ -86,7 +86,7 @@ def test_several_processes_and_unsloth_are_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(GRPOLiteError, match=r"the backend unsloth is given.*limits.max_minutes=60"):
         fitted(RunDir(tmp_path), 3600, "model.backend=unsloth")
     monkeypatch.setattr(budget, "this_process", lambda: Ranks(world=2))
-    with pytest.raises(GRPOLiteError, match="2 processes is given"):
+    with pytest.raises(GRPOLiteError, match="and GPUS=2 is given"):
         fitted(RunDir(tmp_path), 3600)
 
 
