@@ -45,7 +45,7 @@ def train_run(
         view: how training is watched: "plain" lines, a "live" board in a terminal, or one in a "notebook" cell.
         begun: `time.monotonic()` at the start of the command, from where `limits.max_minutes` counts; None: now.
         warmup_only: stop when the warm-up is complete; `train` continues with GRPO.
-        budget: what `--budget` chose, for run.json.
+        budget: what `--budget` chose; run.json keeps it.
 
     Raises:
         GRPOLiteError: any fault that the user can fix; nothing already saved is lost.
