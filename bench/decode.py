@@ -212,6 +212,18 @@ def run_generate(model: Any, prompts: list[list[int]], tokens: int, **more: Any)
         raise RuntimeError(f"{out.size(1) - width} tokens were generated instead of {tokens}")
 
 
+def answered(base: Any, rows: list[list[int]], tokens: int, ends: list[int], decoder: Any) -> list[list[int]]:
+    """Return what a decoder samples behind rows, padded to the longest."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[2] * (width - len(row)) + row for row in rows], device=base.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=2)
+    with torch.no_grad():
+        out = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
+    answers: list[list[int]] = out[:, width:].tolist()
+    return answers
+
+
 @contextmanager
 def peft_as_it_is(model: Any) -> Iterator[None]:
     """Take our attention and our short LoRA layers off inside the context."""

@@ -3,9 +3,9 @@
     python bench/gpu_check.py --out DIR [--parts smoke-float16 …] [--device cpu] [--seconds 530] [--resume]
 
 First round, without any model file: a whole `train smoke` in float16 and bfloat16 (packed compute, static rows and CUDA
-graphs must be on) · `bench/decode.py` on 1.5B of random NF4 weights · micro-steps with fresh lengths, cuDNN's attention
-on and off · the planner against measured peaks · a run whose memory is cut. Second round, if time is left: sums,
-plain TRL beside ours, Unsloth where it is installed.
+graphs must be on) · `bench/decode.py` on 1.5B of random NF4 weights · turns with results of tools · micro-steps with
+fresh lengths, cuDNN's attention on and off · the planner against measured peaks · a run whose memory is cut. Second
+round, if time is left: sums, plain TRL beside ours, Unsloth where it is installed.
 
 DIR/gpu_check.json is written after each part and within the long ones. A part has its own time limit. One that raises
 is noted, and the next one begins. One that hangs or kills the process is noted too: the process ends, and
@@ -49,16 +49,18 @@ import torch  # noqa: E402
 
 from bench import compare_trl, decode, planner  # noqa: E402
 from bench.random_model import random_model, write_random_model  # noqa: E402
+from grpo_lite.engine.conversations import Conversations  # noqa: E402
 from grpo_lite.engine.decode import GroupDecoder  # noqa: E402
 from grpo_lite.engine.graphs import StepGraphs  # noqa: E402
 from grpo_lite.engine.options import EngineOptions  # noqa: E402
 from grpo_lite.engine.out_of_memory import free_memory  # noqa: E402
 from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch  # noqa: E402
 from grpo_lite.engine.score import Scoring, base_model, score  # noqa: E402
-from grpo_lite.engine.static_decode import engine_of  # noqa: E402
+from grpo_lite.engine.static_decode import StaticDecoder, engine_of  # noqa: E402
 from grpo_lite.models.config import KNOWN  # noqa: E402
 from grpo_lite.recipe.recipe import TINY_MODEL  # noqa: E402
 
+RESULT_TOKENS = 40  # of a tool, between two turns
 GRACE_S = 15  # between a part's time limit and the end of the process
 REWARD = "rewards=[{function: tests.tiny.parity_reward}]"  # random weights earn it as often as not, so they are trained
 TINY_RUN = (
@@ -140,6 +142,30 @@ def timed_decoding(check: Check, part: str, settings: decode.Settings) -> Any:
     failures = {name: result["error"] for name, result in record["variants"].items() if "error" in result}
     assert not set(failures) & set(decode.OURS), failures
     return record
+
+
+def turns(check: Check, part: str) -> Any:
+    """Play three turns with results of tools: rows kept in their buffers, against every turn read whole."""
+    settings = decode.Settings(device=check.device, group=2, completion=384)
+    if check.is_tiny:
+        settings = replace(settings, shape="tiny", rows=8, group=1, prompt=12)
+    base = decode.policy(settings).get_base_model()
+    played = [play_turns(base, settings, True, None)]  # loads kernels
+    played += [play_turns(base, settings, keeps, played[0]) for keeps in (True, False)]
+    _, kept, whole = played
+    records = []
+    for number, (one, other) in enumerate(zip(kept, whole, strict=True)):
+        records.append({"turn": number + 1, "rows": len(one.rows)})
+        records[-1] |= {name: [getattr(one, name), getattr(other, name)] for name in ("read", "seconds", "peak_gib")}
+        records[-1] |= differences(one, other)
+    check.note(part, records)
+    assert engine_of(base).obstacle is None, engine_of(base).obstacle
+    assert all(record["mean_logp_difference"] < 0.1 for record in records), records
+    assert len(kept) > 1, "no row came to a second turn"
+    for one, other in zip(kept[1:], whole[1:], strict=True):
+        assert one.read == len(one.rows) * (1 + RESULT_TOKENS), "a later turn read more than what was new"
+        assert other.read > one.read
+    return records
 
 
 def microsteps(check: Check, part: str) -> Any:
@@ -294,7 +320,12 @@ def parts(device: str) -> tuple[dict[str, Part], dict[str, Part]]:
     dtypes = ("float32", "bfloat16") if device == "cpu" else ("float16", "bfloat16")  # accelerate has no float16 there
     first = {f"smoke-{dtype}": Part(75, smoke, (dtype,)) for dtype in dtypes}
     first |= {f"decode-{dtype}": Part(110, decoding, (dtype,)) for dtype in reversed(dtypes)}
-    first |= {"microsteps": Part(60, microsteps), "planner": Part(120, plans), "oom": Part(75, out_of_memory)}
+    first |= {
+        "turns": Part(60, turns),
+        "microsteps": Part(60, microsteps),
+        "planner": Part(120, plans),
+        "oom": Part(75, out_of_memory),
+    }
     second = {
         "sums": Part(120, sums, ("bfloat16",)),
         "trl": Part(150, against_trl),
@@ -492,6 +523,68 @@ def run_facts(run: Path) -> dict[str, Any]:
         "loss_scale": [step.get("loss_scale") for step in steps][-1:],
         "optimizer_steps_skipped": [step.get("optimizer_steps_skipped") for step in steps][-1:],
     }
+
+
+@dataclass
+class Turn:
+    """A turn of a rollout that was played."""
+
+    rows: list[list[int]]  # the conversations so far
+    answers: list[list[int]]
+    logps: list[list[float]]
+    read: int  # tokens
+    seconds: float
+    peak_gib: float | None
+
+
+def play_turns(base: Any, settings: decode.Settings, keeps: bool, before: list[Turn] | None) -> list[Turn]:
+    """Play up to three turns; those of `before`, where there are some, so that both read the same."""
+    ends = list(range(3, settings.config["vocab_size"], 50))  # a turn of about 50 tokens
+    rows = settings.prompts(0)
+    starts = [len(row) for row in rows]
+    rng, first, conversations, played = random.Random(0), rows, Conversations(settings.completion), []
+    for number in range(3 if before is None else len(before)):
+        if before is not None:
+            rows = before[number].rows
+        if not keeps:
+            conversations = Conversations(settings.completion)
+            conversations.meet([tuple(row) for row in first])
+        decoder = StaticDecoder(
+            lambda: torch.autocast(settings.device, dtype=settings.torch_dtype), conversations=conversations
+        )
+        answers: list[list[int]] = []
+
+        def generate(rows: list[list[int]], tokens: int, decoder: Any = decoder, answers: Any = answers) -> None:
+            answers += decode.answered(base, rows, tokens, ends, decoder)
+
+        torch.manual_seed(number)
+        seconds, peak = decode.timed(generate, rows, settings)
+        answers = [ids[: len(logps)] for ids, logps in zip(answers, decoder.rollout.logps, strict=True)]
+        played.append(Turn(rows, answers, decoder.rollout.logps, decoder.rollout.prefill_tokens, seconds, peak))
+        lengths = [len(row) + len(ids) - start for row, ids, start in zip(rows, answers, starts, strict=True)]
+        going = [i for i, length in enumerate(lengths) if length + 2 * RESULT_TOKENS < settings.completion]
+        results = [[rng.randrange(3, settings.config["vocab_size"]) for _ in range(RESULT_TOKENS)] for _ in going]
+        rows = [rows[i] + answers[i] + result for i, result in zip(going, results, strict=True)]
+        starts = [starts[i] for i in going]
+        if not rows:
+            break
+    assert conversations.reread_rows == conversations.changed_rows == 0
+    engine_of(base).end_rollout()
+    return played
+
+
+def differences(one: Turn, other: Turn) -> dict[str, Any]:
+    """Compare two ways' answers: how many are alike, and the log-probabilities up to where they differ."""
+    compared: list[float] = []
+    for row, answer in enumerate(one.answers):
+        pairs = zip(answer, other.answers[row], one.logps[row], other.logps[row], strict=False)
+        for own, their, logp, expected in pairs:
+            if own != their:
+                break
+            compared.append(abs(logp - expected))
+    alike = sum(a == b for a, b in zip(one.answers, other.answers, strict=True))
+    mean = sum(compared) / max(1, len(compared))
+    return {"alike": alike, "mean_logp_difference": mean, "largest_logp_difference": max(compared, default=0.0)}
 
 
 def packed_batch(settings: decode.Settings, rows: int, completion: int, rng: random.Random) -> PackedBatch:

@@ -84,6 +84,9 @@ def test_the_first_round(root: Path, tmp_path: Path) -> None:
     assert variants["loop"]["tokens_per_s"] > 0
     assert variants["static"]["launches_per_step"] < variants["loop"]["launches_per_step"]
     assert "skipped" in variants["graph"]
+    turns = record["turns"]["result"]
+    assert len(turns) > 1
+    assert all(turn["read"][0] < turn["read"][1] for turn in turns[1:]), "a later turn reads only what is new"
     assert len(record["planner"]["result"]) == 2 * 2 * 2  # 4-bit and 16-bit, two lengths, two phases
     assert all(row["found_gib"] > 0 for row in record["planner"]["result"])
     assert len(set(record["microsteps"]["result"]["tokens"])) > 1, "each turn has fresh lengths"
@@ -106,7 +109,7 @@ def test_the_second_round(root: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
 def test_the_branches_for_cuda(root: Path, tmp_path: Path) -> None:
     """What the script asserts of a GPU holds on the make-believe one: packed compute, static rows and graphs on."""
-    names = ["smoke-float16", "smoke-bfloat16", "decode-bfloat16", "microsteps"]
+    names = ["smoke-float16", "smoke-bfloat16", "decode-bfloat16", "turns", "microsteps"]
     command = [sys.executable, "-W", "ignore", "-c", ON_A_MADE_UP_GPU, "--out", str(tmp_path / "out")]
     command += ["--runs", str(tmp_path / "runs"), "--seconds", "590", "--parts", *names]
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}

@@ -377,6 +377,11 @@ def is_installed(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation in (IMPLEMENTATION, EAGER_IMPLEMENTATION)
 
 
+def is_explicit(model: PreTrainedModel) -> bool:
+    """Return whether a model that `install` has prepared computes its attention score by score."""
+    return model.config._attn_implementation == EAGER_IMPLEMENTATION
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why `model` cannot run packed, or None.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grpo_lite.engine import states
 from grpo_lite.engine.attention import PackedLayout, Rule, beside_sinks, explicit_attention, packed_attention
+from grpo_lite.engine.new_tokens import NewTokens
 
 KeysValues = tuple[Tensor, Tensor]
 HIDDEN = -1e30  # added to scores of keys that are not seen; finite, so that a query that sees none stays a number
@@ -31,6 +32,16 @@ class RowContents:
 
     layers: dict[int, KeysValues]  # each (key/value heads, tokens, D); without tokens a layer may lack
     states: dict[int, states.States]  # of recurrent layers, one row each
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether there are states."""
+        return bool(self.states)
+
+    def cut(self, tokens: int) -> None:
+        """Keep the keys and values of the first tokens only."""
+        for layer, (keys, values) in self.layers.items():
+            self.layers[layer] = keys[:, :tokens].contiguous(), values[:, :tokens].contiguous()
 
 
 class GroupCache:
@@ -51,7 +62,8 @@ class GroupCache:
         self._numbers = list(range(len(prompt_lengths)))  # of the groups that are left, as they came
         self._set_aside: dict[int, dict[int, KeysValues]] = {}  # by such a number: a prompt without rows
         self._prefill = PackedLayout([(length, ()) for length in prompt_lengths], groups.device)
-        self._extension: _Extension | None = None
+        self._extension: NewTokens | None = None
+        self._place_of_token: tuple[Tensor, ...] = ()  # row and place of each new token
         self._masks: dict[tuple[int | None, int], Tensor] = {}  # of this pass
         self._assign(groups)
 
@@ -96,7 +108,11 @@ class GroupCache:
 
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Let the next pass bring the last `counts` tokens of these rows, one row after the other in a flat row."""
-        self._extension = _Extension(rows, counts, self.generated, self.groups.device)
+        device, end = self.groups.device, self.generated
+        self._extension = NewTokens(rows, counts, device)
+        row_of_token = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        places = [place for count in counts for place in range(end - count, end)]
+        self._place_of_token = tuple(torch.tensor(index).to(device) for index in (row_of_token, places))
         self._masks = {}
 
     def contents(self, row: int) -> RowContents:
@@ -137,9 +153,7 @@ class GroupCache:
     def mix(self, layer: int, hidden: Tensor, run: states.Run) -> Tensor:
         """Run a recurrent layer: over each prompt once in the prefill, then from each row's state."""
         if self._extension is not None:
-            mixed, ends = self._extension.mix(hidden, self.states[layer], run)
-            self.states[layer] = ends
-            return mixed
+            return self._extension.mix(hidden, self.states[layer], run)
         if self.generated < 0:
             mixed, prompts = self._prefill.branches.mix(hidden, run)
             self.states[layer] = prompts.select(self.groups)
@@ -232,19 +246,18 @@ class GroupCache:
         return out.reshape(rows, heads, 1, size).transpose(1, 2)
 
     def _extend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule, extension: "_Extension"
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule, extension: NewTokens
     ) -> Tensor:
         if layer not in self.completions:
             shape = (len(self.groups), key.size(1), self.generated + 16, key.size(3))
             self.completions[layer] = key.new_zeros(shape), key.new_zeros(shape)
         keys, values = self.completions[layer]
+        row_of_token, places = self._place_of_token
         for buffer, new in ((keys, key), (values, value)):
-            buffer[extension.row_of_token, :, extension.place_of_token] = new[0].transpose(0, 1).to(buffer.dtype)
-        rows, width = extension.gather.shape
+            buffer[row_of_token, :, places] = new[0].transpose(0, 1).to(buffer.dtype)
+        chosen, rows, width = extension.index, len(extension.rows), extension.width
         heads, size, kv_heads = query.size(1), query.size(3), key.size(1)
-        padded = query[0].transpose(0, 1)[extension.gather]  # (rows, L, heads, D)
-        grouped = padded.transpose(1, 2).reshape(rows, kv_heads, heads // kv_heads * width, size)
-        chosen = extension.rows
+        grouped = extension.padded(query).reshape(rows, kv_heads, heads // kv_heads * width, size)
         out = self._attend_rows(
             layer,
             grouped,
@@ -255,7 +268,7 @@ class GroupCache:
             chosen,
             width,
         )
-        return out.reshape(rows, heads, width, size).transpose(1, 2)[extension.real].unsqueeze(0)
+        return extension.flat(out.reshape(rows, heads, width, size))
 
     def _attend_rows(
         self,
@@ -341,19 +354,19 @@ class GroupCache:
             self._masks[first, 0] = mask.masked_fill_(places < self.missing.unsqueeze(1), HIDDEN)
         return self._masks[first, 0]
 
-    def _extension_mask(self, window: int | None, repeat: int, extension: "_Extension") -> Tensor:
+    def _extension_mask(self, window: int | None, repeat: int, extension: NewTokens) -> Tensor:
         """Return what hides later tokens, and those out of a window, from new ones: `(rows, repeat * L, S)`."""
         key = (window, -repeat)
         if key not in self._masks:
-            width, end = extension.gather.size(1), self.generated
+            width, end = extension.width, self.generated
             places = torch.arange(end, device=self.groups.device)
             own = places[end - width :].unsqueeze(1)  # of each query
             hidden = places > own
             if window is not None:
                 hidden = hidden | (places <= own - window)
-            hidden = hidden.expand(len(extension.gather), -1, -1)
+            hidden = hidden.expand(len(extension.rows), -1, -1)
             if self.missing is not None:
-                hidden = hidden | (places < self.missing[extension.rows, None, None])
+                hidden = hidden | (places < self.missing[extension.index, None, None])
             mask = torch.zeros(hidden.shape, device=places.device).masked_fill_(hidden, HIDDEN)
             self._masks[key] = mask.repeat(1, repeat, 1)
         return self._masks[key]
@@ -389,40 +402,6 @@ class GroupCache:
         if seen <= 0 and not self._keeps_prompts:
             del self.prompts[layer]
         return max(0, seen)
-
-
-class _Extension:
-    """Where the new tokens of some rows lie: in a flat row, and as rows that end together, padded on the left."""
-
-    def __init__(self, rows: Sequence[int], counts: Sequence[int], end: int, device: torch.device) -> None:
-        self.rows = torch.tensor(list(rows), device=device)
-        self.counts = list(counts)
-        sizes = torch.tensor(self.counts).unsqueeze(1)
-        width = max(self.counts)
-        starts = sizes.cumsum(0) - sizes
-        own = torch.arange(width) - (width - sizes)  # of each place the token's number in its row
-        self.gather = (starts + own.clamp(min=0)).to(device)  # (rows, L) places in the flat row
-        self.real = (own >= 0).to(device)
-        self.row_of_token = self.rows.repeat_interleave(torch.tensor(self.counts, device=device))
-        places = torch.cat([torch.arange(end - count, end) for count in self.counts])
-        self.place_of_token = places.to(device)
-
-    def mix(self, hidden: Tensor, before: states.States, run: states.Run) -> tuple[Tensor, states.States]:
-        """Run a recurrent layer over the new tokens, rows with as many at once; return it and all rows' states."""
-        flat = hidden[0].split(self.counts)
-        outputs: dict[int, Tensor] = {}
-        ends: dict[int, states.States] = {}
-        for count in sorted(set(self.counts)):
-            members = [i for i, own in enumerate(self.counts) if own == count]
-            index = torch.tensor(members, device=hidden.device)
-            together = before.select(self.rows[index])
-            mixed = run(torch.stack([flat[i] for i in members]), together, None)
-            for place, i in enumerate(members):
-                outputs[i] = mixed[place]
-                ends[int(self.rows[i])] = together.select(index.new_tensor([place]))
-        count = before.rows
-        every = [ends[row] if row in ends else before.select(self.rows.new_tensor([row])) for row in range(count)]
-        return torch.cat([outputs[i] for i in range(len(flat))]).unsqueeze(0), states.join(every)
 
 
 def _padded(pieces: list[Tensor]) -> Tensor:

@@ -188,9 +188,15 @@ class GroupDecoder:
         """
         if self.kv_tokens is None or not states.has_mixers(model):
             return plan_waves(prompts, longest, self.kv_tokens)
-        held = state_tokens(model)
-        planned = max(1, self.kv_tokens // (max(map(len, prompts)) + longest))
-        return plan_waves(prompts, longest + held, self.kv_tokens + planned * held)
+        if self.conversations is None:
+            held, longest_row = state_tokens(model), max(map(len, prompts)) + longest
+        else:
+            held, longest_row = self.conversations.state_tokens, self.conversations.most_tokens
+        return plan_waves(prompts, longest + held, self._budget(self.kv_tokens, longest_row, held))
+
+    def _budget(self, kv_tokens: int, longest_row: int, held: int) -> int:
+        """Return `kv_tokens` with the states, worth `held` tokens each, of as many of the longest rows as it holds."""
+        return kv_tokens + max(1, kv_tokens // longest_row) * held
 
     def _turn(self, model: PreTrainedModel, rows: list[Prompt], longest: int) -> Iterator[tuple[Wave, bool]]:
         """Yield the waves of a turn, and whether keys and values of their rows are held."""
@@ -199,6 +205,8 @@ class GroupDecoder:
             yield from ((wave, False) for wave in self._waves(model, group_rows(rows), longest))
             return
         conversations.begin(rows)
+        if self.kv_tokens is not None and states.has_mixers(model) and not conversations.state_tokens:
+            conversations.state_tokens = state_tokens(model)
 
         def waves(members: list[int]) -> list[Wave]:
             groups: dict[Prompt, list[int]] = {}
@@ -223,10 +231,10 @@ class GroupDecoder:
         conversations, members = self.conversations, [rows[i] for _, own in wave for i in own]
         if is_held and conversations is not None:
             cache, new = conversations.resume(wave, rows)
-            self._make_room(cache.tokens)
+            self._make_room(cache.tokens, len(members))
             return cache, self._extend(model, cache, members, new)
         longest = max(len(rows[i]) - len(prompt) for prompt, own in wave for i in own)
-        self._make_room(sum(len(prompt) for prompt, _ in wave) + len(members) * longest)
+        self._make_room(sum(len(prompt) for prompt, _ in wave) + len(members) * longest, len(members))
         device = model.device
         groups = torch.tensor([group for group, (_, own) in enumerate(wave) for _ in own], device=device)
         cache = GroupCache([len(prompt) for prompt, _ in wave], groups, keeps_prompts=conversations is not None)
@@ -243,10 +251,13 @@ class GroupDecoder:
                 return cache, self._extend(model, cache, members, new)
         return cache, next_logits(model, hidden)[groups]  # the rows of a group share their first distribution
 
-    def _make_room(self, tokens: int) -> None:
-        """Drop what is kept between turns where a wave's tokens would not fit beside it."""
-        if self.conversations is not None and self.kv_tokens is not None:
-            self.conversations.make_room(self.kv_tokens - tokens)
+    def _make_room(self, tokens: int, rows: int) -> None:
+        """Drop what is kept between turns where a wave's tokens and its rows' states would not fit beside it."""
+        conversations = self.conversations
+        if conversations is not None and self.kv_tokens is not None:
+            held = conversations.state_tokens
+            budget = self._budget(self.kv_tokens, conversations.most_tokens, held)
+            conversations.make_room(budget - tokens - rows * held)
 
     def _extend(self, model: PreTrainedModel, cache: GroupCache, rows: list[Prompt], new: list[int]) -> Tensor:
         """Read the last tokens of rows, no more at once than a pass over prompts has read; return what follows."""
@@ -304,7 +315,7 @@ class GroupDecoder:
                 finished[row] = ids[index]
                 if conversations is not None and left is not None and left[index] > 0:  # it may get a further turn
                     own = ids[index, input_ids.size(1) - len(prompts[row]) + len(starts[row]) : -1]
-                    conversations.keep(starts[row], tuple(own.tolist()), cache, index)
+                    conversations.keep(starts[row], tuple(own.tolist()), cache.contents(index))
             live = live & ~stopped
             count = int(live.sum())
             if count == 0:
@@ -314,7 +325,7 @@ class GroupDecoder:
                 cache.keep_rows(keep)
                 ids, tokens, positions, rows, live = (x[keep] for x in (ids, tokens, positions, rows, live))
                 left = None if left is None else left[keep.to(left.device)]
-            self._make_room(cache.tokens + len(tokens))
+            self._make_room(cache.tokens + len(tokens), len(tokens))
             hidden = hidden_states(model, tokens.unsqueeze(1), positions.unsqueeze(1), cache)[:, 0]
             self.rollout.decode_tokens += len(tokens)
             logits = next_logits(model, hidden)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_lite.engine.attention import PackedLayout, Rule, attend, packed_attention
+from grpo_lite.engine.new_tokens import NewTokens
 from grpo_lite.engine.states import Run, States
 
 # Tokens, up to: a multiple of. Prompts of nearly the same length get buffers of the same, and the graphs on them.
@@ -44,7 +45,8 @@ Kept = dict[int, tuple[Tensor, Tensor] | States]
 class RowCache:
     """Keys, values, states and visibility of `rows` rows of up to `length` tokens; a `Layout` for `attention.py`.
 
-    Two passes fill it: `prefill` (all prompts in one flat row), then a decoding step (one token a row).
+    Three passes fill it: the prefill (all prompts in one flat row), new tokens of a further turn behind what rows hold
+    (`new_tokens.py`), and a decoding step (one token a row).
     """
 
     def __init__(self, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -56,7 +58,9 @@ class RowCache:
         self._offsets = torch.arange(rows, device=device) * length
         self._place = torch.zeros(rows, dtype=torch.long, device=device)  # where the step's keys and values go
         self._prefill: _Prefill | None = None
+        self._new: _Reading | None = None
         self._step = (rows, length)
+        self._frozen: Tensor | None = None  # the step's rows whose recurrent states stay, as truth values
         self._windowed: dict[int, Tensor] = {}  # the step's mask for layers with a window, by its length
 
     @property
@@ -102,15 +106,26 @@ class RowCache:
             for buffer, source in zip(self.states[layer], kept, strict=True):
                 buffer.flatten(0, 1).index_copy_(0, into, source.repeat(len(slots), 1, 1))
 
-    def begin_step(self, rows: int, seen: int) -> None:
-        """Prepare a decoding step of the first `rows` rows, which attend to the first `seen` places."""
-        self._step = (rows, seen)
+    def begin_reading(self, rows: Sequence[int], held: Sequence[int], counts: Sequence[int]) -> None:
+        """Prepare for a flat pass over `counts` tokens of rows that hold so many; they are read one row at a time."""
+        ends = [before + count for before, count in zip(held, counts, strict=True)]
+        self._show(*torch.tensor([list(rows), ends]).to(self.position.device))
+        self._new = _Reading(NewTokens(rows, counts, self.position.device), held, self.length)
+
+    def begin_step(self, rows: int, seen: int, frozen: Tensor | None = None) -> None:
+        """Prepare a decoding step of the first `rows` rows, which attend to the first `seen` places.
+
+        The recurrent states of `frozen` rows, truth values `(rows,)`, stay as they are.
+        """
+        self._step, self._frozen = (rows, seen), frozen
         self._windowed = {}
         torch.add(self._offsets[:rows], self.position[:rows], out=self._place[:rows])
         self.mask.view(-1).index_fill_(0, self._place[:rows], 0.0)
 
     def mix(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
-        """Run a recurrent layer: over each prompt once in the prefill, then one token a row from the row's state."""
+        """Run a recurrent layer: over each prompt once in the prefill, then from each row's state."""
+        if self._new is not None:
+            return self._new.tokens.mix(hidden, self.recurrent[layer], run)
         if self._prefill is not None:
             mixed, prompts = self._prefill.layout.branches.mix(hidden, run)
             if layer not in self.recurrent:
@@ -120,16 +135,21 @@ class RowCache:
                 self._prefill.kept_states[layer] = prompts.select(self._prefill.kept_prompt)
             return mixed
         held = self.recurrent[layer].first(self._step[0])
+        before = [] if self._frozen is None else [tensor.clone() for tensor in held.tensors]
         after = States(held.conv_states[0], held.recurrent_states[0])
         mixed = run(hidden, after, None)
         held.put(None, after)  # what the layer has not changed in place
+        if self._frozen is not None:
+            held.freeze(self._frozen, before)
         return mixed
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        """Attend as `packed_attention` does, for a layer of the prefill or of a decoding step."""
+        """Attend as `packed_attention` does, for a layer of the prefill, of new tokens or of a decoding step."""
         if self._prefill is not None:
             self._store(layer, key, value)
             return packed_attention(query, key, value, self._prefill.layout, rule)
+        if self._new is not None:
+            return self._attend_new(layer, query, key, value, rule, self._new)
         rows, seen = self._step
         keys, values = self.states[layer]
         place = self._place[:rows]
@@ -147,6 +167,24 @@ class RowCache:
         )
         return out.reshape(rows, 1, heads, size)
 
+    def _attend_new(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule, new: _Reading) -> Tensor:
+        """Attend from new tokens `(1, heads, T, D)` to what their rows hold and to those before them."""
+        held = self.states[layer]
+        for buffer, fresh in zip(held, (key, value), strict=True):
+            buffer.flatten(0, 1).index_copy_(0, new.into, fresh[0].transpose(0, 1))
+        rows, width = len(new.tokens.rows), new.tokens.width
+        heads, size, shared = query.size(1), query.size(3), key.size(1)
+        keys, values = (buffer[new.chosen, : new.seen].transpose(1, 2) for buffer in held)
+        out = attend(
+            new.tokens.padded(query).reshape(rows, shared, heads // shared * width, size),
+            keys,
+            values,
+            new.mask(rule.within(new.seen).window, heads // shared, self.dtype),
+            rule,
+            None if rule.sinks is None else rule.sinks.view(shared, -1).repeat_interleave(width, dim=1),
+        )
+        return new.tokens.flat(out.reshape(rows, heads, width, size))
+
     def _step_mask(self, window: int | None) -> Tensor:
         """Return what is added to the scores of the step's queries, `(rows, 1, 1, seen)`."""
         rows, seen = self._step
@@ -158,7 +196,8 @@ class RowCache:
         return (mask if window is None else self._windowed[window])[:, None, None, :]
 
     def advance(self) -> None:
-        """Nothing: `position` is the caller's, as rows that have ended stand still."""
+        """Note that new tokens are in. A step's `position` is the caller's, as rows that have ended stand still."""
+        self._new = None
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Move rows to others, whose contents are dropped."""
@@ -171,13 +210,17 @@ class RowCache:
     def _open(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Give rows a prompt's length, and let them see it."""
         index, length = torch.tensor([list(slots), list(lengths)]).to(self.position.device)
+        self._show(index, length)
+        for buffers in self.states.values():
+            for buffer in buffers:  # a row that ended in NaN would reach the next one through the mask
+                buffer.index_fill_(0, index, 0.0)
+
+    def _show(self, index: Tensor, length: Tensor) -> None:
+        """Let rows stand behind so many tokens, and see these alone."""
         self.position.index_copy_(0, index, length)
         visible = torch.arange(self.length, device=index.device) < length.unsqueeze(1)
         fresh = torch.full(visible.shape, float("-inf"), dtype=self.dtype, device=index.device)
         self.mask.index_copy_(0, index, fresh.masked_fill_(visible, 0.0))
-        for buffers in self.states.values():
-            for buffer in buffers:  # a row that ended in NaN would reach the next one through the mask
-                buffer.index_fill_(0, index, 0.0)
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
         assert self._prefill is not None
@@ -213,3 +256,31 @@ class _Prefill:
         self.kept = slice(0, 0) if kept is None else slice(starts[kept], starts[kept] + lengths[kept])
         self.kept_prompt = None if kept is None else torch.tensor([kept]).to(device)
         self.kept_states: Kept = {}
+
+
+class _Reading:
+    """Where the keys and values of new tokens go, and what the tokens see."""
+
+    def __init__(self, tokens: NewTokens, held: Sequence[int], row_length: int) -> None:
+        device, rows = tokens.index.device, tokens.rows
+        spans = list(zip(rows, held, tokens.counts, strict=True))
+        self.tokens = tokens
+        self.seen = min(row_length, seen_length(max(start + count for _, start, count in spans)))
+        into = [row * row_length + start + t for row, start, count in spans for t in range(count)]
+        self.into = torch.tensor(into).to(device)
+        # Rows that stand side by side are seen where they lie; others are copied.
+        self.chosen = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else tokens.index
+        own = torch.arange(tokens.width) - (tokens.width - torch.tensor(tokens.counts).unsqueeze(1))
+        self._places = (own.clamp(min=0) + torch.tensor(list(held)).unsqueeze(1)).to(device)  # (rows, L) of the queries
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the scores, `(rows, 1, repeat * L, seen)`."""
+        if window not in self._masks:
+            places, own = torch.arange(self.seen, device=self.into.device), self._places.unsqueeze(-1)
+            hidden = places > own
+            if window is not None:
+                hidden |= places <= own - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask.repeat(1, repeat, 1).unsqueeze(1)
+        return self._masks[window]

@@ -133,6 +133,11 @@ class States:
             else:
                 buffer.index_copy_(0, rows, new)
 
+    def freeze(self, rows: Tensor, before: Sequence[Tensor]) -> None:
+        """Put back what stood in the tensors of these rows (truth values `(rows,)`), without moving them."""
+        for tensor, old in zip(self.tensors, before, strict=True):
+            tensor.copy_(torch.where(rows.view(-1, *[1] * (old.dim() - 1)), old, tensor))
+
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors there are."""

@@ -14,7 +14,7 @@ import logging
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,9 +31,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from grpo_lite.engine.attention import narrowed
+from grpo_lite.engine.attention import is_explicit, narrowed
 from grpo_lite.engine.cache import GroupCache
-from grpo_lite.engine.conversations import Conversations
+from grpo_lite.engine.conversations import Conversations, Holder, Place, Prompt
 from grpo_lite.engine.decode import (
     ROW_BY_ROW,
     GroupDecoder,
@@ -56,6 +56,8 @@ LOOK = 8  # steps between the host's looks at which rows have ended
 FEWEST_ROWS = 8  # the batch is not halved below: a step of fewer rows takes as long
 KEPT_SHARE = 0.125  # buffers that take less of the card's memory stay between rollouts, and the graphs with them
 REFILL_SHARE = 0.125  # rows are filled again when at least this share of them has ended
+READ_AT_ONCE = 1024  # tokens of a further turn, padding counted
+SCORED_AT_ONCE = 128  # the same where attention is computed score by score
 
 
 @dataclass
@@ -68,7 +70,8 @@ class StaticDecoder:
         rollout: filled while decoding.
         temperature: at which entropies and log-probabilities are noted; None for the one sampled at.
         stream: called with the first row's tokens, up to `LOOK` at a time.
-        conversations: as for `GroupDecoder`, which alone reads them: here every turn is read whole.
+        conversations: as for `GroupDecoder`; here the rows stay in their buffers, for which `Engine.end_rollout` has to
+            be called when the last turn is over.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -119,18 +122,29 @@ class StaticDecoder:
     ) -> Tensor:
         cap = int(cast(int, config.max_length)) - input_ids.size(1)
         stops = config.eos_token_id if any(isinstance(c, EosTokenCriteria) for c in criteria) else ()
+        rows = [tuple(ids) for ids in unpadded(input_ids, mask)]
+        conversations = self.conversations
+        turn = None if conversations is None else Turn.read(rows, conversations, cap)
         job = Job(
-            prompts=group_rows(unpadded(input_ids, mask)),
-            rows=input_ids.size(0),
+            prompts=group_rows(rows if conversations is None else [conversations.start(ids) for ids in rows]),
+            rows=len(rows),
             cap=cap,
             stops=(stops,) if isinstance(stops, int) else tuple(stops or ()),
             sampling=Sampling.read(config, processors, self.temperature),
             kv_tokens=self.kv_tokens,
             stream=stream,
+            turn=turn,
         )
         with torch.autocast(input_ids.device.type, enabled=False):
-            results = engine.run(job)
-        engine.end_rollout()
+            held = {}
+            if conversations is not None:
+                conversations.begin(rows, engine.buffers(job).holder)
+                held = conversations.places(job.at_once)
+            results = engine.run(job, held)
+        if conversations is None or turn is None:
+            engine.end_rollout()
+        else:
+            engine.keep(turn, rows, results, conversations)
         self.rollout.prefill_tokens += results.prefill_tokens
         self.rollout.decode_tokens += results.decode_tokens
         lengths = results.lengths.tolist()
@@ -211,10 +225,28 @@ class NotFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A turn of rows that may have further ones, by row of the batch."""
+
+    behind: list[Prompt]  # what earlier turns have put behind the prompt of the first
+    limits: list[int]  # most tokens that it gets now
+    longest: int  # tokens of the longest row, over all turns
+
+    @classmethod
+    def read(cls, rows: list[Prompt], conversations: Conversations, cap: int) -> Turn:
+        """Return the turn of rows that get at most `cap` tokens each."""
+        conversations.meet(rows)
+        behind = [ids[len(conversations.start(ids)) :] for ids in rows]
+        limits = [min(cap, conversations.left(ids)) for ids in rows]
+        longest = max(len(ids) + limit for ids, limit in zip(rows, limits, strict=True))
+        return cls(behind, limits, max(conversations.most_tokens, longest))
+
+
+@dataclass(frozen=True)
 class Job:
     """Rows to generate."""
 
-    prompts: dict[tuple[int, ...], list[int]]  # token ids -> rows of the batch
+    prompts: dict[Prompt, list[int]]  # token ids (in a turn: of the first one's prompt) -> rows of the batch
     rows: int
     cap: int  # most tokens of a completion
     stops: tuple[int, ...]  # token ids that end a completion
@@ -222,11 +254,12 @@ class Job:
     kv_tokens: int | None = None
     steps: int | None = None  # stop after so many, for a rehearsal
     stream: Callable[[list[int]], None] | None = None  # gets the tokens of row 0
+    turn: Turn | None = None  # where rows may have further ones
 
     @property
     def length(self) -> int:
         """Tokens of the longest row, as the buffers count them."""
-        return row_length(max(map(len, self.prompts)) + self.cap)
+        return row_length(self.turn.longest if self.turn else max(map(len, self.prompts)) + self.cap)
 
     @property
     def at_once(self) -> int:
@@ -244,6 +277,7 @@ class Results:
     lengths: Tensor  # (rows,)
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    places: dict[int, int] = field(default_factory=dict)  # by row: where it still lies in the buffers
 
 
 class Engine:
@@ -355,14 +389,35 @@ class Engine:
             self._layers = {key: layers}
         return self._layers[key]
 
-    def run(self, job: Job) -> Results:
-        """Generate all rows of a job."""
-        layers = self.layers()
+    def buffers(self, job: Job) -> Batch:
+        """Return buffers for a job: those of the last one, where it fits in."""
+        self.layers()
         if self._batch is None or not self._batch.holds(job):
             self.release()
             self._batch = Batch(self._model, job, self.dtype, self._graphs)
-        with layers.installed():
-            return self._batch.run(self._model, job)
+        return self._batch
+
+    def run(self, job: Job, held: dict[int, tuple[int, int]] | None = None) -> Results:
+        """Generate all rows of a job; of those in `held`, by row: where they lie, and how many tokens are there."""
+        batch = self.buffers(job)
+        with self.layers().installed():
+            return batch.run(self._model, job, held or {})
+
+    def keep(self, turn: Turn, rows: list[Prompt], results: Results, conversations: Conversations) -> None:
+        """Let rows that may get a further turn stay in the buffers; drop those whose place was given away."""
+        assert self._batch is not None
+        holder, is_recurrent = weakref.ref(self._batch.holder), bool(self._batch.cache.recurrent)
+        generated = results.tokens.tolist()
+        for row, count in enumerate(results.lengths.tolist()):
+            if count >= conversations.left(rows[row]):
+                continue
+            # The last token has not been through the model, or what it left there is written over.
+            own = (*turn.behind[row], *generated[row][: count - 1])
+            prompt = conversations.start(rows[row])
+            if row in results.places:
+                conversations.keep(prompt, own, Place(holder, results.places[row], is_recurrent))
+            else:
+                conversations.drop(prompt, own)
 
     def _self_check(self, autocast: Callable[[], AbstractContextManager[Any]]) -> str | None:
         """Compare the next-token probabilities of three steps with those of `GroupDecoder`'s computation."""
@@ -370,7 +425,14 @@ class Engine:
         prompts = [(5, 7, 11, 13, 9, 3), (3, 2, 4)]
         vocabulary = model.config.vocab_size
         prompts = [tuple(token % vocabulary for token in prompt) for prompt in prompts]
-        following = [torch.tensor(tokens, device=device) % vocabulary for tokens in ([6, 9, 8], [7, 10, 8])]
+        steps = ([6, 9, 8], [7, 10, 8])
+        following = [torch.tensor(tokens, device=device) % vocabulary for tokens in steps]
+        begun = [
+            (*prompts[group], *(tokens[row] % vocabulary for tokens in steps)) for row, group in enumerate((0, 0, 1))
+        ]
+        more = ((4, 6, 12), (5,), (7, 2))  # of a further turn
+        new = [(row, len(ids), tokens) for row, (ids, tokens) in enumerate(zip(begun, more, strict=True))]
+        whole = [ids + tokens for ids, tokens in zip(begun, more, strict=True)]
         with torch.no_grad(), narrowed(model):
             with autocast():
                 cache = GroupCache([len(prompt) for prompt in prompts], torch.tensor([0, 0, 1], device=device))
@@ -379,6 +441,8 @@ class Engine:
                     positions = torch.tensor([[len(prompts[group]) + step] for group in (0, 0, 1)], device=device)
                     hidden = hidden_states(model, tokens.unsqueeze(1), positions, cache)[:, 0]
                     expected.append(next_logits(model, hidden))
+                cache = GroupCache([len(ids) for ids in whole], torch.arange(3, device=device))
+                expected.append(_read(model, cache, whole))
             with torch.autocast(device.type, enabled=False), self.layers().installed():
                 rows = RowCache(3, row_length(8), self.dtype, device)
                 rows.begin_prefill([len(prompt) for prompt in prompts], [(0, 0), (1, 0), (2, 1)])
@@ -387,6 +451,7 @@ class Engine:
                 for tokens in following:
                     found.append(_step_logits(model, rows, tokens, 3, row_length(8)))
                     rows.position.add_(1)
+                found.append(_read_behind(model, rows, new))
         for one, other in zip(expected, found, strict=True):
             difference = float((one.softmax(-1) - other.softmax(-1)).abs().max())
             allowed = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.15
@@ -417,9 +482,42 @@ def _read(model: PreTrainedModel, cache: GroupCache | RowCache, prompts: Sequenc
     return next_logits(model, hidden_states(model, flat[0], flat[1], cache)[0, ends])
 
 
-def _step_logits(model: PreTrainedModel, cache: RowCache, tokens: Tensor, rows: int, seen: int) -> Tensor:
+def _read_behind(model: PreTrainedModel, cache: RowCache, new: Sequence[tuple[int, int, Prompt]]) -> Tensor:
+    """Run the model over new tokens of rows; return the logits `(rows, V)` of what follows.
+
+    Args:
+        model: whose rows they are.
+        cache: holds the rows.
+        new: row of the cache, how many tokens it holds, and those that are read behind them.
+    """
+    rows, held, tokens = zip(*new, strict=True)
+    counts = [len(ids) for ids in tokens]
+    places = [start + t for start, count in zip(held, counts, strict=True) for t in range(count)]
+    flat = torch.tensor([[[token for ids in tokens for token in ids]], [places]]).to(model.device)
+    ends = torch.tensor(counts).cumsum(0).sub(1).to(model.device)
+    cache.begin_reading(rows, held, counts)
+    return next_logits(model, hidden_states(model, flat[0], flat[1], cache)[0, ends])
+
+
+def _passes(new: Sequence[tuple[int, int, Prompt]], at_once: int) -> Iterator[list[tuple[int, int, Prompt]]]:
+    """Divide what `_read_behind` takes into passes of at most so many tokens, padding counted."""
+    batch: list[tuple[int, int, Prompt]] = []
+    for row, held, tokens in new:
+        for begin in range(0, len(tokens), at_once):
+            part = row, held + begin, tokens[begin : begin + at_once]
+            if batch and (len(batch) + 1) * max(len(ids) for *_, ids in (*batch, part)) > at_once:
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
+
+
+def _step_logits(
+    model: PreTrainedModel, cache: RowCache, tokens: Tensor, rows: int, seen: int, frozen: Tensor | None = None
+) -> Tensor:
     """Feed one token to each of the first rows; return the logits `(rows, V)` of the next."""
-    cache.begin_step(rows, seen)
+    cache.begin_step(rows, seen, frozen)
     hidden = hidden_states(model, tokens.unsqueeze(1), cache.position[:rows].unsqueeze(1), cache)
     return next_logits(model, hidden[:, 0])
 
@@ -428,7 +526,7 @@ def _step_logits(model: PreTrainedModel, cache: RowCache, tokens: Tensor, rows: 
 class _Kept:
     """A prompt that has been read and whose rows did not all find a place."""
 
-    prompt: tuple[int, ...] | None = None
+    prompt: Prompt | None = None
     states: Kept = field(default_factory=dict)
     logits: Tensor | None = None  # (1, V)
 
@@ -439,11 +537,13 @@ class Batch:
     def __init__(self, model: PreTrainedModel, job: Job, dtype: torch.dtype, switch: Switch) -> None:
         device = model.device
         self.rows, self.total, self.cap, self.stops = job.at_once, job.rows, job.cap, job.stops
+        self.holder = Holder()
         self.cache = RowCache(self.rows, job.length, dtype, device)
         vocabulary = cast(Tensor, model.get_output_embeddings().weight).size(0)
         self.logits = torch.zeros((self.rows, vocabulary), device=device)
         self.live = torch.zeros(self.rows, dtype=torch.bool, device=device)
         self.count = torch.zeros(self.rows, dtype=torch.long, device=device)  # tokens generated
+        self.limit = torch.zeros(self.rows, dtype=torch.long, device=device)  # most of them
         self.owner = torch.zeros(self.rows, dtype=torch.long, device=device)  # the row of the batch it decodes
         self.base = torch.zeros(self.rows, dtype=torch.long, device=device)  # where that row's results begin
         # One place more than there are results: rows that have ended write there.
@@ -452,7 +552,7 @@ class Batch:
         self.entropies = torch.zeros(self.total * self.cap + 1, device=device)
         self.lengths = torch.zeros(self.total + 1, dtype=torch.long, device=device)  # the last one for unused rows
         self._stops = torch.tensor(job.stops, dtype=torch.long).to(device)
-        by_row = [self.logits, self.live, self.count, self.owner, self.base]
+        by_row = [self.logits, self.live, self.count, self.limit, self.owner, self.base]
         self._by_row = by_row
         results = [self.tokens, self.logps, self.entropies, self.lengths]
         state = [*by_row, *results, self.cache.position, self.cache.mask]
@@ -464,32 +564,47 @@ class Batch:
         within = job.kv_tokens is None or self.rows * self.cache.length <= max(job.kv_tokens, self.cache.length)
         return fits and within and (job.cap, job.stops) == (self.cap, self.stops)
 
-    def run(self, model: PreTrainedModel, job: Job) -> Results:
-        """Decode all rows to their ends, or so many steps."""
-        waiting = deque((prompt, row) for prompt, members in job.prompts.items() for row in members)
+    def run(self, model: PreTrainedModel, job: Job, held: dict[int, tuple[int, int]]) -> Results:
+        """Decode all rows to their ends, or so many steps.
+
+        Args:
+            model: whose rows they are.
+            job: the rows.
+            held: by row of an earlier turn: where it lies here, and how many of its tokens are held.
+        """
+        new_rows = (_Slot.of(job, prompt, row) for prompt, members in job.prompts.items() for row in members)
+        every = {slot.row: slot for slot in new_rows}
+        waiting = deque(slot for slot in every.values() if slot.row not in held)
         slots: dict[int, _Slot] = {}  # by row of the buffers: what it decodes
+        ended: dict[int, int] = {}  # by row of the buffers: the row of the batch that has ended there
         # Its own number of rows, whatever the buffers have: what is drawn must not depend on earlier jobs.
         kept, rows, done, read, decoded = _Kept(), job.at_once, 0, 0, 0
-        sampling_key = job.sampling.key
+        freezes = job.turn is not None  # states of ended rows
+        sampling_key = (*job.sampling.key, freezes)
+        self.holder = Holder()
         self.live.zero_()
         self.owner.fill_(self.total)  # what an earlier job left there would be noted as lengths of this one's rows
         while True:
-            free = [slot for slot in range(rows) if slot not in slots]
-            if waiting and len(free) >= max(1, REFILL_SHARE * rows):
-                chosen = [_Slot(*waiting.popleft()) for _ in free[: len(waiting)]]
+            free = sorted((slot for slot in range(rows) if slot not in slots), key=lambda slot: slot in ended)
+            if (waiting or held) and len(free) >= max(1, REFILL_SHARE * rows):
+                count = min(len(free) - len(held), len(waiting))
+                chosen = [*(every[row] for row in held), *(waiting.popleft() for _ in range(count))]
                 # In the order of the batch: where all rows have a place, the draws are those of `generate`.
                 fresh = dict(zip(free, sorted(chosen, key=lambda slot: slot.row), strict=False))
-                read += self._fill(model, fresh, waiting[0][0] if waiting else None, kept)
+                for slot in fresh:
+                    ended.pop(slot, None)
+                read += self._begin(model, fresh, held, waiting[0].prompt if waiting else None, kept)
                 slots |= fresh
+                held = {}
             if not slots or (job.steps is not None and done >= job.steps):
                 break
             while not waiting and rows > FEWEST_ROWS and len(slots) <= rows // 2:
                 rows = -(-rows // 2)
-                slots = self._compact(slots, rows)
-            steps = min(LOOK, self.cap - min(slot.tokens for slot in slots.values()), job.steps or LOOK)
-            longest = max(len(slot.prompt) + slot.tokens for slot in slots.values()) + steps
+                slots, ended = self._compact(slots, ended, rows)
+            steps = min(LOOK, max(slot.limit - slot.tokens for slot in slots.values()), job.steps or LOOK)
+            longest = max(len(slot.ids) + slot.tokens for slot in slots.values()) + steps
             seen = min(self.cache.length, seen_length(longest))
-            step = partial(self._step, model, job.sampling, rows, seen)
+            step = partial(self._step, model, job.sampling, rows, seen, freezes)
             for _ in range(steps):
                 self.graphs.run((rows, seen, sampling_key), step)
             done, decoded = done + steps, decoded + steps * rows
@@ -497,13 +612,16 @@ class Batch:
             if job.stream is not None:
                 self._stream_first(slots, job.stream)
             for slot in [slot for slot in slots if not live[slot]]:
-                del slots[slot]
+                row = slots.pop(slot).row
+                if job.turn is not None:  # it may get a further one
+                    ended[slot] = row
             for state in slots.values():
                 state.tokens += steps
         shape = (self.total, self.cap)
         tokens, logps, entropies = (v[:-1].view(shape) for v in (self.tokens, self.logps, self.entropies))
         tokens, logps, entropies, lengths = (values[: job.rows] for values in (tokens, logps, entropies, self.lengths))
-        return Results(tokens, logps, entropies, lengths, read, decoded)
+        places = {row: slot for slot, row in ended.items()}
+        return Results(tokens, logps, entropies, lengths, read, decoded, places)
 
     def _stream_first(self, slots: dict[int, _Slot], stream: Callable[[list[int]], None]) -> None:
         """Pass on what row 0 has generated since the last look."""
@@ -511,7 +629,7 @@ class Batch:
             if slot.row == 0:
                 stream(self.tokens[slot.tokens : int(self.lengths[0])].tolist())
 
-    def _step(self, model: PreTrainedModel, sampling: Sampling, rows: int, seen: int) -> None:
+    def _step(self, model: PreTrainedModel, sampling: Sampling, rows: int, seen: int, freezes: bool) -> None:
         """Choose a token for every row, note it, and compute the logits of the next; fixed addresses, no wait."""
         live, count = self.live[:rows], self.count[:rows]
         tokens, logps, entropies = sampling.choose(
@@ -525,16 +643,50 @@ class Batch:
         self.entropies.index_copy_(0, place, entropies)
         count.add_(live)
         self.lengths.index_copy_(0, self.owner[:rows], count)
-        live.logical_and_(count < self.cap)
+        live.logical_and_(count < self.limit[:rows])
         if self.stops:
             live.logical_and_((tokens.unsqueeze(1) != self._stops).all(1))
-        self.logits[:rows].copy_(_step_logits(model, self.cache, tokens, rows, seen))
+        frozen = ~live if freezes and self.cache.recurrent else None
+        self.logits[:rows].copy_(_step_logits(model, self.cache, tokens, rows, seen, frozen))
         self.cache.position[:rows].add_(live)
 
-    def _fill(
-        self, model: PreTrainedModel, fresh: dict[int, _Slot], following: tuple[int, ...] | None, kept: _Kept
+    def _begin(
+        self,
+        model: PreTrainedModel,
+        fresh: dict[int, _Slot],
+        held: dict[int, tuple[int, int]],
+        following: Prompt | None,
+        kept: _Kept,
     ) -> int:
-        """Read the prompts of rows that begin, and return how many tokens were read; `following` waits for a place."""
+        """Let rows begin, and return how many tokens were read.
+
+        Args:
+            model: whose rows they are.
+            fresh: by row of the buffers: what it decodes from now on.
+            held: as for `run`.
+            following: the prompt that waits for a place.
+            kept: a prompt that was read before, or is from now on.
+        """
+        moves = {held[row.row][0]: slot for slot, row in fresh.items() if row.row in held}
+        self._move({source: target for source, target in moves.items() if source != target})
+        read = self._fill(model, {slot: row for slot, row in fresh.items() if row.row not in held}, following, kept)
+        present = {slot: held[row.row][1] if row.row in held else len(row.prompt) for slot, row in fresh.items()}
+        new = [(slot, present[slot], row.ids[present[slot] :]) for slot, row in fresh.items()]
+        for batch in _passes(sorted(new), SCORED_AT_ONCE if is_explicit(model) else READ_AT_ONCE):
+            places = torch.tensor([slot for slot, *_ in batch]).to(self.logits.device)
+            self.logits.index_copy_(0, places, _read_behind(model, self.cache, batch))
+            read += sum(len(ids) for *_, ids in batch)
+        columns = [list(fresh), [row.row for row in fresh.values()], [row.limit for row in fresh.values()]]
+        index, owner, limit = torch.tensor(columns).to(self.owner.device)
+        self.owner.index_copy_(0, index, owner)
+        self.base.index_copy_(0, index, owner * self.cap)
+        self.limit.index_copy_(0, index, limit)
+        self.count.index_fill_(0, index, 0)
+        self.live.index_fill_(0, index, True)
+        return read
+
+    def _fill(self, model: PreTrainedModel, fresh: dict[int, _Slot], following: Prompt | None, kept: _Kept) -> int:
+        """Read the prompts of rows, and return how many tokens were read."""
         rest = [slot for slot, row in fresh.items() if row.prompt == kept.prompt]
         if rest and kept.prompt is not None and kept.logits is not None:
             self.cache.fill_rest(kept.states, len(kept.prompt), rest)
@@ -553,29 +705,43 @@ class Batch:
             )
         elif kept.prompt != following:
             kept.prompt, kept.logits, kept.states = None, None, {}
-        index, owner = torch.tensor([list(fresh), [row.row for row in fresh.values()]]).to(self.owner.device)
-        self.owner.index_copy_(0, index, owner)
-        self.base.index_copy_(0, index, owner * self.cap)
-        self.count.index_fill_(0, index, 0)
-        self.live.index_fill_(0, index, True)
         return sum(map(len, prompts))
 
-    def _compact(self, slots: dict[int, _Slot], rows: int) -> dict[int, _Slot]:
-        """Move what is decoded into the first rows; `slots` fit there."""
+    def _compact(
+        self, slots: dict[int, _Slot], ended: dict[int, int], rows: int
+    ) -> tuple[dict[int, _Slot], dict[int, int]]:
+        """Move what is decoded into the first rows, where it fits, and what has ended there out of them."""
         targets = [slot for slot in range(rows) if slot not in slots]
         moves = dict(zip([slot for slot in slots if slot >= rows], targets, strict=False))
+        moves |= {target: source for source, target in moves.items() if target in ended}
+        self._move(moves)
+        return (
+            {moves.get(slot, slot): row for slot, row in slots.items()},
+            {moves.get(slot, slot): row for slot, row in ended.items()},
+        )
+
+    def _move(self, moves: dict[int, int]) -> None:
+        """Move rows of the buffers, by where they lie: where to, all at once."""
         if moves:
             source, target = torch.tensor([list(moves), list(moves.values())]).to(self.owner.device)
             self.cache.move(source, target)
             for values in self._by_row:
                 values.index_copy_(0, target, values.index_select(0, source))
-        return {moves.get(slot, slot): row for slot, row in slots.items()}
 
 
 @dataclass
 class _Slot:
     """What a row of the buffers decodes."""
 
-    prompt: tuple[int, ...]
+    prompt: Prompt  # of its first turn
+    ids: Prompt  # of this one: the prompt, and what earlier turns have put behind it
     row: int  # of the batch
+    limit: int  # most tokens that are generated
     tokens: int = 0  # generated
+
+    @classmethod
+    def of(cls, job: Job, prompt: Prompt, row: int) -> _Slot:
+        """Return what decodes a row of a job."""
+        if job.turn is None:
+            return cls(prompt, prompt, row, job.cap)
+        return cls(prompt, prompt + job.turn.behind[row], row, job.turn.limits[row])

@@ -8,6 +8,7 @@ How many are generated at once changes no greedy completion, but which samples a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from grpo_lite.memory.phases import (
     WORKSPACE_BYTES,
@@ -31,7 +32,8 @@ def evaluation_items(job: Job) -> list[tuple[str, int]]:
     shape, width, rows = job.shape, job.dtype_bytes, job.eval_rows
     longest = job.prompt + job.eval_completion
     if job.rollout != "generate" and not job.crosses_rope(longest):
-        return static_items(job, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
+        whole = replace(job, has_turns=False)  # each turn is read like a prompt
+        return static_items(whole, rows, rows, job.eval_completion, bytes_per_logit=20)  # 16 greedy, 24 sampled
     dequantised = width * shape.largest_linear if job.load_in in ("4bit", "8bit") else 0
     # A block's result, the adapter's in float32, its product with the scale; in the attention's and the MLP's width.
     mlp = job.prompt * (2 * width + 8) * (shape.intermediate + shape.hidden)

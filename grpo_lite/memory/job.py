@@ -65,6 +65,7 @@ def recipe_job(
         kv_tokens=recipe.memory.rollout_kv_tokens,
         checkpointing=bool(grpo.get("gradient_checkpointing", True)),
         offload=recipe.memory.offload_activations,
+        has_turns=recipe.has_tools,
         eval_rows=_eval_rows(recipe),
         eval_completion=recipe.eval_completion_length,
         eval_while_training=bool(recipe.eval.every),
@@ -97,10 +98,7 @@ def _limits_of(job: Job, recipe: Recipe) -> Iterator[str]:
     if any(block.experts for block, _ in job.shape.blocks):
         yield "experts in the compute dtype, neither quantized nor adapted"
     if recipe.has_tools:
-        yield (
-            f"an episode is one completion: calls, results and answers within {job.completion} tokens; after the first "
-            "turn each holds its prompt itself, which is not counted"
-        )
+        yield f"an episode is one completion: calls, results and answers within {job.completion} tokens"
     if recipe.model.backend == "unsloth":
         yield "our engine: how much the backend unsloth takes is not counted"
 

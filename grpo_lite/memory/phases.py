@@ -39,6 +39,7 @@ SCORES = {(True, True): (14, 12), (True, False): (10, 7), (False, True): (10, 4)
 READ_SCORE, READ_CAPPED_SCORE = 22, 26  # of each score of a prompt that is read, or of a decoding step
 LAYER_INPUT_BYTES = 14  # of each number that Gemma 4's layers are given besides: kept, and made
 
+READ_AT_ONCE, SCORED_AT_ONCE = 1024, 128  # static_decode's (a test compares them)
 ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
 
 Phase = Literal["rollout", "training"]
@@ -68,6 +69,7 @@ class Job:
     checkpointing: bool = True
     offload: bool = False  # checkpointed activations in main memory
     vllm_share: float = 0.3  # vllm_gpu_memory_utilization
+    has_turns: bool = False  # completions are episodes, whose rows stay in their buffers from turn to turn
     eval_rows: int = 0  # completions generated at once in an evaluation; 0: there is none
     eval_completion: int = 256  # their cap
     eval_while_training: bool = False
@@ -238,6 +240,8 @@ def static_items(
         reading = max(reading, score * heads * job.prompt**2)
         step = rows * length * (score * heads + 4 * keys)
         bytes_per_logit = max(bytes_per_logit, -(-step // (rows * shape.vocab)))
+    if job.has_turns:
+        reading = max(reading, _further_turn(job, rows, length))
     logits = rows * shape.vocab * bytes_per_logit
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
     items = [(f"keys and values, {rows} completions at once", row_kv + rows * length * width)]
@@ -246,6 +250,19 @@ def static_items(
     if reading > logits + weight:
         return [*items, ("logits", 4 * rows * shape.vocab), ("reading the prompts", reading)]
     return [*items, ("decoding buffers", logits + weight)]
+
+
+def _further_turn(job: Job, rows: int, length: int) -> int:
+    """Return what reading new tokens behind rows of this length takes (static_decode._read_behind)."""
+    shape, width = job.shape, job.dtype_bytes
+    tokens = min(SCORED_AT_ONCE if shape.scores_explicitly else READ_AT_ONCE, rows * job.completion)
+    mlp = tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    # The mask, once for each query head that shares keys, and for a window.
+    seen = tokens * length * width * (1 + max((each.queries // each.keys for each in shape.attentions), default=0))
+    if shape.scores_explicitly:
+        score = READ_CAPPED_SCORE if shape.softcap else READ_SCORE
+        seen += score * max(each.heads for each in shape.attentions) * tokens * length
+    return max(mlp + seen, mixing_bytes(shape, tokens))
 
 
 def mixing_bytes(shape: ModelShape, prompt: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from grpo_lite.engine.out_of_memory import trim_heap
 from grpo_lite.engine.quantised import keep_weights_unpacked
 from grpo_lite.engine.rollout_weights import rollout_weights
 from grpo_lite.engine.score import base_model
-from grpo_lite.engine.static_decode import choose_decoder
+from grpo_lite.engine.static_decode import choose_decoder, engine_of
 from grpo_lite.task.tokens import (
     holds_markup,
     holds_special_tokens,
@@ -28,6 +29,8 @@ from grpo_lite.task.tokens import (
 )
 from grpo_lite.task.tokens import prompt_ids as tokens_of_prompt
 
+logger = logging.getLogger(__name__)
+
 
 class Rollouts:
     """Generates with each prompt computed once per group, where `Support` allows it."""
@@ -36,6 +39,7 @@ class Rollouts:
         self.trainer = trainer
         self.last: Rollout | None = None  # of the last generation; of episodes, with zeros where a tool wrote
         self._episodes: _Turns | None = None  # while episodes are played
+        self._has_said_reread = False
         self._stage: int | None = None  # the last one shown: most tokens of a completion
         self._old_logps_wanted = False  # TRL's next request for log-probabilities is for those of the sampling policy
         keep_weights_unpacked(trainer.model)
@@ -78,6 +82,14 @@ class Rollouts:
                 generated = generate()
             finally:
                 self._episodes = None
+                engine_of(base_model(self.trainer.accelerator.unwrap_model(self.trainer.model))).end_rollout()
+        if turns.conversations.reread_rows and not self._has_said_reread:
+            self._has_said_reread = True
+            logger.warning(
+                "%d turns of this step's episodes were read again whole: between two turns their rows found no room. "
+                "Raise memory.rollout_kv_tokens if the device has memory left; else generate fewer completions a step.",
+                turns.conversations.reread_rows,
+            )
         self.last = turns.whole(*generated[:3])
         return generated
 

@@ -9,7 +9,7 @@ import torch
 
 from grpo_lite.engine import attention
 from grpo_lite.engine.conversations import Conversations
-from grpo_lite.engine.decode import GroupDecoder, hidden_states
+from grpo_lite.engine.decode import GroupDecoder, hidden_states, state_tokens
 from grpo_lite.engine.generate import left_padded
 from tests.tiny import tiny_lora, tiny_model
 
@@ -46,7 +46,12 @@ def turn(model: Any, rows: Rows, cap: int, decoder: GroupDecoder | None = None, 
 
 
 def play(
-    model: Any, turns: int = 4, kv_tokens: int | None = None, change: int | None = None, first: Rows | None = None
+    model: Any,
+    turns: int = 4,
+    kv_tokens: int | None = None,
+    change: int | None = None,
+    first: Rows | None = None,
+    decoder: Any = GroupDecoder,
 ) -> tuple[Conversations, list[int]]:
     """Play turns with conversations kept, compare each with `generate`; return them and the tokens read by turn.
 
@@ -56,6 +61,7 @@ def play(
         kv_tokens: the budget.
         change: the turn before which a row's own token is replaced.
         first: the prompts.
+        decoder: the class of the decoder.
     """
     rng = random.Random(1)
     conversations, rows, read = Conversations(CAP), [list(row) for row in first or prompts()], []
@@ -63,11 +69,11 @@ def play(
     for number in range(turns):
         if number == change:
             rows[0][starts[0] + 1] = 4
-        decoder = GroupDecoder(nullcontext, kv_tokens, conversations=conversations)
-        answers = turn(model, rows, CAP, decoder)
-        lengths = [len(values) for values in decoder.rollout.entropies]
+        ours = decoder(nullcontext, kv_tokens, conversations=conversations)
+        answers = turn(model, rows, CAP, ours)
+        lengths = [len(values) for values in ours.rollout.entropies]
         answers = [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-        read.append(decoder.rollout.prefill_tokens)
+        read.append(ours.rollout.prefill_tokens)
         left = [CAP + start - len(row) for start, row in zip(starts, rows, strict=True)]
         expected = [answer[:rest] for answer, rest in zip(turn(model, rows, CAP), left, strict=True)]
         assert answers == expected, f"turn {number}"
@@ -94,7 +100,7 @@ def test_a_turn_continues_as_if_the_whole_conversation_were_read(kind: str):
     conversations, read = play(prepared(kind))
     assert len(read) == 4
     assert conversations.reused_tokens > 0
-    assert conversations.dropped_rows == conversations.changed_rows == 0
+    assert conversations.reread_rows == conversations.changed_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -157,31 +163,37 @@ def test_a_row_that_comes_back_as_anothers_prompt_is_read_whole():
 )
 def test_rows_dropped_for_want_of_room_are_read_again(kind: str, kv_tokens: int):
     conversations, read = play(prepared(kind), kv_tokens=kv_tokens)
-    assert conversations.dropped_rows > 0
+    assert conversations.reread_rows > 0
     assert conversations.changed_rows == 0  # nothing was rewritten, and no dropped row takes another's place
     assert len(read) > 2
 
 
-def test_what_is_kept_and_what_is_read_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
+def test_what_is_kept_and_what_is_read_stay_within_the_budget(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Recurrent states of a row that waits count as those of one that decodes."""
     made: list[Conversations] = []
     held: list[int] = []
     begin = Conversations.begin
     monkeypatch.setattr(Conversations, "begin", lambda self, rows: made.append(self) or begin(self, rows))
+    model = prepared(kind)
+    with torch.no_grad():
+        of_a_row = state_tokens(model.get_base_model()) if kind == "qwen3_5" else 0
 
     def watched(model: Any, ids: Any, positions: Any, cache: Any) -> Any:
         rows = [*made[-1]._ended, *made[-1]._waiting.values()]
-        kept = sum(map(len, made[-1]._prompts)) + sum(len(row.tokens) for row in rows)
-        held.append(kept + cache.tokens)
+        kept = sum(map(len, made[-1]._prompts)) + sum(len(row.tokens) + of_a_row for row in rows)
+        held.append(kept + cache.tokens + of_a_row * len(cache.groups))
         return hidden_states(model, ids, positions, cache)
 
     monkeypatch.setattr("grpo_lite.engine.decode.hidden_states", watched)
-    play(prepared(), kv_tokens=150, first=prompts(groups=4, size=4, seed=2))
-    assert 100 < max(held) <= 150
+    play(model, kv_tokens=150, first=prompts(groups=4, size=4, seed=2))
+    budget = 150 + of_a_row  # one row of the longest, 26 + 60 tokens, and its state
+    assert 100 < max(held) <= budget
 
 
 def test_rows_of_several_waves_stay_while_there_is_room():
     conversations, _ = play(prepared(), kv_tokens=400)  # 12 rows of up to 60 tokens: three waves or more
-    assert conversations.dropped_rows == 0
+    assert conversations.reread_rows == 0
     assert conversations.reused_tokens > 0
 
 

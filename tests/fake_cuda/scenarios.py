@@ -23,9 +23,10 @@ os.environ["GRPO_LITE_TRACEBACK"] = "1"
 
 from tests.fake_cuda import device  # isort: skip  before torch
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import AutoTokenizer, GenerationConfig, Qwen3ForCausalLM, set_seed
 
-from grpo_lite.engine import attention
+from grpo_lite.engine import attention, static_decode
+from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.static_decode import StaticDecoder, engine_of
@@ -33,6 +34,7 @@ from grpo_lite.models.load import lora_to_float32
 from grpo_lite.trainer import recovery
 from tests.fake_cuda.models import base_on_cuda, policy_on_cuda
 from tests.tiny import parity_reward, tiny_args, tiny_prompts, tiny_tokenizer
+from tests.tool_model import Ledger, write_tool_model
 
 LAUNCHES_PER_STEP = 1100  # of a decoding step at 28 layers
 GROUP_LAUNCHES_PER_STEP = 2400  # of the group decoder; 2,568 if LoRA's B were cast for each token
@@ -54,11 +56,14 @@ class _Lines(logging.Handler):
 # Decoding
 
 
-def decode(model: Any, decoder: Any, tokens: int = 34, **settings: Any) -> list[list[int]]:
-    """Decode two groups of four behind prompts of 9 and 12 tokens."""
-    first = [[2] * 3 + list(range(5, 14))] * 4
-    ids = torch.tensor(first + [list(range(7, 19))] * 4, device="cuda")
-    mask = torch.tensor([[0] * 3 + [1] * 9] * 4 + [[1] * 12] * 4, device="cuda")
+def decode(
+    model: Any, decoder: Any, tokens: int = 34, rows: list[list[int]] | None = None, **settings: Any
+) -> list[list[int]]:
+    """Decode behind these rows; by default two groups of four with prompts of 9 and 12 tokens."""
+    rows = rows or [list(range(5, 14))] * 4 + [list(range(7, 19))] * 4
+    width = max(map(len, rows))
+    ids = torch.tensor([[2] * (width - len(row)) + row for row in rows], device="cuda")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device="cuda")
     config = GenerationConfig(
         **{"max_new_tokens": tokens, "do_sample": False, "eos_token_id": [319], "pad_token_id": 2, **settings}
     )
@@ -66,7 +71,7 @@ def decode(model: Any, decoder: Any, tokens: int = 34, **settings: Any) -> list[
     device.launches.clear()
     with torch.no_grad():
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
-    return out[:, 12:].host.tolist()
+    return out[:, width:].host.tolist()
 
 
 def autocast_of(dtype: torch.dtype) -> Callable[[], Any]:
@@ -181,6 +186,123 @@ def _decoding_of_hybrids(*families: tuple[str, dict[str, int]]) -> None:
 
 
 @scenario
+def turns_read_only_what_is_new() -> None:
+    """Rows stay in their buffers between turns: tokens, tokens read, graphs, launches and waits."""
+    for kind, load_in in (("qwen2", "4bit"), ("lfm2", "16bit")):
+        model = policy_on_cuda(kind, torch.float16, load_in=load_in)
+        autocast = autocast_of(torch.float16)
+        kept = {decoder: Conversations(34) for decoder in (GroupDecoder, StaticDecoder)}
+        prompts = [list(range(5 + i, 14 + 2 * i)) for i in range(6)]
+        rows = [prompt for prompt in prompts for _ in range(2)]
+        starts = [len(row) for row in rows]
+        for number in range(3):
+            answers = {}
+            for kind_of, conversations in kept.items():
+                decoder = kind_of(autocast, conversations=conversations)
+                out = decode(model, decoder, rows=rows, eos_token_id=list(range(200, 260)))
+                lengths = map(len, decoder.rollout.logps)
+                answers[kind_of] = [ids[:length] for ids, length in zip(out, lengths, strict=True)]
+                assert decoder.rollout.prefill_tokens == (sum(map(len, prompts)) if number == 0 else 4 * len(rows)), (
+                    kind,
+                    number,
+                )
+            assert answers[StaticDecoder] == answers[GroupDecoder], (kind, number)
+            if number == 0:
+                assert len({len(answer) for answer in answers[StaticDecoder]}) > 1, "rows should end at different steps"
+            assert device.launches["graph"] > 0, (kind, number)
+            looks = [n for (name, at), n in device.waits.items() if name == "tolist" and at.startswith("static_decode")]
+            assert max(looks) <= 34 / 8 + 1, device.waits
+            going = [
+                i for i, answer in enumerate(answers[StaticDecoder]) if len(rows[i]) + len(answer) < starts[i] + 30
+            ]
+            rows, starts = (
+                [rows[i] + answers[StaticDecoder][i] + [5, 6, 7] for i in going],
+                [starts[i] for i in going],
+            )
+            assert len(rows) > 1, (kind, number)
+        assert kept[StaticDecoder].reused_tokens == kept[GroupDecoder].reused_tokens > 0
+        assert kept[StaticDecoder].reread_rows == 0
+        assert_all_on(model)
+
+
+def launches_of_reading(model: Any, rows: int) -> int:
+    """Launches of a pass over new tokens of so many rows."""
+    engine = engine_of(model.get_base_model())
+    assert engine._batch is not None
+    new = [(row, 12, (5, 6, 7)) for row in range(rows)]
+    with torch.no_grad(), engine.layers().installed():
+        before = sum(device.launches.values())
+        static_decode._read_behind(model.get_base_model(), engine._batch.cache, new)
+    return sum(device.launches.values()) - before
+
+
+@scenario
+def new_tokens_of_all_rows_are_read_at_once() -> None:
+    """The launches of a pass do not depend on how many rows it reads."""
+    model = policy_on_cuda("qwen2", torch.float16)
+    decode(model, StaticDecoder(autocast_of(torch.float16)))
+    two, eight = (launches_of_reading(model, rows) for rows in (2, 8))
+    print(f"launches of a pass over new tokens of 2 layers: {two}; a step: ", end="")
+    print(launches_of_a_step(model, StaticDecoder(autocast_of(torch.float16))))
+    assert two == eight
+
+
+@scenario
+def episodes_on_a_card() -> None:
+    """Training with tools in float32: the same tokens and gradients as where every turn is read whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tool_model(Path(folder))
+        bases = [Qwen3ForCausalLM.from_pretrained(folder) for _ in range(2)]
+        words = AutoTokenizer.from_pretrained(folder)
+    device.install((7, 5))
+    found = []
+    keep = Conversations.keep
+    for base, keeps in zip(bases, (True, False), strict=True):
+        if not keeps:
+            Conversations.keep = lambda self, prompt, tokens, contents: self.drop(prompt, tokens)  # type: ignore[method-assign]
+        found.append(_episodes(device.move(base), words))
+    Conversations.keep = keep  # type: ignore[method-assign]
+    (ids, read, adapter), (expected, whole, other) = found
+    print(f"tokens read: {whole} with every turn whole, {read} with rows kept")
+    assert torch.equal(ids, expected)
+    assert read < 0.75 * whole
+    difference = max(float((adapter[name] - other[name]).abs().max()) for name in adapter)
+    assert difference < 1e-4, difference
+
+
+def _episodes(base: Any, words: Any) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    """Train a step on episodes; return their tokens, how many were read in the rollout, and the adapter."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from grpo_lite.trainer.trainer import PackedGRPOTrainer
+
+    settings = {"max_completion_length": 90, "max_tool_calling_iterations": 2, "optim": "sgd", "use_cpu": False}
+    settings |= {"learning_rate": 0.1, "bf16": False, "fp16": False}
+    set_seed(0)
+    trainer = PackedGRPOTrainer(
+        model=base,
+        args=tiny_args(tempfile.mkdtemp(), **settings),
+        reward_funcs=lambda completions, **_: [len(str(messages)) % 7 / 7 for messages in completions],
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"Count {i}."}]} for i in range(2)]),
+        processing_class=words,
+        environment_factory=Ledger,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        show=messages.append,
+    )
+    scored: list[Any] = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: scored.append(score(inputs)) or scored[-1]
+    device.launches.clear()
+    trainer.train()
+    assert device.launches["graph"] > 0
+    assert_all_on(trainer.model)
+    assert trainer.state.log_history[0]["tools/call_frequency"] >= 1
+    assert trainer.rollouts.last is not None, "a turn was not ours"
+    return scored[0]["completion_ids"].host, trainer.rollouts.last.prefill_tokens, adapter_of(trainer)
+
+
+@scenario
 def a_step_that_a_graph_cannot_hold() -> None:
     """A host copy in the step (planted): graphs are off, one line says so, and the tokens are the same."""
     from grpo_lite.engine.row_cache import RowCache
@@ -189,9 +311,9 @@ def a_step_that_a_graph_cannot_hold() -> None:
     expected = decode(model, GroupDecoder(autocast_of(torch.float16)))
     plain = RowCache.begin_step
 
-    def begin_step(self: RowCache, rows: int, seen: int) -> None:
+    def begin_step(self: RowCache, *given: Any) -> None:
         torch.tensor([0], device="cuda")
-        plain(self, rows, seen)
+        plain(self, *given)
 
     RowCache.begin_step = begin_step  # type: ignore[method-assign]
     assert decode(model, StaticDecoder(autocast_of(torch.float16))) == expected

@@ -260,8 +260,20 @@ def trace_evaluation(config: dict[str, Any], prompt: int, completion: int, rows:
     return _trace_rows(config, prompt, completion, rows, 1, Sampling(False, 1.0, 1.0), rank)
 
 
+def trace_turns(config: dict[str, Any], prompt: int, completion: int, rows: int, new: int) -> int:
+    """Count a rollout of two turns: the second reads so many new tokens of each row."""
+    return _trace_rows(config, prompt, completion, rows, rows, Sampling(True, 1.0, 1.0), 16, new)
+
+
 def _trace_rows(
-    config: dict[str, Any], prompt: int, completion: int, rows: int, group: int, sampling: Sampling, rank: int
+    config: dict[str, Any],
+    prompt: int,
+    completion: int,
+    rows: int,
+    group: int,
+    sampling: Sampling,
+    rank: int,
+    new: int = 0,
 ) -> int:
     dtype = torch.bfloat16
     model = build_model(config, "4bit", rank, dtype, checkpointing=False)
@@ -269,12 +281,18 @@ def _trace_rows(
     prompts = {(index, *[0] * (prompt - 1)): list(range(index * group, (index + 1) * group)) for index in range(rows)}
     prompts = {ids: [row for row in members if row < rows] for ids, members in prompts.items()}
     job = Job({ids: members for ids, members in prompts.items() if members}, rows, completion, (2,), sampling)
-    slots = {row: _Slot(ids, row) for ids, members in job.prompts.items() for row in members}
+    slots = {row: _Slot.of(job, ids, row) for ids, members in job.prompts.items() for row in members}
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda(), torch.no_grad():
         materialise(model)
         layers = DecodingLayers(inner, dtype)
         batch = Batch(inner, job, dtype, Switch(False))
         with layers.installed():
-            batch._fill(inner, slots, None, _Kept())
-            batch._step(inner, sampling, rows, batch.cache.length)
+            batch._begin(inner, slots, {}, None, _Kept())
+            batch._step(inner, sampling, rows, batch.cache.length, freezes=False)
+            if new:
+                held = {row: (row, prompt + completion - new) for row in slots}
+                ids = tuple([0] * (prompt + completion))
+                later = {row: _Slot(ids[:prompt], ids, row, 1) for row in slots}
+                batch._begin(inner, later, held, None, _Kept())
+                batch._step(inner, sampling, rows, batch.cache.length, freezes=True)
     return live.peak

@@ -28,7 +28,9 @@ from grpo_lite.memory.phases import (
     GIB,
     PLAIN_TOKENS,
     PLAIN_VOCABULARY,
+    READ_AT_ONCE,
     ROW_STEPS,
+    SCORED_AT_ONCE,
     WORKSPACE_BYTES,
     Job,
     cache_capacity,
@@ -64,7 +66,13 @@ from grpo_lite.models.shape import ModelShape, read_shape
 from grpo_lite.recipe.load import load_recipe, recipe_names
 from tests.memory import memory_trace
 from tests.memory.known_models import job_of, known_base
-from tests.memory.memory_trace import trace_evaluation, trace_packed_warmup, trace_rollout, trace_training
+from tests.memory.memory_trace import (
+    trace_evaluation,
+    trace_packed_warmup,
+    trace_rollout,
+    trace_training,
+    trace_turns,
+)
 from tests.memory.plain_trace import trace_generate, trace_plain_training, trace_warmup
 
 # As the models' cards on the Hub count them.
@@ -185,6 +193,25 @@ def test_training_is_planned_as_counted(
 )
 def test_a_rollout_is_planned_as_counted(name: str, prompt: int, completion: int, rows: int, group: int) -> None:
     assert 0.97 <= compare_rollout(shallow(name), prompt, completion, rows, group) <= 1.10
+
+
+@pytest.mark.parametrize(
+    "name, rows, new",
+    [
+        pytest.param("qwen2.5-0.5b", 4, 256, id="plain"),
+        pytest.param("qwen2.5-0.5b", 16, 16, id="little that is new"),
+        pytest.param("gemma-2-2b", 4, 256, id="capped scores", marks=pytest.mark.slow),
+    ],
+)
+def test_turns_are_planned_as_counted(name: str, rows: int, new: int) -> None:
+    """The rows of the turn before are those that the plan counts anyway."""
+    config, prompt, completion = shallow(name), 100, 924
+    counted = trace_turns(config, prompt, completion, rows, new)
+    planned = Job(
+        read_shape(config, "x"), prompt=prompt, completion=completion, group=rows, rows=rows, batch=rows, has_turns=True
+    )
+    found = rollout_phase(planned).total - WORKSPACE_BYTES - int(8 * trained_parameters(planned))
+    assert 0.97 <= found / counted <= 1.10
 
 
 PLAIN = [(200, 256, 4, {}), (200, 512, 8, {}), (200, 4096, 1, {}), (200, 512, 4, {"checkpointing": False})]
@@ -444,8 +471,9 @@ def test_the_planned_rows_are_those_that_are_decoded_at_once(kv_tokens: int | No
     assert row_length(planned.longest) == decoded.length
 
 
-def test_the_steps_of_a_row_s_length_are_the_decoder_s() -> None:
+def test_the_steps_of_a_row_s_length_and_of_reading_are_the_decoder_s() -> None:
     assert ROW_STEPS == row_cache.LENGTH_STEPS
+    assert (READ_AT_ONCE, SCORED_AT_ONCE) == (static_decode.READ_AT_ONCE, static_decode.SCORED_AT_ONCE)
 
 
 # What must fit, by the plan; by measurement once a GPU is at hand.

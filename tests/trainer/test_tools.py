@@ -147,7 +147,7 @@ def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pyte
     [
         pytest.param({}, id="one step a round", marks=pytest.mark.slow),
         pytest.param({"num_iterations": 2, "max_steps": 2}, id="old log-probabilities noted while sampling"),
-        pytest.param({"options": EngineOptions(rollout_kv_tokens=900)}, id="waves", marks=pytest.mark.slow),
+        pytest.param({"options": EngineOptions(rollout_kv_tokens=500)}, id="waves", marks=pytest.mark.slow),
         pytest.param(
             {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 2},
             id="sequences",
@@ -155,13 +155,16 @@ def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pyte
         ),
     ],
 )
-def test_episodes_of_one_to_six_turns(more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_episodes_of_one_to_six_turns(
+    more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     settings = {"max_tool_calling_iterations": 9, "max_completion_length": 210, **more}
     reference = {key: value for key, value in settings.items() if key != "options"}
     plain = play(GRPOTrainer, tmp_path / "plain", monkeypatch, LONG_SCRIPT, **reference)
     ours = play(PackedGRPOTrainer, tmp_path / "ours", monkeypatch, LONG_SCRIPT, guard=guard(), **settings)
     logs = same_step(ours, plain)
     assert logs["tools/calls"] == 21
+    assert ("between two turns their rows found no room" in caplog.text) == ("options" in more)
     if "old_per_token_logps" in plain[1]:
         mask = ours[1]["tool_mask"] * ours[1]["completion_mask"]
         old, theirs = (batch["old_per_token_logps"] * mask for batch in (ours[1], plain[1]))
