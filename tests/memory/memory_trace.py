@@ -189,15 +189,19 @@ def trace_training(
     load_in: str = "4bit",
     rank: int = 16,
     checkpointing: bool = True,
+    common: int = 0,
 ) -> Traced:
-    """Count one micro-batch: `rows` completions of one length behind prompts of one length, in bfloat16 autocast."""
+    """Count one micro-batch: `rows` completions of one length behind prompts of one length, in bfloat16 autocast.
+
+    Those of a prompt begin with so many tokens in common.
+    """
     model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
     group = group or rows
     groups = [list(range(start, min(start + group, rows))) for start in range(0, rows, group)]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
         static = static_bytes(model, live)
         ids = torch.zeros((rows, prompt + completion), dtype=torch.long)
-        distinct = [[row] * completion for row in range(rows)]
+        distinct = [[rows] * common + [row] * (completion - common) for row in range(rows)]
         packed = pack(PaddedBatch(ids, [prompt] * rows, distinct, prompt, groups), groups)
         return trace_passes(
             live, static, lambda: score(model, packed, Scoring(1.0), lambda: torch.autocast("cpu", torch.bfloat16))
