@@ -468,7 +468,9 @@ def draw(p: Tensor) -> Tensor:
     """
     if p.device.type != "cpu":
         return race(p)
-    blocks = nn.functional.pad(p, (0, -p.size(1) % DRAW_BLOCK)).view(p.size(0), -1, DRAW_BLOCK)
+    if missing := -p.size(1) % DRAW_BLOCK:
+        p = nn.functional.pad(p, (0, missing))
+    blocks = p.reshape(p.size(0), -1, DRAW_BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64)
     cumulative = sums.cumsum(-1)
     total = cumulative[:, -1:]
