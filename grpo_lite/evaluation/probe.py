@@ -64,7 +64,7 @@ class Probe:
     cuts_cost: bool = True  # completions that reach the cap are right less than half as often as those that end
     longest_step_s: float = 0.0  # with a gradient in every group
     evaluation_s: float = 0.0  # of base and trained model, before the merge
-    completion_s: float = 0.0  # an evaluated completion, without what only the first batch takes
+    completion_s: float = 0.0  # an evaluated completion, with what a first batch takes besides
     held_out: int = 0  # rows that there are
     token_s: float = 0.0  # forward and backward of a token
     notes: tuple[str, ...] = field(default=())
@@ -193,7 +193,7 @@ def probe_recipe(
         longest_step_s=_step_seconds(recipe, sampled, scores, 0.0, forward_s),
         steps=recipe.schedule.steps(len(prompts.train)),
         evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(lengths),
-        completion_s=min(sampled.seconds / len(lengths), sampled.round_s / recipe.schedule.batch),
+        completion_s=sampled.seconds / len(lengths),
         held_out=len(prompts.eval),
         token_s=forward_s * training_forwards(recipe) / _row_tokens(recipe, sampled),
         notes=() if counts else (_UNJUDGED if sampled.episodes else "no probed prompt has a usable gold answer",),
