@@ -153,7 +153,7 @@ def test_a_shown_recipe_says_where_each_key_comes_from_and_stays_a_recipe(root: 
         "algorithm: dapo  # DAPO, arXiv 2503.14476",
         "  epsilon: 0.1  # recipe; dapo sets 0.2",
         "  epsilon_high: 0.28  # algorithm: dapo",
-        "  max_steps: 250  # recipe",
+        "  max_steps: 290  # recipe",
         "  logging_steps: 1  # default",
         "  gradient_checkpointing_kwargs:  # recipe",
         "# grpo.epsilon: 0.1 is given; dapo sets 0.2.",
