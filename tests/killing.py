@@ -18,7 +18,10 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "after rollout": ("grpo_lite.engine.decode:GroupDecoder.__call__", "after"),
     "forward": ("transformers.models.llama.modeling_llama:LlamaModel.forward", "before"),
     "reset": ("grpo_lite.task.tool_guard:ToolGuard.reset", "before"),
-    "tool call": ("grpo_lite.task.tool_guard:_text", "before"),  # the tool has run, and its caller does not know yet
+    "tool call": (
+        "grpo_lite.task.tool_guard:ToolGuard._text",
+        "before",
+    ),  # the tool has run, and its caller does not know yet
     "between turns": ("grpo_lite.trainer.rollouts:Rollouts.tool_suffix", "before"),
     "reward": ("grpo_lite.task.guard:GuardedReward.__call__", "before"),
     "after reward": ("grpo_lite.task.guard:GuardedReward.__call__", "after"),

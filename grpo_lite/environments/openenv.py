@@ -12,6 +12,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -23,6 +24,7 @@ SCHEME = "openenv:"
 _LISTING = ("Action", "CallToolAction", "ListToolsAction")  # titles of the actions of servers that list their tools
 _TYPES = {"integer": int, "number": float, "boolean": bool, "string": str, "array": list, "object": dict}
 _SECONDS = 10.0  # for what is asked of a server before training
+_CLOSING_S = 1.0  # for the end of a session, whose place the next one may need
 
 
 class OpenEnv:
@@ -44,7 +46,10 @@ class OpenEnv:
         """Begin an episode; what the server shows is appended to the prompt."""
         self._reward, self._done, self._lost = 0.0, False, None
         if self._client is None:
-            self._client = _client(self._url)
+            self._client = client = _client(self._url)
+            # A server has a limited number of sessions, so the session ends with its instance.
+            self._end = weakref.finalize(self, _end_session, client)
+            self._end.atexit = False
         columns = {name: value for name, value in row.items() if value is not None}
         shown = self._shown(self._ask(self._client.reset, **columns))
         self._reward = 0.0  # what comes with the first observation is not the player's
@@ -78,8 +83,8 @@ class OpenEnv:
         except RuntimeError:  # the server's own refusal, of wrong arguments for instance; the session goes on
             raise
         except BaseException as error:  # the time limit too
-            client, self._client = self._client, None
-            threading.Thread(target=_close, args=(client,), daemon=True).start()
+            self._client = None
+            self._end()
             self._lost = ConnectionError(str(error) or type(error).__name__)
             raise
 
@@ -138,6 +143,13 @@ def _client(url: str) -> Any:
             f"environment: {SCHEME}{url}: the library is not installed: pip install 'grpo-lite[openenv]'."
         ) from None
     return GenericEnvClient(base_url=url).sync()
+
+
+def _end_session(client: Any) -> None:
+    """Close a session, in a thread of its own: a server that hangs must not hang the run for long."""
+    closing = threading.Thread(target=_close, args=(client,), daemon=True)
+    closing.start()
+    closing.join(_CLOSING_S)
 
 
 def _close(client: Any) -> None:

@@ -27,7 +27,7 @@ from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_for_sampling
 from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.rewards import format_reward
 from grpo_lite.rewards.facts import named
 from grpo_lite.task.episodes import Episode, Player, require_scored
@@ -267,7 +267,13 @@ def _sample_episodes(
     limit_s: float | None,
     show: Callable[[str], None],
 ) -> _Samples:
-    """Play `samples` episodes of each row, with environments of their own, as all are scored at the end."""
+    """Play `samples` episodes of each row.
+
+    Where reward functions score the episodes at the end, each has an environment of its own until then.
+    """
+    scores = [*recipe.rewards, recipe.primary_score, *recipe.eval.strict]
+    keeps = any(section.function != ENVIRONMENT_REWARD for section in scores)
+    player = Player(prompts, recipe, show)
     size = max(1, recipe.eval.batch_size // samples)
     begun, prompt_s = time.monotonic(), 0.0
     episodes: list[Episode] = []
@@ -276,16 +282,19 @@ def _sample_episodes(
         if limit_s is not None and done and time.monotonic() - begun + prompt_s * len(part) > limit_s:
             break
         part_begun = time.monotonic()
-        episodes += play_with(
+        played = play_with(
             model,
             tokenizer,
             recipe,
-            Player(prompts, recipe, show),
+            Player(prompts, recipe, show) if keeps else player,
             [row for row in part for _ in range(samples)],
             recipe.max_completion_length,
             temperature=float(recipe.grpo.get("temperature", 1.0)),
             seed=recipe.seed + done,
         )
+        if not keeps:
+            player.rewards(played)
+        episodes += played
         done += len(part)
         prompt_s = (time.monotonic() - part_begun) / len(part)
         _show_progress(show, 0, len(rows), done, done)
@@ -295,7 +304,6 @@ def _sample_episodes(
     repeated = [episode.row for episode in episodes]
     sampled_s = time.monotonic() - begun
     round_s = prompt_s * recipe.schedule.batch / samples
-    player = Player(prompts, recipe, show)
     return _Samples(repeated, ids, groups, sampled_s, round_s, skipped, tuple(episodes), player)
 
 

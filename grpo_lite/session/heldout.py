@@ -39,6 +39,8 @@ class HeldOutScore(TrainerCallback):
                     self.trainer.model, self.tokenizer, self.recipe, self.rows, lambda line: None, "trained",
                     self.player,
                 )  # fmt: skip
+                if self.player is not None:
+                    self.player.release()
         except RewardError as error:
             self.trainer.faults.counts["unscored_heldout"] += 1
             self.show(f"held-out score of step {state.global_step} left out: {error}")

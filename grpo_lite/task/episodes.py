@@ -156,6 +156,10 @@ class Player:
                     self.guard.say(f"get_reward failed: {type(episode.environment).__name__}", str(error))
         return [episode.paid for episode in episodes]
 
+    def release(self) -> None:
+        """Let go of the environments of earlier episodes; what they hold, such as a server's session, is free again."""
+        self._pool.clear()
+
     def _instances(self, rows: Sequence[Row]) -> list[Any]:
         """Return an environment for each row, those of earlier episodes first; one in which a call hung is left."""
         for pool in self._pool.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from grpo_lite.environments.openenv import environment_at
 from grpo_lite.errors import GRPOLiteError
 from tests.killing import train
-from tests.tool_model import run_cli
+from tests.tool_model import run_cli, write_tool_model
 
 SERVER = Path(__file__).with_name("openenv_server.py")
 MISSING = "the extra openenv is not installed (pip install 'grpo-lite[openenv]')"
@@ -123,6 +124,53 @@ def test_a_model_trains_against_a_server(serve: Callable[..., str], tmp_path: Pa
     assert "Server at capacity: 1/1 sessions active" in done.stderr
     assert "In 3 rounds in a row (limits.reward_failures) most of the 16 environments" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_session_ends_with_its_environment(serve: Callable[..., str]) -> None:
+    kind = environment_at(serve("tools", sessions=1))
+    for _ in range(3):
+        environment = kind()
+        environment.reset(wanted=1)
+        assert environment.add(number=1) == "total 1"
+        del environment
+
+
+@pytest.mark.slow
+def test_a_model_is_probed_evaluated_and_asked_with_a_server(serve: Callable[..., str], tmp_path: Path) -> None:
+    """Twelve sessions: eight episodes of a round or of the probe, and four that are held out."""
+    write_tool_model(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"wanted": {n}}}\n' for n in range(1, 17)))
+    recipe = tmp_path / "adding.yaml"
+    recipe.write_text(
+        f"""
+description: adds up
+least_gpu: none
+model: {{id: {tmp_path}, load_in: 32bit}}
+data: {{train: {{path: {rows}}}, prompt: "Add up to {{wanted}}.", answer: null, holdout: 4}}
+environment: openenv:{serve("tools", sessions=12)}
+rewards: []
+grpo:
+  {{max_tool_calling_iterations: 3, max_completion_length: 60, num_generations: 4, per_device_train_batch_size: 8,
+    gradient_accumulation_steps: 1, max_steps: 1, gradient_checkpointing: false}}
+eval: {{samples: 2, batch_size: 4, every: 1}}
+merge: false
+"""
+    )
+    run = tmp_path / "run"
+    probed = run_cli("probe", str(recipe))
+    assert "episode" in probed.stdout, probed.stderr
+    assert "at capacity" not in probed.stdout + probed.stderr
+    trained = run_cli("train", str(recipe), "--run", str(run))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "at capacity" not in trained.stdout + trained.stderr
+    scores = json.loads((run / "metrics.json").read_text())
+    assert (scores["n"], scores["unusable_golds"]) == (4, 0)
+    assert scores["episodes"]["trained"]["calls"] > 0
+    answered = run_cli("chat", str(run), '{"wanted": 3}')
+    assert answered.returncode == 0, answered.stdout + answered.stderr
+    assert "→ add(" in answered.stdout
 
 
 def test_an_address_without_a_server_is_one_line() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from grpo_lite.environments.verifiers import environment_of, rows, task_reward
 from grpo_lite.errors import GRPOLiteError
+from tests import tool_model
 from tests.killing import train
-from tests.tool_model import run_cli
+from tests.tool_model import run_cli, write_tool_model
 
 MISSING = "the extra verifiers is not installed (pip install 'grpo-lite[verifiers]')"
 LOAD = """
@@ -110,6 +111,44 @@ def test_a_model_trains_on_a_taskset(taskset: str, tmp_path: Path) -> None:
     done = run_cli(*train(run, "environment"), data, reward, f"environment=verifiers:{taskset}", "grpo.max_steps=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rewards/task_reward/mean" in json.loads((run / "metrics.jsonl").read_text())
+
+
+@pytest.mark.slow
+def test_a_model_is_probed_evaluated_and_asked_on_a_taskset(taskset: str, tmp_path: Path) -> None:
+    calls = tuple(tool_model.call("adding_add", number=number) for number in (-1, 1, 2, 3, 5))
+    model = write_tool_model(tmp_path / "model", calls)
+    recipe = tmp_path / "adding.yaml"
+    recipe.write_text(
+        f"""
+description: adds up
+least_gpu: none
+model: {{id: {model}, load_in: 32bit}}
+data:
+  train: {{generator: verifiers, kwargs: {{taskset: adding, num_tasks: 16, size: 16}}}}
+  prompt: "{{question}}"
+  answer: null
+  holdout: 4
+environment: verifiers:{taskset}
+rewards: [{{function: grpo_lite.environments.verifiers.task_reward}}]
+grpo:
+  {{max_tool_calling_iterations: 3, max_completion_length: 60, num_generations: 4, per_device_train_batch_size: 8,
+    gradient_accumulation_steps: 1, max_steps: 1, gradient_checkpointing: false}}
+eval: {{samples: 2, batch_size: 4, every: 1}}
+merge: false
+"""
+    )
+    run = tmp_path / "run"
+    probed = run_cli("probe", str(recipe))
+    assert "calls an episode" in probed.stdout, probed.stdout + probed.stderr
+    trained = run_cli("train", str(recipe), "--run", str(run))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    scores = json.loads((run / "metrics.json").read_text())
+    assert (scores["n"], scores["unusable_golds"]) == (4, 0)
+    assert scores["episodes"]["trained"]["calls"] > 0
+    row = rows(taskset, 1, {"num_tasks": 16})[0]
+    answered = run_cli("chat", str(run), json.dumps(row))
+    assert answered.returncode == 0, answered.stdout + answered.stderr
+    assert "→ adding_add(" in answered.stdout
 
 
 @pytest.mark.parametrize(
