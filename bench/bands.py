@@ -10,7 +10,6 @@ mean over three steps (grpo_lite/report/expected.py compares a run's own such me
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,9 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.machine import processor
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.report.evidence import Evidence, read_steps
 from grpo_lite.report.expected import smoothed
@@ -52,7 +54,7 @@ def main() -> None:
     section = {
         "source": source,
         "model": recipe.model.id,
-        "hardware": cpu(),
+        "hardware": f"CPU, {processor()}",
         "metric": arguments.metric,
         "points": points(series),
     }
@@ -71,15 +73,6 @@ def band(values: list[float]) -> tuple[float, float]:
     """Return mean ± 2 standard deviations, or the whole range where that is wider."""
     mean, spread = statistics.mean(values), 2 * statistics.stdev(values)
     return round(min(mean - spread, *values), 3), round(max(mean + spread, *values), 3)
-
-
-def cpu() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"CPU, {names[0]}" if names else platform.machine()
 
 
 if __name__ == "__main__":

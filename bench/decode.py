@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from bench.decode_peers import PEERS, Unavailable  # noqa: E402
+from bench.machine import processor  # noqa: E402
 from bench.random_model import random_model  # noqa: E402
 from grpo_lite.bootstrap import nvidia_driver  # noqa: E402
 from grpo_lite.engine import attention  # noqa: E402
@@ -342,9 +343,7 @@ def machine(device: str) -> dict[str, str]:
 
 def cpu_name() -> str:
     """Return the processor's name and what PyTorch's kernels use of it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def table(record: dict[str, Any]) -> str:

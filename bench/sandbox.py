@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.machine import processor  # noqa: E402
 from rewards import sandbox  # noqa: E402
 from rewards.sandbox import Call, Calls, run_tests  # noqa: E402
 from rewards.sandbox.pool import Worker, pool_for  # noqa: E402
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     print(
-        f"Machine: {_processor()}, {cores} cores, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"Machine: {processor()}, {cores} cores, Linux {platform.release()}, Python {platform.python_version()}, "
         f"user {os.getuid()}; load {os.getloadavg()[0]:.1f} before the run.\n"
     )
     if arguments.what == "speed":
@@ -62,13 +63,6 @@ def main() -> None:
         print_soak(arguments.programs or 10_000)
     else:
         print_attacks(arguments.cases)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
 
 
 def _tests() -> Calls:
