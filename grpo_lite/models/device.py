@@ -53,8 +53,8 @@ class Card:
     gb_per_s: float = 0.0  # of its memory, as published; 0: not known
 
 
-# Speeds: NVIDIA's data sheets of T4, L4, A10, A100 and H100 SXM. GeForce cards multiply in 16 bit at twice the float32
-# rate of their data sheet where they add up in float32 (Ada white paper: 82.6 and 165.2 for the RTX 4090).
+# Speeds: as NVIDIA publishes them, as far as known here: about half were read on other people's pages, none in a data
+# sheet. GeForce cards count with twice their float32 rate, which is what they reach when they add up in float32.
 CARDS = {
     "t4": Card("Tesla T4 16 GB", int(14.56 * 2**30), bfloat16=False, tflops=65, gb_per_s=320),
     "rtx3060-12": Card("RTX 3060 12 GB", int(11.6 * 2**30), bfloat16=True, tflops=25.5, gb_per_s=360),
