@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_lite.engine import recompute
+
 
 def shorten_lora(model: nn.Module) -> int:
     """Replace the forward of the LoRA layers on linear layers by the short one; return how many were replaced."""
@@ -42,10 +44,47 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = type(layer).forward(layer, x)
         return result
     result = layer.base_layer(x)
+    if recompute.is_recomputed(x):
+        result = _Update.apply(result, x, down, up, layer.scaling[name])
+        return result
     low = nn.functional.linear(x, down)
     transposed = up.t() if torch.is_grad_enabled() or x.device.type == "cpu" else _cast_once(up)
     updated = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), transposed, alpha=layer.scaling[name])
     return updated.to(result.dtype).view(result.shape)
+
+
+class _Update(torch.autograd.Function):
+    """`result + scaling * x @ down.T @ up.T`, for an `x` that is computed again: keeps what it is computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            low = torch.mm(x.flatten(0, -2).to(dtype), down.to(dtype).t())
+            updated = torch.addmm(result.flatten(0, -2).to(dtype), low, up.to(dtype).t(), alpha=scaling)
+        ctx.recipe, kept = recompute.read(x)
+        ctx.save_for_backward(low, down, up, *kept)
+        ctx.scaling = scaling
+        return updated.to(result.dtype).view(result.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, down, up, *kept = ctx.saved_tensors
+        x: Tensor = ctx.recipe.again(kept)
+        flat = grad.flatten(0, -2).to(low.dtype)
+        low_grad = _scaled_mm(flat, up.to(low.dtype), ctx.scaling)
+        down_grad = torch.mm(low_grad.t(), x.flatten(0, -2).to(low.dtype)).to(down.dtype)
+        up_grad = _scaled_mm(flat.t(), low, ctx.scaling).to(up.dtype)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = torch.mm(low_grad, down.to(low.dtype)).to(x.dtype).view(x.shape)
+        return grad, x_grad, down_grad, up_grad, None
+
+
+def _scaled_mm(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """Return `scale * one @ other` by one kernel."""
+    return torch.addmm(one.new_zeros(1), one, other, beta=0, alpha=scale)
 
 
 def _cast_once(weight: Tensor) -> Tensor:

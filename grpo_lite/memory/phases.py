@@ -23,6 +23,7 @@ FRAGMENTATION = 0.06  # of what is allocated beyond the weights, with expandable
 # Counted, but made inside kernels: cuBLAS takes 8 MiB a handle (32 MiB on Hopper), attention's backward an fp32 copy.
 WORKSPACE_BYTES = 64 << 20
 CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
+RECOMPUTED_ELEMENTS = 1 << 22  # recompute.CHUNK_ELEMENTS_GPU (a test compares them)
 PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
 
 # Bytes for each number that a token's recurrence computes with (Block.mixed): saved for backward, added by backward at
@@ -86,6 +87,11 @@ class Job:
     def is_packed(self) -> bool:
         """Whether forward and backward are group-packed."""
         return self.compute == "packed"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether norms and gated products are computed again in backward (engine/recompute.py)."""
+        return self.is_packed and not self.checkpointing
 
     @property
     def is_shared(self) -> bool:
@@ -313,13 +319,17 @@ def wave(job: Job) -> tuple[int, int]:
 def _block(job: Job, block: Block) -> tuple[int, int]:
     """Return, for one decoder layer, what its forward saves for backward, and what its backward adds at its peak."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
-    norms = block.norms * (4 + width) * shape.hidden  # the input in float32, the output
-    gated = 4 * width * block.mlp  # gate, its activation, up, their product
-    routed = 2 * width * block.routed  # what experts are given, and what they give
+    if job.recomputes:
+        norms = block.norms * width * shape.hidden  # the input
+        gated = (4 if block.keeps_product else 2) * width * block.mlp  # gate and up; else activation and product too
+    else:
+        norms = block.norms * (4 + width) * shape.hidden  # the input in float32, the output
+        gated = 4 * width * block.mlp  # gate, its activation, up, their product
     adapters = 26 * job.rank * len(block.linears) // 7  # measured on blocks of seven linear layers
+    routed = 2 * width * block.routed  # what experts are given, and what they give
     saved, recurrence, scoring = tokens * (norms + gated + routed + adapters), 0, 0
     if attention := block.attention:
-        saved += tokens * _attention(attention, width)
+        saved += tokens * _attention(attention, width, job.recomputes)
         attended = job.microbatch_rows * job.longest if job.is_packed else 0  # each completion with its prompt
         saved += 2 * width * attention.queries * attended
         if not job.is_packed:
@@ -333,7 +343,10 @@ def _block(job: Job, block: Block) -> tuple[int, int]:
         saved += int(SAVED[block.recurrent] * mixed)
         recurrence = int(BACKWARD[block.recurrent] * mixed)
     weight = 0 if job.load_in in ("16bit", "32bit") else width * shape.largest_linear  # dequantized
-    elementwise, product = 2 * width * tokens * block.mlp, width * tokens * block.mlp + weight
+    numbers = tokens * block.mlp
+    elementwise, product = 2 * width * numbers, width * numbers + weight
+    if job.recomputes and not block.keeps_product:  # of gate, up and product, and a chunk of what is computed again
+        elementwise = 3 * width * numbers + 4 * width * min(numbers, RECOMPUTED_ELEMENTS)
     transient = max(elementwise, product, recurrence, scoring, 3 * tokens * routed // 4)
     return saved, transient + width * tokens * shape.hidden
 
@@ -360,11 +373,11 @@ def _scores_at_once(job: Job) -> int:
     return max(job.prompt**2, job.completion * job.longest) if job.is_packed else _scores(job)
 
 
-def _attention(attention: Attention, width: int) -> int:
+def _attention(attention: Attention, width: int, recomputes: bool) -> int:
     """Return what attention saves of a token, without its keys and values behind a prompt."""
     saved = 5 * width * attention.queries  # queries, keys and values spread over the heads, output, its contiguous copy
     if attention.has_norms:
-        saved += 4 * (attention.queries + attention.keys)
+        saved += (width if recomputes else 4) * (attention.queries + attention.keys)
     if attention.is_gated:
         saved += 2 * width * attention.queries  # the gate's sigmoid, the product
     return saved
@@ -374,13 +387,14 @@ def _head(job: Job) -> int:
     """Return the output head's working set: hidden states, the Jacobian's rows, a chunk of logits."""
     shape, tokens, width = job.shape, job.microbatch_tokens, job.dtype_bytes
     scored = job.microbatch_rows * job.completion
-    hidden = tokens * shape.hidden * (4 + width)  # the last norm's input in float32 and its output
+    # The last norm's input, in float32 where it is kept as the norm takes it, and its output.
+    hidden = tokens * shape.hidden * ((width if job.recomputes else 4) + width)
     if not job.is_packed:
         tile = min(scored, PLAIN_TOKENS) * PLAIN_VOCABULARY * width
         gradient = scored * shape.hidden * (4 + width) + 2 * width * tokens * shape.hidden  # of the rows scored, of all
         return hidden + scored * shape.hidden * width + max(tile + 4 * scored * shape.hidden, gradient)
     rows = max(16, CHUNK_ELEMENTS // shape.vocab)
-    chunk = min(rows, scored) * shape.vocab * ((16 if scored > rows else 12) + 8 * shape.caps_logits)
+    chunk = min(rows, scored) * shape.vocab * (10 + 8 * shape.caps_logits)
     backward = scored * shape.hidden * (4 + width)
     return hidden + 2 * scored * shape.hidden * width + max(chunk, backward)
 

@@ -73,6 +73,7 @@ class Block:
     attention: Attention | None = None
     recurrent: Recurrent | None = None
     mlp: int = 0  # width of the MLP that a token passes through, its experts' together
+    keeps_product: bool = False  # of its MLP, for backward; that of others is computed again (recompute.py)
     routed: int = 0  # numbers that a token's experts are given, together
     experts: int = 0  # weights of experts and their router, which are neither quantized nor adapted
     unadapted: frozenset[str] = frozenset()  # names of linear layers that `all-linear` leaves out
@@ -339,6 +340,7 @@ def _block(config: Mapping[str, Any], kind: str, layer: int, mixer: Mixer) -> Bl
         attention=next((part.attention for part in parts if part.attention), None),
         recurrent=next((part.recurrent for part in parts if part.recurrent), None),
         mlp=sum(part.mlp for part in parts),
+        keeps_product=any(part.keeps_product for part in parts),
         routed=sum(part.routed for part in parts),
         experts=sum(part.experts for part in parts),
         unadapted=frozenset[str]().union(*(part.unadapted for part in parts)),
@@ -534,7 +536,8 @@ def _mlp(config: Mapping[str, Any], kind: str, layer: int) -> Block:
     if kind == "nemotron_h":  # not gated
         linears = linears[1:]
     bias = bool(config.get("mlp_bias")) * sum(outputs for _, _, outputs in linears)
-    return Block(linears, bias, mlp=width, unadapted=_of_expert_names(kind))
+    own_formula = kind in ("falcon_h1", "nemotron_h")
+    return Block(linears, bias, mlp=width, keeps_product=own_formula, unadapted=_of_expert_names(kind))
 
 
 def _experts(config: Mapping[str, Any], kind: str) -> Block:
@@ -565,6 +568,7 @@ def _experts(config: Mapping[str, Any], kind: str) -> Block:
         small,
         # gpt-oss clamps both halves, and scales and shifts them: twice as many steps of the same width
         mlp=chosen * each * (2 if kind == "gpt_oss" else 1) + shared,
+        keeps_product=True,
         routed=chosen * (config.get("moe_latent_size") or hidden),
         experts=count * weights + router,
         unadapted=_of_expert_names(kind),

@@ -17,6 +17,7 @@ from grpo_lite.engine.decode import Rollout
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.out_of_memory import trim_heap
 from grpo_lite.engine.quantised import keep_weights_unpacked
+from grpo_lite.engine.recompute import keep_less
 from grpo_lite.engine.rollout_weights import rollout_weights
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder, engine_of
@@ -45,6 +46,8 @@ class Rollouts:
         keep_weights_unpacked(trainer.model)
         if not trainer.options.is_plain:
             shorten_lora(trainer.model)
+            if not trainer.args.gradient_checkpointing:
+                keep_less(trainer.model)
 
     def reread_special_tokens(self, prompts: list[Any], ids: list[list[int]]) -> None:
         """Replace the ids of prompts whose text spells special tokens, which TRL reads as markup."""

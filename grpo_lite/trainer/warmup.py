@@ -36,6 +36,7 @@ from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.packing import pack_rows
 from grpo_lite.engine.quantised import keep_weights_unpacked
+from grpo_lite.engine.recompute import keep_less
 from grpo_lite.engine.score import Scoring, base_model, score, scores_from_logits
 from grpo_lite.errors import MemoryBudgetError
 from grpo_lite.task.traces import Trace
@@ -197,6 +198,8 @@ class WarmupTrainer(SFTTrainer):
         keep_weights_unpacked(self.model)
         if own_layers:
             shorten_lora(self.model)
+            if not self.args.gradient_checkpointing:
+                keep_less(self.model)
         if held:
             self.add_callback(HeldOutLoss(self))
 

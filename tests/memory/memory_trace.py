@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_lite.engine import attention, blockwise, decoding_layers
+from grpo_lite.engine import attention, blockwise, decoding_layers, recompute
 from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.decode import Sampling
 from grpo_lite.engine.decoding_layers import DecodingLayers
@@ -81,11 +81,12 @@ def pretend_cuda() -> Iterator[None]:
     torch.is_autocast_enabled = lambda device="cpu": real(device)  # type: ignore[assignment]
     logprobs.CHUNK_ELEMENTS_CPU = logprobs.CHUNK_ELEMENTS_GPU
     blocks, blockwise.serves = blockwise.serves, lambda query: False
+    numbers, recompute.CHUNK_ELEMENTS_CPU = recompute.CHUNK_ELEMENTS_CPU, recompute.CHUNK_ELEMENTS_GPU
     try:
         yield
     finally:
         torch.is_autocast_enabled, logprobs.CHUNK_ELEMENTS_CPU = real, chunk
-        decoding_layers._can_be_fused, blockwise.serves = norms, blocks
+        decoding_layers._can_be_fused, blockwise.serves, recompute.CHUNK_ELEMENTS_CPU = norms, blocks, numbers
 
 
 def build_model(config: dict[str, Any], load_in: str, rank: int, dtype: torch.dtype, checkpointing: bool) -> Any:
@@ -196,6 +197,8 @@ def trace_training(
     Those of a prompt begin with so many tokens in common.
     """
     model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
+    if not checkpointing:
+        recompute.keep_less(model)
     group = group or rows
     groups = [list(range(start, min(start + group, rows))) for start in range(0, rows, group)]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
@@ -220,6 +223,8 @@ def trace_packed_warmup(
 ) -> Traced:
     """Count a part of a warm-up's step: `rows` rows that share no prompt, laid out as `pack_rows` does."""
     model = build_model(config, load_in, rank, torch.bfloat16, checkpointing)
+    if not checkpointing:
+        recompute.keep_less(model)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, pretend_cuda():
         static = static_bytes(model, live)
         ids, scored = torch.zeros((1, rows * (prompt + completion)), dtype=torch.long), rows * completion

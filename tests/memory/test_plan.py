@@ -15,7 +15,7 @@ import pytest
 import torch
 import trl.trainer.utils
 
-from grpo_lite.engine import row_cache, static_decode
+from grpo_lite.engine import recompute, row_cache, static_decode
 from grpo_lite.engine import score as logprobs
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import Sampling
@@ -29,6 +29,7 @@ from grpo_lite.memory.phases import (
     PLAIN_TOKENS,
     PLAIN_VOCABULARY,
     READ_AT_ONCE,
+    RECOMPUTED_ELEMENTS,
     ROW_STEPS,
     SCORED_AT_ONCE,
     WORKSPACE_BYTES,
@@ -456,8 +457,9 @@ def test_no_planned_constant_hides_a_larger_model() -> None:
     assert planned / (traced.static + max(traced.forward, traced.backward)) < 0.97
 
 
-def test_the_head_s_chunk_is_the_one_that_is_used() -> None:
+def test_the_chunks_are_those_that_are_used() -> None:
     assert CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS_GPU
+    assert RECOMPUTED_ELEMENTS == recompute.CHUNK_ELEMENTS_GPU
 
 
 @pytest.mark.parametrize("completion", [2, 16, 17, 18, 33, 64, 65, 100])
