@@ -325,7 +325,7 @@ def plan(
     from grpo_lite.memory.times import held_out_rows
 
     loaded = load_recipe(recipe or "quickstart", overrides)
-    limit_s = read_duration(budget) if budget else None
+    limit_s = None if budget is None else read_duration(budget)
     card = find_card(gpu) if gpu else _this_card(required=limit_s is None)
     memory = plan_recipe(loaded, card, prompt_tokens) if card else None
     rows = held_out_rows(loaded)
@@ -446,13 +446,13 @@ def warmup(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain:
 def reproduce_anchor(recipe: str, overrides: tuple[str, ...], run_path: str | None, plain: bool) -> None:
     """Train a recipe that has `expected:`, and say in one line whether the result is inside the band. Resumes."""
     from grpo_lite.recipe.find import anchor_names
-    from grpo_lite.recipe.load import load_recipe
+    from grpo_lite.recipe.load import load_all, load_recipe
     from grpo_lite.report.evidence import read_evidence
     from grpo_lite.report.expected import standing_line
 
     loaded = load_recipe(recipe, overrides)
     if loaded.expected is None:
-        having = anchor_names()
+        having = [*(name for name, other in load_all()[0].items() if other.expected), *anchor_names()]
         raise RecipeError(
             f"{loaded.name}: has no section `expected:`, so there is no band. These have one: {', '.join(having)}."
         )
@@ -476,7 +476,7 @@ def _train(
     from grpo_lite.units import duration
 
     begun = time.monotonic()
-    limit_s = read_duration(budget) if budget else None
+    limit_s = None if budget is None else read_duration(budget)
     loaded = load_recipe(recipe, overrides)
     if warmup_only and loaded.warmup is None:
         raise RecipeError(

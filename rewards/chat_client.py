@@ -47,7 +47,7 @@ class ChatClient:
             import httpx
         except ImportError:
             raise ModuleNotFoundError(
-                "judge_reward needs httpx: pip install 'grpo-lite[judge]' (in a checkout: pip install httpx)"
+                "judge_reward needs httpx: pip install 'grpo-lite[judge]' (in a checkout: .venv/bin/pip install httpx)"
             ) from None
         self._errors = httpx.HTTPError
         self.url = f"{base_url.rstrip('/')}/chat/completions"

@@ -105,9 +105,10 @@ def open_index(corpus: str | None) -> Index:
     if corpus == TOWNS:
         return _towns_index()
     if not isinstance(corpus, str) or not Path(corpus).expanduser().is_file():
+        missing = ", and there is no such file" if isinstance(corpus, str) else ""
         raise DataError(
-            f"search: the column 'corpus' is {corpus!r}. It must name a .txt or .jsonl file of passages, or be "
-            f"{TOWNS!r}, the kit's own text."
+            f"search: the column 'corpus' is {corpus!r}{missing}. It must name a .txt or .jsonl file of passages, or "
+            f"be {TOWNS!r}, the kit's own text."
         )
     path = Path(corpus).expanduser().resolve()
     state = path.stat()
@@ -138,8 +139,8 @@ def _library() -> Any:
         import bm25s
     except ImportError:
         raise DataError(
-            "search: the environment needs its library: pip install 'grpo-lite[search]' (in a checkout: pip install "
-            "bm25s)."
+            "search: the environment needs its library: pip install 'grpo-lite[search]' (in a checkout: .venv/bin/pip "
+            "install bm25s)."
         ) from None
     logging.getLogger("bm25s").setLevel(logging.ERROR)  # it warns of each query without a known word
     return bm25s

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_lite.commands import either, hint
 from grpo_lite.errors import GRPOLiteError
-from grpo_lite.memory.card_time import card_times
+from grpo_lite.memory.card_time import card_times, not_estimated
 from grpo_lite.memory.plan import MemoryPlan
 from grpo_lite.memory.times import Times, held_out_rows, kept_times, measured_times
 from grpo_lite.models.device import Card, published_speed
@@ -79,8 +79,8 @@ def read_duration(text: str) -> float:
     if not 0 < seconds <= LONGEST_S:
         option = either("BUDGET=", "--budget ")
         raise GRPOLiteError(
-            f"{option}{text}: is no time. Write hours, minutes or seconds, up to 30 days: {option}3h, {option}90m or "
-            f"{option}2h30m."
+            f"{option}{text}: not a time above 0 and up to 30 days. Write hours, minutes or seconds, such as "
+            f"{option}3h, {option}90m or {option}2h30m."
         )
     return seconds
 
@@ -164,11 +164,14 @@ def plan_budget(
     if times is None and card and plan:
         times = card_times(recipe, plan.job, card)
     if times is None:
-        where = f"on {card.name}" if card else "here"
+        if card and plan:
+            why = f"on {card.name} is not known, and it is not estimated {not_estimated(recipe, plan.job, card)}. "
+        else:
+            why = f"here is not known. Name a card for an estimate ({either('GPU=t4', '--gpu t4')}). "
         raise GRPOLiteError(
-            f"{recipe.name}: how long a step takes {where} is not known, and cannot be estimated honestly. Measure it "
-            f"on the machine that will train ({hint('probe', recipe=recipe.name)}), or let "
-            f"{hint('train', recipe=recipe.name, budget=brief(limit_s))} measure it."
+            f"{recipe.name}: how long a step takes {why}On the machine that will train, "
+            f"{hint('probe', recipe=recipe.name)} measures it, and so does "
+            f"{hint('train', recipe=recipe.name, budget=brief(limit_s))}."
         )
     steps = recipe.schedule.max_steps if recipe.schedule.max_steps > 0 else int(kept.get("steps") or 0)
     if not steps:
@@ -288,20 +291,23 @@ def budget_lines(recipe: Recipe, budget: Budget) -> Iterator[str]:
     times = budget.times
     completions = round(budget.steps * recipe.schedule.sampled_per_step)
     yield f"budget: {brief(budget.limit_s)} for everything, set-up of packages apart; times {times.source}"
-    of = f" of {budget.whole_steps}" if budget.steps != budget.whole_steps else ""
+    of = f" of {budget.whole_steps:,}" if budget.steps != budget.whole_steps else ""
     yield (
-        f"budget: training: {budget.steps}{of} steps of {times.step_s:.3g} s, {completions:,} completions, "
+        f"budget: training: {budget.steps:,}{of} steps of {times.step_s:.3g} s, {completions:,} completions, "
         f"{duration(budget.training_s)}"
     )
-    of = f" of {budget.whole_rows}" if budget.rows != budget.whole_rows else ""
+    of = f" of {budget.whole_rows:,}" if budget.rows != budget.whole_rows else ""
     if recipe.eval.enabled:
-        yield f"budget: evaluation: {budget.rows}{of} problems, {duration(budget.evaluation_s)}"
+        yield f"budget: evaluation: {budget.rows:,}{of} problems, {duration(budget.evaluation_s)}"
     counted = " (the warm-up is not counted)" if recipe.warmup and not times.warmup_s else ""
     before = f", {duration(budget.spent_s)} until now" if budget.spent_s >= 1 else ""
     yield f"budget: start, warm-up and merge: {duration(budget.fixed_s)}{counted}{before}"
     low, high = times.bounds(recipe, budget.expected_s - budget.spent_s)
     likely, whole = span(budget.spent_s + low, budget.spent_s + high), span(*times.bounds(recipe, budget.whole_s))
     yield f"budget: about {duration(budget.expected_s)} in all, within {likely}; the whole recipe: {whole}"
-    yield f"budget: chosen: {' '.join(budget.overrides)}"
+    if budget.expected_s <= budget.limit_s < budget.spent_s + high:
+        yield "budget: should it not fit after all, training pauses in time to evaluate and merge"
+    if budget.overrides:
+        yield f"budget: chosen: {' '.join(budget.overrides)}"
     for note in budget.notes:
         yield f"budget: {note}"

@@ -56,18 +56,14 @@ class Estimate:
 
 
 def card_times(recipe: Recipe, job: Job, card: Card) -> Times | None:
-    """Return the estimate, or None where nothing honest can be said.
-
-    Not estimated: cards without published speeds, episodes with tools, computing in float32, recurrent layers
-    (whose kernels may or may not be installed), experts.
+    """Return the estimate, or None where nothing honest can be said (`not_estimated`).
 
     Args:
         recipe: the recipe.
         job: its job on the card, budgets chosen (`MemoryPlan.job`).
         card: with its speeds.
     """
-    odd = any(block.recurrent or block.experts for block, _ in job.shape.blocks)
-    if not card.tflops or not card.gb_per_s or odd or recipe.has_tools or job.dtype_bytes == 4 or job.rollout == "vllm":
+    if not_estimated(recipe, job, card):
         return None
     likely = estimate(recipe, job, card, LIKELY)
     return Times(
@@ -80,6 +76,20 @@ def card_times(recipe: Recipe, job: Job, card: Card) -> Times | None:
         warmup_s=likely.warmup_s,
         start_s=START_S,
     )
+
+
+def not_estimated(recipe: Recipe, job: Job, card: Card) -> str:
+    """Return what keeps this from being estimated, after "it is not estimated"; empty where it is."""
+    blocks = [block for block, _ in job.shape.blocks]
+    reasons = {
+        "for a card whose speed is not in our table": not (card.tflops and card.gb_per_s),
+        "for recipes with tools": recipe.has_tools,
+        "for models with recurrent layers": any(block.recurrent for block in blocks),  # kernels may not be installed
+        "for models with experts": any(block.experts for block in blocks),
+        "where it computes in float32": job.dtype_bytes == 4,
+        "with vLLM": job.rollout == "vllm",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _range(recipe: Recipe, job: Job, card: Card) -> tuple[float, float]:

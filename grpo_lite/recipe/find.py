@@ -39,6 +39,9 @@ def find_recipe(name_or_path: str) -> Path:
             return local
         if shipped.is_file():
             return shipped
+        beside = shipped_dir() / ANCHORS / shipped.name  # a recipe's own name has no folder, and commands name it so
+        if beside.is_file():
+            return beside
     anchor = f"{ANCHORS}/{name_or_path}"
     meant = [name for name in anchor_names() if name.startswith(anchor)]  # such as tina, for anchors/tina-1.5b
     guess = f" (did you mean {meant[0]!r}?)" if meant else nearest(name_or_path, [*recipe_names(), *anchor_names()])

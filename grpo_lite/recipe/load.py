@@ -281,6 +281,9 @@ def _own_faults(error: ValidationError) -> Iterable[str]:
                 continue
             hint = nearest(str(item["loc"][-1]), allowed)
             yield f"{where}: unknown key{hint}. Allowed: {', '.join(sorted(allowed))}."
+        elif item["type"] == "missing" and isinstance(item["loc"][-1], int):  # of a row such as [step, low, high]
+            row, field = _dotted(item["loc"][:-1]), _describe(item["loc"][:-2])
+            yield f"{row}: {value!r} is given, and a value is missing. {field}"
         elif item["type"] == "missing":
             yield f"{where}: missing. {_describe(item['loc'])}"
         elif item["type"] == "value_error":

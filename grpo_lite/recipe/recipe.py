@@ -414,7 +414,9 @@ class Recipe(_Section):
     @classmethod
     def _first_is_no_gate(cls, rewards: list[RewardSection]) -> list[RewardSection]:
         if rewards and rewards[0].gate:
-            raise ValueError("the first reward opens the gate, so it cannot be gated itself")
+            raise ValueError(
+                "the first reward opens the gate, so it cannot be gated itself. Put the reward for what is right first"
+            )
         return rewards
 
     @model_validator(mode="after")

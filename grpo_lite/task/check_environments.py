@@ -165,7 +165,8 @@ def _asked(policy: Callable[[Row], Any], row: Row) -> Any:
         return policy(copy.deepcopy(row))
     except Exception as error:
         raise RewardError(
-            f"environment: {policy.__name__}(row) raised {type(error).__name__}: {error}, with the row {row}."
+            f"environment: {policy.__name__}(row) raised {type(error).__name__}: {str(error).rstrip('.')}, "
+            f"with the row {row}."
         ) from error
 
 
@@ -216,5 +217,5 @@ def _episode(
         ) from None
     except Exception as error:
         raise RewardError(
-            f"environment: {title} raised {type(error).__name__}: {error}, with the row {row}."
+            f"environment: {title} raised {type(error).__name__}: {str(error).rstrip('.')}, with the row {row}."
         ) from error

@@ -360,7 +360,7 @@ def test_a_question_about_a_file_of_one_s_own_is_found_by_its_own_words(tmp_path
 
 def test_without_its_library_the_search_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(DataError, match=r"pip install 'grpo-lite\[search\]' \(in a checkout: pip install bm25s\)"):
+    with pytest.raises(DataError, match=r"'grpo-lite\[search\]' \(in a checkout: \.venv/bin/pip install bm25s\)"):
         load_toolkit(load_recipe("search"))
 
 
@@ -378,7 +378,7 @@ def test_search_shows_bounded_passages_of_text_and_json_lines(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name, content, expected",
-    [("none.txt", None, "It must name"), ("a.jsonl", "{}", "KeyError"), ("a.jsonl", "[1", "cannot be read"),
+    [("none.txt", None, "there is no such file"), ("a.jsonl", "{}", "KeyError"), ("a.jsonl", "[1", "cannot be read"),
      ("a.txt", " \n\n ", "no passages"), ("a.txt", "\udcff", "cannot be read")],
 )  # fmt: skip
 def test_search_refuses_a_file_without_passages(tmp_path: Path, name: str, content: str | None, expected: str) -> None:

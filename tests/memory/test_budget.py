@@ -39,7 +39,7 @@ def test_a_duration_is_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "3", "h", "-3h", "0h", "3d", "1h30", "30m1h", "nan", "9999h", "1e3h"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(GRPOLiteError, match=r"is no time\. Write hours, minutes or seconds"):
+    with pytest.raises(GRPOLiteError, match=r"not a time above 0 and up to 30 days\. Write hours"):
         read_duration(text)
 
 
@@ -218,10 +218,24 @@ def test_a_warm_up_counts_by_its_tokens_and_by_what_it_samples(tmp_path: Path, m
 
 def test_without_any_speed_a_plan_says_how_to_measure_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
-    for arguments in (["plan", "gsm8k"], ["plan", "qwen3.5-2b", "--gpu", "t4"], ["plan", "gsm8k", "--gpu", "11GiB"]):
-        text = in_process(*arguments, "--budget", "3h", expect=1)
-        assert "is not known, and cannot be estimated honestly. Measure it" in text
-    assert "BUDGET=3x: is no time" in in_process("plan", "gsm8k", "--gpu", "t4", "--budget", "3x", expect=1)
+    for arguments, why in (
+        (["gsm8k"], "Name a card for an estimate (GPU=t4)"),
+        (["qwen3.5-2b", "--gpu", "t4"], "not estimated for models with recurrent layers"),
+        (["search", "--gpu", "t4"], "not estimated for recipes with tools"),
+        (["gsm8k", "--gpu", "11GiB"], "not estimated for a card whose speed is not in our table"),
+    ):
+        text = in_process("plan", *arguments, "--budget", "3h", expect=1)
+        assert why in text
+        assert f"make probe RECIPE={arguments[0]} measures it, and so does make train" in text
+    for wrong in ("3x", "0", ""):
+        said = in_process("plan", "gsm8k", "--gpu", "t4", "--budget", wrong, expect=1)
+        assert f"BUDGET={wrong}: not a time" in said
+
+
+def test_a_plan_that_may_take_longer_than_the_budget_says_what_happens_then() -> None:
+    pauses = "budget: should it not fit after all, training pauses in time to evaluate and merge"
+    assert pauses in in_process("plan", "gsm8k", "--gpu", "t4", "--budget", "3h")
+    assert pauses not in in_process("plan", "gsm8k", "--gpu", "t4", "--budget", "24h")
 
 
 def test_the_command_says_what_fits_and_what_it_can_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,11 +89,17 @@ def test_recipes_lists_the_anchors_in_a_section_of_their_own_with_the_published_
         assert str(recipe.expected.published) in line
 
 
-@pytest.mark.parametrize("name", ["verl-gsm8k-3b", "tina", "anchors/tina-1.5"])
-def test_a_name_without_its_folder_or_end_is_answered_with_the_anchor(name: str) -> None:
+@pytest.mark.parametrize("name", ["verl-gsm8k-3", "tina", "anchors/tina-1.5"])
+def test_a_name_without_its_end_is_answered_with_the_anchor(name: str) -> None:
     said = in_process("plan", name, "--gpu", "h100", expect=1)
     assert f"did you mean 'anchors/{name.removeprefix('anchors/')}" in said
     assert "Beside a published result: anchors/" in said
+
+
+def test_the_command_that_a_plan_names_finds_the_anchor() -> None:
+    said = in_process("plan", "anchors/verl-gsm8k-0.5b", "--gpu", "h100")
+    assert "make probe RECIPE=verl-gsm8k-0.5b" in said
+    assert load_recipe("verl-gsm8k-0.5b") == load_recipe("anchors/verl-gsm8k-0.5b")
 
 
 @pytest.mark.parametrize("name", ANCHORS)

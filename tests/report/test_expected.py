@@ -56,6 +56,7 @@ def test_the_band_is_straight_between_its_points(step: int, band: tuple[float, f
     "change, said",
     [
         ({"points": [[2, 0, 1], [2, 0, 1]]}, "expected: points: the steps are [2, 2]"),
+        ({"points": [[2, 0.5]]}, "expected.points[0]: [2, 0.5] is given, and a value is missing. `[step, low, high]`"),
         ({"points": [[2, 0.5, 0.1]]}, "write [step, low, high] with low <= high"),
         ({"metric": "accuracy"}, "expected.metric: 'accuracy' is given; allowed are reward, rewards/NAME/mean"),
         ({"link": "example.org"}, "write an address that begins with https://"),
@@ -207,4 +208,6 @@ def test_reproduce_anchor_ends_with_one_line(tmp_path: Path) -> None:
     path.write_text(dump_recipe(recipe()))
     said = in_process("reproduce-anchor", str(path), "--run", str(run.path))
     assert said == "smoke: inside the band: reward 0.500 at step 10, expected 0.450 to 0.650; a paper, table 1\n"
-    assert "smoke: has no section `expected:`" in in_process("reproduce-anchor", "smoke", expect=1)
+    said = in_process("reproduce-anchor", "smoke", expect=1)
+    assert "smoke: has no section `expected:`" in said
+    assert "These have one: quickstart, sums, tool-sums, anchors/" in said
