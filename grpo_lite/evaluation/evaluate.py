@@ -276,7 +276,7 @@ def compare(
             f"{where}: no held-out row has a usable gold answer. Check data.answer and eval.lenient."
             if "turns" not in base[0]
             else f"{where}: no episode on a held-out row could be judged: `reset` failed, or no score is given. The "
-            "first failures are shown above; `make check-env` plays the environment without a model."
+            f"first failures are shown above; {hint('check-env')} plays the environment without a model."
         )
     result: dict[str, Any] = {"n": len(usable), "unusable_golds": len(base) - len(usable), "measured_at": now()}
     if "truncated" in base[0]:

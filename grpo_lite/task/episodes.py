@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo_lite.commands import hint
 from grpo_lite.environments.play import tools_of
 from grpo_lite.errors import ModelError, RewardError
 from grpo_lite.recipe.recipe import Recipe
@@ -293,7 +294,7 @@ def require_scored(episodes: Sequence[Episode], where: str) -> None:
     if faults and all(faults):
         raise RewardError(
             f"{where}: get_reward failed in all {len(faults)} episodes; the first time: {faults[0].rstrip('.')}. Fix "
-            "it; `make check-env` plays the environment without a model."
+            f"it; {hint('check-env')} plays the environment without a model."
         )
 
 
