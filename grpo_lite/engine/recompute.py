@@ -180,11 +180,18 @@ def _activation(mlp: nn.Module) -> Compute:
 
 
 def _is_equal(mlp: nn.Module, first: Sequence[str], last: str, forward: Callable[..., Tensor]) -> bool:
-    """Return whether `forward` computes what an MLP's own does, tried with tiny layers in the place of its own."""
+    """Return whether `forward` computes what an MLP's own does, tried with tiny layers in the place of its own.
+
+    In training mode, where there may be dropout, and on large numbers, too, which some MLPs limit.
+    """
     twin = copy.copy(mlp)
-    twin._modules = {**mlp._modules, **{name: _Tiny(4, 12 // len(first)) for name in first}, last: _Tiny(6, 4)}
+    twin._modules = {name: copy.copy(child) for name, child in mlp._modules.items()}
+    twin._modules |= {**{name: _Tiny(4, 12 // len(first)) for name in first}, last: _Tiny(6, 4)}
+    for each in (twin, *twin.children()):
+        each.training = True
     x = torch.linspace(-2.0, 3.0, 12, dtype=torch.float64).view(1, 3, 4)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    x = torch.cat([x, 1000.0 * x])
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         try:
             return torch.equal(type(mlp).forward(twin, x), forward(twin, x))
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):

@@ -137,17 +137,39 @@ def test_readers_share_what_is_computed_again_and_it_is_gone_afterwards():
     assert recipe._made is None
 
 
-def test_a_trained_norm_and_an_mlp_of_another_formula_are_left_alone():
-    class Doubled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+class Gated(nn.Module):
+    """A gated MLP, which may do something else besides."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x) * 2)
-            return out
+    def __init__(self, factor: float = 1.0, limit: float = float("inf"), dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+        self.factor, self.limit, self.dropout = factor, limit, nn.Dropout(dropout)
 
-    assert keep_less(Doubled()) == 0
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x).clamp(-self.limit, self.limit)
+        out: Tensor = self.dropout(self.down_proj(nn.functional.silu(gate) * up * self.factor))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        pytest.param({}, 1, id="plain"),
+        pytest.param({"factor": 2.0}, 0, id="another formula"),
+        pytest.param({"limit": 16.0}, 0, id="limited, as Step 3.7"),
+        pytest.param({"dropout": 0.1}, 0, id="dropout, as Seed-OSS"),
+    ],
+)
+def test_an_mlp_that_does_something_else_too_is_left_alone(what: dict[str, float], count: int):
+    """A model comes from a file in eval mode, where dropout does nothing yet."""
+    mlp = Gated(**what).eval()
+    before = torch.get_rng_state()
+    assert keep_less(mlp) == count
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in mlp.modules())
+
+
+def test_a_trained_norm_is_left_alone():
     model = tiny_model()
     expected = gradients(model)
     assert keep_less(model) > 0
