@@ -79,13 +79,17 @@ class Rollouts:
         """Return what `generate`, TRL's `_generate`, does; keys and values are kept between the turns of its rows."""
         if not self.trainer.tools:
             return generate()
+        inner = base_model(self.trainer.accelerator.unwrap_model(self.trainer.model))
         with ExitStack() as held:
             self._episodes = turns = _Turns(Conversations(self.trainer.max_completion_length), held)
             try:
                 generated = generate()
             finally:
                 self._episodes = None
-                engine_of(base_model(self.trainer.accelerator.unwrap_model(self.trainer.model))).end_rollout()
+                engine_of(inner).end_rollout()
+        turns.conversations.clear()
+        if inner.device.type == "cpu":
+            trim_heap()  # the copies of the weights, keys and values
         if turns.conversations.reread_rows and not self._has_said_reread:
             self._has_said_reread = True
             logger.warning(
@@ -121,8 +125,8 @@ class Rollouts:
             del inner.__dict__["generate"]
             if previous is not None:
                 inner.generate = previous
-        if inner.device.type == "cpu":
-            trim_heap()  # the copies of the weights
+        if inner.device.type == "cpu" and turns is None:
+            trim_heap()
         lengths = [len(row) for row in decoder.rollout.entropies]
         if turns is not None and len(lengths) == len(prompt_ids):
             # A row whose episode is at its limit ends before the others; TRL looks for an end token, not for padding.

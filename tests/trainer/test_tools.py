@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.task.environments import tool_template
 from grpo_lite.task.tokens import tool_result_ids
 from grpo_lite.task.tool_guard import ToolGuard
+from grpo_lite.trainer import rollouts
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
 from tests import tool_model
 from tests.tiny import Gradients, relative_difference, tiny_args, tiny_lora
@@ -140,6 +142,23 @@ def test_an_episode_is_trained_as_by_plain_trl(tmp_path: Path, monkeypatch: pyte
     noted, mask = ours[0].rollouts.last, ours[1]["tool_mask"] * ours[1]["completion_mask"]
     for row, logps in enumerate(noted.logps):
         assert [logp != 0 for logp in logps] == mask[row, : len(logps)].bool().tolist()
+
+
+def test_one_copy_of_the_weights_serves_all_turns_and_its_memory_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def copies(*_: Any) -> Iterator[bool]:
+        events.append("copied")
+        yield True
+        events.append("dropped")
+
+    monkeypatch.setattr(rollouts, "rollout_weights", copies)
+    monkeypatch.setattr(rollouts, "trim_heap", lambda: events.append("trimmed"))
+    play(PackedGRPOTrainer, tmp_path, monkeypatch, guard=guard())
+    assert events == ["copied", "dropped", "trimmed"]
 
 
 @pytest.mark.parametrize(
