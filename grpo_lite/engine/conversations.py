@@ -21,6 +21,7 @@ from typing import cast
 import torch
 
 from grpo_lite.engine.cache import GroupCache, KeysValues, RowContents
+from grpo_lite.engine.packing import count_shared
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +134,12 @@ class Conversations:
                 self.reread_rows += was_dropped
                 changed += bool(candidates) and not was_dropped
                 if candidates:
-                    taken[i] = max(candidates, key=lambda kept: _shared(kept.tokens, behind[i]))
+                    taken[i] = max(candidates, key=lambda kept: count_shared(kept.tokens, behind[i]))
                     candidates.remove(taken[i])
         self._waiting, self._ended, self._dropped = {}, [], {}
         for i, kept in sorted(taken.items()):
             # At least one is read: what follows it is asked.
-            if kept.cut(min(_shared(kept.tokens, behind[i]), len(behind[i]) - 1)):
+            if kept.cut(min(count_shared(kept.tokens, behind[i]), len(behind[i]) - 1)):
                 self._waiting[i] = kept
         if changed:
             self.changed_rows += changed
@@ -241,8 +242,3 @@ class Conversations:
     def _drop_unused_prompts(self) -> None:
         used = {row.prompt for row in (*self._ended, *self._waiting.values())}
         self._prompts = {prompt: layers for prompt, layers in self._prompts.items() if prompt in used}
-
-
-def _shared(one: Prompt, other: Prompt) -> int:
-    """Return with how many equal tokens two sequences begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -173,7 +173,7 @@ def _divide(completions: Sequence[list[int]], branches: Sequence[int], prompt_le
     if len(branches) > MOST_DIVIDED:
         return [list(branches)]
     order = sorted(branches, key=lambda row: completions[row])
-    common = [_common(completions[a], completions[b]) for a, b in pairwise(order)]
+    common = [count_shared(completions[a], completions[b]) for a, b in pairwise(order)]
 
     @cache
     def best(first: int, last: int, gain: int) -> tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -198,15 +198,10 @@ def _divide(completions: Sequence[list[int]], branches: Sequence[int], prompt_le
     return [sorted(piece) for piece in best(0, len(order) - 1, 0)[2]]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many first tokens two completions have in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def _shared_tokens(batch: PaddedBatch, branches: Iterable[int]) -> int:
     """Return how many completion tokens a piece lays out for all its branches: none where there is only one."""
     completions = sorted(batch.completions[row] for row in branches)
-    return _common(completions[0], completions[-1]) if len(completions) > 1 else 0
+    return count_shared(completions[0], completions[-1]) if len(completions) > 1 else 0
 
 
 def pack(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> PackedBatch:
@@ -315,6 +310,11 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Pack
         scored=torch.arange(len(places), device=places.device),
         padded_width=input_ids.size(1),
     )
+
+
+def count_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return with how many equal tokens two sequences begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def unpack(values: Tensor, packed: PackedBatch, out: Tensor) -> Tensor:

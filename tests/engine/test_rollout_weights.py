@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,19 @@ def test_without_memory_for_them_there_are_no_copies(tmp_path: Path, monkeypatch
     assert not made
 
 
-def test_a_model_in_16_bits_gets_copies_where_the_cpu_multiplies_them() -> None:
-    model: Any = tiny_model(dtype=torch.bfloat16, **SIZES).eval()
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["alone", "adapter in float32"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"], ids=["no bias", "biases on some"])
+def test_a_model_in_16_bits_gets_copies_where_the_cpu_multiplies_them(kind: str, has_adapter: bool) -> None:
+    model: Any = tiny_model(kind, dtype=torch.bfloat16, **SIZES).eval()
+    if has_adapter:
+        shorten_lora(tiny_lora(model))
     attention.install(model)
-    expected = logits(model)
-    with rollout_weights.rollout_weights(model, nullcontext) as active:
-        assert active is bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        found = logits(model)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    with autocast():
+        expected = logits(model)
+        with rollout_weights.rollout_weights(model, autocast) as active:
+            assert active is bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            found = logits(model)
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
