@@ -64,7 +64,7 @@ class Played:
 
     def lines(self) -> Iterator[str]:
         """Yield a table, and what is wrong."""
-        yield f"environment {self.name}: {self.rows} rows played"
+        yield f"environment {self.name}: {self.rows} row{'s' if self.rows != 1 else ''} played"
         width = max(map(len, self.rewards), default=0)
         for name, by_row in self.rewards.items():
             rewards = list(by_row.values())
@@ -90,10 +90,11 @@ def check_environments(recipe: Recipe) -> list[Played]:
         RewardError: the recipe has no environment, one has no `get_reward` or no rows, a policy is at fault, or an
             episode does not end or raises.
     """
+    if not recipe.environment:
+        raise RewardError(f"{recipe.name}: there is no `environment` to check. Name one: environment=my_env.py:Env")
     prompts = load_prompts(recipe)
     toolkit = prompts.toolkit
-    if toolkit is None or not toolkit.factories:
-        raise RewardError(f"{recipe.name}: there is no `environment` to check. Name one: environment=my_env.py:Env")
+    assert toolkit is not None
     return [_played(recipe, toolkit, name, prompts.train) for name in toolkit.factories]
 
 

@@ -169,3 +169,8 @@ def test_check_shows_what_reset_adds_to_a_prompt_or_why_it_fails(tmp_path: Path)
     assert "tool failed: Guess.reset: raised KeyError: 'two'" in lines
     assert any("reset added" in line for line in lines)
     assert not any(line.startswith(("answer:", "a gold")) for line in lines)
+
+
+def test_a_recipe_without_an_environment_is_refused_before_its_data_are_read() -> None:
+    with pytest.raises(RewardError, match="gsm8k: there is no `environment` to check"):
+        check_environments(load_recipe("gsm8k"))
