@@ -17,8 +17,8 @@ INTERNALS: dict[str, str] = {
     "rollouts": "_batch_environments _env_tools _is_vlm accelerator args chat_template chat_template_kwargs "
     "environment_factories generation_config max_completion_length model num_iterations processing_class state "
     "temperature tools use_vllm",
-    "episodes": "_async_tool_dicts= _environment_pool _has_async_funcs _metrics _sync_tool_dicts= async_loop "
-    "environment_factories= environments model",
+    "episodes": "_async_tool_dicts= _environment_pool _metrics _sync_tool_dicts= environment_factories= environments "
+    "model",
     "gradients": "_compute_loss _entropy_bonus_enabled _entropy_window_stats= _last_world_entropy= _metrics= "
     "accelerator args aux_loss_enabled beta entropy_coef= model temperature top_entropy_quantile",
     "finite": "_metrics accelerator add_callback args model num_generations reward_funcs reward_weights state",

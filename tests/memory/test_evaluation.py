@@ -23,6 +23,9 @@ from grpo_lite.recipe.load import load_recipe
 from grpo_lite.task.prompts import Prompts
 from tests.memory.known_models import job_of, known_base
 
+# Training then takes less than scoring 64 prompts at once.
+SMALL_STEPS = ["grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=8"]
+
 
 def waves(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note how many sequences go into each call of `generate`."""
@@ -90,7 +93,7 @@ def test_the_most_rows_are_found(limit: int) -> None:
 
 
 def test_the_plan_lowers_the_evaluation_s_batch_to_what_fits_the_card() -> None:
-    job = job_of(load_recipe("gsm8k"))
+    job = job_of(load_recipe("gsm8k", SMALL_STEPS))
     assert (job.eval_rows, job.eval_completion, job.eval_while_training) == (64, 512, False)
     wide, small = plan_memory(job, 16 * GIB), plan_memory(job, 3 * GIB)
     assert wide.chosen == {}
@@ -159,7 +162,7 @@ def test_a_run_says_the_batch_it_chose(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(budgets, "free_bytes", lambda: int(2.6 * GIB))
     said: list[str] = []
     device = Device("cuda", "small", 4 * GIB, bfloat16=True, compute_capability=(8, 6), count=1)
-    recipe = load_recipe("gsm8k")
+    recipe = load_recipe("gsm8k", SMALL_STEPS)
     fitted = budgets.fit_to_device(recipe, known_base(recipe, device, tmp_path), 300, said.append)
     assert "chosen: eval.batch_size=" in said[0]
     assert fitted.grpo == {}

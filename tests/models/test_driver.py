@@ -70,7 +70,7 @@ def test_a_driver_too_old_for_torch_is_refused_with_the_command_that_helps(
         "device: the NVIDIA driver 535.183.01 is too old for torch 2.13.0+cu130, so torch does not see the GPU "
         "(Tesla T4): CUDA 13.0 needs driver 580 or newer. Update the driver, or install the build for this one:"
         + pip('"torch==2.13.0+cu126" --index-url https://download.pytorch.org/whl/cu126')
-        + "\ngsm8k is meant for a GPU (4 GB; recommended: T4 16 GB). To train it on the CPU anyway, put "
+        + "\ngsm8k is meant for a GPU (8 GB; recommended: T4 16 GB). To train it on the CPU anyway, put "
         "CUDA_VISIBLE_DEVICES=-1 before the command."
     )
 

@@ -132,7 +132,7 @@ def test_the_report_says_what_bounds_the_length() -> None:
         return next(line for line in lines if line.startswith("longest completions"))
 
     assert "(both bounded by the model's 8192 positions, not by memory)" in line("h100")
-    assert "8000 one completion at a time (the latter bounded by" in line("2.5GiB")
+    assert "8000 one completion at a time (the latter bounded by" in line("6GiB")
     assert "bounded" not in line("1GiB")
 
 

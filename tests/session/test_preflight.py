@@ -189,7 +189,7 @@ def test_the_plan_tells_the_time_that_the_last_probe_measured(
     keep_times(recipe, "Tesla T4", figures)
     line = time_line(recipe)
     assert line.startswith(
-        "time: a step about 41.2 s, 250 steps about 2 h 51 min, evaluation about 2 min 00 s; probed on Tesla"
+        "time: a step about 41.2 s, 290 steps about 3 h 19 min, evaluation about 2 min 38 s; probed on Tesla"
     )
     assert line in list(report_lines(recipe, card, plan))
     assert "not probed yet" in time_line(load_recipe("gsm8k", ["grpo.num_generations=16"]))

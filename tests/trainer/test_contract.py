@@ -190,7 +190,7 @@ def used_of_the_trainer(module: str) -> set[str]:
 
 OURS = {"options", "journal", "peers", "faults", "support", "order", "rollouts", "gradients", "recovery", "loss_scale"}
 OURS |= {"exact", "checkpoints", "episodes", "replay", "_was_the_last"}
-# TRL makes these only for tools and environments, the last one for async ones (tests/trainer/test_tools.py).
+# TRL makes these only for tools and environments (tests/trainer/test_tools.py).
 WITH_TOOLS = {"_sync_tool_dicts", "_async_tool_dicts", "_env_tools", "_environment_pool", "_batch_environments"}
 OURS_IN_THE_WARM_UP = {"options", "journal", "peers", "faults", "loss_scale", "checkpoints", "show", "recover", "held"}
 OURS_IN_THE_WARM_UP |= {
@@ -224,7 +224,7 @@ def test_what_is_declared_is_there_and_our_names_are_free(tmp_path: Path):
     plain, _ = train_fixed(GRPOTrainer, tiny_lora(tiny_model()), args)
     parts = {part: line for part, line in INTERNALS.items() if part != "warmup"}
     names = {name.removesuffix("=") for line in parts.values() for name in line.split()}
-    assert {name for name in names if not hasattr(plain, name)} == {*WITH_TOOLS, "async_loop"}
+    assert {name for name in names if not hasattr(plain, name)} == WITH_TOOLS
     assert {name for name in OURS if hasattr(plain, name)} == set()
 
 
