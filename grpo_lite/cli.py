@@ -298,7 +298,7 @@ def check_env(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpu", help="t4, rtx3060-12, rtx4060-8, rtx4070ti-16, rtx4090, l4, a10, a100-40, h100, or e.g. 11GiB.")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="The longest prompt.  [default: data.max_prompt_tokens]")
-@click.option("--all-gpus", is_flag=True, help="Print the recipe × GPU table, of every recipe or of RECIPE.")
+@click.option("--all-gpus", is_flag=True, help="Print memory and hours on every GPU, of all recipes or of RECIPE.")
 @_budget_option
 def plan(
     recipe: str | None,
@@ -310,7 +310,7 @@ def plan(
 ) -> None:
     """Plan whether RECIPE fits a GPU. Shows what takes how much memory and what to change; loads nothing.
 
-    With --budget also what of it fits into that time.
+    With --budget it also says what of it fits into that time.
     """
     from grpo_lite.evaluation.statistics import chance_to_find, power_line
     from grpo_lite.memory.report import all_cards_tables, plan_recipe, report_lines
