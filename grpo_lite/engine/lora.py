@@ -63,7 +63,7 @@ class _Update(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             low = torch.mm(x.flatten(0, -2).to(dtype), down.to(dtype).t())
             updated = torch.addmm(result.flatten(0, -2).to(dtype), low, up.to(dtype).t(), alpha=scaling)
-        ctx.recipe, kept = recompute.read(x)
+        ctx.computation, kept = recompute.read(x)
         ctx.save_for_backward(low, down, up, *kept)
         ctx.scaling = scaling
         return updated.to(result.dtype).view(result.shape)
@@ -71,7 +71,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, down, up, *kept = ctx.saved_tensors
-        x: Tensor = ctx.recipe.again(kept)
+        x: Tensor = ctx.computation.again(kept)
         flat = grad.flatten(0, -2).to(low.dtype)
         low_grad = _scaled_mm(flat, up.to(low.dtype), ctx.scaling)
         down_grad = torch.mm(low_grad.t(), x.flatten(0, -2).to(low.dtype)).to(down.dtype)

@@ -48,9 +48,9 @@ def recomputed(compute: Compute, *inputs: Tensor) -> Tensor:
     """Return `compute(*inputs)`, of which backward keeps the inputs only."""
     if not torch.is_grad_enabled() or not any(each.requires_grad for each in inputs):
         return compute(*inputs)
-    recipe = Recipe(compute, inputs[0].device.type)
-    out: Tensor = _Recomputed.apply(recipe, *inputs)
-    out.computed_from = recipe, inputs  # type: ignore[attr-defined]
+    computation = Computation(compute, inputs[0].device.type)
+    out: Tensor = _Recomputed.apply(computation, *inputs)
+    out.computed_from = computation, inputs  # type: ignore[attr-defined]
     return out
 
 
@@ -59,15 +59,15 @@ def is_recomputed(tensor: Tensor) -> bool:
     return hasattr(tensor, "computed_from")
 
 
-def read(tensor: Tensor) -> tuple[Recipe, Sequence[Tensor]]:
-    """Return what a reader of such a tensor keeps for its backward: the recipe, and what it takes."""
-    recipe: Recipe
-    recipe, inputs = tensor.computed_from  # type: ignore[attr-defined]
-    recipe.readers += 1
-    return recipe, inputs
+def read(tensor: Tensor) -> tuple[Computation, Sequence[Tensor]]:
+    """Return what a reader of such a tensor keeps for its backward: its computation, and what that takes."""
+    computation: Computation
+    computation, inputs = tensor.computed_from  # type: ignore[attr-defined]
+    computation.readers += 1
+    return computation, inputs
 
 
-class Recipe:
+class Computation:
     """How to compute a tensor again."""
 
     def __init__(self, compute: Compute, device_type: str) -> None:
@@ -95,23 +95,23 @@ class Recipe:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, *inputs: Tensor) -> Tensor:
-        ctx.recipe = recipe
+    def forward(ctx: Any, computation: Computation, *inputs: Tensor) -> Tensor:
+        ctx.computation = computation
         ctx.save_for_backward(*inputs)
-        return _in_chunks(recipe.compute, inputs)
+        return _in_chunks(computation.compute, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         grads = [torch.empty_like(each) if need else None for each, need in zip(inputs, needed, strict=True)]
         for part in _parts(inputs):
-            with torch.enable_grad(), ctx.recipe.autocast():
+            with torch.enable_grad(), ctx.computation.autocast():
                 own = [each[part].detach().requires_grad_(need) for each, need in zip(inputs, needed, strict=True)]
-                out = ctx.recipe.compute(*own)
-            found = iter(torch.autograd.grad(out, [each for each in own if each.requires_grad], grad[part]))
+                out = ctx.computation.compute(*own)
+            of_part = iter(torch.autograd.grad(out, [each for each in own if each.requires_grad], grad[part]))
             for each in grads:
                 if each is not None:
-                    each[part] = next(found)
+                    each[part] = next(of_part)
         return None, *grads
 
 
@@ -175,8 +175,8 @@ def _product(activation: Compute, gate: Tensor, up: Tensor | None = None) -> Ten
 
 def _activation(mlp: nn.Module) -> Compute:
     names = ("act_fn", "activation_fn", "activation")
-    found: Compute = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), nn.functional.silu)
-    return found
+    activation: Compute = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), nn.functional.silu)
+    return activation
 
 
 def _is_equal(mlp: nn.Module, first: Sequence[str], last: str, forward: Callable[..., Tensor]) -> bool:

@@ -97,7 +97,8 @@ def _layers(model: nn.Module) -> list[_Layer]:
     return layers
 
 
-_CALLS: WeakKeyDictionary[PreTrainedModel, tuple[set[nn.Module], list[list[nn.Module]]]] = WeakKeyDictionary()
+# By model: the modules with copies, and which of them are given the same tensor.
+_GROUPS: WeakKeyDictionary[PreTrainedModel, tuple[set[nn.Module], list[list[nn.Module]]]] = WeakKeyDictionary()
 
 
 def _joined(
@@ -105,9 +106,9 @@ def _joined(
 ) -> list[list[_Layer]]:
     """Return the layers in groups that are given the same tensor, found by watching one run of the model."""
     by_module = {layer.module: layer for layer in layers}
-    if model not in _CALLS or _CALLS[model][0] != set(by_module):
-        _CALLS[model] = set(by_module), _watch(model, layers, autocast)
-    groups = [[by_module[module] for module in group] for group in _CALLS[model][1]]
+    if model not in _GROUPS or _GROUPS[model][0] != set(by_module):
+        _GROUPS[model] = set(by_module), _watch(model, layers, autocast)
+    groups = [[by_module[module] for module in group] for group in _GROUPS[model][1]]
     grouped = {layer for group in groups for layer in group}
     # A layer that was not called may be called by other tokens (an expert); at 16 bit it may also be an unused head.
     return [*groups, *([layer] for layer in layers if layer not in grouped and layer.is_quantized)]

@@ -127,14 +127,14 @@ def test_readers_share_what_is_computed_again_and_it_is_gone_afterwards():
     x = torch.randn(3, 4, requires_grad=True)
     made = recomputed(compute, x)
     assert recompute.is_recomputed(made)
-    (recipe, kept), _ = recompute.read(made), recompute.read(made)
+    (computation, kept), _ = recompute.read(made), recompute.read(made)
     calls.clear()
     for _ in range(2):  # a graph may be read twice
-        first, second = recipe.again(kept), recipe.again(kept)
+        first, second = computation.again(kept), computation.again(kept)
         assert first is second
         torch.testing.assert_close(first, x.exp())
     assert len(calls) == 2
-    assert recipe._made is None
+    assert computation._made is None
 
 
 class Gated(nn.Module):
