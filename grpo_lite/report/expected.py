@@ -9,7 +9,6 @@ from typing import Any
 
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.expected import Expected
-from grpo_lite.recipe.find import ANCHORS
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report import diagnoses
@@ -181,12 +180,10 @@ def changed_keys(recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _original(name: str) -> Recipe | None:
-    for candidate in (name, f"{ANCHORS}/{name}"):
-        try:
-            return load_recipe(candidate)
-        except RecipeError:
-            continue
-    return None
+    try:
+        return load_recipe(name)
+    except RecipeError:
+        return None
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
