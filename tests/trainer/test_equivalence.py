@@ -298,7 +298,7 @@ def test_what_is_shared_changes_nothing(budget: int | None, tmp_path: Path, monk
     for shares in (True, False):
         if not shares:
             monkeypatch.setattr("grpo_lite.engine.packing._branches", lambda _, rows: {row: [row] for row in rows})
-            monkeypatch.setattr("grpo_lite.engine.packing._common", lambda *_: 0)
+            monkeypatch.setattr("grpo_lite.engine.packing.count_shared", lambda *_: 0)
         args = tiny_args(tmp_path, beta=0.05, num_iterations=2, max_steps=2, learning_rate=3e-3)
         options = EngineOptions(tokens_per_microbatch=budget)
         found.append(train_fixed(PackedGRPOTrainer, tiny_lora(tiny_model("qwen3")), args, alike=True, options=options))
