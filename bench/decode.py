@@ -42,6 +42,7 @@ from bench.random_model import random_model  # noqa: E402
 from grpo_lite.bootstrap import nvidia_driver  # noqa: E402
 from grpo_lite.engine import attention  # noqa: E402
 from grpo_lite.engine.decode import GroupDecoder  # noqa: E402
+from grpo_lite.engine.generate import left_padded  # noqa: E402
 from grpo_lite.engine.graphs import StepGraphs  # noqa: E402
 from grpo_lite.engine.lora import shorten_lora  # noqa: E402
 from grpo_lite.engine.out_of_memory import free_memory  # noqa: E402
@@ -215,13 +216,11 @@ def run_generate(model: Any, prompts: list[list[int]], tokens: int, **more: Any)
 
 def answered(base: Any, rows: list[list[int]], tokens: int, ends: list[int], decoder: Any) -> list[list[int]]:
     """Return what a decoder samples behind rows, padded to the longest."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[2] * (width - len(row)) + row for row in rows], device=base.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
+    ids, mask = left_padded(rows, 2, base.device)
     config = GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=2)
     with torch.no_grad():
         out = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decoder)
-    answers: list[list[int]] = out[:, width:].tolist()
+    answers: list[list[int]] = out[:, ids.size(1) :].tolist()
     return answers
 
 

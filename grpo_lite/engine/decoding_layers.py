@@ -6,7 +6,7 @@ keys and values; gate and up) share one product with their A matrices, and RMSNo
 their addresses and are refreshed before each rollout, so that a CUDA graph may hold them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,21 @@ from torch import Tensor, nn
 from grpo_lite.engine.lora import is_off, is_vanilla, lora_layers
 
 Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Let modules compute by these forwards inside the context."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 class DecodingLayers:
@@ -48,16 +63,8 @@ class DecodingLayers:
         """Refresh the copies of the adapter, and let the layers take the short way inside the context."""
         for adapter in self._adapters:
             adapter.refresh()
-        before = {layer: layer.__dict__.get("forward") for layer in self._forwards}
-        for layer, short in self._forwards.items():
-            layer.__dict__["forward"] = short
-        try:
+        with forwards_replaced(self._forwards):
             yield
-        finally:
-            for layer, forward in before.items():
-                del layer.__dict__["forward"]
-                if forward is not None:
-                    layer.__dict__["forward"] = forward
 
     def join(self, run: Callable[[], object]) -> None:
         """Watch one run of the model: layers that it gives the same tensor share a product from then on."""

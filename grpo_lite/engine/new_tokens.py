@@ -24,8 +24,9 @@ class NewTokens:
         self.index = torch.tensor(self.rows).to(device)
         self.width = max(self.counts)
         sizes = torch.tensor(self.counts).unsqueeze(1)
-        own = torch.arange(self.width) - (self.width - sizes)  # of each place the token's number in its row
-        self._gather = (sizes.cumsum(0) - sizes + own.clamp(min=0)).to(device)  # padding repeats the first token
+        # Of each place (R, L) the token's number among the row's new ones; padding repeats the first.
+        self.numbers = (torch.arange(self.width) - (self.width - sizes)).clamp(min=0)
+        self._gather = (sizes.cumsum(0) - sizes + self.numbers).to(device)
         ends = range(self.width, self.width * len(self.rows) + 1, self.width)
         scatter = [t for end, count in zip(ends, self.counts, strict=True) for t in range(end - count, end)]
         self._scatter = torch.tensor(scatter).to(device)

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import hidden_states, next_logits
+from grpo_lite.engine.decoding_layers import Forward, forwards_replaced
 from grpo_lite.engine.lora import is_off, is_vanilla, lora_layers
 from grpo_lite.engine.quantised import dequantize, is_dequantizable
 
 # The copies may take this share of the free memory.
 MEMORY_SHARE = 0.25
-
-Forward = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def rollout_weights(model: PreTrainedModel, autocast: Callable[[], AbstractConte
             for group in _joined(model, chosen, autocast)
             for layer, forward in zip(group, _product(group), strict=True)
         }
-    with _installed(forwards):
+    with forwards_replaced(forwards):
         yield True
 
 
@@ -128,7 +127,11 @@ def _watch(
         return forward
 
     pair = torch.arange(2).unsqueeze(0)
-    with _installed({layer.module: watched(layer) for layer in layers}), autocast(), torch.random.fork_rng(devices=[]):
+    with (
+        forwards_replaced({layer.module: watched(layer) for layer in layers}),
+        autocast(),
+        torch.random.fork_rng(devices=[]),
+    ):
         hidden = hidden_states(model, pair, pair, GroupCache([2], torch.zeros(1, dtype=torch.long)))
         next_logits(model, hidden[:, -1])
     times = {layer: sum(layer is other for other, _ in calls) for layer, _ in calls}
@@ -144,20 +147,6 @@ def _watch(
             given = x
     repeated = [layer for layer in times if times[layer] > 1]
     return [[layer.module for layer in group] for group in [*groups, *([layer] for layer in repeated)]]
-
-
-@contextmanager
-def _installed(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, own in before.items():
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
 
 
 def _product(layers: list[_Layer]) -> list[Forward]:

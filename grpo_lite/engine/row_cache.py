@@ -270,8 +270,7 @@ class _Reading:
         self.into = torch.tensor(into).to(device)
         # Rows that stand side by side are seen where they lie; others are copied.
         self.chosen = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else tokens.index
-        own = torch.arange(tokens.width) - (tokens.width - torch.tensor(tokens.counts).unsqueeze(1))
-        self._places = (own.clamp(min=0) + torch.tensor(list(held)).unsqueeze(1)).to(device)  # (rows, L) of the queries
+        self._places = (tokens.numbers + torch.tensor(list(held)).unsqueeze(1)).to(device)  # (rows, L) of the queries
         self._masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:

@@ -189,8 +189,7 @@ def _divide(
     recipe: Recipe, times: Times, left_s: float, whole_steps: int, held_out: int, given: Collection[str]
 ) -> tuple[int, int, int] | None:
     """Return steps, evaluated rows and samples a row that fit; None where not even one step does."""
-    rows, samples = _least_evaluation(recipe, held_out, given)
-    least_s = times.evaluation_s(_with_eval(recipe, samples=samples), rows)
+    rows, samples, least_s = _least_evaluation(recipe, times, held_out, given)
     whole_s = times.evaluation_s(recipe, held_out)
     step_s = _mean_step_s(recipe, times, held_out)
     steps = whole_steps
@@ -216,10 +215,11 @@ def _mean_step_s(recipe: Recipe, times: Times, held_out: int) -> float:
     return times.training_s(recipe, steps, held_out) / steps
 
 
-def _least_evaluation(recipe: Recipe, held_out: int, given: Collection[str]) -> tuple[int, int]:
-    """Return the fewest rows, and samples a row, that an evaluation may have."""
+def _least_evaluation(recipe: Recipe, times: Times, held_out: int, given: Collection[str]) -> tuple[int, int, float]:
+    """Return the fewest rows, and samples a row, that an evaluation may have, and its seconds."""
     rows = held_out if "eval.limit" in given else min(held_out, LEAST_PROBLEMS)
-    return rows, recipe.eval.samples if "eval.samples" in given else 0
+    samples = recipe.eval.samples if "eval.samples" in given else 0
+    return rows, samples, times.evaluation_s(_with_eval(recipe, samples=samples), rows)
 
 
 def _cheaper(recipe: Recipe, times: Times, given: Collection[str]) -> tuple[Recipe, list[str], list[str]]:
@@ -261,8 +261,7 @@ def _on_the_learning_rate(recipe: Recipe, steps: int) -> str:
 def _too_small(
     recipe: Recipe, times: Times, limit_s: float, spent_s: float, held_out: int, given: Collection[str]
 ) -> GRPOLiteError:
-    rows, samples = _least_evaluation(recipe, held_out, given)
-    evaluation_s = times.evaluation_s(_with_eval(recipe, samples=samples), rows)
+    rows, _, evaluation_s = _least_evaluation(recipe, times, held_out, given)
     step_s = _mean_step_s(recipe, times, held_out)
     least_s = spent_s + RESERVE * (times.fixed_s(recipe) + step_s + evaluation_s)
     option = either("BUDGET=", "--budget ")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from grpo_lite.memory.phases import Job, wave
 from grpo_lite.memory.times import START_S, Times, merge_seconds, warmup_tokens_trained
@@ -119,9 +119,8 @@ def estimate(recipe: Recipe, job: Job, card: Card, guess: Mapping[str, float]) -
     passes = _passes(recipe, job, guess)
     training_s = passes * _multiplying_s(job, card, guess, tokens) + pieces * _piece_s(job, card, guess, passes)
 
-    evaluated = replace(job, prompt=job.prompt, completion=job.eval_completion)
     at_once = max(1, job.eval_rows)
-    step_s = _decoding_step_s(evaluated, card, guess, at_once, prompt + guess["length"] * job.eval_completion / 2)
+    step_s = _decoding_step_s(job, card, guess, at_once, prompt + guess["length"] * job.eval_completion / 2)
     completion_s = guess["longest"] * job.eval_completion * step_s / at_once
     warm = warmup_tokens_trained(recipe)
     warmup_s = passes * _multiplying_s(job, card, guess, warm)

@@ -11,7 +11,7 @@ from grpo_lite.memory.card_time import card_times
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, Job, PhaseBytes, weight_bytes
 from grpo_lite.memory.plan import MemoryPlan, advice, largest_completion, most_completion, plan_memory
-from grpo_lite.memory.times import held_out_rows, time_line
+from grpo_lite.memory.times import Times, held_out_rows, time_line
 from grpo_lite.memory.warmup import warmup_parts, warmup_tokens
 from grpo_lite.models.config import model_shape
 from grpo_lite.models.device import CARDS, Card
@@ -172,14 +172,11 @@ def hours_table(recipes: Sequence[Recipe]) -> Iterator[str]:
     yield "| " + " | ".join(["recipe", "completions", "evaluated", *names]) + " |"
     yield "|---|---|---|" + "---|" * len(names)
     for recipe in recipes:
-        cells = [_hours(recipe, CARDS[name]) for name in names]
-        if any(cells):
+        estimates = [_estimated(recipe, CARDS[name]) for name in names]
+        if any(estimates):
+            cells = [_hours(recipe, times) if times else "-" for times in estimates]
             completions = f"{round(recipe.schedule.max_steps * recipe.schedule.sampled_per_step):,}"
-            yield (
-                "| "
-                + " | ".join([f"`{recipe.name}`", completions, f"{_rows(recipe):,}", *(cell or "-" for cell in cells)])
-                + " |"
-            )
+            yield ("| " + " | ".join([f"`{recipe.name}`", completions, f"{_rows(recipe):,}", *cells]) + " |")
     yield ""
     yield (
         "Planned, not measured on a GPU: from start to merge, by the card's published speeds and guesses with a range "
@@ -188,14 +185,18 @@ def hours_table(recipes: Sequence[Recipe]) -> Iterator[str]:
     )
 
 
-def _hours(recipe: Recipe, card: Card) -> str | None:
+def _estimated(recipe: Recipe, card: Card) -> Times | None:
+    """Return the times of a recipe on a card; None where it does not fit, or no estimate is honest."""
     try:
         plan = plan_recipe(recipe, card)
     except ModelError:
         return None
-    times = card_times(recipe, plan.job, card)
-    if not plan.fits or times is None or recipe.schedule.max_steps <= 0:
+    if not plan.fits or recipe.schedule.max_steps <= 0:
         return None
+    return card_times(recipe, plan.job, card)
+
+
+def _hours(recipe: Recipe, times: Times) -> str:
     seconds = times.run_s(recipe, recipe.schedule.max_steps, _rows(recipe))
     return span(*times.bounds(recipe, seconds))
 
@@ -216,17 +217,14 @@ def budget_table(recipes: Sequence[Recipe], card: Card, limit_s: float, power: C
     yield f"| recipe | whole on a {card.name}: steps, problems, time | `BUDGET={brief(limit_s)}`: steps, problems |"
     yield "|---|---|---|"
     for recipe in recipes:
-        whole = _hours(recipe, card)
-        if whole is None or not _rows(recipe):
+        times = _estimated(recipe, card)
+        if times is None or not _rows(recipe):
             continue
-        plan = plan_recipe(recipe, card)
-        times = card_times(recipe, plan.job, card)
-        assert times is not None  # or there were no hours
         budget = choose(recipe, times, limit_s, recipe.schedule.max_steps, _rows(recipe))
         if budget.steps == budget.whole_steps and budget.rows == budget.whole_rows:
             continue
         yield (
-            f"| `{recipe.name}` | {_found(budget.whole_steps, budget.whole_rows, power)}, {whole} | "
+            f"| `{recipe.name}` | {_found(budget.whole_steps, budget.whole_rows, power)}, {_hours(recipe, times)} | "
             f"{_found(budget.steps, budget.rows, power)} |"
         )
     yield ""

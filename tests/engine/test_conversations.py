@@ -11,6 +11,7 @@ from grpo_lite.engine import attention
 from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import GroupDecoder, hidden_states, state_tokens
 from grpo_lite.engine.generate import left_padded
+from grpo_lite.engine.static_decode import StaticDecoder
 from tests.tiny import tiny_lora, tiny_model
 
 ENDS = list(range(200, 260))  # 60 of 320 tokens end a turn, so that rows end theirs at different steps
@@ -116,20 +117,24 @@ def test_windows_move_with_each_rows_own_tokens(kind: str, settings: dict[str, A
     assert conversations.reused_tokens > 0
 
 
-def test_only_new_tokens_are_read():
+def assert_only_new_tokens_are_read(kind: type[GroupDecoder] | type[StaticDecoder]) -> None:
     model, rows = prepared(), prompts()
     conversations = Conversations(CAP)
-    decoder = GroupDecoder(nullcontext, conversations=conversations)
+    decoder = kind(nullcontext, conversations=conversations)
     answers = turn(model, rows, CAP, decoder)
     assert decoder.rollout.prefill_tokens == sum(map(len, set(map(tuple, rows))))
     going = [i for i, answer in enumerate(answers) if len(answer) < CAP]
     assert len(going) > 1
     following = [rows[i] + answers[i] + [7] * (1 + i) for i in going]
-    decoder = GroupDecoder(nullcontext, conversations=conversations)
+    decoder = kind(nullcontext, conversations=conversations)
     turn(model, following, CAP, decoder)
     # The last token of a turn has not been through the model yet.
     assert decoder.rollout.prefill_tokens == sum(1 + 1 + i for i in going)
     assert conversations.reused_tokens == sum(map(len, following)) - decoder.rollout.prefill_tokens
+
+
+def test_only_new_tokens_are_read():
+    assert_only_new_tokens_are_read(GroupDecoder)
 
 
 def test_a_row_that_ended_at_once_does_not_take_the_place_of_a_longer_one():

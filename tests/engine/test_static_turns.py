@@ -10,7 +10,7 @@ from grpo_lite.engine import static_decode
 from grpo_lite.engine.conversations import Conversations
 from grpo_lite.engine.decode import GroupDecoder
 from grpo_lite.engine.static_decode import StaticDecoder, engine_of
-from tests.engine.test_conversations import CAP, play, prepared, prompts, turn
+from tests.engine.test_conversations import CAP, assert_only_new_tokens_are_read, play, prepared, prompts, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 
@@ -55,19 +55,7 @@ def test_windows_move_with_each_rows_own_tokens(kind: str, settings: dict[str, A
 
 
 def test_only_new_tokens_are_read() -> None:
-    model, rows = prepared(), prompts()
-    conversations = Conversations(CAP)
-    decoder = StaticDecoder(nullcontext, conversations=conversations)
-    answers = turn(model, rows, CAP, decoder)
-    assert decoder.rollout.prefill_tokens == sum(map(len, set(map(tuple, rows))))
-    going = [i for i, answer in enumerate(answers) if len(answer) < CAP]
-    assert len(going) > 1
-    following = [rows[i] + answers[i] + [7] * (1 + i) for i in going]
-    decoder = StaticDecoder(nullcontext, conversations=conversations)
-    turn(model, following, CAP, decoder)
-    # The last token of a turn has not been through the model yet.
-    assert decoder.rollout.prefill_tokens == sum(1 + 1 + i for i in going)
-    assert conversations.reused_tokens == sum(map(len, following)) - decoder.rollout.prefill_tokens
+    assert_only_new_tokens_are_read(StaticDecoder)
 
 
 @pytest.mark.parametrize("read_at_once", [7, pytest.param(30, marks=pytest.mark.slow)])
