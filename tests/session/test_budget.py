@@ -146,7 +146,7 @@ def test_a_run_ends_within_its_budget_interrupted_or_not(root: Path, tmp_path: P
     assert "is measured now" in first
     record = json.loads((run / "run.json").read_text())["budget"]
     assert 3 < record["steps"] < MANY_STEPS
-    assert f"{record['steps']} of {MANY_STEPS} steps" in first
+    assert f"{record['steps']:,} of {MANY_STEPS:,} steps" in first
     second = grpo_lite(*line)  # the very same command
     taken = time.monotonic() - began
     assert f"this run has begun, so what was chosen stays: grpo.max_steps={record['steps']}" in second
