@@ -252,6 +252,11 @@ def _range_faults(recipe: Recipe) -> list[str]:
         "temperature",
         "learning_rate",
         "num_iterations",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "sapo_temperature_pos",
+        "sapo_temperature_neg",
     )
     faults = [
         f"grpo.{key}: {recipe.grpo[key]} is given; it must be above 0."
@@ -262,6 +267,10 @@ def _range_faults(recipe: Recipe) -> list[str]:
         faults.append(f"lora.r: {recipe.lora['r']} is given; the rank is at least 1.")
     if recipe.grpo.get("beta") is not None and not recipe.grpo["beta"] >= 0:
         faults.append(f"grpo.beta: {recipe.grpo['beta']} is given; the KL weight is 0 or more.")
+    if not 0 <= (share := recipe.grpo.get("top_entropy_quantile", 1.0)) <= 1:
+        faults.append(
+            f"grpo.top_entropy_quantile: {share} is given; allowed: 0 to 1, the share of tokens that are trained on."
+        )
     return faults
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grpo_lite.recipe.algorithms import ALGORITHMS
@@ -22,6 +22,7 @@ _READ_BY = {
     **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",)),
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("vespo",)),
 }
+_WIDE = 0.01  # a clip range for tokens; the papers clip the ratios of sequences at 0.0003 to 0.0025
 _OVER_BATCH = (  # keys whose value makes advantages depend on other groups, and the value that does not
     ("scale_rewards", "batch", "group"),
     ("multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize"),
@@ -46,6 +47,12 @@ def combination_faults(recipe: Recipe) -> list[str]:
             f"grpo.vllm_importance_sampling_mode: {mode} is in force with loss_type: vespo and use_vllm; allowed: "
             "token_truncate, token_mask, since the loss weighs whole sequences itself."
         )
+    if grpo.get("sync_ref_model"):
+        faults.append(
+            "grpo.sync_ref_model: true is given; only false is allowed: with a LoRA the reference is the base without "
+            "the adapter, and TRL synchronizes none. Remove the key; reference=start measures KL against the adapter "
+            "that GRPO started with."
+        )
     return faults
 
 
@@ -68,11 +75,7 @@ def notes(recipe: Recipe) -> list[str]:
             "grpo.epsilon_high: not given, so cispo caps the ratio at grpo.epsilon = "
             f"{_plain(grpo.get('epsilon', 0.2))} and shrinks every gradient to that; algorithm: cispo sets 5.0"
         )
-    if grpo.get("importance_sampling_level") == "sequence" and loss in ("bnpo", "dr_grpo", "dapo", "cispo"):
-        lines.append(
-            f"grpo.importance_sampling_level: sequence with loss_type: {loss} weighs each sequence by its length; "
-            "algorithm: gspo takes loss_type: grpo"
-        )
+    lines += _on_ratios(grpo, loss, word.grpo)
     if grpo.get("multi_objective_aggregation") == "normalize_then_sum" and len(recipe.rewards) == 1:
         lines.append("grpo.multi_objective_aggregation: normalize_then_sum acts on several rewards, and here is one")
     if word.on_policy and recipe.schedule.steps_per_round == 1:
@@ -82,6 +85,39 @@ def notes(recipe: Recipe) -> list[str]:
             f"grpo.steps_per_generation={4 * recipe.schedule.accumulation} (four steps), or grpo.num_iterations=2"
         )
     return lines + ([f"algorithm: {recipe.algorithm}: {word.besides}"] if word.besides else [])
+
+
+def _on_ratios(grpo: Mapping[str, Any], loss: str, of_word: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what does not fit together in a ratio's level, its loss and its clipping."""
+    level, epsilon = grpo.get("importance_sampling_level", "token"), grpo.get("epsilon", 0.2)
+    chosen = "importance_sampling_level" in of_word  # then the line on the overridden key says it
+    if level == "sequence" and loss in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        yield (
+            f"grpo.importance_sampling_level: sequence with loss_type: {loss} weighs each sequence by its length; "
+            "algorithm: gspo takes loss_type: grpo"
+        )
+    if level == "token" and loss == "luspo" and not chosen:
+        yield (
+            "grpo.importance_sampling_level: token with loss_type: luspo is not the paper's, which takes the ratio of "
+            "whole sequences; algorithm: luspo sets sequence"
+        )
+    if level == "sequence" and loss == "vespo" and not chosen:
+        yield (
+            "grpo.importance_sampling_level: sequence with loss_type: vespo, which weighs whole sequences itself; "
+            "algorithm: vespo sets token"
+        )
+    if level == "sequence" and loss in ("grpo", "luspo") and "epsilon" not in of_word and epsilon >= _WIDE:
+        yield (
+            f"grpo.epsilon: {_plain(epsilon)} with ratios of whole sequences is a token's clipping: a sequence's ratio "
+            "is a mean over its tokens and stays nearer to 1; algorithm: gspo sets 0.0003 and 0.0004, luspo 0.002 and "
+            "0.0025"
+        )
+    above = 1 + (epsilon if grpo.get("epsilon_high") is None else grpo["epsilon_high"])
+    if grpo.get("delta") is not None and loss in _CLIPPING and grpo["delta"] <= above:
+        yield (
+            f"grpo.delta: {_plain(grpo['delta'])} is not above 1 + epsilon_high = {above:g}, so it also cuts ratios "
+            "that the clipping allows; algorithm: intellect_2 sets 4.0"
+        )
 
 
 def with_origins(text: str, recipe: Recipe, given: Mapping[str, Any]) -> str:

@@ -98,6 +98,10 @@ def test_a_word_on_the_command_line_wins_over_the_recipe_and_loses_to_the_line(t
         ("algorithm: scalerl\nsampling: {refill: 2}", "Set grpo.scale_rewards=group, or sampling.refill=0"),
         ("algorithm: gdpo\nsampling: {refill: 2}", "Set grpo.multi_objective_aggregation=sum_then_normalize, or"),
         ("algorithm: vespo\ngrpo: {use_vllm: true}\n", "allowed: token_truncate, token_mask"),
+        ("algorithm: grpo\ngrpo: {sync_ref_model: true}", "grpo.sync_ref_model: true is given; only false is allowed"),
+        ("grpo: {sapo_temperature_pos: 0}", "grpo.sapo_temperature_pos: 0 is given; it must be above 0"),
+        ("grpo: {epsilon: -0.2}", "grpo.epsilon: -0.2 is given; it must be above 0"),
+        ("grpo: {top_entropy_quantile: 1.5}", "grpo.top_entropy_quantile: 1.5 is given; allowed: 0 to 1"),
     ],
 )
 def test_a_wrong_combination_is_refused_by_name(extra: str, expected: str) -> None:
@@ -116,6 +120,10 @@ def test_a_wrong_combination_is_refused_by_name(extra: str, expected: str) -> No
         ("grpo: {sapo_temperature_pos: 2}", "grpo.sapo_temperature_pos: has no effect with loss_type: dapo"),
         ("grpo: {importance_sampling_level: sequence}", "algorithm: gspo takes loss_type: grpo"),
         ("algorithm: luspo\ngrpo: {importance_sampling_level: token}", "token is given; luspo sets sequence"),
+        ("grpo: {loss_type: luspo}", "grpo.importance_sampling_level: token with loss_type: luspo"),
+        ("grpo: {loss_type: vespo, importance_sampling_level: sequence}", "sequence with loss_type: vespo"),
+        ("grpo: {loss_type: grpo, importance_sampling_level: sequence}", "grpo.epsilon: 0.2 with ratios of whole"),
+        ("algorithm: dapo\ngrpo: {delta: 1.1}", "grpo.delta: 1.1 is not above 1 + epsilon_high = 1.28"),
         ("algorithm: gdpo", "acts on several rewards, and here is one"),
         ("algorithm: dapo", "dynamic sampling is sampling.refill"),
     ],
