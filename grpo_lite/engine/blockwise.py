@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_lite.engine.first_order import first_order
+
 # Scores of a block: 2 MiB in float32, so that what is done to them stays in a CPU's cache.
 BLOCK_SCORES = 1 << 19
 LEAST_QUERIES = 32  # of a block, however many keys they see
@@ -81,6 +83,7 @@ class _Blockwise(torch.autograd.Function):
         return out.unsqueeze(0)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         parts, scaling, window = ctx.rest

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lite.engine import recompute
+from grpo_lite.engine.first_order import first_order
 
 
 def shorten_lora(model: nn.Module) -> int:
@@ -69,6 +70,7 @@ class _Update(torch.autograd.Function):
         return updated.to(result.dtype).view(result.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, down, up, *kept = ctx.saved_tensors
         x: Tensor = ctx.computation.again(kept)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_lite.engine.first_order import first_order
+
 Compute = Callable[..., Tensor]  # of tensors of one shape but for the last axis, along which alone it mixes numbers
 
 # Layers that give a gated MLP's gate and what it lets through (or both, in this order), and the one that takes their
@@ -101,6 +103,7 @@ class _Recomputed(torch.autograd.Function):
         return _in_chunks(computation.compute, inputs)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         grads = [torch.empty_like(each) if need else None for each, need in zip(inputs, needed, strict=True)]

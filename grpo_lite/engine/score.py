@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grpo_lite.engine import attention, states
+from grpo_lite.engine.first_order import first_order
 from grpo_lite.engine.logits import UNCHANGED, LogitTransform
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch, unpack
@@ -287,6 +288,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         return logps, entropies
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         jacobian, entropy_jacobian = ctx.saved_tensors
         grad_logps, grad_entropies = grads
