@@ -134,6 +134,17 @@ def plan_microbatches(
     return [[piece for index in members for piece in parts[index][1]] for members in bins]
 
 
+def planned_tokens(batch: PaddedBatch, pieces: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Return the tokens of a micro-batch, counted as `plan_microbatches` counts them, and those of its longest row."""
+    group_of = {row: index for index, group in enumerate(batch.groups) for row in group}
+    prompts: dict[int, int] = {}
+    rows: list[tuple[int, int]] = []  # tokens of the prompt and of the completion
+    for piece in pieces:
+        prompts[group_of[piece[0]]] = prompt = batch.prompt_lengths[piece[0]]
+        rows += [(prompt, batch.completion_lengths[row]) for row in _branches(batch, piece)]
+    return sum(prompts.values()) + sum(own for _, own in rows), max(prompt + own for prompt, own in rows)
+
+
 def _first_fit(items: list[int], sizes: list[int], capacity: int | None) -> list[list[int]]:
     """Put items into as few bins as first-fit-decreasing finds, keeping their order inside each bin."""
     if capacity is None:

@@ -29,6 +29,8 @@ class Gradients:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.ready: Scores | None = None  # answers TRL's next request for log-probabilities
+        # What went through the model last, or goes through it now; None where TRL's own compute does it.
+        self.at_once: tuple[PaddedBatch, Sequence[Sequence[int]]] | None = None
 
     # Scoring
 
@@ -53,6 +55,7 @@ class Gradients:
         """
         if self.ready is not None:
             return self.ready
+        self.at_once = None
         if not torch.is_grad_enabled() and not compute_entropy:
             sampled = self.trainer.rollouts.sampled_logps(logits_to_keep, input_ids.device)
             if sampled is not None:
@@ -89,6 +92,7 @@ class Gradients:
         note_router: NoteRouter | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return `logps` and `entropies` `(B, C)` with the rows in `pieces` replaced by computed values."""
+        self.at_once = batch, pieces
         trainer, packed = self.trainer, pack(batch, pieces)
         entropy_grad = trainer._entropy_bonus_enabled
         scoring = Scoring(trainer.temperature, trainer.args.cast_lm_head_to_fp32, compute_entropy, entropy_grad)
@@ -124,7 +128,7 @@ class Gradients:
 
     def read(self, model: nn.Module, inputs: dict[str, Any]) -> PaddedBatch | None:
         """Return a micro-step's batch, or None where TRL's own loss must be taken."""
-        trainer = self.trainer
+        trainer, self.at_once = self.trainer, None
         if not torch.is_grad_enabled() or not trainer.support.is_packable(model):
             return None
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

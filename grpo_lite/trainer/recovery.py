@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
-from grpo_lite.engine.packing import read_padded_batch
+from grpo_lite.engine.packing import planned_tokens
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder, engine_of
 from grpo_lite.errors import MemoryBudgetError
@@ -75,19 +75,14 @@ class Recovery:
 
         return until_it_fits(generate, lower)
 
-    def scoring(self, model: nn.Module, input_ids: Tensor, score: Callable[[], Result]) -> Result:
+    def scoring(self, score: Callable[[], Result]) -> Result:
         """Score completions without a gradient; after an overflow again, with fewer at once."""
         if torch.is_grad_enabled() or self.trainer.gradients.ready is not None:
             return score()  # part of a training step, which is repeated as a whole
 
         def lower(failure: str) -> None:
-            if self._release_buffers("scoring", failure):
-                return
-            width, total = input_ids.size(1), input_ids.numel()
-            budget = self.trainer.options.tokens_per_microbatch or total
-            if budget <= width or not self.trainer.support.is_packable(model):
-                raise self._hopeless("scoring", failure)
-            self._set_budget("scoring", failure, "tokens_per_microbatch", max(width, min(budget, total) // 2))
+            if not self._release_buffers("scoring", failure):
+                self._divide("scoring", failure)
 
         return until_it_fits(score, lower)
 
@@ -133,18 +128,19 @@ class Recovery:
     # Budgets
 
     def _lower_microbatch(self, failure: str) -> None:
-        trainer = self.trainer
-        if self._prepared is None or not trainer.support.is_packable(trainer.model):
+        if self._prepared is None:
             raise self._hopeless("training", failure)
-        _, inputs, undo = self._prepared
-        undo.restore(trainer)
-        if self._release_buffers("training", failure):
-            return
-        total, longest = _tokens(inputs)
-        budget = min(trainer.options.tokens_per_microbatch or total, total)
-        if budget <= longest:
-            raise self._hopeless("training", failure)
-        self._set_budget("training", failure, "tokens_per_microbatch", max(longest, budget // 2))
+        self._prepared[2].restore(self.trainer)
+        if not self._release_buffers("training", failure):
+            self._divide("training", failure)
+
+    def _divide(self, phase: str, failure: str) -> None:
+        """Lower the budget to half of what went through the model when memory ran out, so that it is divided."""
+        computed = self.trainer.gradients.at_once
+        total, longest = (0, 0) if computed is None else planned_tokens(*computed)
+        if total <= longest:  # TRL's own compute, or a single completion
+            raise self._hopeless(phase, failure)
+        self._set_budget(phase, failure, "tokens_per_microbatch", max(longest, total // 2))
 
     def _lower_wave(self, prompt_ids: list[list[int]], failure: str, is_shared: bool) -> None:
         cap = self.trainer.max_completion_length
@@ -338,18 +334,6 @@ def _overflow(error: RuntimeError) -> str:
 
 def _trainable(trainer: Any) -> list[nn.Parameter]:
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-
-
-def _tokens(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Return a micro-step's packed tokens and its longest row."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    batch = read_padded_batch(ids, mask, inputs["completion_ids"].size(1))
-    if batch is None:
-        return int(mask.sum()), int(mask.sum(1).max())
-    prompts = sum(batch.prompt_lengths[group[0]] for group in batch.groups)
-    rows = [a + b for a, b in zip(batch.prompt_lengths, batch.completion_lengths, strict=True)]
-    return prompts + sum(batch.completion_lengths), max(rows)
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:

@@ -172,7 +172,7 @@ class PackedGRPOTrainer(GRPOTrainer):
     ) -> Scores:
         plain = super()._get_per_token_logps_and_entropies
         score = partial(self.gradients.logps, plain, model, input_ids, *args, **kwargs)
-        return self.recovery.scoring(model, input_ids, score)
+        return self.recovery.scoring(score)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.journal.write_figures()

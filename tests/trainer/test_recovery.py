@@ -172,6 +172,47 @@ def test_one_completion_too_many_tells_what_to_change(tmp_path: Path, monkeypatc
         train(PackedGRPOTrainer, tmp_path, advice="take a smaller model")
 
 
+def by_place(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(place % 4) for place in range(len(completion_ids))]
+
+
+def equal_completions(rows: int, longest: int, *_: Any) -> list[list[int]]:
+    """Return completions of which the four of a prompt are equal, and laid out once."""
+    return [[7 + row // 4] * longest for row in range(rows)]
+
+
+@pytest.mark.parametrize("phase", ["training", "scoring"])
+def test_each_redo_is_smaller_where_completions_are_equal(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt has one completion laid out. Half of what all four would take divides nothing."""
+    monkeypatch.setattr("tests.tiny.fixed_completions", equal_completions)
+    settings = {"beta": 0.1} if phase == "scoring" else {}
+    with monkeypatch.context() as patched:
+        undisturbed = card_of(10**9, patched)
+        _, expected = train(PackedGRPOTrainer, tmp_path, settings=settings, reward=by_place)
+    whole = undisturbed[0]
+    tried = card_of(whole - 1, monkeypatch)
+    said: list[str] = []
+    _, found = train(PackedGRPOTrainer, tmp_path, settings=settings, reward=by_place, show=said.append)
+    assert len(said) == 1
+    assert f"out of memory in {phase} at step 1" in said[0]
+    assert tried[0] == sum(tried[1:3]) == whole  # a prompt with its completion by itself
+    assert relative_difference(found.steps[0], expected.steps[0]) < 1e-5
+
+
+def test_a_group_of_equal_completions_that_does_not_fit_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt and 12 tokens are more than the card holds."""
+    monkeypatch.setattr("tests.tiny.fixed_completions", equal_completions)
+    tried = card_of(12, monkeypatch)
+    settings = {"per_device_train_batch_size": 4}
+    with pytest.raises(MemoryBudgetError, match="with nothing left to divide"):
+        train(PackedGRPOTrainer, tmp_path, settings=settings, reward=by_place)
+    assert len(tried) == 1
+
+
 def test_recovery_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = card_of(20, monkeypatch)
     with pytest.raises(MemoryBudgetError, match="out of memory in training at step 1:"):
