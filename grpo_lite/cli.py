@@ -24,7 +24,7 @@ import click
 from grpo_lite import __version__
 from grpo_lite.commands import either, hint, hint_setup
 from grpo_lite.engine.out_of_memory import is_out_of_memory
-from grpo_lite.errors import GRPOLiteError, RecipeError
+from grpo_lite.errors import GRPOLiteError, RecipeError, first_line
 from grpo_lite.files.redact import redact, redact_logs, redact_tracebacks
 from grpo_lite.screen import printable, quiet_on_broken_pipe, reader_has_left, ready_streams, silence
 
@@ -95,14 +95,13 @@ def _explain(error: Exception) -> str:
     name = type(error).__name__
     if is_out_of_memory(error):
         return (
-            f"out of memory: {str(error).splitlines()[0]}\nLower grpo.per_device_train_batch_size (and raise "
+            f"out of memory: {first_line(error)}\nLower grpo.per_device_train_batch_size (and raise "
             "grpo.gradient_accumulation_steps by as much), or grpo.max_completion_length. What is saved stays."
         )
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("grpo_lite", "rewards")):
         return f"the Python package {error.name.partition('.')[0]} is not installed. Install it: {hint_setup()}"
     if type(error).__module__.partition(".")[0] == "wandb":
-        lines = str(error).strip().splitlines() or [name]
-        return f"wandb: {lines[0]} Log in with `wandb login`, set WANDB_MODE=offline, or change grpo.report_to."
+        return f"wandb: {first_line(error)} Log in with `wandb login`, set WANDB_MODE=offline or change grpo.report_to."
     if isinstance(error, OSError) and error.errno is not None:
         file = f": {error.filename}" if error.filename else ""
         advice = " Free some space, then give the same command again." if error.errno in (ENOSPC, EDQUOT) else ""

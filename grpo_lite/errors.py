@@ -58,3 +58,8 @@ class ExportError(GRPOLiteError):
 
 class NothingToMerge(ExportError):
     """The adapter changes nothing that the merged weights could hold."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for a message of ours; its class's name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

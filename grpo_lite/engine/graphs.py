@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_lite.engine.out_of_memory import is_out_of_memory
+from grpo_lite.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class StepGraphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = _first_line(error)
+            reason = _reason(error)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         self._restore(before, random_state)
@@ -112,7 +113,7 @@ class StepGraphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = _first_line(error)
+            reason = _reason(error)
             _renew_generator(random_state)
         self._is_checked = True
         if reason is None:
@@ -157,8 +158,8 @@ def _relative_difference(one: Tensor, other: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _first_line(error: RuntimeError) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+def _reason(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def _renew_generator(random_state: Tensor) -> None:

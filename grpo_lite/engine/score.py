@@ -25,6 +25,7 @@ from grpo_lite.engine.first_order import first_order
 from grpo_lite.engine.logits import UNCHANGED, LogitTransform
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.packing import PackedBatch, pack, plan_microbatches, read_padded_batch, unpack
+from grpo_lite.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -375,10 +376,9 @@ def _unbuilt_kernel(error: Exception) -> str | None:
     of_system = isinstance(error, OSError | subprocess.SubprocessError)
     if is_out_of_memory(error) or not (of_compiler or of_system or re.search(r"C compiler|libcuda\.so", str(error))):
         return None
-    first = str(error).strip().partition("\n")[0]
     return (
-        f"Triton cannot build a kernel here ({type(error).__name__}: {first}). If a C compiler (gcc) or Python's "
-        "headers are missing: apt install build-essential python3-dev."
+        f"Triton cannot build a kernel here ({type(error).__name__}: {first_line(error)}). If a C compiler "
+        "(gcc) or Python's headers are missing: apt install build-essential python3-dev."
     )
 
 

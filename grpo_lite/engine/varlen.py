@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from grpo_lite.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 # query (T, heads, D), key and value (K, key/value heads, D), index, scaling, window -> (T, heads, D)
@@ -233,7 +235,7 @@ def _tried(
                     for segments, window in cases
                 )
         except (RuntimeError, ImportError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
-            reasons.append(f"{kernel.__name__}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            reasons.append(f"{kernel.__name__}: {type(error).__name__}: {first_line(error)[:120]}")
             continue
         if difference <= (1e-4 if dtype == torch.float32 else 0.03):
             logger.debug("packed attention by %s, difference %.2g", kernel.__name__, difference)

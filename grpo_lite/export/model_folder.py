@@ -13,7 +13,7 @@ import torch
 
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, first_line
 from grpo_lite.export.safetensors import open_checkpoint
 from grpo_lite.models.chat_template import FILE_NAME
 from grpo_lite.models.text_tower import load_causal
@@ -77,7 +77,7 @@ def load_saved_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]}). Merge onto a base that has one."
+            f"{folder}: its tokenizer does not load ({first_line(error)}). Merge onto a base that has one."
         ) from None
 
 
@@ -93,7 +93,7 @@ def load_whole(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if is_out_of_memory(error):
             raise
-        raise ExportError(f"{folder}: does not load ({str(error).splitlines()[0]}). Fetch or merge it again.") from None
+        raise ExportError(f"{folder}: does not load ({first_line(error)}). Fetch or merge it again.") from None
     wrong = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if wrong:
         raise ExportError(

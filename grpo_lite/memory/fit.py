@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.engine.out_of_memory import free_memory
-from grpo_lite.errors import ModelError
+from grpo_lite.errors import ModelError, first_line
 from grpo_lite.memory.evaluation import evaluation_items, most_rows
 from grpo_lite.memory.job import recipe_job
 from grpo_lite.memory.phases import CONTEXT_BYTES, FRAGMENTATION, GIB, WORKSPACE_BYTES, Job
@@ -85,7 +85,7 @@ def fit_to_device(
         share = math.ceil(job.warmup_step / this_process().world) + job.warmup_row  # rows are dealt out, longest first
         job = replace(job, warmup_step=min(job.warmup_step, share)) if warmup_row else replace(job, warmup_row=0)
     except ModelError as error:  # an architecture that the arithmetic does not know
-        show(f"memory: {str(error).splitlines()[0]}")
+        show(f"memory: {first_line(error)}")
         return Fit(options)
     available = min(device.memory_bytes, free_bytes() + CONTEXT_BYTES)
     plan = plan_memory(job, available)

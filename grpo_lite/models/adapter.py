@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.errors import ExportError, ModelError
+from grpo_lite.errors import ExportError, ModelError, first_line
 from grpo_lite.files.atomic import read_record
 from grpo_lite.files.hub import hub_unreachable
 from grpo_lite.files.manifest import MANIFEST_NAME, fault_in, read_manifest, sha256_of
@@ -144,7 +144,7 @@ def load_into(model: Any, adapter: SavedAdapter) -> None:
     try:
         result = set_peft_model_state_dict(model, dict(adapter.tensors))
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ModelError(f"{KEY}: {adapter.address} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{KEY}: {adapter.address} cannot be loaded: {first_line(error)}") from error
     strangers = list(result.unexpected_keys)
     if strangers:
         raise ModelError(f"{KEY}: {adapter.address}: the model has no place for {strangers[0]}. Use model.backend=hf.")
@@ -161,7 +161,7 @@ def read_sealed(folder: Path) -> dict[str, Any]:
         if fault is None:
             return _read_tensors(folder)[0]
     except ModelError as error:
-        fault = str(error).removeprefix(f"{KEY}: ").splitlines()[0]
+        fault = first_line(error).removeprefix(f"{KEY}: ")
     raise ModelError(f"{folder}: the adapter is damaged: {fault}")
 
 
@@ -248,10 +248,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Any], str]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"{KEY}: {path}: is not a whole safetensors file: {reason}. It is truncated or corrupt: save or fetch it "
-            "again."
+            f"{KEY}: {path}: is not a whole safetensors file: {first_line(error)}. It is truncated or corrupt: "
+            "save or fetch it again."
         ) from None
     _check_manifest(folder, sha256)
     for name, tensor in tensors.items():
@@ -271,7 +270,7 @@ def _check_manifest(folder: Path, sha256: str) -> None:
     try:
         entry = read_manifest(folder).get(WEIGHTS_NAME)
     except ExportError as error:
-        raise ModelError(f"{KEY}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{KEY}: {first_line(error)}") from None
     if entry is not None and entry.sha256 != sha256:
         raise ModelError(
             f"{KEY}: {folder / WEIGHTS_NAME}: is not the file that was saved (its sha256 is not the one in "
@@ -408,6 +407,5 @@ def _fresh_shapes(recipe: Recipe, base: Base) -> dict[str, tuple[int, ...]]:
             config.init_lora_weights = False  # PiSSA and its like compute with the base's weights, which are not there
             model = get_peft_model(model, config)
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(f"lora: does not fit {base.section.id}: {reason[0] if reason else error!r}") from error
+        raise ModelError(f"lora: does not fit {base.section.id}: {first_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}

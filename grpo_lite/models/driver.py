@@ -25,7 +25,7 @@ from grpo_lite.bootstrap import (
     has_rocm,
     nvidia_driver,
 )
-from grpo_lite.errors import ModelError
+from grpo_lite.errors import ModelError, first_line
 from grpo_lite.models.device import Device, detect_device
 from grpo_lite.recipe.recipe import Recipe
 
@@ -189,5 +189,5 @@ def _reason() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return str(error).strip().partition("\n")[0]
+        return first_line(error)
     return "none is given."

@@ -15,7 +15,7 @@ from typing import Any
 from grpo_lite.commands import hint, hint_setup
 from grpo_lite.engine import attention
 from grpo_lite.engine.quantised import keep_odd_widths_unpacked, keep_weights_unpacked
-from grpo_lite.errors import ModelError
+from grpo_lite.errors import ModelError, first_line
 from grpo_lite.models.base import Base, trusts_remote_code
 from grpo_lite.models.chat_template import set_chat_template
 from grpo_lite.models.device import Device
@@ -41,7 +41,7 @@ def load_tokenizer(base: Base) -> Any:
             base.folder, padding_side="left", trust_remote_code=trusts_remote_code(base.section)
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.id: {base.section.id} has no usable tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"model.id: {base.section.id} has no usable tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if base.section.chat_template:
@@ -71,7 +71,7 @@ def load_model(base: Base) -> Any:
         model = load_causal(weights, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
-            f"model: {section.id} cannot be loaded ({section.load_in}, {dtype}) on {device.name}: {_first_line(error)}"
+            f"model: {section.id} cannot be loaded ({section.load_in}, {dtype}) on {device.name}: {first_line(error)}"
         ) from error
     model.config.use_cache = True
     return model
@@ -132,7 +132,7 @@ def lora_config(recipe: Recipe, model: Any = None) -> Any:
     try:
         config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora_arguments)
     except Exception as error:  # peft uses some values without checking them first
-        raise ModelError(f"lora: peft refuses these values: {_first_line(error)}") from None
+        raise ModelError(f"lora: peft refuses these values: {first_line(error)}") from None
     if model is not None:
         choose_targets(config, model)
     return config
@@ -175,7 +175,7 @@ def load_trained(base: Base, rollout: str, adapter: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{adapter}: does not load onto {base.section.id}: {_first_line(error)}") from error
+        raise ModelError(f"{adapter}: does not load onto {base.section.id}: {first_line(error)}") from error
 
 
 def _require_modules(model: Any, adapter: Path) -> None:
@@ -214,8 +214,3 @@ def load_merged(folder: Path, device: Device) -> Any:
     if attention.obstacle(model) is None:
         attention.install(model)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

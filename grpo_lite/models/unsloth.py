@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.commands import either, hint_run, hint_setup
-from grpo_lite.errors import ModelError
+from grpo_lite.errors import ModelError, first_line
 from grpo_lite.files.cache import cache_dir
 from grpo_lite.models.config import read_config
 from grpo_lite.processes import this_process
@@ -105,9 +105,8 @@ def prepare(recipe: Recipe, begun: bool = False) -> None:
     try:
         import unsloth  # noqa: F401
     except Exception as error:  # it looks at the machine and at what it patches, and raises whatever it finds
-        lines = str(error).strip().splitlines()
         raise ModelError(
-            f"model.backend: {cause}, and cannot be imported: {lines[0] if lines else type(error).__name__}. Install "
+            f"model.backend: {cause}, and cannot be imported: {first_line(error)}. Install "
             f"it anew ({hint_setup('unsloth')}), or {instead}."
         ) from error
 
@@ -194,8 +193,6 @@ def load_with_unsloth(recipe: Recipe, base: Path, max_seq_length: int, dtype: An
             raise ValueError(f"it gives the whole multimodal {type(model).__name__}, where text alone is trained")
         return FastLanguageModel.get_peft_model(model, **adapter_arguments(recipe))
     except (OSError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-        lines = str(error).strip().splitlines()
         raise ModelError(
-            f"model: {recipe.model.id} cannot be loaded by unsloth: {lines[0] if lines else type(error).__name__}. "
-            "Set model.backend=hf."
+            f"model: {recipe.model.id} cannot be loaded by unsloth: {first_line(error)}. Set model.backend=hf."
         ) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.errors import RunDirError, TrainingError
+from grpo_lite.errors import RunDirError, TrainingError, first_line
 from grpo_lite.models.base import Base
 from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.processes import agree, this_process
@@ -144,10 +144,9 @@ def _advice(error: Exception, checkpoint: Path | None, folder: Path) -> str | No
     if this_process().world > 1 and _LOST_PEER.search(str(error)):
         return lost_peer()
     if type(error).__name__ == "UnpicklingError" and checkpoint:
-        first = str(error).strip().partition("\n")[0]
         return (
             f"{checkpoint.name} holds a file with more than numbers in it. Such files can run code, so none is loaded. "
-            f"({first}) Remove {checkpoint} to resume from the one before, and find out who wrote it."
+            f"({first_line(error)}) Remove {checkpoint} to resume from the one before, and find out who wrote it."
         )
     return None
 

@@ -25,7 +25,7 @@ from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.engine.packing import planned_tokens
 from grpo_lite.engine.score import base_model
 from grpo_lite.engine.static_decode import choose_decoder, engine_of
-from grpo_lite.errors import MemoryBudgetError
+from grpo_lite.errors import MemoryBudgetError, first_line
 from grpo_lite.memory.phases import cache_capacity
 from grpo_lite.runs.checkpoints import read_facts
 
@@ -328,8 +328,7 @@ def _overflow(error: RuntimeError) -> str:
     """Return the first line of an error that says memory ran out; raise any other."""
     if not is_out_of_memory(error):
         raise error
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)[:200]
 
 
 def _trainable(trainer: Any) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from grpo_lite.engine.generate import stop_ids
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, first_line
 from grpo_lite.export.model_folder import dtype_that_fits, load_saved_tokenizer, load_whole
 from grpo_lite.export.proof import DECIDED_LEAD, greedy_answers, last_logits
 
@@ -109,7 +109,7 @@ def prove_gguf(
         LookupError,
         struct.error,
     ) as error:  # damaged files
-        raise ExportError(f"{gguf_file}: {loader} does not load it: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{gguf_file}: {loader} does not load it: {first_line(error)}") from error
     hits = [a == b for answer, row in zip(answers, best, strict=True) for a, b in zip(answer.ids, row, strict=True)]
     agreement = sum(hits) / max(1, len(hits))
     stopped, stopped_merged = sum(a.stopped for a in given), sum(a.stopped for a in answers)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grpo_lite.errors import ExportError
+from grpo_lite.errors import ExportError, first_line
 from grpo_lite.export.gguf.tensors import OTHER_WAY, NotWrittenHereError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -108,7 +108,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{folder}: has no fast tokenizer ({str(error).splitlines()[0]}). {OTHER_WAY}") from None
+        raise ExportError(f"{folder}: has no fast tokenizer ({first_line(error)}). {OTHER_WAY}") from None
 
 
 def _facts(
