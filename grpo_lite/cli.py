@@ -383,7 +383,7 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
     keep_times(loaded, base.device.name, result.to_json())
     click.echo("\n".join(probe_lines(result)))
     if loaded.eval.enabled and rows.eval:
-        click.echo(power_line(min(len(rows.eval), loaded.eval.limit or len(rows.eval))))
+        click.echo(power_line(loaded.evaluated_rows(len(rows.eval))))
 
 
 @main.command()

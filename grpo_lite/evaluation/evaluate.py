@@ -22,12 +22,12 @@ from grpo_lite.evaluation.statistics import mcnemar_exact, mean_pass_at_k, paire
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.models.adapter import other_weights, read_sealed
-from grpo_lite.models.base import Base
+from grpo_lite.models.base import Base, weights_bytes
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.provenance import tell_changes
-from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir
 from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.episodes import Player, make_player
 from grpo_lite.task.generators import Row
@@ -35,7 +35,6 @@ from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import now, size
 
-COLUMNS = ("base", "warm", "trained")
 # What each stage of a run with a warm-up changes: from which column to which, and how its verdict begins.
 STAGES = {"warmup": ("base", "warm", "Warm-up (SFT)"), "grpo": ("warm", "trained", "GRPO alone")}
 Columns = dict[str, list[Row]]  # records of the same rows, by column
@@ -70,7 +69,7 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     rows, player = prompts.eval[: recipe.eval.limit], make_player(prompts, recipe, show)
     records: Columns = {}
     also: dict[str, Columns] = {name: {} for name in prompts.also}
-    for name in COLUMNS if warm else ("base", "trained"):
+    for name in SCORE_COLUMNS if warm else ("base", "trained"):
         with _column(model, name, warm):
             records[name] = score_model(model, prompts.tokenizer, recipe, rows, show, name, player)
             for further, its_rows in prompts.also.items():
@@ -125,7 +124,7 @@ def _cause(run: RunDir, recipe: Recipe) -> str:
 
 def greedy_only(recipe: Recipe) -> Recipe:
     """Return the recipe without sampled completions in its evaluation."""
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
+    return recipe.with_section("eval", samples=0)
 
 
 def evaluate_merged(run: RunDir, show: Show, prompts: Prompts | None = None) -> dict[str, Any]:
@@ -180,10 +179,9 @@ def load_saved(folder: Path) -> Any:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     raise MemoryBudgetError(
-        f"{folder}: {size(weights_bytes)} of weights do not fit into the free memory of {device.name}. The files are "
-        f"complete; score them on a larger GPU: {hint('eval', run=UNKNOWN)}"
+        f"{folder}: {size(weights_bytes(folder))} of weights do not fit into the free memory of {device.name}. The "
+        f"files are complete; score them on a larger GPU: {hint('eval', run=UNKNOWN)}"
     )
 
 

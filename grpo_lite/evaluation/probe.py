@@ -223,7 +223,7 @@ def _sample(
         model,
         tokenizer,
         max_new_tokens=recipe.max_completion_length,
-        temperature=float(recipe.grpo.get("temperature", 1.0)),
+        temperature=recipe.temperature,
         rows_that_fit=rows_that_fit if recipe.memory.fit else None,
     )
     on_gpu = limit_s is not None and model.device.type == "cuda"  # where a few completions take as long as many
@@ -289,7 +289,7 @@ def _sample_episodes(
             Player(prompts, recipe, show) if keeps else player,
             [row for row in part for _ in range(samples)],
             recipe.max_completion_length,
-            temperature=float(recipe.grpo.get("temperature", 1.0)),
+            temperature=recipe.temperature,
             seed=recipe.seed + done,
         )
         if not keeps:

@@ -131,7 +131,7 @@ def _sampled_turns(
         batch_prompt_ids([row["prompt"] for row in rows], prompts.tokenizer, prompts.template_kwargs),
         max_new_tokens=recipe.warmup_completion_length,
         samples=recipe.warmup.samples,
-        temperature=float(recipe.grpo.get("temperature", 1.0)),
+        temperature=recipe.temperature,
         batch_size=recipe.eval.batch_size,
         seed=recipe.seed,
         rows_that_fit=rows_that_fit if recipe.memory.fit else None,
@@ -153,7 +153,7 @@ def _sampled_episodes(
         repeated = [row for row in rows[start : start + size] for _ in range(count)]
         episodes = play_with(
             model, tokenizer, recipe, player, repeated, recipe.warmup_completion_length,
-            temperature=float(recipe.grpo.get("temperature", 1.0)), seed=recipe.seed + start,
+            temperature=recipe.temperature, seed=recipe.seed + start,
         )  # fmt: skip
         right, _ = score_completions(tokenizer, recipe, repeated, episodes, player)
         scores = [call_reward(function, tokenizer, recipe, repeated, episodes) for function in functions]

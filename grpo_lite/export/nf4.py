@@ -20,6 +20,7 @@ from grpo_lite.export.model_folder import copy_files, load_saved_tokenizer, load
 from grpo_lite.export.proof import Agreement, agreement, last_logits, positions_kept, tokenize
 from grpo_lite.export.safetensors import open_checkpoint
 from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, verify_manifest, write_manifest
+from grpo_lite.models.base import weights_bytes
 
 NF4_RECORD = "nf4.json"
 
@@ -82,7 +83,7 @@ def export_nf4(
         del model
         gc.collect()
         record = Nf4Record(
-            size_bytes=sum(path.stat().st_size for path in partial.glob("*.safetensors")),
+            size_bytes=weights_bytes(partial),
             merged_bytes=merged_bytes,
             prompts=len(sequences),
             positions=sum(len(logits) for logits in reference),

@@ -17,12 +17,12 @@ from grpo_lite.export.folder import clear_leftovers
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
 from grpo_lite.export.gguf.ollama import Prompting
 from grpo_lite.export.gguf.proof import GgufProof, prove_gguf
-from grpo_lite.export.merge.adapter import WEIGHTS_NAME
 from grpo_lite.export.merge.merge import MergeRecord, Progress, merge_adapter
 from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.atomic import read_record, write_atomic
 from grpo_lite.files.manifest import MANIFEST_NAME, sha256_of, update_manifest, verify_manifest
+from grpo_lite.models.adapter import WEIGHTS_NAME
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer

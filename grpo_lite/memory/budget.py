@@ -121,7 +121,7 @@ def choose(
             raise _too_small(chosen, times, limit_s, spent_s, held_out, given)
         steps, rows, samples = parts
         if samples != chosen.eval.samples:
-            chosen = _with_eval(chosen, samples=samples)
+            chosen = chosen.with_section("eval", samples=samples)
             overrides.append(f"eval.samples={samples}")
         if steps != whole_steps:
             overrides.insert(0, f"grpo.max_steps={steps}")
@@ -201,7 +201,7 @@ def _divide(
     for_evaluation_s = min(max((1 - TRAINING_SHARE) * left_s, left_s - whole_steps * step_s), left_s - steps * step_s)
     if whole_s <= for_evaluation_s:
         return steps, held_out, recipe.eval.samples
-    cheap = _with_eval(recipe, samples=samples)
+    cheap = recipe.with_section("eval", samples=samples)
     none_s, one_s = (times.evaluation_s(cheap, n) for n in (0, 1))  # further sets are scored whatever the rows
     fitting = int((for_evaluation_s - none_s) / (one_s - none_s)) if one_s > none_s else held_out
     if "eval.limit" in given or fitting >= held_out:
@@ -219,7 +219,7 @@ def _least_evaluation(recipe: Recipe, times: Times, held_out: int, given: Collec
     """Return the fewest rows, and samples a row, that an evaluation may have, and its seconds."""
     rows = held_out if "eval.limit" in given else min(held_out, LEAST_PROBLEMS)
     samples = recipe.eval.samples if "eval.samples" in given else 0
-    return rows, samples, times.evaluation_s(_with_eval(recipe, samples=samples), rows)
+    return rows, samples, times.evaluation_s(recipe.with_section("eval", samples=samples), rows)
 
 
 def _cheaper(recipe: Recipe, times: Times, given: Collection[str]) -> tuple[Recipe, list[str], list[str]]:
@@ -229,7 +229,7 @@ def _cheaper(recipe: Recipe, times: Times, given: Collection[str]) -> tuple[Reci
     if every and "eval.every" not in given:
         rarest = math.ceil(recipe.eval.every_limit * times.completion_s / (SCORES_SHARE * times.step_s))
         if rarest > every:
-            recipe = _with_eval(recipe, every=rarest)
+            recipe = recipe.with_section("eval", every=rarest)
             overrides.append(f"eval.every={rarest}")
     share = dict(times.truncated).get(cap // 2)
     elsewhere = any("max_completion_length" in reward.kwargs for reward in recipe.rewards)
@@ -241,10 +241,6 @@ def _cheaper(recipe: Recipe, times: Times, given: Collection[str]) -> tuple[Reci
             f"grpo.max_completion_length={cap} to keep it"
         )
     return recipe, overrides, notes
-
-
-def _with_eval(recipe: Recipe, **values: Any) -> Recipe:
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=values)})
 
 
 def _on_the_learning_rate(recipe: Recipe, steps: int) -> str:

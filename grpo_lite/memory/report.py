@@ -16,6 +16,7 @@ from grpo_lite.memory.warmup import warmup_parts, warmup_tokens
 from grpo_lite.models.config import model_shape
 from grpo_lite.models.device import CARDS, Card
 from grpo_lite.models.positions import too_long
+from grpo_lite.recipe.overrides import yaml_text
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.units import gib, span
 
@@ -88,7 +89,7 @@ def report_lines(recipe: Recipe, card: Card, plan: MemoryPlan) -> Iterator[str]:
     if plan.warmup:
         yield f"one micro-batch of the warm-up: {warmup_tokens(job)} tokens ({warmup_parts(job)} a step)"
     for key, value in plan.chosen.items():
-        yield f"chosen: {key}={str(value).lower() if isinstance(value, bool) else value}"
+        yield f"chosen: {key}={yaml_text(value)}"
     if (
         job.checkpointing
         and plan_memory(replace(job, checkpointing=False), card.memory_bytes).job.checkpointing is False

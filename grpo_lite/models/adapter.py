@@ -24,6 +24,7 @@ from grpo_lite.models.snapshot import fetch_snapshot
 from grpo_lite.models.text_tower import causal_config
 from grpo_lite.models.unsloth import ALL_LINEAR, uses_unsloth
 from grpo_lite.recipe.load import read_yaml
+from grpo_lite.recipe.overrides import yaml_text
 from grpo_lite.recipe.recipe import Recipe
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -33,7 +34,7 @@ KEY = "lora.init_from"
 _MEANING = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern",
             "alpha_pattern", "layers_to_transform")  # fmt: skip
 # Initialisations that rewrite the base while training starts: the adapter fits that rewritten base only.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _ROLE = re.compile(r"\.lora_\w+(\.weight|\.bias)?$")
 
@@ -322,10 +323,10 @@ def _config_differences(config: Mapping[str, Any], recipe: Recipe) -> Iterator[s
     for key in _MEANING:
         there, here = _plain(config.get(key, defaults.get(key))), _plain(wanted.get(key))
         if there != here:
-            saved, ours = (_said(defaults.get(key) if value is None else value) for value in (there, here))
+            saved, ours = (yaml_text(defaults.get(key) if value is None else value) for value in (there, here))
             yield f"lora.{key}: the adapter has {saved}, the recipe {ours}. Set lora.{key}={saved}."
     for whose, value in (("adapter", config.get("init_lora_weights")), ("recipe", wanted.get("init_lora_weights"))):
-        if isinstance(value, str) and value.lower().startswith(_BASE_CHANGING):
+        if isinstance(value, str) and value.lower().startswith(BASE_CHANGING):
             yield (
                 f"lora.init_lora_weights: the {whose} has {value}, which rewrites the base when training starts, and "
                 "an adapter fits the base that it was trained on only. "
@@ -340,10 +341,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return None if value in (False, "none") or value == [] or value == {} else value
-
-
-def _said(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tensor_differences(

@@ -182,6 +182,11 @@ def compute_dtype(section: ModelSection, device: Device, overflows_in_float16: b
     return section.dtype
 
 
+def weights_bytes(folder: Path) -> int:
+    """Return the size of the safetensors files in a folder; 0 where there are none (yet)."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def commit_of(base: Path) -> str | None:
     """Return the commit of a folder in the Hub's cache; None for other folders."""
     return base.name if base.parent.name == "snapshots" else None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grpo_lite.recipe.algorithms import ALGORITHMS
+from grpo_lite.recipe.overrides import yaml_text
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.recipe.upstream import config_defaults
 
@@ -61,7 +62,7 @@ def notes(recipe: Recipe) -> list[str]:
     word, grpo = ALGORITHMS[recipe.algorithm], recipe.grpo
     loss = grpo.get("loss_type") or config_defaults("grpo")["loss_type"]
     lines = [
-        f"grpo.{key}: {_plain(grpo[key])} is given; {recipe.algorithm} sets {_plain(value)}"
+        f"grpo.{key}: {yaml_text(grpo[key])} is given; {recipe.algorithm} sets {yaml_text(value)}"
         for key, value in word.grpo.items()
         if grpo.get(key) != value
     ]
@@ -73,7 +74,7 @@ def notes(recipe: Recipe) -> list[str]:
     if loss == "cispo" and grpo.get("epsilon_high") is None:
         lines.append(
             "grpo.epsilon_high: not given, so cispo caps the ratio at grpo.epsilon = "
-            f"{_plain(grpo.get('epsilon', 0.2))} and shrinks every gradient to that; algorithm: cispo sets 5.0"
+            f"{yaml_text(grpo.get('epsilon', 0.2))} and shrinks every gradient to that; algorithm: cispo sets 5.0"
         )
     lines += _on_ratios(grpo, loss, word.grpo)
     if grpo.get("multi_objective_aggregation") == "normalize_then_sum" and len(recipe.rewards) == 1:
@@ -147,9 +148,4 @@ def _origin(key: str, recipe: Recipe, given: Mapping[str, Any]) -> str:
     if key not in given:
         return f"algorithm: {recipe.algorithm}" if key in word.grpo else "default"
     differs = key in word.grpo and recipe.grpo[key] != word.grpo[key]
-    return f"recipe; {recipe.algorithm} sets {_plain(word.grpo[key])}" if differs else "recipe"
-
-
-def _plain(value: Any) -> str:
-    """Write a value as YAML does."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"recipe; {recipe.algorithm} sets {yaml_text(word.grpo[key])}" if differs else "recipe"

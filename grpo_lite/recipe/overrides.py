@@ -1,12 +1,22 @@
-"""Overrides that the doctor and the probe advise where several values of a recipe have to change together."""
+"""Overrides as a user types them: how a value is written, and those that change several values together."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from grpo_lite.recipe.recipe import Recipe
 
 _DIGITS = (1, 2, 3, 5, 10)
+
+
+def yaml_text(value: Any) -> str:
+    """Return a value as YAML writes it.
+
+    >>> yaml_text(None), yaml_text(True), yaml_text(0.5)
+    ('null', 'true', '0.5')
+    """
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def round_value(value: float) -> float:

@@ -505,6 +505,19 @@ class Recipe(_Section):
         """Longest completion of an evaluation, in tokens: `eval.max_new_tokens`, or as in training."""
         return self.eval.max_new_tokens or self.max_completion_length
 
+    @property
+    def temperature(self) -> float:
+        """Temperature of a rollout's completions; TRL's default is 1."""
+        return float(self.grpo.get("temperature", 1.0))
+
+    def with_section(self, section: str, **values: Any) -> Recipe:
+        """Return the recipe with other values in one of its sections; they are not checked."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
+    def evaluated_rows(self, held_out: int) -> int:
+        """Return how many of so many held-out rows are evaluated; 0 without an evaluation."""
+        return min(held_out, self.eval.limit or held_out) if self.eval.enabled else 0
+
     def evaluated_completions(self, held_out: int) -> int:
         """Return how many completions the evaluation generates, at most: for base, warm (after a warm-up), trained.
 
@@ -513,8 +526,7 @@ class Recipe(_Section):
         """
         if not self.eval.enabled:
             return 0
-        models = 2 if self.warmup is None else 3
-        rows = min(held_out, self.eval.limit or held_out)
+        models, rows = 2 if self.warmup is None else 3, self.evaluated_rows(held_out)
         return models * (rows * (1 + self.eval.samples) + sum(source.limit for source in self.eval.also.values()))
 
 

@@ -32,8 +32,8 @@ from grpo_lite.report.facts import (
     tiles,
     versions,
 )
-from grpo_lite.report.scores import COLUMNS, table_rows
-from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.report.scores import table_rows
+from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir, dump_recipe
 from grpo_lite.screen import Show
 from grpo_lite.units import duration, size
 
@@ -176,7 +176,7 @@ def comparison_table(pages: Sequence[RunPage]) -> list[tuple[str, list[str]]]:
 def _figures(page: RunPage) -> dict[str, str]:
     figures: dict[str, str] = {}
     for row in table_rows(page.scores):
-        rates = [row[column].partition(" (")[0] for column in COLUMNS if row[column]]
+        rates = [row[column].partition(" (")[0] for column in SCORE_COLUMNS if row[column]]
         figures[row["name"]] = " → ".join(rates)
         if "(" in row["difference"]:  # with its interval
             figures[f"{row['name']}: gain"] = row["difference"] + (" by GRPO alone" if row["warmup"] else "")

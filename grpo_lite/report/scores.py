@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-COLUMNS = ("base", "warm", "trained")
+from grpo_lite.runs.run_dir import SCORE_COLUMNS
+
 KINDS = {
     "lenient": "right answer",
     "strict": "right answer in the required form",
@@ -25,7 +26,7 @@ EPISODES = {
 
 def columns_of(values: Mapping[str, Any]) -> list[str]:
     """Return which columns a score has, in order."""
-    return [name for name in COLUMNS if name in values]
+    return [name for name in SCORE_COLUMNS if name in values]
 
 
 def own_gain(score: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,7 +112,7 @@ def _row(name: str, part: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cells(name: str, **cells: str) -> dict[str, str]:
-    return {"name": name, **dict.fromkeys((*COLUMNS, "difference", "warmup"), ""), **cells}
+    return {"name": name, **dict.fromkeys((*SCORE_COLUMNS, "difference", "warmup"), ""), **cells}
 
 
 def _episode_cell(key: str, mean: float) -> str:

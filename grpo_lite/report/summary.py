@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_lite.commands import UNKNOWN, hint, hint_run
 from grpo_lite.report.scores import episodes_text, named_scores, own_gain, rates_text
-from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir
 from grpo_lite.units import duration, size
 
 
@@ -107,12 +107,12 @@ def task_lines(run: RunDir) -> list[str]:
 
 def _table(scores: Mapping[str, Any]) -> list[str]:
     """Return base, warm and trained in columns, each rate with its interval."""
-    rows: list[tuple[str, ...]] = [("", "base", "warm", "trained")]
+    rows: list[tuple[str, ...]] = [("", *SCORE_COLUMNS)]
     for name, part in named_scores(scores):
-        cells = (f"{r['rate']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in map(part.__getitem__, rows[0][1:]))
+        cells = (f"{r['rate']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in map(part.__getitem__, SCORE_COLUMNS))
         rows.append((name, *cells))
     if cut := scores.get("truncated"):
-        rows.append(("cut off by the cap", *(f"{cut[column]:.1%}" for column in rows[0][1:])))
+        rows.append(("cut off by the cap", *(f"{cut[column]:.1%}" for column in SCORE_COLUMNS)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return [f"  {line}" for line in lines]

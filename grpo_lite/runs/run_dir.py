@@ -20,6 +20,8 @@ from grpo_lite.files.redact import planted_secret, redact, secret_in
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import checkpoint_folders
 
+SCORE_COLUMNS = ("base", "warm", "trained")  # of metrics.json: the models that a run compares; warm after a warm-up
+
 
 class RunDir:
     """One run's folder: recipe.yaml, run.json, metrics.jsonl, completions/, checkpoint-*, adapter/, merged/ …"""
@@ -124,6 +126,11 @@ class RunDir:
             f"{again}Undo the change to resume it, or choose another directory with {hint_run()}"
         )
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run has an adapter."""
+        return (self.adapter / "adapter_config.json").is_file()
+
     def last_checkpoint(self) -> Path | None:
         """Return the newest completed checkpoint, if any; `checkpoints.last_usable` also checks its files."""
         complete = [path for path in checkpoint_folders(self.path) if (path / "trainer_state.json").is_file()]
@@ -200,7 +207,7 @@ class RunDir:
         """Return the recipe with its base at the commit that this run started from, if one is recorded."""
         if not (commit := self.read_run().get("base_revision")):
             return recipe
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+        return recipe.with_section("model", revision=commit)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -272,6 +279,6 @@ def require_trained(run: RunDir) -> Recipe:
         RunDirError: it has no adapter yet.
     """
     recipe = run.load_recipe()
-    if not (run.adapter / "adapter_config.json").is_file():
+    if not run.is_trained:
         raise RunDirError(f"{run.path}: is not trained yet (no adapter/). Run: {hint('train', run=run.path)}")
     return recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_lite.models.base import Base, embedded_folder
+from grpo_lite.models.base import Base, embedded_folder, weights_bytes
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, Recipe
 from grpo_lite.screen import Show
 from grpo_lite.units import size
@@ -25,7 +25,7 @@ def announce_data(recipe: Recipe, show: Show) -> None:
 def announce_weights(base: Base, show: Show) -> None:
     """Say that a model is fetched, or that a large one is loaded."""
     section = base.section
-    stored = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
+    stored = weights_bytes(base.folder)
     if not stored:
         show(f"model: fetching the weights of {section.id}, then loading them in {section.load_in}")
     elif stored >= LARGE_BYTES:

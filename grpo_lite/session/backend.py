@@ -47,7 +47,7 @@ def with_chosen_backend(recipe: Recipe, run: RunDir, show: Show) -> Recipe:
         with run.locked():
             fetch_checkpoint(run, recipe.push_checkpoints, show)
     if run.recipe_file.is_file():
-        return _with(recipe, _first_backend(run))
+        return recipe.with_section("model", backend=_first_backend(run))
     card = card_with_both()
     if card is None:
         return recipe
@@ -57,7 +57,7 @@ def with_chosen_backend(recipe: Recipe, run: RunDir, show: Show) -> Recipe:
     if backend == "unsloth" and (obstacle := _obstacle(recipe)):
         backend, reason = "hf", obstacle
     show(f"backend: {backend}; {reason}")
-    return _with(recipe, backend)
+    return recipe.with_section("model", backend=backend)
 
 
 def card_with_both() -> str | None:
@@ -128,10 +128,6 @@ def _first_backend(run: RunDir) -> str:
         if backend in BACKENDS:
             return str(backend)
     return "auto"
-
-
-def _with(recipe: Recipe, backend: str) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"backend": backend})})
 
 
 def _measure(recipe: Recipe, backend: str, steps: int, limit_s: float) -> dict[str, Any]:

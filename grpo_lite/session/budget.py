@@ -16,7 +16,7 @@ from grpo_lite.evaluation.probe import probe_base, probe_lines
 from grpo_lite.evaluation.statistics import power_line
 from grpo_lite.memory.budget import budget_lines, choose
 from grpo_lite.memory.times import Times, keep_times, measured_times
-from grpo_lite.models.base import Base
+from grpo_lite.models.base import Base, weights_bytes
 from grpo_lite.models.driver import usable_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.models.unsloth import uses_unsloth
@@ -72,7 +72,7 @@ def fit_to_budget(
             f"{option}: the speed of this machine was measured, and the cache cannot be read or written. Set "
             "GRPO_LITE_CACHE to a folder that can."
         )
-    held_out = min(len(prompts.eval), recipe.eval.limit or len(prompts.eval)) if recipe.eval.enabled else 0
+    held_out = recipe.evaluated_rows(len(prompts.eval))
     whole = recipe.schedule.steps(len(prompts.train))
     budget = choose(recipe, times, limit_s, whole, held_out, given, time.monotonic() - begun)
     overrides = [*budget.overrides, *([] if recipe.log.preflight else ["log.preflight=false"])]
@@ -105,8 +105,7 @@ def _times(recipe: Recipe, base: Base, prompts: Prompts, device: str) -> Times |
     tokens = None
     if recipe.warmup and recipe.warmup.source == "data" and recipe.warmup.steps is None:
         tokens = round(sum(map(len, load_traces(recipe, prompts).rows)) * (recipe.warmup.epochs or 1))
-    base_bytes = sum(path.stat().st_size for path in base.weights.glob("*.safetensors"))
-    return measured_times(recipe, device, base_bytes, tokens, len(prompts.train))
+    return measured_times(recipe, device, weights_bytes(base.weights), tokens, len(prompts.train))
 
 
 def _measure(recipe: Recipe, base: Base, prompts: Prompts, device: str, loading: float, show: Show) -> None:

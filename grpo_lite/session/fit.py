@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.errors import RunDirError, TrainingError, first_line
-from grpo_lite.models.base import Base
+from grpo_lite.models.base import Base, weights_bytes
 from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ def require_room_for(recipe: Recipe, run: RunDir, base: Base, trainer: Any) -> N
     Raises:
         TrainingError: they would not.
     """
-    merged = sum(path.stat().st_size for path in base.weights.glob("*.safetensors")) if recipe.merge else 0
+    merged = weights_bytes(base.weights) if recipe.merge else 0
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     frozen = trained if recipe.holds_reference else 0
     require_room(run.path, trained, (recipe.grpo.get("save_total_limit") or 1) + 1, merged, frozen)

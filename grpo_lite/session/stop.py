@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from grpo_lite.memory.times import merge_seconds
+from grpo_lite.models.base import weights_bytes
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show
 from grpo_lite.task.traces import Trace
@@ -49,8 +50,8 @@ class Deadline(TrainerCallback):
         sampled_per_step: float | None = None,
     ) -> None:
         self.recipe, self.begun, self.earlier, self.show, self.stage = recipe, begun, earlier, show, stage
-        self.held_out = min(held_out, recipe.eval.limit or held_out) if recipe.eval.enabled else 0
-        self.base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+        self.held_out = recipe.evaluated_rows(held_out)
+        self.base_bytes = weights_bytes(base)
         self.limit_s = (recipe.limits.max_minutes or 0.0) * 60
         self.sampled_per_step = recipe.schedule.sampled_per_step if sampled_per_step is None else sampled_per_step
         self.reached = False

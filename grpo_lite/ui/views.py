@@ -17,6 +17,7 @@ from grpo_lite.memory.report import plan_recipe
 from grpo_lite.memory.times import time_line
 from grpo_lite.models.device import CARDS, find_card
 from grpo_lite.recipe.load import load_recipe, recipe_names
+from grpo_lite.recipe.overrides import yaml_text
 from grpo_lite.report.board import Board, WarmupBoard
 from grpo_lite.report.curves import charts, drawable
 from grpo_lite.report.doctor import findings_file, nothing_found
@@ -118,7 +119,7 @@ def _progress(run: RunDir, page: RunPage, board: Board | WarmupBoard) -> dict[st
         "left": duration(left),
         "value": f"{board.logged} {values[-1]:.2f}" if values else None,
         "headline": headline(page),
-        "trained": (run.adapter / "adapter_config.json").is_file(),
+        "trained": run.is_trained,
     }
 
 
@@ -174,7 +175,7 @@ def plan_view(recipe: str, card: str, group: int | None, completion: int | None)
         "groups": [n for n in range(2, min(job.batch, 64) + 1) if job.batch % n == 0],
         "longest": min(most, _LONGEST) if most else _LONGEST,
         "phases": [_phase(name, phase) for name, phase in phases.items() if phase],
-        "chosen": [f"{key}={_plain(value)}" for key, value in plan.chosen.items()],
+        "chosen": [f"{key}={yaml_text(value)}" for key, value in plan.chosen.items()],
         "notes": [*plan.assumed, time_line(loaded)], "advice": "" if plan.fits else advice(plan),
         "command": " ".join(["grpo-lite train", recipe, *overrides]),
     }  # fmt: skip
@@ -189,10 +190,6 @@ def _phase(name: str, phase: PhaseBytes) -> dict[str, Any]:
         "divisible": divisible,
         "items": [(what, size) for what, size in phase.items if size],
     }
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _files(run: RunDir) -> list[Path]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
-from grpo_lite.evaluation.evaluate import COLUMNS, compare, evaluate_run, score_model
+from grpo_lite.evaluation.evaluate import compare, evaluate_run, score_model
 from grpo_lite.evaluation.scoring import score_completions
 from grpo_lite.files.manifest import sha256_of, write_manifest
 from grpo_lite.models.base import Base
@@ -23,7 +23,7 @@ from grpo_lite.models.reference import hold_reference
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.summary import run_summary, score_lines
-from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir, dump_recipe
 from grpo_lite.task.prompts import load_prompts
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.train import train_run
@@ -409,7 +409,7 @@ def test_a_run_of_both_stages_scores_from_disk_as_it_did_after_training(root: Pa
     run = RunDir(tmp_path / "run")
     train_run(recipe, run, lambda line: None)
     first = (run.evaluation / "records.jsonl").read_text()
-    assert all(row.keys() >= set(COLUMNS) for row in map(json.loads, first.splitlines()))
+    assert all(row.keys() >= set(SCORE_COLUMNS) for row in map(json.loads, first.splitlines()))
     warm, trained = (sha256_of(folder / "adapter_model.safetensors") for folder in (run.warm_adapter, run.adapter))
     assert warm != trained
     evaluate_run(run, lambda line: None)

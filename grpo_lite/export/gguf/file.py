@@ -37,6 +37,7 @@ from grpo_lite.export.gguf.tokenizer import (
 )
 from grpo_lite.export.model_folder import load_saved_tokenizer, read_config
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest, write_manifest
+from grpo_lite.models.base import weights_bytes
 from grpo_lite.models.positions import read_positions
 
 GGUF_RECORD = "gguf.json"
@@ -103,7 +104,7 @@ def export_gguf(
     source = _plan(merged_dir, first_kind)
     if (merged_dir / MANIFEST_NAME).is_file():
         verify_manifest(merged_dir)
-    size = _size(merged_dir) if isinstance(source, Path) else sum(plan.size_bytes for plan in source.plans)
+    size = weights_bytes(merged_dir) if isinstance(source, Path) else sum(plan.size_bytes for plan in source.plans)
     file_name = f"{name}-{kind}.gguf"
     with replacing_folder(out_dir, size * (2 if quantize else 1) + (64 << 20), overwrite, [merged_dir]) as partial:
         first = partial / (f"{name}-bf16.gguf" if quantize else file_name)
@@ -145,10 +146,6 @@ def _plan(merged_dir: Path, kind: str) -> _Own | Path:
         if script is None:
             raise
         return script
-
-
-def _size(merged_dir: Path) -> int:
-    return sum(path.stat().st_size for path in merged_dir.glob("*.safetensors"))
 
 
 def _write(source: _Own | Path, merged_dir: Path, target: Path, name: str, kind: str) -> GgufRecord:

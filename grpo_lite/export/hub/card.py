@@ -20,7 +20,7 @@ from grpo_lite.errors import GRPOLiteError
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.provenance import starts_from
-from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir, dump_recipe
 from grpo_lite.task.environments import load_toolkit
 from grpo_lite.units import duration, size
 
@@ -31,7 +31,6 @@ CURVES = "curves.png"
 RESULTS_FOLDER = ".eval_results"  # where the Hub looks for scores at its benchmarks
 # By dataset and split: the id of its task on the Hub, and how many rows it has. Values there are in percent.
 BENCHMARKS = {("openai/gsm8k", "test"): ("gsm8k", 1319)}
-_COLUMNS = ("base", "warm", "trained")
 _PROJECT = f"[grpo_lite]({PROJECT_URL})" if PROJECT_URL else "grpo_lite"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -220,7 +219,7 @@ def _verdicts(facts: RunFacts) -> list[str]:
 
 
 def _table(scores: Mapping[str, Any]) -> list[str]:
-    columns = [name for name in _COLUMNS if name in scores["lenient"]]
+    columns = [name for name in SCORE_COLUMNS if name in scores["lenient"]]
     stages = {"warmup": "gain of the warm-up (SFT)", "grpo": "gain of GRPO alone"} if "warm" in columns else {}
     head = ["held-out, greedy", *columns, *(stages.values() or ["difference"])]
     rows = [head]

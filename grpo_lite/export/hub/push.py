@@ -25,12 +25,12 @@ from grpo_lite.export.hub.card import CURVES, RESULTS_FOLDER, benchmark_results,
 from grpo_lite.export.merge.adapter import open_adapter
 from grpo_lite.files.hub import hub_message
 from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, verify_manifest, write_manifest
+from grpo_lite.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 
 What = Literal["adapter", "merged", "gguf"]
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_*")
 _SCRATCH = ".push-"
 _OWN_NAMES = {".gitattributes", "README.md"}  # created by the Hub itself, or by a card alone
@@ -88,7 +88,7 @@ def stage(run: RunDir, repo_id: str, what: What) -> Iterator[Staged]:
             if what != "adapter" and path.parent.joinpath(MANIFEST_NAME).is_file():
                 known[name] = read_manifest(path.parent)[path.name].sha256
         if what == "adapter":
-            _name_base(folder / "adapter_config.json", base)
+            _name_base(folder / CONFIG_NAME, base)
         facts = read_facts(run, base, records)
         doubts = tuple(_doubts(run, what, base, records, folder))
         card = model_card(facts, repo_id, what, doubts)
@@ -158,11 +158,12 @@ def _check_repo_id(repo_id: str) -> None:
 def _sources(run: RunDir, what: What) -> tuple[dict[str, Path], list[dict[str, Any]]]:
     """Return the files by their name in the repository, and the records of GGUF files."""
     if what == "adapter":
-        missing = [name for name in _ADAPTER_FILES if not (run.adapter / name).is_file()]
+        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (run.adapter / name).is_file()]
         if missing:
             raise ExportError(f"{run.adapter}: has no {missing[0]}. Train first: {hint('train', run=run.path)}")
         open_adapter(run.adapter)  # refuses a damaged, zero or NaN adapter by name
-        names = [*_ADAPTER_FILES, *(p.name for pattern in _TOKENIZER_PATTERNS for p in run.adapter.glob(pattern))]
+        tokenizer_files = [p.name for pattern in _TOKENIZER_PATTERNS for p in run.adapter.glob(pattern)]
+        names = [CONFIG_NAME, WEIGHTS_NAME, *tokenizer_files]
         return {name: run.adapter / name for name in names}, []
     if what == "merged":
         if not run.merged.is_dir():
@@ -209,7 +210,7 @@ def _doubts(run: RunDir, what: What, base: BaseFacts, records: list[dict[str, An
     merge = record.get("merge") or {}
     if what != "adapter" and not merge.get("passed"):
         yield f"the merge is not verified ({hint('merge', run=run.path, overwrite=True)})"
-    if what != "adapter" and run.merged_adapter() not in (None, sha256_of(run.adapter / _ADAPTER_FILES[1])):
+    if what != "adapter" and run.merged_adapter() not in (None, sha256_of(run.adapter / WEIGHTS_NAME)):
         yield "the merged model is of another adapter than the run's: merge again"
     for gguf in records:
         if gguf.get("merged_sha256") not in (None, sha256_of(run.merged / MANIFEST_NAME)):

@@ -19,9 +19,7 @@ import torch
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, open_shard, row_blocks
 from grpo_lite.files.manifest import MANIFEST_NAME, verify_manifest
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+from grpo_lite.models.adapter import BASE_CHANGING, CONFIG_NAME, WEIGHTS_NAME
 
 _PREFIX = "base_model.model."
 _ROLES = {
@@ -39,8 +37,6 @@ lora_dropout target_modules exclude_modules fan_in_fan_out bias use_rslora use_d
 init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core eva_config
 loftq_config qalora_group_size runtime_config ensure_weight_tying
 """
-# Initialisations that rewrite the base while training starts: the adapter fits that rewritten base only.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _check_supported(path: Path, config: Mapping[str, Any]) -> None:
         key = "lora_bias" if config.get("lora_bias") else "bias"
         raise ExportError(f"{path}: {key} is {config[key]!r}. Only `bias: none` can be merged: train without biases.")
     initial = config.get("init_lora_weights", True)
-    if isinstance(initial, str) and initial.lower().startswith(_BASE_CHANGING):
+    if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING):
         raise ExportError(
             f"{path}: init_lora_weights is {initial!r}, which trains against a changed base. Allowed: true, gaussian, "
             "eva, orthogonal, mica. Save it with PEFT's `path_initial_model_for_weight_conversion` and merge it."

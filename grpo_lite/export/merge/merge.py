@@ -27,12 +27,13 @@ import torch
 import grpo_lite
 from grpo_lite.errors import ExportError, NothingToMerge
 from grpo_lite.export.folder import replacing_folder
-from grpo_lite.export.merge.adapter import WEIGHTS_NAME, Adapter, LoraFactors, open_adapter
+from grpo_lite.export.merge.adapter import Adapter, LoraFactors, open_adapter
 from grpo_lite.export.merge.names import TensorNames, tensor_names
 from grpo_lite.export.merge.plan import Change, MergePlan, make_plan
 from grpo_lite.export.model_folder import copy_chat_template, copy_files, read_base_config
 from grpo_lite.export.safetensors import INDEX_NAME, SINGLE_NAME, Shard, build_head, open_checkpoint, row_blocks
 from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, write_manifest
+from grpo_lite.models.adapter import WEIGHTS_NAME
 
 Progress = Callable[[str, int, int], None]  # shard's name, bytes written, bytes in all
 
