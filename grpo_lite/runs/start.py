@@ -11,6 +11,7 @@ from grpo_lite.errors import RunDirError
 from grpo_lite.processes import agree, this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.provenance import keep_sums
+from grpo_lite.runs.remote import fetch_checkpoint
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show
 
@@ -18,6 +19,17 @@ from grpo_lite.screen import Show
 def held_by_first(run: RunDir) -> AbstractContextManager[Any]:
     """Lock the run directory in the first process of a launch, which works in it for all of them."""
     return run.locked() if this_process().is_first else nullcontext()
+
+
+def fetch_if_new(run: RunDir, recipe: Recipe, show: Show) -> None:
+    """Fetch a run's checkpoints from elsewhere if it is new on this machine; what was chosen for it comes with them.
+
+    Raises:
+        GRPOLiteError: the location cannot be reached.
+    """
+    if recipe.push_checkpoints and this_process().is_first and not run.recipe_file.is_file():
+        with run.locked():
+            fetch_checkpoint(run, recipe.push_checkpoints, show)
 
 
 def open_run(run: RunDir, recipe: Recipe, show: Show) -> tuple[str, Recipe]:
@@ -34,8 +46,6 @@ def open_run(run: RunDir, recipe: Recipe, show: Show) -> tuple[str, Recipe]:
     process = this_process()
     refuse_itself(run, recipe)
     if process.is_first and recipe.push_checkpoints:
-        from grpo_lite.runs.remote import fetch_checkpoint
-
         fetch_checkpoint(run, recipe.push_checkpoints, show, recipe.warmup is not None)
     state = agree(run.prepare(recipe) if process.is_first else None, process)
     if state == "report":

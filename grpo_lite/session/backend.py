@@ -26,6 +26,7 @@ from grpo_lite.models.unsloth import imported_before, lacks
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir, dump_recipe
+from grpo_lite.runs.start import fetch_if_new
 from grpo_lite.screen import Show
 from grpo_lite.units import duration, now
 
@@ -41,11 +42,7 @@ def with_chosen_backend(recipe: Recipe, run: RunDir, show: Show) -> Recipe:
     """
     if recipe.model.backend != "auto":
         return recipe
-    if recipe.push_checkpoints and this_process().is_first and not run.recipe_file.is_file():
-        from grpo_lite.runs.remote import fetch_checkpoint
-
-        with run.locked():
-            fetch_checkpoint(run, recipe.push_checkpoints, show)
+    fetch_if_new(run, recipe, show)
     if run.recipe_file.is_file():
         return recipe.with_section("model", backend=_first_backend(run))
     card = card_with_both()

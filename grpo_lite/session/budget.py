@@ -23,8 +23,8 @@ from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.processes import this_process
 from grpo_lite.recipe.load import apply_override, build_recipe
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.runs.remote import fetch_checkpoint
 from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.start import fetch_if_new
 from grpo_lite.screen import Show
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.traces import load_traces
@@ -46,9 +46,7 @@ def fit_to_budget(
     Raises:
         GRPOLiteError: the budget is too small, or nothing can be planned here.
     """
-    if recipe.push_checkpoints and this_process().is_first and not run.recipe_file.is_file():
-        with run.locked():
-            fetch_checkpoint(run, recipe.push_checkpoints, show)
+    fetch_if_new(run, recipe, show)
     record = run.read_run()
     if record.get("budget") or record.get("started_at"):
         return _as_it_began(recipe, record, limit_s, given, show), None

@@ -121,7 +121,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_keeps_its_backend_on_a_new_machin
 ) -> None:
     text = dump_recipe(load_recipe("smoke", ["model.backend=hf"]))
     monkeypatch.setattr(
-        "grpo_lite.runs.remote.fetch_checkpoint", lambda run, address, show: run.recipe_file.write_text(text)
+        "grpo_lite.runs.start.fetch_checkpoint", lambda run, address, show: run.recipe_file.write_text(text)
     )
     recipe, lines = auto(f"push_checkpoints={tmp_path}", run=tmp_path / "new")
     assert (recipe.model.backend, lines) == ("hf", [])
