@@ -530,6 +530,21 @@ class Recipe(_Section):
         return models * (rows * (1 + self.eval.samples) + sum(source.limit for source in self.eval.also.values()))
 
 
+def values_by_key(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the single values of a recipe as plain data, by key as an override names it.
+
+    >>> values_by_key({"grpo": {"beta": 0.0}, "rewards": [{"weight": 1.0}], "tools": []})
+    {'grpo.beta': 0.0, 'rewards[0].weight': 1.0, 'tools': []}
+    """
+    if isinstance(value, dict) and value:
+        parts = ((f"{path}.{key}" if path else key, child) for key, child in value.items())
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        parts = ((f"{path}[{i}]", child) for i, child in enumerate(value))
+    else:
+        return {path: value}
+    return {key: single for part, child in parts for key, single in values_by_key(child, part).items()}
+
+
 _MAY_BE_PATHS = ("id", "chat_template", "function", "init_from", "tools", "environment")
 
 

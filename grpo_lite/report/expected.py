@@ -10,7 +10,7 @@ from typing import Any
 from grpo_lite.errors import RecipeError
 from grpo_lite.recipe.expected import Expected
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import Recipe, values_by_key
 from grpo_lite.report import diagnoses
 from grpo_lite.report.evidence import Evidence, Finding
 
@@ -173,7 +173,7 @@ def changed_keys(recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     original = _original(recipe.name)
     if original is None or original.expected != recipe.expected:
         return
-    ours, theirs = _flat(recipe), _flat(original)
+    ours, theirs = _learned_from(recipe), _learned_from(original)
     keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
     for key in sorted(keys, key=lambda key: (key != "grpo.learning_rate", not key.startswith("grpo."))):
         yield key, ours.get(key), theirs.get(key)
@@ -186,21 +186,9 @@ def _original(name: str) -> Recipe | None:
         return None
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    raw = recipe.model_dump(mode="json", exclude=set(_ELSEWHERE))
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict) and value:
-            for key, child in value.items():
-                walk(child, f"{path}.{key}" if path else key)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for i, child in enumerate(value):
-                walk(child, f"{path}[{i}]")
-        else:
-            flat[path] = value
-
-    walk(raw, "")
+def _learned_from(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of a recipe that change what is learned, by key."""
+    flat = values_by_key(recipe.model_dump(mode="json", exclude=set(_ELSEWHERE)))
     return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _NO_MATTER}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from grpo_lite.commands import either, hint
 from grpo_lite.errors import RunDirError
 from grpo_lite.files.atomic import write_atomic
-from grpo_lite.recipe.recipe import without_paths
+from grpo_lite.recipe.recipe import values_by_key, without_paths
 from grpo_lite.report.curves import Chart, Line, charts, placement, svg, write_png, write_scores_png
 from grpo_lite.report.doctor import OnceUntilItChanges, examine, nothing_found, state_finding, stated_findings
 from grpo_lite.report.evidence import Finding
@@ -196,18 +196,10 @@ def _figures(page: RunPage) -> dict[str, str]:
 
 def recipe_differences(recipes: Sequence[Any]) -> list[tuple[str, list[str]]]:
     """Return the keys in which recipes differ, with the value in each recipe."""
-    flat = [dict(_flatten(recipe.model_dump(mode="json"))) for recipe in recipes]
+    flat = [values_by_key(recipe.model_dump(mode="json")) for recipe in recipes]
     keys = dict.fromkeys(key for values in flat for key in values)
     rows = [(key, ["–" if values.get(key) in (None, [], {}) else str(values[key]) for values in flat]) for key in keys]
     return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
-
-
-def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [item for key, child in value.items() for item in _flatten(child, f"{path}.{key}" if path else key)]
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [item for i, child in enumerate(value) for item in _flatten(child, f"{path}[{i}]")]
-    return [(path, value)]
 
 
 def page_part(name: str) -> str:
