@@ -379,7 +379,7 @@ def probe(recipe: str, overrides: tuple[str, ...], prompts: int, samples: int | 
 
     base = Base.resolve(loaded.model, usable_device(loaded, click.echo))
     rows = load_prompts(loaded, load_tokenizer(base))
-    result, _ = probe_base(loaded, base, rows, count=prompts, samples=samples)
+    result, _ = probe_base(loaded, base, rows, count=prompts, samples=samples, show=say)
     keep_times(loaded, base.device.name, result.to_json())
     click.echo("\n".join(probe_lines(result)))
     if loaded.eval.enabled and rows.eval:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grpo_lite.engine.generate import generate_completions, positions_of
-from grpo_lite.evaluation.scoring import score_completions, second_opinions
+from grpo_lite.evaluation.scoring import right_of_each, score_completions, second_opinions
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show, progress_lines
@@ -55,9 +55,8 @@ def score_episodes(
             temperature=section.temperature, seed=recipe.seed + start,
         )  # fmt: skip
         right, _ = score_completions(tokenizer, recipe, repeated, episodes, player)
-        for i, record in enumerate(records[start : start + size]):
-            group = right[i * section.samples : (i + 1) * section.samples]
-            record["samples_right"] = None if None in group else sum(bool(r) for r in group)
+        for record, count in zip(records[start : start + size], right_of_each(right, section.samples), strict=True):
+            record["samples_right"] = count
         progress(min(start + size, len(rows)), len(rows))
     return records
 

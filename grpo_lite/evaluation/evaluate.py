@@ -17,7 +17,7 @@ from grpo_lite.engine.generate import generate_completions
 from grpo_lite.engine.out_of_memory import is_out_of_memory
 from grpo_lite.errors import EvaluationError, MemoryBudgetError, ModelError
 from grpo_lite.evaluation.episodes import episode_means, score_episodes
-from grpo_lite.evaluation.scoring import score_completions, second_opinions
+from grpo_lite.evaluation.scoring import right_of_each, score_completions, second_opinions
 from grpo_lite.evaluation.statistics import mcnemar_exact, mean_pass_at_k, paired_bootstrap, verdict, wilson_interval
 from grpo_lite.files.atomic import write_atomic
 from grpo_lite.memory.fit import rows_that_fit
@@ -26,7 +26,7 @@ from grpo_lite.models.base import Base, weights_bytes
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_merged, load_tokenizer, load_trained
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.runs.provenance import tell_changes
+from grpo_lite.runs.provenance import show_changes
 from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir
 from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.episodes import Player, make_player
@@ -61,7 +61,7 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
         raise EvaluationError(f"{run.recipe_file}: eval.enabled is false, so there is nothing to evaluate.")
     warm = _warm_weights(run, recipe)
     if prompts is None:
-        tell_changes(run, recipe, show)
+        show_changes(run, recipe, show)
     if model is None or prompts is None:
         base = Base.resolve(recipe.model)
         prompts = prompts or load_prompts(recipe, load_tokenizer(base))
@@ -235,9 +235,8 @@ def score_model(
         )  # fmt: skip
         repeated = [row for row in rows for _ in range(section.samples)]
         right, _ = score_completions(tokenizer, recipe, repeated, [c for group in sampled for c in group])
-        for i, record in enumerate(records):
-            group = right[i * section.samples : (i + 1) * section.samples]
-            record["samples_right"] = None if None in group else sum(bool(r) for r in group)
+        for record, count in zip(records, right_of_each(right, section.samples), strict=True):
+            record["samples_right"] = count
     return records
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from grpo_lite.commands import hint
 from grpo_lite.engine.generate import generate_completions
 from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.evaluation.episodes import play_with
-from grpo_lite.evaluation.scoring import Completions, call_reward, score_completions
+from grpo_lite.evaluation.scoring import Completions, call_reward, right_of_each, score_completions
 from grpo_lite.evaluation.statistics import mean_pass_at_k
 from grpo_lite.evaluation.step_time import forward_seconds, training_forwards
 from grpo_lite.memory.fit import rows_that_fit
@@ -33,7 +32,7 @@ from grpo_lite.rewards.facts import named
 from grpo_lite.task.episodes import Episode, Player, require_scored
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
-from grpo_lite.task.prompts import Prompts, columns_of
+from grpo_lite.task.prompts import Prompts, columns_of, opened_tag
 from grpo_lite.task.rewards import load_rewards, weighted_scores, weighted_sum
 from grpo_lite.task.tokens import prompt_ids
 from grpo_lite.units import duration
@@ -41,7 +40,6 @@ from grpo_lite.units import duration
 PROMPTS, SAMPLES = 32, 8  # samples a prompt, unless groups are larger
 CAN_LEARN = "it can learn: rewards differ inside the groups, and completions end before the cap"
 _UNJUDGED = "no probed episode can be judged: `reset` fails, or no score is given"
-OPENED = re.compile(r"<([A-Za-z_][\w-]*)>\s*$")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def probe_base(recipe: Recipe, base: Base, prompts: Prompts, **arguments: Any) -
     begun = time.monotonic()
     model = load_for_sampling(base, recipe.rollout)
     loaded_s = time.monotonic() - begun
-    probe = probe_recipe(recipe, model, prompts.tokenizer, prompts, **arguments)
+    probe = probe_recipe(recipe, model, prompts, **arguments)
     del model
     gc.collect()
     free_memory()
@@ -141,7 +139,6 @@ def probe_base(recipe: Recipe, base: Base, prompts: Prompts, **arguments: Any) -
 def probe_recipe(
     recipe: Recipe,
     model: Any,
-    tokenizer: Any,
     prompts: Prompts,
     *,
     count: int = PROMPTS,
@@ -154,20 +151,19 @@ def probe_recipe(
     Args:
         recipe: the recipe.
         model: its base model, without an adapter or with an untrained one.
-        tokenizer: its tokenizer.
-        prompts: its prompts.
+        prompts: its prompts, with its tokenizer.
         count: how many of them, drawn by the recipe's seed: files are often sorted.
         samples: per prompt; None: 8, or the group size if that is larger.
         limit_s: no batch is sampled that would probably end later; the first one always is. None: all are.
         show: gets progress lines.
     """
+    tokenizer = prompts.tokenizer
     samples = samples or max(SAMPLES, recipe.num_generations)
     rows = random.Random(recipe.seed).sample(prompts.train, min(count, len(prompts.train)))
-    sampled = _sample(recipe, model, tokenizer, prompts, rows, samples, limit_s, show)
+    sampled = _sample(recipe, model, prompts, rows, samples, limit_s, show)
     right, _ = score_completions(tokenizer, recipe, sampled.rows, sampled.completions, sampled.player)
     require_scored(sampled.episodes, "probe")
-    judged = [right[i : i + samples] for i in range(0, len(right), samples)]
-    counts = [sum(bool(r) for r in group) for group in judged if None not in group]
+    counts = [count for count in right_of_each(right, samples) if count is not None]
     scores = _score(recipe, tokenizer, sampled, prompts.lead_in)
     equal = statistics.fmean(_equal(scores.totals, samples, min(recipe.num_generations, samples)))
     forward_s = forward_seconds(recipe, model, tokenizer, sampled.ids, sampled.groups)
@@ -187,7 +183,7 @@ def probe_recipe(
         truncated={limit: statistics.fmean(n >= limit for n in lengths) for limit in caps},
         format_rate=None if scores.formats is None else statistics.fmean(scores.formats),
         rewarded=statistics.fmean(known) if known else 0.0,
-        opened=opened[1] if (opened := OPENED.search(prompts.lead_in)) else None,
+        opened=opened_tag(prompts.lead_in),
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
         step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
         longest_step_s=_step_seconds(recipe, sampled, scores, 0.0, forward_s),
@@ -207,7 +203,6 @@ def probe_recipe(
 def _sample(
     recipe: Recipe,
     model: Any,
-    tokenizer: Any,
     prompts: Prompts,
     rows: list[Row],
     samples: int,
@@ -216,12 +211,12 @@ def _sample(
 ) -> _Samples:
     """Generate `samples` completions of each row's prompt, and time one round as training generates it."""
     if prompts.toolkit is not None:
-        return _sample_episodes(recipe, model, tokenizer, prompts, rows, samples, limit_s, show)
-    ids = [prompt_ids(row["prompt"], tokenizer, recipe.template_kwargs) for row in rows]
+        return _sample_episodes(recipe, model, prompts, rows, samples, limit_s, show)
+    ids = [prompt_ids(row["prompt"], prompts.tokenizer, recipe.template_kwargs) for row in rows]
     generate = partial(
         generate_completions,
         model,
-        tokenizer,
+        prompts.tokenizer,
         max_new_tokens=recipe.max_completion_length,
         temperature=recipe.temperature,
         rows_that_fit=rows_that_fit if recipe.memory.fit else None,
@@ -260,7 +255,6 @@ def _sample(
 def _sample_episodes(
     recipe: Recipe,
     model: Any,
-    tokenizer: Any,
     prompts: Prompts,
     rows: list[Row],
     samples: int,
@@ -284,7 +278,7 @@ def _sample_episodes(
         part_begun = time.monotonic()
         played = play_with(
             model,
-            tokenizer,
+            prompts.tokenizer,
             recipe,
             Player(prompts, recipe, show) if keeps else player,
             [row for row in part for _ in range(samples)],

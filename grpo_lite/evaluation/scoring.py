@@ -39,6 +39,12 @@ def score_completions(
     return right, strict
 
 
+def right_of_each(right: Sequence[bool | None], samples: int) -> list[int | None]:
+    """Return how many of each row's samples are right; None where one of them cannot be judged."""
+    groups = [right[start : start + samples] for start in range(0, len(right), samples)]
+    return [None if None in group else sum(map(bool, group)) for group in groups]
+
+
 def _right_from(section: Any) -> float:
     """Return from which score a reward's completion is right: 1, or the top that the reward states if that is lower."""
     if section.function == ENVIRONMENT_REWARD:

@@ -128,18 +128,18 @@ def changed_files(then: Any, now: Sums) -> list[str]:
     return lines
 
 
-def keep_sums(run: RunDir, recipe: Recipe, goes_on: bool, show: Show) -> None:
+def keep_sums(run: RunDir, recipe: Recipe, resumes: bool, show: Show) -> None:
     """Record in run.json which files a session reads; if it resumes a run, show which have changed.
 
     Args:
-        goes_on: the session resumes the run, so the files should be those recorded.
+        resumes: the session resumes the run, so the files should be those recorded.
     """
-    changed = tell_changes(run, recipe, show) if goes_on else []
+    changed = show_changes(run, recipe, show) if resumes else []
     changes = {"changed_files": [*run.read_run().get("changed_files", []), *changed]} if changed else {}
     run.update_run(files=file_sums(recipe), **changes)
 
 
-def tell_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
+def show_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
     """Show which files differ from those that the run read last, and return the lines."""
     changed = changed_files(run.read_run().get("files"), file_sums(recipe))
     for line in changed:

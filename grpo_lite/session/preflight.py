@@ -52,9 +52,7 @@ class Preflight(TrainerCallback):
             "(log.preflight=false leaves it out)"
         )
         with trainer.sampling():  # as training samples and computes
-            probe = probe_recipe(
-                self.recipe, trainer.model, self.prompts.tokenizer, self.prompts, count=PROMPTS, limit_s=BUDGET_S
-            )
+            probe = probe_recipe(self.recipe, trainer.model, self.prompts, count=PROMPTS, limit_s=BUDGET_S)
         if probe.skipped:
             self.show(
                 f"preflight: stopped after {time.monotonic() - start:.0f} s; skipped: {', '.join(probe.skipped)} "

@@ -19,11 +19,9 @@ from grpo_lite.files.hub import hub_unreachable, only_cache_if_unreachable
 from grpo_lite.recipe.recipe import DataSection, Recipe, SourceSection
 from grpo_lite.task.environments import Toolkit, load_toolkit, require_environment_columns, tool_template_kwargs
 from grpo_lite.task.generators import Row, generate_rows
-from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_text, require_messages
+from grpo_lite.task.tokens import holds_special_tokens, prompt_ids, prompt_key, prompt_text, require_messages
 
-__all__ = ["Prompts", "load_prompts", "prompt_ids", "prompt_text", "read_rows", "render_row"]
-
-_OPENED = re.compile(r"<(\w+)>\s*\Z")
+_OPENED = re.compile(r"<([\w-]+)>\s*\Z")
 
 _LONG_EPISODE = 4096  # tokens; with turns of 30 tokens more than a hundred of them
 
@@ -104,9 +102,8 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     notes += note
     if tokenizer is not None:
         marked = sum(holds_special_tokens(row["prompt"], tokenizer) for row in train)
-        notes += [f"{marked} prompts hold the text of a special token; it is read as text, not as markup"][
-            : bool(marked)
-        ]
+        if marked:
+            notes.append(f"{marked} prompts hold the text of a special token; it is read as text, not as markup")
     if tokenizer is not None and data.max_prompt_tokens is not None:
         train, note = _short_enough(train, recipe, tokenizer, "training")
         notes += note
@@ -354,14 +351,9 @@ def _text(data: DataSection, question: str) -> str:
     return (f"{data.system}\n" if data.system else "") + examples + question
 
 
-def prompt_key(row: Row) -> str:
-    """Return what two rows with the same prompt have in common."""
-    return json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)
-
-
 def _key(row: Row, recipe: Recipe) -> str:
     """Return what equal tasks have in common: the prompt; in an environment also all else that `reset` gets."""
-    return prompt_key(row) if recipe.environment is None else json.dumps(row, sort_keys=True, default=str)
+    return prompt_key(row["prompt"]) if recipe.environment is None else json.dumps(row, sort_keys=True, default=str)
 
 
 def _without(train: list[Row], held_out: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:

@@ -9,6 +9,7 @@ such as `<tool_call>` is spelled out too.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from grpo_lite.errors import DataError
 
 _PATTERNS: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
 _MARKUP: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
+_AT_ONCE = 1000  # texts in a call of the tokenizer
 _IN_BRACKETS = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
@@ -43,6 +45,11 @@ def prompt_text(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | N
             "(some templates know no system message, and want user and assistant to take turns), or the template: "
             "grpo.chat_template_kwargs."
         ) from None
+
+
+def prompt_key(prompt: Any) -> str:
+    """Return what equal prompts have in common, whether text or messages."""
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def require_messages(prompt: list[Any], where: str) -> None:
@@ -96,11 +103,11 @@ def batch_prompt_ids(
     return ids
 
 
-def encode(texts: Sequence[str], tokenizer: Any, *, special: bool = False, at_once: int = 1000) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: Any, *, special: bool = False) -> list[list[int]]:
     """Return the token ids of texts, with the tokenizer's own tokens around them (BOS) if `special`."""
     ids: list[list[int]] = []
-    for start in range(0, len(texts), at_once):
-        part = list(texts[start : start + at_once])
+    for start in range(0, len(texts), _AT_ONCE):
+        part = list(texts[start : start + _AT_ONCE])
         ids += map(list, tokenizer(part, add_special_tokens=special, return_attention_mask=False)["input_ids"])
     return ids
 

@@ -28,12 +28,11 @@ from grpo_lite.task.prompts import (
     fields_of,
     fill,
     opened_tag,
-    prompt_key,
     read_rows,
     render_row,
 )
 from grpo_lite.task.rewards import Reward, highest_sum, load_rewards, top_of, weighted_scores
-from grpo_lite.task.tokens import batch_prompt_ids, completion_ids, require_messages
+from grpo_lite.task.tokens import batch_prompt_ids, completion_ids, prompt_key, require_messages
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
     """
     if recipe.warmup is None or recipe.warmup.data is None:
         raise ValueError("the recipe has no warmup.data")
-    rows, _tokenizer = read_rows(recipe.warmup.data, recipe.seed, WHERE), prompts.tokenizer
+    rows = read_rows(recipe.warmup.data, recipe.seed, WHERE)
     notes: list[str] = []
     drafts = [_draft(recipe, row, i, prompts) for i, row in enumerate(rows)]
     held_out = {_problem_key(recipe, row) for row in prompts.held_out}
@@ -139,7 +138,8 @@ def _tokenised(drafts: Sequence[_Draft], prompts: Prompts) -> list[Trace]:
 
 def _problem_key(recipe: Recipe, row: Row) -> str:
     """Return what two rows of one problem have in common; in an environment all rows may have one prompt."""
-    return prompt_key(row) if recipe.environment is None else prompt_key(row) + str(row.get("answer"))
+    key = prompt_key(row["prompt"])
+    return key if recipe.environment is None else key + str(row.get("answer"))
 
 
 def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
@@ -365,14 +365,13 @@ def _note_on_unclosed(drafts: Sequence[_Draft], lead_in: str) -> Iterator[str]:
         yield f"{unclosed} of {len(drafts)} completions never close the <{tag}> that their prompt opens."
 
 
-def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED_ROWS) -> dict[str, Any] | None:
-    """Score the first completions by the recipe's own rewards.
+def earning(recipe: Recipe, prompts: Prompts, traces: Traces) -> dict[str, Any] | None:
+    """Score the first `TRIED_ROWS` completions by the recipe's own rewards.
 
     Args:
         recipe: whose rewards are asked.
         prompts: its prompts, for the tokenizer and what completions continue.
         traces: of the warm-up.
-        count: how many are tried.
 
     Returns:
         `tried`, `zero` (of them earn nothing), `mean` and `top` (what the rewards pay at most) of the weighted sum, and
@@ -381,7 +380,7 @@ def earning(recipe: Recipe, prompts: Prompts, traces: Traces, count: int = TRIED
     """
     if not recipe.rewards:
         return None
-    traces = Traces(traces.rows[:count], [], traces.sources[:count])
+    traces = Traces(traces.rows[:TRIED_ROWS], [], traces.sources[:TRIED_ROWS])
     try:
         functions, weights, scores = _scores(recipe, prompts, traces)
     except RewardError as error:

@@ -76,11 +76,6 @@ class PromptQueue:
         return int(torch.randperm(self.size, generator=generator)[position])
 
 
-def prompt_key(prompt: Any) -> str:
-    """Return what identifies a prompt, text or messages."""
-    return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
-
-
 def shuffle_groups(batch: dict[str, Any], num_generations: int) -> dict[str, Any]:
     """Permute whole groups of a scored batch, so that its parts pack as many completions per prompt as possible."""
     count = len(batch["prompt_ids"]) // num_generations

@@ -15,13 +15,13 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.utils import split_tensor_dict
 
+from grpo_lite.task.tokens import prompt_key
 from grpo_lite.trainer.prompts import (
     KNOWN_KEYS,
     GroupSampler,
     PromptQueue,
     groups_without_signal,
     load_state,
-    prompt_key,
     refill_batch,
     require_group_advantages,
     save_state,

@@ -268,7 +268,7 @@ def test_the_probe_plays_episodes_and_says_whether_tools_are_called(kind: str, t
         with torch.no_grad():
             base.lm_head.weight[begins - 1 : begins + 4, 0] = -20.0
     prompts = load_prompts(recipe, tokenizer)
-    probe = probe_recipe(recipe, base, tokenizer, prompts, count=2, samples=4)
+    probe = probe_recipe(recipe, base, prompts, count=2, samples=4)
     lines = list(probe_lines(probe))
     assert (probe.prompts, probe.samples) == (2, 4)
     assert probe.step_s > 0

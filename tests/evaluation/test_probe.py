@@ -62,7 +62,7 @@ def test_a_random_model_is_found_too_weak_or_cut_short_and_measured() -> None:
     model = load_for_sampling(base, recipe.rollout)
     said: list[str] = []
     prompts = load_prompts(recipe, tokenizer)
-    probe = probe_recipe(recipe, model, tokenizer, prompts, count=5, samples=3, show=said.append)
+    probe = probe_recipe(recipe, model, prompts, count=5, samples=3, show=said.append)
     assert (probe.prompts, probe.samples, probe.cap, probe.steps) == (5, 3, 8, 3)
     assert 0 <= probe.pass_at_1 <= probe.pass_at_k <= 1
     assert probe.truncated[2] >= probe.truncated[4] >= probe.truncated[8]

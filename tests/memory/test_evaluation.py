@@ -190,7 +190,7 @@ def test_evaluation_and_probe_ask_for_it_unless_the_recipe_plans_nothing(
     with pytest.raises(Asked):
         evaluate.score_model(None, tokenizer, recipe, rows, print, "base")
     with pytest.raises(Asked):
-        probe.probe_recipe(recipe, None, tokenizer, Prompts(rows, rows, (), ""))
+        probe.probe_recipe(recipe, None, Prompts(rows, rows, tokenizer=tokenizer))
     assert asked == [fit, fit]
 
 

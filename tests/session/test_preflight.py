@@ -83,7 +83,7 @@ def test_within_a_time_limit_a_probe_samples_the_batches_that_it_has_time_for_an
     monkeypatch.setattr(probe, "forward_seconds", lambda *_: 0.5)
     model = SimpleNamespace(device=SimpleNamespace(type=kind))
     loaded = load_prompts(recipe, tokenizer)
-    figures = probe.probe_recipe(recipe, model, tokenizer, loaded, count=6, limit_s=limit)
+    figures = probe.probe_recipe(recipe, model, loaded, count=6, limit_s=limit)
     if limit is None:
         assert [size for size, *_ in calls] == [6, recipe.schedule.batch // 4]
         assert (figures.prompts, figures.skipped) == (6, ())
@@ -158,14 +158,14 @@ def test_a_step_s_time_is_that_of_its_completions(monkeypatch: pytest.MonkeyPatc
     tokenizer = load_tokenizer(Base.resolve(recipe.model))
     monkeypatch.setattr(probe, "forward_seconds", lambda *_: 0.5)
     monkeypatch.setattr(probe, "generate_completions", lambda *_, samples, **__: [[[7]] * samples] * 5)
-    made = probe.probe_recipe(recipe, None, tokenizer, load_prompts(recipe, tokenizer), count=5)
+    made = probe.probe_recipe(recipe, None, load_prompts(recipe, tokenizer), count=5)
     assert made.samples == 8  # more than the recipe's groups of 4
     assert made.step_s == pytest.approx(12, abs=1)
     assert made.equal_groups == 1.0
     # Without KL such groups have no gradient and are left out, but plain TRL computes them.
     for overrides, seconds in ((["grpo.beta=0"], 0), (["grpo.beta=0", "compute=plain"], 12)):
         recipe = load_recipe("smoke", ["grpo.gradient_checkpointing=false", *overrides])
-        made = probe.probe_recipe(recipe, None, tokenizer, load_prompts(recipe, tokenizer), count=5)
+        made = probe.probe_recipe(recipe, None, load_prompts(recipe, tokenizer), count=5)
         assert made.step_s == pytest.approx(seconds, abs=1)
 
 
