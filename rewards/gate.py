@@ -30,12 +30,12 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
     [1.0, 0.0, 0.0]
     """
     judge = by if isinstance(by, _Memo) else memoised(by)
-    is_told = _takes(reward, "passed_gate")
+    takes_passed_gate = _takes(reward, "passed_gate")
 
     def gated_reward(completions: Any, **kwargs: Any) -> list[float | None]:
         tops = judge(completions=completions, **{**kwargs, "log_metric": None, "log_extra": None})
         passed = [top is not None and top >= threshold for top in tops]
-        values = reward(completions=completions, **(kwargs | {"passed_gate": passed} if is_told else kwargs))
+        values = reward(completions=completions, **(kwargs | {"passed_gate": passed} if takes_passed_gate else kwargs))
         return [
             None if top is None or value is None else value if counts else 0.0
             for top, value, counts in zip(tops, values, passed, strict=True)

@@ -1,4 +1,4 @@
-"""MemoryPlan: how many bytes a recipe takes on a card, in which phase, before anything is loaded. Arithmetic, no torch.
+"""The phases of a run, and how many bytes each takes on a card, before anything is loaded. Arithmetic, no torch.
 
 Two phases that do not overlap: the rollout (keys and values of a wave, decoding buffers) and training (gradients,
 checkpointed activations, one block's working set or the output head's). Weights, adapter and optimizer lie under both.
@@ -22,7 +22,7 @@ CONTEXT_BYTES = int(0.45 * GIB)
 FRAGMENTATION = 0.06  # of what is allocated beyond the weights, with expandable segments
 # Counted, but made inside kernels: cuBLAS takes 8 MiB a handle (32 MiB on Hopper), attention's backward an fp32 copy.
 WORKSPACE_BYTES = 64 << 20
-CHUNK_ELEMENTS = 1 << 24  # logprobs.CHUNK_ELEMENTS_GPU (a test compares them)
+CHUNK_ELEMENTS = 1 << 24  # score.CHUNK_ELEMENTS_GPU (a test compares them)
 RECOMPUTED_ELEMENTS = 1 << 22  # recompute.CHUNK_ELEMENTS_GPU (a test compares them)
 PLAIN_TOKENS, PLAIN_VOCABULARY = 4096, 32768  # the tile of logits of TRL 1.16's fused head (a test compares them)
 
@@ -42,8 +42,6 @@ LAYER_INPUT_BYTES = 14  # of each number that Gemma 4's layers are given besides
 
 READ_AT_ONCE, SCORED_AT_ONCE = 1024, 128  # static_decode's (a test compares them)
 ROW_STEPS = ((512, 64), (1024, 128), (1 << 62, 256))  # row_cache.LENGTH_STEPS (a test compares them)
-
-Phase = Literal["rollout", "training"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -330,8 +329,3 @@ def rendered(board: Progress, title: str) -> Any:
     parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in board.sample()]
     parts += [Text(finding.line(), style="yellow") for finding in board.findings]
     return Panel(Group(*parts), title=Text(title, style="bold"), title_align="left", border_style="dim")
-
-
-def now_s() -> float:
-    """Return a clock for durations."""
-    return time.monotonic()

@@ -20,6 +20,7 @@ from grpo_lite.units import duration, size
 
 MOST_ROWS = 2000  # most completions on the page; it says so if a run has more
 LONGEST_TEXT = 4000  # characters of one text; the middle of longer ones is left out
+LATEST_STEPS, MOST_LATEST = 3, 96  # steps and completions that the page of a running training shows
 PHASES = {
     "warmup": "warm-up (SFT)",
     "rollout": "generating completions",
@@ -218,11 +219,11 @@ def completion_rows(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     return rows, count
 
 
-def latest_rows(run: RunDir, steps: int = 3, most: int = 96) -> list[dict[str, Any]]:
-    """Return the completions of the last steps as rows, the newest step first; at most `most`."""
-    files = sorted((run.path / "completions").glob("step_*.jsonl"))[-steps:]
+def latest_rows(run: RunDir) -> list[dict[str, Any]]:
+    """Return the completions of the last steps as rows, the newest step first."""
+    files = sorted((run.path / "completions").glob("step_*.jsonl"))[-LATEST_STEPS:]
     rows = [_browsable(row) for path in reversed(files) for row in read_json_lines(path) if "reward" in row]
-    return rows[:most]
+    return rows[:MOST_LATEST]
 
 
 def _browsable(row: Mapping[str, Any]) -> dict[str, Any]:

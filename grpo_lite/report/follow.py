@@ -22,6 +22,7 @@ from grpo_lite.runs.run_dir import RunDir
 
 ENDED = ("finished", "paused", "stopped", "quiet")
 STOPPED_AFTER_S = 30.0
+QUIET_AFTER_S = 600.0
 _NOTES = {
     "stopped": ", no process on this machine is training it; the same `train` command resumes it",
     "quiet": ", no step for ten minutes",
@@ -37,7 +38,7 @@ def read_board(run: RunDir) -> Board | WarmupBoard:
     return _warmup_board(run) if _in_warmup(run.read_run()) else _grpo_board(run)
 
 
-def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
+def state_of(run: RunDir) -> str:
     """Return the state of a run in one word.
 
     Returns:
@@ -59,7 +60,7 @@ def state_of(run: RunDir, stale_after_s: float = 600.0) -> str:
         return "stopped"
     if record.get("trained_at"):
         return "evaluating"
-    return "quiet" if still_s > stale_after_s else "running"
+    return "quiet" if still_s > QUIET_AFTER_S else "running"
 
 
 def watch_lines(run: RunDir, every_s: float = 1.0, sleep: Callable[[float], Any] = time.sleep) -> Iterator[str]:

@@ -35,7 +35,7 @@ _NEVER_KEPT = ("training_args.bin", "README.md")
 
 
 @dataclass(frozen=True)
-class Found:
+class LastUsable:
     """The newest usable checkpoint, and why newer ones were passed over."""
 
     folder: Path | None
@@ -53,15 +53,15 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def last_usable(run: Path) -> Found:
+def last_usable(run: Path) -> LastUsable:
     """Return the newest checkpoint whose files are all as they were written, and the fault of each newer one."""
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run)):
         fault = fault_of(folder)
         if fault is None:
-            return Found(folder, tuple(skipped))
+            return LastUsable(folder, tuple(skipped))
         skipped.append(f"{folder.name}: {fault}")
-    return Found(None, tuple(skipped))
+    return LastUsable(None, tuple(skipped))
 
 
 def fault_of(folder: Path) -> str | None:

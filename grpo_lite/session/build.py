@@ -7,7 +7,6 @@ It gets TRL's arguments, the guarded rewards and the callbacks. A tracker that i
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,6 @@ from grpo_lite.session.views import View, ViewKind, make_view
 from grpo_lite.task.guard import GuardedReward, awaited
 from grpo_lite.task.prompts import Prompts
 from grpo_lite.task.rewards import Reward, checked_reward
-from grpo_lite.task.time_limit import wait_for
 from grpo_lite.task.tool_guard import ToolGuard
 
 # A tracker in `grpo.report_to` -> packages, one of which must be installed. Upstream checks its other trackers itself.
@@ -253,18 +251,9 @@ def _guard_environment_rewards(trainer: Any, recipe: Recipe, given: int, show: S
         return
     for i in range(given, len(trainer.reward_funcs)):
         function, name = trainer.reward_funcs[i], f"{trainer.reward_func_names[i]}.get_reward"
-        if inspect.iscoroutinefunction(function):
-            function = _awaited(function)
         reward = GuardedReward(checked_reward(function, name), recipe.num_generations, recipe.limits, show)
         reward.__name__ = name
         trainer.reward_funcs[i] = reward
-
-
-def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
-    def reward(**columns: Any) -> Any:
-        return wait_for(function(**columns))
-
-    return reward
 
 
 def _add_callbacks(recipe: Recipe, run: RunDir, trainer: Any, prompts: Prompts, view: View) -> None:

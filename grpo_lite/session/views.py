@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 
 from grpo_lite.memory.times import kept_times
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.report.board import MOST_FINDINGS, Board, GRPOAhead, Progress, WarmupBoard, now_s, rendered
+from grpo_lite.report.board import MOST_FINDINGS, Board, GRPOAhead, Progress, WarmupBoard, rendered
 from grpo_lite.report.evidence import Finding
 from grpo_lite.screen import Show, ignore_closed_screen
 
@@ -62,13 +63,13 @@ class View(TrainerCallback):
         self.board.findings = findings[:MOST_FINDINGS]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start_s = now_s()
+        self._start_s = time.monotonic()
         self.board = replace(self.board, total=state.max_steps, begun_at=state.global_step, steps=[])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and self.board.logged in logs:
             self.board.steps.append({"step": state.global_step, **logs})
-            self.board.seconds = now_s() - self._start_s
+            self.board.seconds = time.monotonic() - self._start_s
             self.board.rows = self.latest()
             self.draw()
 

@@ -23,7 +23,6 @@ from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
 from grpo_lite.task.rewards import import_function
 
-# Not tools, in TRL's contract of an environment.
 _DEEPEST = 50  # levels of a call's arguments
 _KNOWN = "the original templates of Qwen2.5, Qwen3, Qwen3.5 and Llama 3.1/3.2 Instruct are known to TRL"
 _OWN = "or set model.chat_template=smollm2-tools where the model speaks ChatML"

@@ -114,7 +114,6 @@ class ExactState:
             "loss": trainer._tr_loss.detach().cpu(),
             "entropy_window": None if window is None else window.detach().cpu(),
             "metrics": {key: [float(v) for v in values] for key, values in trainer._metrics["train"].items()},
-            "rewards_since_save": [],
             "buffered": trainer._buffered_inputs if in_use else None,
             "logs": _plain_logs(trainer._logs) if in_use else None,
             "faults_in_a_row": dict(trainer.faults.in_a_row),

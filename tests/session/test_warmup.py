@@ -19,7 +19,7 @@ from grpo_lite.evaluation.rejection import write_traces
 from grpo_lite.processes import Ranks
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.runs.checkpoints import Found, checkpoint_folders
+from grpo_lite.runs.checkpoints import LastUsable, checkpoint_folders
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import warmup
 from grpo_lite.task.traces import Trace, Traces
@@ -282,7 +282,7 @@ def test_a_checkpoint_before_the_last_step_is_not_taken_for_what_grpo_began_with
     run = RunDir(tmp_path / "run")
     stop_at(monkeypatch, 3, recipe_of(), run)
     (run.path / "checkpoint-1").mkdir()
-    monkeypatch.setattr(warmup, "last_usable", lambda folder: Found(next(folder.glob("checkpoint-*")), ()))
+    monkeypatch.setattr(warmup, "last_usable", lambda folder: LastUsable(next(folder.glob("checkpoint-*")), ()))
     assert warmup.is_warm(run)
     assert not run.warm_adapter.exists()
 
