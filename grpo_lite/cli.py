@@ -61,7 +61,7 @@ class _Commands(click.Group):
             click.echo(f"error: {_harmless(str(error))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("stopped at once. Give the same command again to resume from the last checkpoint.", err=True)
+            click.echo("stopped at once. Run the same command again to resume from the last checkpoint.", err=True)
             sys.exit(INTERRUPTED)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
@@ -104,7 +104,7 @@ def _explain(error: Exception) -> str:
         return f"wandb: {first_line(error)} Log in with `wandb login`, set WANDB_MODE=offline or change grpo.report_to."
     if isinstance(error, OSError) and error.errno is not None:
         file = f": {error.filename}" if error.filename else ""
-        advice = " Free some space, then give the same command again." if error.errno in (ENOSPC, EDQUOT) else ""
+        advice = " Free some space, then run the same command again." if error.errno in (ENOSPC, EDQUOT) else ""
         return f"{error.strerror}{file}. What was saved before stays.{advice}"
     return (
         f"unexpected {name}: {str(error).strip()[:2000]}\nThis is a bug in grpo_lite or in a library that it "
@@ -405,11 +405,11 @@ def backends(recipe: str, overrides: tuple[str, ...], steps: int, minutes: float
     loaded = load_recipe(recipe, overrides)
     card = card_with_both()
     if card is None:
-        needs = f"CUDA, one process and the package unsloth ({hint_setup('unsloth')})"
-        click.echo(f"no choice here: that needs {needs}. auto is hf")
+        needs = f"CUDA, one process and its package ({hint_setup('unsloth')})"
+        click.echo(f"no choice here: unsloth needs {needs}. auto means hf")
         return
     if why_not := lacks(loaded):
-        click.echo(f"no choice for this recipe: {why_not}. auto is hf")
+        click.echo(f"no choice for this recipe: {why_not}. auto means hf")
         return
     click.echo(f"{loaded.name}: {steps} steps with each backend on {card}")
     outcome = measure_backends(loaded, card, say, steps, minutes * 60)
@@ -554,7 +554,7 @@ def _watch_web(folder: Path, port: int) -> None:
     if (folder / "recipe.yaml").is_file():
         run = folder.resolve()
         folder, fragment = run.parent, f"#/run/{quote(run.name, safe='')}"
-    click.echo(f"watching {folder}/ (Ctrl-C ends it). Open, with the token; it is valid until then:")
+    click.echo(f"serving a page over {folder}/ until Ctrl-C. Open this address; its token is valid until then:")
     with contextlib.suppress(KeyboardInterrupt):
         serve(folder.resolve(), port, lambda address: click.echo(f"  {address}{fragment}"))
 

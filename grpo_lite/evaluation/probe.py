@@ -371,7 +371,7 @@ def _row_tokens(recipe: Recipe, sampled: _Samples) -> float:
 
 
 def verdict(probe: Probe, recipe: Recipe) -> str:
-    """Return one sentence on the gravest problem, with the override to paste if there is one."""
+    """Return one sentence on the worst problem, with the override to paste if there is one."""
     if probe.opened and (probe.format_rate == 0 or (probe.format_rate is None and probe.rewarded == 0)):
         return (
             f"the chat template opens <{probe.opened}> itself and no completion gets a reward: a reward that looks for "
@@ -389,7 +389,7 @@ def verdict(probe: Probe, recipe: Recipe) -> str:
         )
     if probe.calls == 0 and probe.pass_at_1 < 0.9:
         return (
-            f"no tool is called in {probe.prompts * probe.samples} episodes, so there is no call to strengthen: say in "
+            f"no tool is called in {probe.prompts * probe.samples} episodes, so there is no call to reinforce: say in "
             "data.system when to call which tool, show whole episodes in a warm-up, or take a model that was trained "
             "with tools"
         )

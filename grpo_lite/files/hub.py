@@ -87,13 +87,10 @@ def _by_status(status: int, repo_id: str, words: str) -> str:
     if status in (409, 412):
         return (
             f"someone else is changing the repository, or has changed it meanwhile ({status}).{reply} Look at it, and "
-            "give the same command again."
+            "run the same command again."
         )
     if status == 429 or status >= 500:
-        return (
-            f"the Hub is busy or out of order ({status}).{reply} It keeps what was sent: give the same command again "
-            "later."
-        )
+        return f"the Hub is busy or down ({status}).{reply} It keeps what was sent: run the same command again later."
     return f"the Hub refused ({status}).{reply} Fix what it names and push again."
 
 

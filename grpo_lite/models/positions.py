@@ -1,4 +1,4 @@
-"""How many positions a model was made for, and what a run that goes beyond them is told. Torch-free."""
+"""How many positions a model was made for, and what is said of a run that goes beyond them. Torch-free."""
 
 from __future__ import annotations
 

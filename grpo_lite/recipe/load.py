@@ -109,7 +109,7 @@ def build_recipe(raw: dict[str, Any], where: str, *, for_training: bool = True) 
     if faults or recipe is None:
         lines = "\n".join(f"  {where}: {fault}" for fault in faults)
         if sum(key not in Recipe.model_fields and is_trl_key(key) for key in raw) >= _TRL_FILE:
-            lines += f"\nIt reads like a file of `trl grpo`: `grpo-lite convert {where}` writes a recipe of it."
+            lines += f"\nIt looks like a config of `trl grpo`: `grpo-lite convert {where}` turns it into a recipe."
         raise RecipeError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the recipe:\n{lines}")
     return recipe
 

@@ -23,7 +23,7 @@ def tools_never_called(e: Evidence) -> Finding | None:
         return None
     return Finding(
         "tools_never_called",
-        f"No tool was called in {e.last_step} steps. GRPO strengthens what occurs, so it cannot begin here: say in "
+        f"No tool was called in {e.last_step} steps. GRPO reinforces calls that occur, and none does: say in "
         "data.system when to call which tool, show whole episodes in a warm-up (docs/tools-and-environments.md), or "
         "take a model that was trained with tools.",
     )

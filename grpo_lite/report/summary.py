@@ -31,7 +31,7 @@ def run_summary(run: RunDir) -> str:
     if record.get("faults"):
         lines.append("left out: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in record["faults"].items()))
     if not record.get("trained_at"):
-        lines.append("paused by limits.max_minutes; to resume, give the same command again")
+        lines.append("paused by limits.max_minutes; to resume, run the same command again")
     lines += ["", f"adapter   {run.adapter}"]
     if run.merged.is_dir():
         lines.append(f"merged    {run.merged}")
@@ -122,7 +122,7 @@ def warmup_summary(run: RunDir) -> str:
     """Return what the warm-up alone reached, and what comes next."""
     record = run.read_warmup()
     if not run.warm_adapter.is_dir():
-        return "\nthe warm-up is not complete (limits.max_minutes); to resume, give the same command again"
+        return "\nthe warm-up is not complete (limits.max_minutes); to resume, run the same command again"
     held, seconds = record.get("heldout_loss_last"), record.get("seconds", 0.0)
     lines = [
         "",
@@ -160,5 +160,5 @@ def interrupted_summary(run: RunDir, steps: int, signal_name: str) -> str:
     where = f"saved {saved}" if saved else "no checkpoint was saved"
     return (
         f"interrupted by {signal_name} after step {steps}{stage}; {where}.\n"
-        f"To resume from there, give the same command again: {hint_run(run.path)}"
+        f"To resume from there, run the same command again: {hint_run(run.path)}"
     )

@@ -245,5 +245,5 @@ def disk_full(run: Path, what: str) -> str:
     free = shutil.disk_usage(run).free / 2**20
     return (
         f"{run}: the disk is full ({free:.0f} MiB free): {what}. {kept}. Free some space "
-        "(older runs, grpo.save_total_limit), then give the same command again to resume from there."
+        "(older runs, grpo.save_total_limit), then run the same command again to resume from there."
     )

@@ -143,7 +143,7 @@ def show_changes(run: RunDir, recipe: Recipe, show: Show) -> list[str]:
     """Show which files differ from those that the run read last, and return the lines."""
     changed = changed_files(run.read_run().get("files"), file_sums(recipe))
     for line in changed:
-        show(f"{line}, so the run is not continued exactly")
+        show(f"{line}, so this is not an exact resume")
     return changed
 
 

@@ -240,7 +240,7 @@ def _fetch(run: RunDir, remote: Remote, show: Show) -> None:
         folder.mkdir(parents=True)
         remote.fetch(step, folder)
         if fault := fault_of(folder):
-            show(f"push_checkpoints: {PREFIX}{step} of {remote.name} is passed over, damaged: {fault}")
+            show(f"push_checkpoints: {PREFIX}{step} of {remote.name} is skipped, as it is damaged: {fault}")
             shutil.rmtree(scratch)
             continue
         for name in _RUN_FILES:  # recipe.yaml first: after a kill from here on, the run asks again

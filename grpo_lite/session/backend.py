@@ -98,7 +98,7 @@ def choose(hf: dict[str, Any], unsloth: dict[str, Any]) -> tuple[str, str]:
     if "step_s" not in hf:
         return "unsloth", "hf did not train here"
     ratio = hf["step_s"] / unsloth["step_s"]
-    line = f"unsloth measured {ratio:.2f}x as fast as hf; {WORTH:g}x outweighs exact resume and memory recovery"
+    line = f"unsloth measured {ratio:.2f}x as fast as hf, and is taken from {WORTH:g}x on: it lacks exact resume"
     return ("unsloth" if ratio >= WORTH else "hf"), line
 
 

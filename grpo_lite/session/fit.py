@@ -160,16 +160,16 @@ def lost_peer() -> str:
 
 
 def _last_checkpoint(folder: Path, show: Show) -> Path | None:
-    """Return the newest checkpoint that is whole, and say which ones are passed over."""
+    """Return the newest checkpoint that is whole, and say which ones are skipped."""
     newest = last_usable(folder)
     for fault in newest.skipped:
-        show(f"passed over, damaged: {fault}")
+        show(f"skipped a damaged checkpoint: {fault}")
     if newest.folder:
         show(f"resuming from step {step_of(newest.folder)} ({newest.folder})")
         if (before := processes_of(newest.folder)) != this_process().world:
             show(f"it was saved with GPUS={before}: the random states differ now, so this is not an exact resume")
     elif newest.skipped:
-        show("no checkpoint is usable: training starts again")
+        show("no checkpoint is usable: training starts from the beginning")
     return newest.folder
 
 

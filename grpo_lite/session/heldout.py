@@ -20,7 +20,7 @@ class HeldOutScore(TrainerCallback):
     Args:
         trainer: whose model is scored; set it before training.
         prompts: the first `eval.every_limit` held-out rows are used, the same ones each time.
-        show: told when a reward fails or hangs on them: that score is missing then, and training continues.
+        show: gets a line when a reward fails or hangs on them: that score is missing then, and training continues.
     """
 
     def __init__(self, recipe: Recipe, prompts: Prompts, trainer: Any, show: Callable[[str], None]) -> None:

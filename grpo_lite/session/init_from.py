@@ -26,7 +26,7 @@ def adapter_to_start_from(
     after_warmup = stage == "grpo" and recipe.warmup is not None
     if not after_warmup and recipe.init_from is None:
         if recipe.reference == "start" and not recipe.holds_reference:
-            show("reference: start without lora.init_from: a fresh adapter equals the base, so KL is that to the base")
+            show("reference: start has no effect here: a fresh adapter equals the base, and KL is measured against it")
         return None
     folder = run.warmup if stage == "warmup" else run.path
     if agree(last_usable(folder).folder is not None if process.is_first else None, process):

@@ -28,7 +28,7 @@ def add_preflight(recipe: Recipe, run: RunDir, device: Device, trainer: Any, pro
     """Let a trainer begin with the probe if the recipe wants it: `log.preflight`, by default on a GPU only."""
     wanted = device.kind == "cuda" if recipe.log.preflight is None else recipe.log.preflight
     if wanted and this_process().world > 1:  # the others would wait in a collective, which gives up after minutes
-        show(f"preflight: left out with several processes; before: {hint('probe', recipe=recipe.name)}")
+        show(f"preflight: not run with several processes; run it before: {hint('probe', recipe=recipe.name)}")
     elif wanted:  # before all other callbacks, whose clocks start with the training
         callback = Preflight(recipe, run, device, trainer, prompts, show)
         trainer.callback_handler.callbacks.insert(0, callback)

@@ -222,7 +222,7 @@ def require_paid_gold(recipe: Recipe, prompts: Prompts, show: Callable[[str], No
     """Run the check before training, in a line; refuse to train on rewards that do not pay the gold.
 
     Returns:
-        What was found; None where the rows hold no gold, which is said.
+        The report; None where the rows hold no gold, and then a line says so.
 
     Raises:
         RewardError: a gold completion does not earn the top score.

@@ -136,7 +136,7 @@ class GuardedReward:
         if self.in_a_row >= self.limits.reward_failures:
             raise RewardError(
                 f"{reason}. It has now failed in {self.in_a_row} batches in a row (limits.reward_failures), so the run "
-                "stops; what was saved is kept. Fix the reward, then give the same command again."
+                "stops; what was saved is kept. Fix the reward, then run the same command again."
             )
         self.show(f"reward failed: {reason}; {unscored} of {groups} groups are left out of this step")
 

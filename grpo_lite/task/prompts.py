@@ -120,7 +120,7 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
     if toolkit is not None:
         if recipe.grpo.get("max_tool_calling_iterations") is None and recipe.max_completion_length > _LONG_EPISODE:
             notes.append(
-                f"no limit of turns: a model that only calls goes on for {recipe.max_completion_length} tokens "
+                f"turns are not limited: a model that only calls tools fills all {recipe.max_completion_length} tokens "
                 "(set grpo.max_tool_calling_iterations)"
             )
         require_environment_columns(toolkit, train, "data.train")

@@ -221,7 +221,7 @@ def _spelled_out(prompt: Any, tokenizer: Any, template_kwargs: dict[str, Any] | 
     if len(pieces) != len(specials) + 1:
         raise DataError(
             f"data: the chat template repeats or drops what a message says, and the message holds the special token "
-            f"{specials[0]!r}, so it cannot be told from markup. Remove it from the row."
+            f"{specials[0]!r}, so the two cannot be told apart. Remove it from the row."
         )
     ids = list(tokenizer("", add_special_tokens=True)["input_ids"]) if isinstance(prompt, str) else []
     for piece, special in itertools.zip_longest(pieces, specials):

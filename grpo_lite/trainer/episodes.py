@@ -89,7 +89,7 @@ class Episodes:
             raise RewardError(
                 f"{self._last_failure or STILL_RUNNING}. In {self._in_a_row} rounds in a row (limits.reward_failures) "
                 f"most of the {len(environments)} environments that play at once could not be used, so the run stops; "
-                "what was saved is kept. Fix the environment, then give the same command again."
+                "what was saved is kept. Fix the environment, then run the same command again."
             )
         return failed
 

@@ -124,7 +124,7 @@ def test_second_push_of_the_same_files_sends_none_again(run: RunDir, server: Hub
         ("/upload/", 403, r"\(403\)"),
         ("/commit/", 409, r"someone else is changing the repository.*\(409\)"),
         ("/commit/", 412, r"changed it meanwhile \(412\)"),
-        ("/commit/", 500, r"busy or out of order \(500\).*same command again"),
+        ("/commit/", 500, r"busy or down \(500\).*same command again"),
         ("/commit/", 400, r"the Hub refused \(400\)"),
     ],
 )

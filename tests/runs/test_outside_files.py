@@ -84,7 +84,7 @@ def test_a_session_that_goes_on_tells_and_the_run_keeps_it(
     keep_sums(run, recipe, True, lines.append)  # against the session before, not the first
     (line,) = lines
     assert line.startswith("data.eval.path: ")
-    assert line.endswith("so the run is not continued exactly")
+    assert line.endswith("so this is not an exact resume")
     assert len(run.read_run()["changed_files"]) == 1
 
 

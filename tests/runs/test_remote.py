@@ -246,7 +246,7 @@ def test_links_on_a_shared_drive_are_not_followed(tmp_path: Path) -> None:
     weights.symlink_to(secret)
     shutil.rmtree(run.path)
     fetch_checkpoint(run, str(drive), lines.append)
-    assert "passed over, damaged" in lines[0]
+    assert "is skipped, as it is damaged" in lines[0]
     assert "adapter_model.safetensors: missing" in lines[0]
     assert last_usable(run.path).folder is None
 
@@ -271,7 +271,7 @@ def test_training_goes_on_from_a_mounted_folder_on_a_new_machine(server: Server,
                "limits.max_minutes=0.0001", f"push_checkpoints={tmp_path / 'drive'}"]  # fmt: skip
     assert server.run(command, log) == 0, log.read_text()
     assert "training pauses after step 1 of 3" in log.read_text()
-    assert "paused by limits.max_minutes; to resume, give the same command again" in log.read_text()
+    assert "paused by limits.max_minutes; to resume, run the same command again" in log.read_text()
     shutil.rmtree(tmp_path / "run")
     assert server.run(command, log) == 0, log.read_text()
     assert "fetched checkpoint-1" in log.read_text()

@@ -97,7 +97,7 @@ def test_a_run_that_lost_its_checkpoints_begins_from_the_adapter_again(
     assert f"lora.init_from: '{start}' is given, but there is no such folder" in log.read_text()
     (tmp_path / "moved").rename(start)
     assert server.run(command, log) == 0, log.read_text()
-    assert "no checkpoint is usable: training starts again" in log.read_text()
+    assert "no checkpoint is usable: training starts from the beginning" in log.read_text()
     undisturbed = [part.replace(str(run), str(tmp_path / "other")) for part in command]
     assert server.run(undisturbed, log) == 0
     assert outcome(run) == outcome(tmp_path / "other")

@@ -97,7 +97,7 @@ def test_a_fresh_adapter_equals_the_base_so_none_is_held(tmp_path: Path) -> None
         run = tmp_path / reference
         more = ["grpo.beta=0.1", f"reference={reference}"]
         texts[reference] = grpo_lite("train", "smoke", "--run", str(run), *own, *more)
-    assert "a fresh adapter equals the base, so KL is that to the base" in texts["start"]
+    assert "a fresh adapter equals the base, and KL is measured against it" in texts["start"]
     assert not (tmp_path / "start" / "checkpoint-2" / "ref").exists()
     base, start = (outcome(tmp_path / reference) for reference in ("base", "start"))
     assert start["metrics"] == base["metrics"]

@@ -153,5 +153,5 @@ def test_the_newest_checkpoint_is_passed_over_by_name_when_it_is_damaged(
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     text = survives(server, run, configuration, references(configuration))
-    assert "passed over, damaged: checkpoint-12: optimizer.pt: corrupted" in text
+    assert "skipped a damaged checkpoint: checkpoint-12: optimizer.pt: corrupted" in text
     assert "resuming from step 9" in text

@@ -22,7 +22,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_train_resumes_it(tmp_path: Path)
     seen += out
     assert process.returncode == 130, seen
     assert "interrupted by SIGINT after step" in seen
-    assert "give the same command again" in seen
+    assert "run the same command again" in seen
     stopped = steps_of(run)[-1]
     assert (run / f"checkpoint-{stopped}").is_dir()
     text = grpo_lite("train", "smoke", "--run", str(run), *many)
