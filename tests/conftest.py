@@ -78,7 +78,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2-layer random Llama with a byte tokenizer and a chat template."""
-    from grpo_lite.models.base import make_tiny_model
+    from grpo_lite.models.embedded import make_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model(folder)

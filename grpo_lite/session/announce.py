@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_lite.models.base import Base, embedded_folder, weights_bytes
+from grpo_lite.models.base import Base, weights_bytes
+from grpo_lite.models.embedded import embedded_folder
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, Recipe
 from grpo_lite.screen import Show
 from grpo_lite.units import size

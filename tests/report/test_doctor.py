@@ -175,7 +175,7 @@ def teachable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with embeddings six times as large: its own are too small to prefer any token by much."""
     from safetensors.torch import load_file, save_file
 
-    from grpo_lite.models.base import make_tiny_model
+    from grpo_lite.models.embedded import make_tiny_model
 
     folder = tmp_path_factory.mktemp("teachable")
     make_tiny_model(folder)

@@ -8,8 +8,9 @@ import pytest
 
 from grpo_lite import train
 from grpo_lite.errors import GRPOLiteError
-from grpo_lite.models.base import Base, embedded_folder
+from grpo_lite.models.base import Base
 from grpo_lite.models.device import Device
+from grpo_lite.models.embedded import embedded_folder
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.announce import announce_base, announce_data, announce_weights
