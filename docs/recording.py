@@ -17,7 +17,7 @@ from rich.console import Console
 
 from grpo_lite.files.records import read_json_lines
 from grpo_lite.report.board import rendered
-from grpo_lite.report.follow import read_board
+from grpo_lite.report.watch import read_board
 from grpo_lite.runs.run_dir import RunDir
 
 WIDTH = 92

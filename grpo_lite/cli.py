@@ -530,7 +530,7 @@ def watch(run_path: str | None, plain: bool, web: bool, port: int) -> None:
         return _watch_web(Path(run_path or "runs"), port)
     if run_path is None:
         raise click.UsageError("give RUN, or --web for a page over all runs.")
-    from grpo_lite.report.follow import watch_lines, watch_live
+    from grpo_lite.report.watch import watch_lines, watch_live
 
     run = _run_dir(run_path)
     run.load_recipe()

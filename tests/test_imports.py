@@ -238,7 +238,7 @@ def test_only_the_cli_prints_or_exits() -> None:
         "import grpo_lite.rewards; grpo_lite.rewards.accuracy_reward",
         "import grpo_lite.cli",
         "from grpo_lite.recipe.load import load_recipe; load_recipe('gsm8k')",
-        "import grpo_lite.report.doctor, grpo_lite.report.page, grpo_lite.report.follow",
+        "import grpo_lite.report.doctor, grpo_lite.report.page, grpo_lite.report.watch",
         "import grpo_lite.session.backend, grpo_lite.runs.remote, grpo_lite.reproduce",  # Unsloth comes before
         "import grpo_lite.memory.report, grpo_lite.memory.fit",
         "import grpo_lite.ui.server",

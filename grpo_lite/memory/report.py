@@ -147,7 +147,7 @@ def all_cards_table(recipes: Sequence[Recipe]) -> Iterator[str]:
 
 
 def _divided(plan: MemoryPlan) -> bool:
-    """Tell whether less goes through the card at once than the recipe says, with the same gradient."""
+    """Return whether less goes through the card at once than the recipe says, with the same gradient."""
     return bool({"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen))
 
 

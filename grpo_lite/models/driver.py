@@ -89,7 +89,7 @@ def has_kernels(architectures: Iterable[str], capability: tuple[int, int]) -> bo
 
 
 def _missing_kernels(device: Device) -> str | None:
-    """Say that torch has no kernels for the card, which would otherwise show as a CUDA error within the run."""
+    """Return why torch cannot run on the card: without kernels for it a run would end in a CUDA error. None: it can."""
     import torch
 
     architectures = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]
@@ -105,7 +105,7 @@ def _missing_kernels(device: Device) -> str | None:
 
 
 def _unused_nvidia_gpu() -> str | None:
-    """Say why torch sees no GPU although there is an NVIDIA driver; None where the user hides the GPU."""
+    """Return why torch sees no GPU although there is an NVIDIA driver; None where the user hides the GPU."""
     driver = None if _hidden() else nvidia_driver()
     if driver is None:
         return None

@@ -48,6 +48,7 @@ qwen3_moe qwen3_5_moe_text qwen3_next lfm2_moe gemma4 gemma4_text granitemoehybr
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config.json's words for their number
 # peft would adapt these families' routed experts by their names, so layers of the same names are not adapted either.
 _EXPERTS_BY_NAME = ("qwen3_moe", "qwen3_next", "mixtral")
+_SHARED = "shared_expert_intermediate_size"
 _PATTERN: dict[str, Mixer] = {"M": "mamba", "*": "attention", "-": "none", "E": "none"}  # nemotron_h's letters
 
 
@@ -278,7 +279,7 @@ def layer_mixers(config: Mapping[str, Any]) -> list[Mixer]:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Tell whether the output head is the embedding; LFM2 says `tie_embedding`. Gemma, Cohere and LFM default to it."""
+    """Return whether the output head is the embedding (LFM2: `tie_embedding`); Gemma, Cohere and LFM default to it."""
     default = str(config.get("model_type")).startswith(("gemma", "lfm", "cohere"))
     return bool(config.get("tie_embedding", config.get("tie_word_embeddings", default)))
 
@@ -412,7 +413,7 @@ def _head_sizes(config: Mapping[str, Any], kind: str, layer: int) -> tuple[int, 
 
 
 def _is_sliding(config: Mapping[str, Any], layer: int) -> bool:
-    """Tell whether a layer of Gemma 4 has a window; the last one never has (Gemma4TextConfig)."""
+    """Return whether a layer of Gemma 4 has a window; the last one never has (Gemma4TextConfig)."""
     words, last = config.get("layer_types"), layer == config["num_hidden_layers"] - 1
     return not last and (words[layer] == "sliding_attention" if words else (layer + 1) % 6 != 0)
 
@@ -579,9 +580,6 @@ def _expert_count(config: Mapping[str, Any]) -> int:
     return next((int(config[name]) for name in _EXPERT_COUNTS if config.get(name)), 0)
 
 
-_SHARED = "shared_expert_intermediate_size"
-
-
 def _of_expert_names(kind: str) -> frozenset[str]:
     return frozenset(("gate_proj", "up_proj", "down_proj") if kind in _EXPERTS_BY_NAME else ())
 
@@ -600,7 +598,7 @@ def _intermediate(config: Mapping[str, Any], kind: str) -> int:
 
 
 def _is_sparse(config: Mapping[str, Any], kind: str, layer: int) -> bool:
-    """Tell whether a layer has experts in place of an MLP, or beside it."""
+    """Return whether a layer has experts in place of an MLP, or beside it."""
     if kind not in _EXPERTS.split() or not _expert_count(config):
         return False
     if kind == "nemotron_h":

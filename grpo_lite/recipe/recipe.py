@@ -252,18 +252,18 @@ class EvalSection(_Section):
         description="Further held-out rows by name, scored greedily and apart, such as a harder kind of the task.",
     )
 
-    @model_validator(mode="after")
-    def _every_needs_held_out_rows(self) -> EvalSection:
-        if self.every and not self.enabled:
-            raise ValueError("every is given, but enabled is false, so there are no held-out rows to score")
-        return self
-
     lenient: ScoreSection | None = Field(
         None, description="Is the answer right? null: the first reward, else what the environment pays."
     )
     strict: list[ScoreSection] = Field(
         default_factory=list, description="Further scores a completion must reach to be strictly right (format)."
     )
+
+    @model_validator(mode="after")
+    def _every_needs_held_out_rows(self) -> EvalSection:
+        if self.every and not self.enabled:
+            raise ValueError("every is given, but enabled is false, so there are no held-out rows to score")
+        return self
 
 
 class CheckSection(_Section):

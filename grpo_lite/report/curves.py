@@ -20,9 +20,11 @@ from grpo_lite.report.scores import columns_of, distinct_scores, gain_text, own_
 
 # Every colour of a chart. On a page each becomes a CSS variable, so that it follows the reader's light or dark scheme.
 COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#8a56c8", "#b8891f", "#c2417c")
+_COLUMN_COLOURS = {"base": "#8b93a3", "warm": COLOURS[1], "trained": COLOURS[0]}
 _GRID, _TEXT, _INK, _PAPER = "#e6e8ec", "#5b6270", "#20242c", "#ffffff"
 _VARIABLES = {**{c: f"var(--line{i})" for i, c in enumerate(COLOURS)}, _GRID: "var(--grid)", _TEXT: "var(--soft)"}
 _SIZE_INCHES = (3.8, 2.25)
+_AXES = (0.135, 0.14, 0.84, 0.81)  # left, bottom, width, height, as fractions of the figure
 _STYLES = ("-", "--", ":")  # of lines beyond the last colour
 _SMOOTH_FROM = 24  # steps from which a bold moving average is drawn over the raw line
 
@@ -168,9 +170,6 @@ def svg(chart: Chart) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
-_AXES = (0.135, 0.14, 0.84, 0.81)  # left, bottom, width, height, as fractions of the figure
-
-
 def placement(chart: Chart) -> dict[str, Any]:
     """Return what the page needs to show the values under the pointer: the axes' place, their limits, the values."""
     low, high = _span(chart)
@@ -278,9 +277,6 @@ def write_scores_png(scores: Mapping[str, Any], path: Path, title: str = "") -> 
         figure.text(0.98, 0.12 / height, "bars and brackets: 95 % intervals", color=_TEXT, fontsize=8.5, ha="right")
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
-
-
-_COLUMN_COLOURS = {"base": "#8b93a3", "warm": COLOURS[1], "trained": COLOURS[0]}
 
 
 def _draw_block(axes: Any, y: float, name: str, part: Mapping[str, Any]) -> float:

@@ -66,7 +66,7 @@ def zero_reward(e: Evidence) -> Finding | None:
 
 
 def _stuck(e: Evidence, part: str) -> bool:
-    """Tell whether a reward is 0, or one value below 0, in every step, and as far as known in all of each batch."""
+    """Return whether a reward is 0, or one value below 0, in every step, and as far as known in all of each batch."""
     values, spread = e.series(f"rewards/{part}/mean"), e.series(f"rewards/{part}/std")
     if len(values) < FEWEST:
         return False
@@ -346,13 +346,13 @@ def _largest_share(e: Evidence, *names: str) -> tuple[float, int] | None:
 
 
 def _is_solved(e: Evidence) -> bool:
-    """Tell whether the first reward is nearly at its top: 1, or the highest recent value if that is more."""
+    """Return whether the first reward is nearly at its top: 1, or the highest recent value if that is more."""
     recent = [row["rewards"].get(e.parts[0]) for row in e.rows()]
     return e.late(e.main) >= 0.9 * max([1.0, *(value for value in recent if value is not None)])
 
 
 def _is_penalty(e: Evidence, index: int) -> bool:
-    """Tell whether a reward's best value is 0: by its `top`, by its name, or because its weight is negative."""
+    """Return whether a reward's best value is 0: by its `top`, by its name, or because its weight is negative."""
     section = e.section(index)
     if section and section.weight < 0:
         return True

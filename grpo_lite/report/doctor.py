@@ -1,7 +1,7 @@
 """The run doctor: a table of diagnoses over a run's metrics and completions, live and afterwards (`doctor RUN`).
 
-    evidence.py         diagnoses.py, hacking.py, warmup.py   here                    session/records.py
-    Evidence, Finding   one small function a diagnosis        the table, `diagnose`   live, once until it changes
+    evidence.py         diagnoses.py, hacking.py, warmup.py, episodes.py   here                    session/records.py
+    Evidence, Finding   one small function for each diagnosis              the table, `diagnose`   live, once each
 
 Any stage may report a finding of its own with `state_finding`. docs/troubleshooting.md is written from the table.
 """

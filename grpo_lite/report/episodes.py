@@ -125,7 +125,7 @@ def episodes_at_limit(e: Evidence) -> Finding | None:
 
 
 def explains_zero(e: Evidence) -> bool:
-    """Say whether a finding on the tools already explains that no episode earns anything."""
+    """Return whether a finding on the tools already explains that no episode earns anything."""
     return any(find(e) for find in (tools_never_called, calls_malformed, calls_fail, episodes_at_limit))
 
 

@@ -129,7 +129,7 @@ class Evidence:
         return self.late(key) - self.early(key)
 
     def rises(self, key: str) -> bool | None:
-        """Tell whether a mean reward rose by more than FLAT and twice its standard error; None if unknown.
+        """Return whether a mean reward rose by more than FLAT and twice its standard error; None if unknown.
 
         TRL logs the standard deviation over the batch beside each reward's mean.
         """

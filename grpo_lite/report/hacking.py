@@ -30,7 +30,7 @@ _TAGS = ("think", "answer", "reasoning", "solution")
 
 @functools.lru_cache(maxsize=4096)
 def repeats_itself(text: str) -> bool:
-    """Tell whether most of a text is one passage repeated.
+    """Return whether most of a text is one passage repeated.
 
     It has at least 40 characters, and zlib compresses it to less than a fifth of its size, or its most common three
     words in a row make up half of it.
@@ -49,7 +49,7 @@ def repeats_itself(text: str) -> bool:
 
 
 def commits_often(text: str) -> bool:
-    r"""Tell whether a text commits to three or more different answers, or is a list of numbers, outside its thinking.
+    r"""Return whether a text commits to three or more different answers, or is a list of numbers, outside its thinking.
 
     >>> commits_often(r"\boxed{1} \boxed{2} \boxed{3}"), commits_often(r"so \boxed{2}. Check: \boxed{2}")
     (True, False)
@@ -65,7 +65,7 @@ def commits_often(text: str) -> bool:
 
 
 def stuffs_tags(text: str, tags: Sequence[str] = _TAGS) -> bool:
-    """Tell whether a text holds one of the format's tags three times or more.
+    """Return whether a text holds one of the format's tags three times or more.
 
     >>> stuffs_tags("<think><think><think>"), stuffs_tags("<think>so</think><answer>2</answer>")
     (True, False)
@@ -112,7 +112,7 @@ def many_answers(e: Evidence) -> Finding | None:
 
 
 def _lists_answers(row: Row) -> bool:
-    """Tell whether a completion commits to many answers where its gold is not itself a list."""
+    """Return whether a completion commits to many answers where its gold is not itself a list."""
     gold = str(row.get("answer") or "").rpartition("####")[2]
     is_list = "\\boxed" not in gold and len(_NUMBER.findall(gold)) >= 3
     return commits_often(row["completion"]) and not is_list

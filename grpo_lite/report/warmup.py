@@ -102,7 +102,7 @@ def warmup_collapse(e: Evidence) -> Finding | None:
 
 
 def solved_at_start(e: Evidence) -> bool:
-    """Tell whether the first reward is nearly at its top in the first steps of GRPO."""
+    """Return whether the first reward is nearly at its top in the first steps of GRPO."""
     top = getattr(e.function(0), "top", None) or 1.0
     return e.early(e.main) >= 0.9 * top
 
@@ -125,5 +125,5 @@ def _quarters(losses: list[float]) -> tuple[float, float, float]:
 
 
 def _own_samples(e: Evidence) -> bool:
-    """Tell whether the rows are the base's own right completions: their loss is the base's entropy already."""
+    """Return whether the rows are the base's own right completions: their loss is the base's entropy already."""
     return e.recipe.warmup is not None and e.recipe.warmup.source == "self"

@@ -128,7 +128,7 @@ def completion_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def holds_special_tokens(prompt: Any, tokenizer: Any, observed: bool = False) -> bool:
-    """Say whether a prompt's own words contain the text of a special token, or the observed ones any markup's."""
+    """Return whether a prompt's own words contain the text of a special token, or the observed ones any markup's."""
     pattern = _pattern(tokenizer)
     if any(pattern.search(text) for text in _texts(_joined(prompt, pattern))):
         return True
@@ -136,7 +136,7 @@ def holds_special_tokens(prompt: Any, tokenizer: Any, observed: bool = False) ->
 
 
 def holds_markup(messages: list[dict[str, Any]], tokenizer: Any) -> bool:
-    """Say whether results of tools contain the text of a special token, or of another one such as `<tool_call>`."""
+    """Return whether results of tools contain the text of a special token, or of another one such as `<tool_call>`."""
     pattern = _markup(tokenizer)
     return any(pattern.search(text) for text in _texts(_joined(messages, pattern)))
 

@@ -22,8 +22,8 @@ from grpo_lite.report.board import Board, WarmupBoard
 from grpo_lite.report.curves import charts, drawable
 from grpo_lite.report.doctor import findings_file, nothing_found
 from grpo_lite.report.facts import RunPage, headline, latest_rows, read_page, tiles
-from grpo_lite.report.follow import read_board, state_of
 from grpo_lite.report.page import comparison_table, distinct_names, overlaid_charts, recipe_differences
+from grpo_lite.report.watch import read_board, state_of
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.units import duration
 

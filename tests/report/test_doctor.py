@@ -30,7 +30,7 @@ from grpo_lite.report.doctor import (
 )
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence
 from grpo_lite.report.facts import read_page, stated_rows
-from grpo_lite.report.follow import read_board, watch_lines
+from grpo_lite.report.watch import read_board, watch_lines
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.records import RunDoctor
 from grpo_lite.session.views import View, make_view

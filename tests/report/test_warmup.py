@@ -19,7 +19,7 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.report.board import GRPOAhead, Progress, WarmupBoard, rendered
 from grpo_lite.report.doctor import diagnose, examine, forget_findings_after, nothing_found, stated_findings
 from grpo_lite.report.evidence import Evidence, Finding, read_evidence, read_steps, read_warmup_steps
-from grpo_lite.report.follow import read_board, state_of, watch_lines
+from grpo_lite.report.watch import read_board, state_of, watch_lines
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.records import WarmupDoctor
 from grpo_lite.session.views import make_view

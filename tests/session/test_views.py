@@ -19,7 +19,7 @@ from grpo_lite.memory.times import keep_times
 from grpo_lite.recipe.load import load_recipe
 from grpo_lite.report.board import Board, GRPOAhead, describe_sample, rendered, sparkline
 from grpo_lite.report.evidence import Finding
-from grpo_lite.report.follow import read_board, state_of, watch_lines
+from grpo_lite.report.watch import read_board, state_of, watch_lines
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session.views import as_html, grpo_ahead, make_view
 from tests.command_line import ROOT, in_process, kill, start

@@ -101,7 +101,7 @@ def _run(command: list[str], target: Path, what: str, advice: str) -> None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a file begins as a GGUF does."""
+    """Return whether a file begins as a GGUF does."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

@@ -223,7 +223,7 @@ def plan_tensors(folder: Path, config: Mapping[str, Any], arch: str, kind: str) 
 
 
 def is_convolution(spec: TensorSpec) -> bool:
-    """Tell whether a tensor is the kernel of a short convolution, (channels, 1, length)."""
+    """Return whether a tensor is the kernel of a short convolution, (channels, 1, length)."""
     return len(spec.shape) == 3 and spec.shape[1] == 1 and spec.name.endswith(".conv.conv.weight")
 
 
