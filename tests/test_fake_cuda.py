@@ -46,7 +46,7 @@ USUAL = [name for name in SCENARIOS if name not in LONGEST]
 BATCHES = [USUAL[i::4] for i in range(4)]  # one import of torch for several
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the simulated device needs it")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names",

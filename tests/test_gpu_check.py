@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh tried without a GPU: on a CPU at a tiny size, and its CUDA branches on the make-believe device."""
+"""bench/gpu_check.sh tried without a GPU: on a CPU at a tiny size, and its CUDA branches on the simulated device."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_the_second_round(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.matrix
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the make-believe device needs it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, and the simulated device needs it")
 def test_the_branches_for_cuda(root: Path, tmp_path: Path) -> None:
-    """What the script asserts of a GPU holds on the make-believe one: packed compute, static rows and graphs on."""
+    """What the script asserts of a GPU holds on the simulated one: packed compute, static rows and graphs on."""
     names = ["smoke-float16", "smoke-bfloat16", "decode-bfloat16", "turns", "microsteps"]
     command = [sys.executable, "-W", "ignore", "-c", ON_A_MADE_UP_GPU, "--out", str(tmp_path / "out")]
     command += ["--runs", str(tmp_path / "runs"), "--seconds", "590", "--parts", *names]

@@ -1,1 +1,1 @@
-"""The CUDA path, tested without a card: a make-believe device and the scenarios that run on it."""
+"""The CUDA path, tested without a card: a simulated device and the scenarios that run on it."""

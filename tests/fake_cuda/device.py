@@ -1,4 +1,4 @@
-"""A make-believe CUDA device on the CPU build of torch: real numbers under CUDA's rules. Import it before torch.
+"""A simulated CUDA device on the CPU build of torch: real numbers under CUDA's rules. Import it before torch.
 
 A tensor on it is an `OnCuda`, which holds its numbers in a CPU tensor, `host`. Mixing devices raises, autocast("cuda")
 and GradScaler are on, CUDA has a random state of its own, kernel launches and waits of the host for the device are
@@ -273,7 +273,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         failures[name] -= 1
         if failures[name] < 0:
             del failures[name]
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (make-believe)")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (simulated)")
     written = _written(func, args, kwargs)
     if _recording is not None and is_kernel:
         undo.extend((tensor.host, tensor.host.clone()) for tensor in written.values() if isinstance(tensor, OnCuda))
@@ -290,7 +290,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if _recording is not None and is_kernel:
         _recording.kernels.append((func, args, kwargs, made))
     if memory["now"] > memory["limit"]:
-        raise torch.OutOfMemoryError(f"CUDA out of memory. {name} takes {memory['now']} bytes. (make-believe)")
+        raise torch.OutOfMemoryError(f"CUDA out of memory. {name} takes {memory['now']} bytes. (simulated)")
     return made
 
 
@@ -367,7 +367,7 @@ def install(capability: tuple[int, int] = (7, 5), size: int = int(14.56 * 2**30)
         put(torch.Generator().manual_seed(int(number)).get_state())
 
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    name = f"make-believe sm_{capability[0]}{capability[1]}"
+    name = f"simulated sm_{capability[0]}{capability[1]}"
     card = types.SimpleNamespace(
         name=name, major=capability[0], minor=capability[1], total_memory=size, multi_processor_count=40
     )

@@ -1,4 +1,4 @@
-"""Tiny models on the make-believe device: 4-bit or 16-bit, with a LoRA adapter in float32. Import after `device`."""
+"""Tiny models on the simulated device: 4-bit or 16-bit, with a LoRA adapter in float32. Import after `device`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user does on a GPU, on the make-believe one: `python -m tests.fake_cuda.scenarios NAME …`, a process each.
+"""What a user does on a GPU, on the simulated one: `python -m tests.fake_cuda.scenarios NAME …`, a process each.
 
 A scenario fails by an assertion. Every one ends with a look at what must hold on any card: packed compute on, static
 rows on, graphs on.
