@@ -109,14 +109,14 @@ def _on_ratios(grpo: Mapping[str, Any], loss: str, of_word: Mapping[str, Any]) -
         )
     if level == "sequence" and loss in ("grpo", "luspo") and "epsilon" not in of_word and epsilon >= _WIDE:
         yield (
-            f"grpo.epsilon: {_plain(epsilon)} with ratios of whole sequences is a token's clipping: a sequence's ratio "
-            "is a mean over its tokens and stays nearer to 1; algorithm: gspo sets 0.0003 and 0.0004, luspo 0.002 and "
-            "0.0025"
+            f"grpo.epsilon: {yaml_text(epsilon)} with ratios of whole sequences is a token's clipping: a sequence's "
+            "ratio is a mean over its tokens and stays nearer to 1; algorithm: gspo sets 0.0003 and 0.0004, luspo "
+            "0.002 and 0.0025"
         )
     above = 1 + (epsilon if grpo.get("epsilon_high") is None else grpo["epsilon_high"])
     if grpo.get("delta") is not None and loss in _CLIPPING and grpo["delta"] <= above:
         yield (
-            f"grpo.delta: {_plain(grpo['delta'])} is not above 1 + epsilon_high = {above:g}, so it also cuts ratios "
+            f"grpo.delta: {yaml_text(grpo['delta'])} is not above 1 + epsilon_high = {above:g}, so it also cuts ratios "
             "that the clipping allows; algorithm: intellect_2 sets 4.0"
         )
 
