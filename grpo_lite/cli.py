@@ -7,6 +7,7 @@ must not wait for torch, and Unsloth has to be imported before transformers.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import logging
 import os
@@ -78,11 +79,9 @@ class _Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            import difflib
-
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx) from None
+            guess = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"no such command {args[0]!r}.{guess}", ctx) from None
 
 
 def _harmless(text: str) -> str:

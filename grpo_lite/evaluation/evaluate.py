@@ -78,9 +78,9 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
                     model, prompts.tokenizer, greedy_only(recipe), its_rows, show, what, player
                 )
     cause = _cause(run, recipe)
-    result = _compared(recipe, records, cause)
+    result = compare(recipe, records, cause)
     if also:
-        result["also"] = {name: _compared(greedy_only(recipe), columns, cause, name) for name, columns in also.items()}
+        result["also"] = {name: compare(greedy_only(recipe), columns, cause, name) for name, columns in also.items()}
     run.evaluation.mkdir(exist_ok=True)
     _write_records(run.evaluation / "records.jsonl", _lines(rows, records))
     if also:
@@ -240,32 +240,20 @@ def score_model(
     return records
 
 
-def _compared(recipe: Recipe, columns: Columns, cause: str, on: str | None = None) -> dict[str, Any]:
-    return compare(recipe, columns["base"], columns["trained"], columns.get("warm"), cause, on)
-
-
-def compare(
-    recipe: Recipe,
-    base: list[Row],
-    trained: list[Row],
-    warm: list[Row] | None = None,
-    cause: str = "",
-    on: str | None = None,
-) -> dict[str, Any]:
+def compare(recipe: Recipe, columns: Columns, cause: str = "", on: str | None = None) -> dict[str, Any]:
     """Compare paired records: rates with Wilson intervals, paired bootstrap, McNemar, pass@k and a verdict.
 
     Args:
         recipe: says how many samples were drawn, and seeds the bootstrap.
-        base: one record a row, as `score_model` returns them.
-        trained: the same rows.
-        warm: the same rows; adds the comparisons base -> warm (`warmup`) and warm -> trained (`grpo`).
+        columns: one record a row, as `score_model` returns them, of `base` and `trained`; `warm` adds the comparisons
+            base -> warm (`warmup`) and warm -> trained (`grpo`).
         cause: what the change from base to trained comes from, where that was not GRPO alone.
         on: name of the set that the rows are of; None: the held-out rows.
 
     Raises:
         EvaluationError: no record has a usable gold.
     """
-    columns: Columns = {"base": base, **({"warm": warm} if warm is not None else {}), "trained": trained}
+    base = columns["base"]
     usable = [i for i in range(len(base)) if all(rows[i]["lenient"] is not None for rows in columns.values())]
     if not usable:
         where = f"eval{f'.also.{on}' if on else ''}"
@@ -287,7 +275,7 @@ def compare(
             **{name: dataclasses.asdict(wilson_interval(sum(r), len(r))) for name, r in right.items()},
             **_change(right["base"], right["trained"], recipe.seed, score, cause),
         }
-        for stage, (before, after, name) in STAGES.items() if warm is not None else ():
+        for stage, (before, after, name) in STAGES.items() if "warm" in columns else ():
             result[kind][stage] = _change(right[before], right[after], recipe.seed, score, name)
     samples = recipe.eval.samples
     # A sampled episode that could not be reset is neither right nor wrong, so its row is left out here.

@@ -43,7 +43,7 @@ _MODEL_FILES = (
 )
 
 
-def free_bytes() -> int:
+def free_main_memory_bytes() -> int:
     """Return the free main memory."""
     import psutil
 
@@ -66,7 +66,7 @@ def dtype_that_fits(folder: Path) -> torch.dtype | None:
 
     In float32 a comparison shows the rounding of the weights alone, and not that of the arithmetic.
     """
-    return torch.float32 if bytes_to_compute(folder, torch.float32) < free_bytes() else None
+    return torch.float32 if bytes_to_compute(folder, torch.float32) < free_main_memory_bytes() else None
 
 
 def load_saved_tokenizer(folder: Path) -> Any:

@@ -24,7 +24,7 @@ from grpo_lite.errors import ExportError
 from grpo_lite.export.model_folder import (
     bytes_to_compute,
     dtype_that_fits,
-    free_bytes,
+    free_main_memory_bytes,
     load_saved_tokenizer,
     load_whole,
     stored_bytes,
@@ -359,7 +359,7 @@ def positions_kept(vocab_size: int, prompts: int, max_new_tokens: int) -> int:
 
 def _require_memory(base_dir: Path, merged_dir: Path) -> None:
     """Refuse a proof for which the memory is too small: better than being killed by the system in the middle."""
-    need, free = stored_bytes(base_dir) + KEPT_BYTES, free_bytes()
+    need, free = stored_bytes(base_dir) + KEPT_BYTES, free_main_memory_bytes()
     if need > free:
         raise ExportError(
             f"{merged_dir}: is merged but not verified: that takes one of the two models in memory at a time, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -299,8 +300,6 @@ def _text(prompt: Any) -> str:
 
 
 def _short(text: str, width: int, tail: bool = False) -> str:
-    import json
-
     shown = text if len(text) <= width else "…" + text[-width:] if tail else text[:width] + "…"
     return printable(json.dumps(shown, ensure_ascii=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -248,8 +249,6 @@ def reasoning_gym(seed: int, task: str, size: int = 1000, **task_kwargs: Any) ->
         raise DataError(
             "data: the generator 'reasoning_gym' needs the library: pip install 'grpo-lite[reasoning-gym]'."
         ) from None
-    import json
-
     dataset = library.create_dataset(task, size=size, seed=seed, **task_kwargs)
     return [
         {

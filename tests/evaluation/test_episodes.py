@@ -134,7 +134,7 @@ def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: P
     assert records[0]["completion"] == "done"
     assert len(set(seeds)) == len(seeds) == 8  # each turn its own
     again = [{**record, "lenient": bool(record["lenient"])} for record in records[:2]] + records[2:]
-    result = compare(recipe, records, again)
+    result = compare(recipe, {"base": records, "trained": again})
     assert result["n"] == 2
     assert result["episodes"]["base"] == {"turns": 2.5, "calls": 1.5, "failed_calls": 0.0, "without_call": 0.0,
                                             "failed_rewards": 0}  # fmt: skip
@@ -143,7 +143,7 @@ def test_episodes_are_scored_by_their_environment_with_turns_and_calls(folder: P
     assert lines[-1] == "1 held-out rows could not be judged in every episode and were left out"
     assert [row["base"] for row in table_rows(result) if "call" in row["name"]] == ["1.5", "0.0", "0%"]
     with pytest.raises(EvaluationError, match="no episode on a held-out row could be judged: `reset` failed"):
-        compare(recipe, records[2:], records[2:])
+        compare(recipe, {"base": records[2:], "trained": records[2:]})
 
 
 def test_a_get_reward_that_fails_costs_its_episode_not_the_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +157,7 @@ def test_a_get_reward_that_fails_costs_its_episode_not_the_evaluation(folder: Pa
     assert [record["lenient"] for record in records] == [False, True]
     assert "Guess.get_reward raised ZeroDivisionError" in records[0]["fault"]
     assert [record["samples_right"] for record in records] == [0, 2]
-    result = compare(recipe, records, records)
+    result = compare(recipe, {"base": records, "trained": records})
     assert (result["n"], result["lenient"]["base"]["rate"]) == (2, 0.5)
     assert "get_reward failed in held-out episodes, which count as not right: base 1, trained 1" in score_lines(result)
     with pytest.raises(RewardError, match=r"evaluating base: get_reward failed in all 1 episodes; .*ZeroDivisionError"):
@@ -172,10 +172,10 @@ def test_a_sample_that_cannot_be_reset_leaves_its_row_out_of_pass_at_k(folder: P
     records, _ = played(recipe, prompts, rows, script, monkeypatch)
     assert [record["lenient"] for record in records] == [True, True]
     assert [record["samples_right"] for record in records] == [1, None]
-    result = compare(recipe, records, records)
+    result = compare(recipe, {"base": records, "trained": records})
     assert result["n"] == 2
     assert result["pass_at_k"]["pass@1"] == {"base": 0.5, "trained": 0.5}
-    assert "pass_at_k" not in compare(recipe, records[1:], records[1:])
+    assert "pass_at_k" not in compare(recipe, {"base": records[1:], "trained": records[1:]})
 
 
 def test_a_reward_function_gets_the_episodes_environments(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,7 @@ def record(lenient: bool | None, strict: bool | None = None, right: int = 0) -> 
 def test_a_clear_gain_is_called_one(recipe: Recipe) -> None:
     base = [record(i < 10) for i in range(100)]
     trained = [record(i < 60) for i in range(100)]
-    result = compare(recipe, base, trained)
+    result = compare(recipe, {"base": base, "trained": trained})
     assert result["lenient"]["difference"]["difference"] == pytest.approx(0.5)
     assert result["lenient"]["mcnemar"]["c"] == 50
     assert result["lenient"]["verdict"]["label"] == "significant gain"
@@ -52,13 +52,13 @@ def test_a_clear_gain_is_called_one(recipe: Recipe) -> None:
 def test_no_gain_is_said_to_be_none(recipe: Recipe) -> None:
     base = [record(i % 2 == 0) for i in range(40)]
     trained = [record(i % 2 == 0 or i == 1) for i in range(40)]
-    assert compare(recipe, base, trained)["lenient"]["verdict"]["label"] == "no significant gain"
+    assert compare(recipe, {"base": base, "trained": trained})["lenient"]["verdict"]["label"] == "no significant gain"
 
 
 def test_strict_and_lenient_stand_apart(recipe: Recipe) -> None:
     base = [record(True, False) for _ in range(30)]
     trained = [record(True, True) for _ in range(30)]
-    result = compare(recipe, base, trained)
+    result = compare(recipe, {"base": base, "trained": trained})
     assert result["lenient"]["difference"]["difference"] == 0
     assert result["strict"]["difference"]["difference"] == 1
     assert len([line for line in score_lines(result) if "score" in line]) == 2
@@ -66,22 +66,22 @@ def test_strict_and_lenient_stand_apart(recipe: Recipe) -> None:
 
 def test_unusable_golds_are_left_out_and_counted(recipe: Recipe) -> None:
     base = [record(None), record(False), record(True)]
-    result = compare(recipe, base, [record(None), record(True), record(True)])
+    result = compare(recipe, {"base": base, "trained": [record(None), record(True), record(True)]})
     assert (result["n"], result["unusable_golds"]) == (2, 1)
     with pytest.raises(EvaluationError, match="no held-out row has a usable gold"):
-        compare(recipe, [record(None)], [record(None)])
+        compare(recipe, {"base": [record(None)], "trained": [record(None)]})
 
 
 def test_pass_at_k_is_the_unbiased_estimate(recipe: Recipe) -> None:
     # 4 samples, 2 right: pass@1 = 1/2, pass@2 = 1 - C(2,2)/C(4,2) = 5/6, pass@4 = 1
-    result = compare(recipe, [record(False, right=2)] * 3, [record(False, right=4)] * 3)
+    result = compare(recipe, {"base": [record(False, right=2)] * 3, "trained": [record(False, right=4)] * 3})
     assert result["pass_at_k"]["pass@1"]["base"] == pytest.approx(0.5)
     assert result["pass_at_k"]["pass@2"]["base"] == pytest.approx(5 / 6)
     assert result["pass_at_k"]["pass@4"] == {"base": pytest.approx(1.0), "trained": pytest.approx(1.0)}
 
 
 def test_the_result_is_plain_json(recipe: Recipe) -> None:
-    json.dumps(compare(recipe, [record(False)], [record(True)]), allow_nan=False)
+    json.dumps(compare(recipe, {"base": [record(False)], "trained": [record(True)]}), allow_nan=False)
 
 
 def test_format_is_required_for_strict_only(root: Path, tiny_dir: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_warm_up_gets_its_column_and_each_stage_its_own_gain(recipe: Recipe) -
     base = [record(i < 10, right=0) for i in range(100)]
     warm = [record(i < 60, right=1) for i in range(100)]
     trained = [record(i < 62, right=4) for i in range(100)]
-    result = compare(recipe, base, trained, warm, cause="Warm-up and GRPO together")
+    result = compare(recipe, {"base": base, "warm": warm, "trained": trained}, cause="Warm-up and GRPO together")
     part = result["lenient"]
     assert [part[name]["successes"] for name in ("base", "warm", "trained")] == [10, 60, 62]
     assert part["difference"]["difference"] == pytest.approx(0.52)  # base -> trained, as always
@@ -307,7 +307,7 @@ def test_a_warm_up_gets_its_column_and_each_stage_its_own_gain(recipe: Recipe) -
     assert part["grpo"]["verdict"]["label"] == "no significant gain"  # the sum would be one
     assert part["verdict"]["sentence"].startswith("Warm-up and GRPO together: the held-out lenient score rose from 0.1")
     assert result["pass_at_k"]["pass@1"] == {"base": 0.0, "warm": 0.25, "trained": 1.0}
-    alone = compare(recipe, base, trained)
+    alone = compare(recipe, {"base": base, "trained": trained})
     assert alone["lenient"].keys() == {"base", "trained", "difference", "mcnemar", "verdict"}
     assert alone["lenient"]["verdict"]["sentence"].startswith("The held-out lenient score rose")
 
