@@ -86,7 +86,7 @@ def main() -> None:
         made = estimate(recipe, job, card, guess)
         size = 1 + max(lengths) / job.group + guess["length"] * job.completion
         training = statistics.median(probe.token_s for probe in measured) * size * recipe.schedule.trained_per_step
-        rollout = statistics.median(probe.longest_step_s for probe in measured) - training
+        rollout = statistics.median(probe.step_s for probe in measured) - training
         for part, predicted, real in (
             ("rollout", made.rollout_s, rollout),
             ("training", made.training_s, training),

@@ -57,10 +57,9 @@ class Probe:
     rewarded: float  # mean reward
     opened: str | None  # the tag that the chat template opens itself
     tokens_per_s: float
-    step_s: float
+    step_s: float  # with a gradient in every group, as in a model that learns
     steps: int
     cuts_cost: bool = True  # completions that reach the cap are right less than half as often as those that end
-    longest_step_s: float = 0.0  # with a gradient in every group
     evaluation_s: float = 0.0  # of base and trained model, before the merge
     completion_s: float = 0.0  # an evaluated completion, with what a first batch takes besides
     held_out: int = 0  # rows that there are
@@ -185,8 +184,7 @@ def probe_recipe(
         rewarded=statistics.fmean(known) if known else 0.0,
         opened=opened_tag(prompts.lead_in),
         tokens_per_s=max(1, sum(lengths)) / max(sampled.seconds, 1e-9),
-        step_s=_step_seconds(recipe, sampled, scores, equal, forward_s),
-        longest_step_s=_step_seconds(recipe, sampled, scores, 0.0, forward_s),
+        step_s=_step_seconds(recipe, sampled, scores, forward_s),
         steps=recipe.schedule.steps(len(prompts.train)),
         evaluation_s=recipe.evaluated_completions(len(prompts.eval)) * sampled.seconds / len(lengths),
         completion_s=sampled.seconds / len(lengths),
@@ -352,13 +350,14 @@ def _cuts_cost(right: Sequence[bool | None], cut: Sequence[bool]) -> bool:
     return not among_cut or (among_ended is not None and among_cut < among_ended / 2)
 
 
-def _step_seconds(recipe: Recipe, sampled: _Samples, scores: _Scores, equal: float, forward_s: float) -> float:
-    """Return the seconds of a training step: its share of generation and rewards, and forward and backward passes."""
+def _step_seconds(recipe: Recipe, sampled: _Samples, scores: _Scores, forward_s: float) -> float:
+    """Return the seconds of a training step: its share of generation and rewards, and forward and backward passes.
+
+    Groups of equal rewards, which packed compute leaves out, count in full: a model that learns has fewer of them.
+    """
     plan = recipe.schedule
-    # Packed compute leaves out groups without an advantage, unless the KL term needs them.
-    trained_share = 1.0 - equal if recipe.compute == "packed" and not recipe.grpo.get("beta") else 1.0
     sampling_s = sampled.round_s / plan.batch + scores.seconds / len(sampled.rows)
-    training_s = trained_share * forward_s * training_forwards(recipe)
+    training_s = forward_s * training_forwards(recipe)
     return plan.sampled_per_step * sampling_s + plan.trained_per_step * training_s
 
 
@@ -430,7 +429,8 @@ def probe_lines(probe: Probe) -> Iterator[str]:
     if probe.format_rate is not None:
         yield f"  in the agreed format {probe.format_rate:.0%}"
     yield (
-        f"  a step about {probe.step_s:.3g} s (training counted as multiples of a measured forward pass), "
+        f"  a step about {probe.step_s:.3g} s (with a gradient in every group; training counted as multiples of a "
+        "measured forward pass), "
         f"{probe.steps} steps about {duration(probe.eta_s)}, "
         f"evaluation about {duration(probe.evaluation_s)}"
     )

@@ -35,7 +35,6 @@ _COUNTS = {
 }
 _KEPT = (
     "step_s",
-    "longest_step_s",
     "steps",
     "completion_s",
     "held_out",
@@ -133,7 +132,7 @@ def measured_times(
         if device is not None and record["device"] != device:
             return None
         return Times(
-            step_s=float(record["longest_step_s"]),  # groups without a gradient become rarer as a model learns
+            step_s=float(record["step_s"]),
             completion_s=float(record["completion_s"]),
             merge_s=merge_seconds(base_bytes),
             source=f"measured by the probe on {record['device']}, {record['measured_at']}",

@@ -181,7 +181,7 @@ def test_a_plan_takes_the_probed_speed_of_this_card_and_else_an_estimate(
     estimated = plan_budget(planned, 7200, (), card, memory)
     assert estimated.times.is_estimate
     assert "not measured on a GPU" in next(budget_lines(planned, estimated))
-    figures = {"step_s": 30.0, "longest_step_s": 40.0, "steps": 9, "completion_s": 0.5, "held_out": 1319,
+    figures = {"step_s": 40.0, "steps": 9, "completion_s": 0.5, "held_out": 1319,
                "token_s": 0.001, "truncated": {256: 0.5, 512: 0.1}}  # fmt: skip
     keep_times(planned, "Tesla T4", figures)
     measured = plan_budget(planned, 7200, (), card, memory)
@@ -199,7 +199,7 @@ def test_a_plan_takes_the_probed_speed_of_this_card_and_else_an_estimate(
 
 def test_a_warm_up_counts_by_its_tokens_and_by_what_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
-    figures = {"step_s": 1.0, "longest_step_s": 1.0, "completion_s": 0.5, "token_s": 0.01, "truncated": {}}
+    figures = {"step_s": 1.0, "completion_s": 0.5, "token_s": 0.01, "truncated": {}}
     for warmup, tokens, rows, seconds in (
         ("{data: {path: x.jsonl}, steps: 5, tokens_per_step: 100}", None, 0, 5.0),
         ("{data: {path: x.jsonl}, epochs: 2}", 3000, 0, 30.0),

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_lite.errors import GRPOLiteError
 from grpo_lite.evaluation.probe import Probe
-from grpo_lite.memory.times import keep_times, kept_times
+from grpo_lite.memory.times import keep_times, kept_times, time_line
 from grpo_lite.models.device import detect_device
 from grpo_lite.processes import Ranks
 from grpo_lite.recipe.load import load_recipe
@@ -19,9 +19,10 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import budget
 from grpo_lite.session.budget import fit_to_budget
 from grpo_lite.session.stop import Deadline
+from grpo_lite.session.views import grpo_ahead
 from tests.command_line import grpo_lite, steps_of
 
-SPEED = {"step_s": 5.0, "longest_step_s": 10.0, "completion_s": 0.1, "held_out": 8, "steps": 400, "token_s": 0.01,
+SPEED = {"step_s": 10.0, "completion_s": 0.1, "held_out": 8, "steps": 400, "token_s": 0.01,
          "truncated": {4: 0.9, 8: 0.8}, "start_s": 5.0}  # fmt: skip
 
 
@@ -55,13 +56,24 @@ def test_a_known_speed_is_used_and_nothing_is_measured(tmp_path: Path, monkeypat
     assert kept.log.preflight is True
 
 
+def test_all_that_is_said_of_a_step_before_the_training_is_one_figure(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", ["grpo.max_steps=400"])
+    keep_times(recipe, detect_device().name, SPEED)
+    _, _, said = fitted(RunDir(tmp_path / "run"), 7200)  # all 400 steps fit
+    assert any("training: 400 steps of 10 s, 3,200 completions, 1 h 06 min" in line for line in said)
+    assert time_line(recipe).startswith("time: a step about 10 s, 400 steps about 1 h 06 min")
+    ahead = grpo_ahead(recipe, 400)
+    assert ahead is not None
+    assert "400 steps (about 1 h 06 min" in ahead.sentence()
+
+
 def test_a_run_that_has_begun_keeps_its_numbers(tmp_path: Path) -> None:
     keep_times(load_recipe("smoke"), detect_device().name, SPEED)
     run = RunDir(tmp_path / "run")
     first, record, _ = fitted(run, 1200)
     assert run.prepare(first) == "new"
     run.update_run(budget=record, started_at="2026-11-29T00:00:00Z")
-    keep_times(load_recipe("smoke"), detect_device().name, {**SPEED, "longest_step_s": 90.0})  # slower by now
+    keep_times(load_recipe("smoke"), detect_device().name, {**SPEED, "step_s": 90.0})  # slower by now
     again, none, said = fitted(run, 3600)
     assert none is None
     assert again.schedule.max_steps == first.schedule.max_steps
@@ -97,7 +109,7 @@ def test_an_unknown_speed_is_measured_on_whole_rounds_and_kept(tmp_path: Path, m
         asked.update(arguments)
         made = Probe(
             prompts=2, samples=4, pass_at_1=0.3, pass_at_k=0.8, equal_groups=0.2, cap=8, truncated={4: 0.9, 8: 0.8},
-            format_rate=None, rewarded=0.4, opened=None, tokens_per_s=100.0, step_s=5.0, longest_step_s=10.0, steps=400,
+            format_rate=None, rewarded=0.4, opened=None, tokens_per_s=100.0, step_s=10.0, steps=400,
             completion_s=0.1, held_out=8, token_s=0.01,
         )  # fmt: skip
         return made, 3.0
@@ -108,7 +120,7 @@ def test_an_unknown_speed_is_measured_on_whole_rounds_and_kept(tmp_path: Path, m
     assert "is measured now: two rounds of 8 completions" in said[0]
     assert record is not None
     assert "measured by the probe" in record["source"]
-    assert kept_times(chosen)["longest_step_s"] == 10.0
+    assert kept_times(chosen)["step_s"] == 10.0
 
 
 MANY_STEPS = 100_000
