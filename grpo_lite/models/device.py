@@ -49,21 +49,33 @@ class Card:
     name: str
     memory_bytes: int  # as torch reports it, below the name's number
     bfloat16: bool
-    tflops: float = 0.0  # dense, 16-bit, added up in float32, as published; 0: not known
-    gb_per_s: float = 0.0  # of its memory, as published; 0: not known
+    tflops: float = 0.0  # as published, see CARDS; 0: not known
+    gb_per_s: float = 0.0  # the same
 
 
-# Speeds: as NVIDIA publishes them, as far as known here: about half were read on other people's pages, none in a data
-# sheet. GeForce cards count with twice their float32 rate, which is what they reach when they add up in float32.
+# TFLOPS: of the tensor cores in 16 bits, added up in float32, without sparsity. On a GeForce that is twice its float32
+# rate, half of what it reaches when it adds up in 16 bits. GB/s: of the memory. Above each card stand the pages that
+# its figures were read on, on 2026-11-29; NVIDIA's own data sheets could not be opened from here.
 CARDS = {
+    # hmc-tech.com/gpu/nvidia-l4-vs-nvidia-t4 (65.13), sysrqmts.com/en/gpus/nvidia/tesla/t4 (320.0)
     "t4": Card("Tesla T4 16 GB", int(14.56 * 2**30), bfloat16=False, tflops=65, gb_per_s=320),
+    # sysrqmts.com/ru/gpus/compare/nvidia-geforce-rtx-3060-vs-nvidia-rtx-a6000 (float32 12.74, so 25.5; 360.0)
     "rtx3060-12": Card("RTX 3060 12 GB", int(11.6 * 2**30), bfloat16=True, tflops=25.5, gb_per_s=360),
+    # hmc-tech.com/gpu/nvidia-geforce-rtx-4060-vs-nvidia-geforce-rtx-4060 (30.23)
+    # fpsbench.com/compare/gpu/nvidia-geforce-rtx-4060-vs-nvidia-t600 (272.0)
     "rtx4060-8": Card("RTX 4060 8 GB", int(7.6 * 2**30), bfloat16=True, tflops=30.2, gb_per_s=272),
+    # huggingface.co/hardware/rtx-4070-ti-super (float32 44.1, so 88.2)
+    # github.com/CYBIRD-D/How-to-Choose-your-LLM-Model-for-translation, Nvidia_GPU_Specification.md (672)
     "rtx4070ti-16": Card("RTX 4070 Ti Super 16 GB", int(15.6 * 2**30), bfloat16=True, tflops=88.2, gb_per_s=672),
+    # github.com/gmasse/gpu-specs, specs.md (165.2; 1,008)
     "rtx4090": Card("RTX 4090 24 GB", int(23.5 * 2**30), bfloat16=True, tflops=165.2, gb_per_s=1008),
+    # the same page (121; 300)
     "l4": Card("L4 24 GB", int(22.0 * 2**30), bfloat16=True, tflops=121, gb_per_s=300),
+    # the same page (125; 600); the A10G of AWS is another card
     "a10": Card("A10 24 GB", int(22.0 * 2**30), bfloat16=True, tflops=125, gb_per_s=600),
+    # glennklockwood.com/garden/processors/A100, after NVIDIA's data sheet (312; 1,555)
     "a100-40": Card("A100 40 GB", int(39.4 * 2**30), bfloat16=True, tflops=312, gb_per_s=1555),
+    # glennklockwood.com/garden/processors/h100 (as SXM: 989.4; 3,350); the PCIe card is slower
     "h100": Card("H100 80 GB", int(79.1 * 2**30), bfloat16=True, tflops=989, gb_per_s=3350),
 }
 
