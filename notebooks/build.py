@@ -1,7 +1,7 @@
 """Write the notebooks from source.py: `python notebooks/build.py`. Outputs of a cell whose code is unchanged are kept.
 
 `python notebooks/build.py --run quickstart_cpu` also executes one and keeps its outputs. The notebooks for a GPU show
-the output of one cell, the plan of its memory: arithmetic, which needs no GPU.
+the output of one cell, the plan of memory and time: arithmetic, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -70,17 +70,18 @@ def with_outputs(notebook: Any, old: Any) -> Any:
 
 
 def with_plan(notebook: Any) -> Any:
-    """Run the cell that plans the GPU's memory, with the notebook's own parameters, and put its output there."""
+    """Run the cell that plans for the GPU, with the notebook's own parameters, and put its output there."""
     from click.testing import CliRunner
 
     from grpo_lite.cli import main as grpo_lite
 
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    (plan,) = [cell for cell in notebook.cells if cell.source.startswith('grpo_lite("plan"')]
+    (plan,) = [cell for cell in notebook.cells if 'grpo_lite("plan"' in cell.source]
     values: dict[str, Any] = {}
     exec(parameters.source, values)
+    words = ["plan", values["RECIPE"], *values["OVERRIDES"], "--gpu", values["GPU"], "--budget", values["BUDGET"]]
     with contextlib.chdir(HERE.parent):  # as the notebook does: its hints name the commands of a checkout
-        done = CliRunner().invoke(grpo_lite, ["plan", values["RECIPE"], *values["OVERRIDES"], "--gpu", values["GPU"]])
+        done = CliRunner().invoke(grpo_lite, words)
     assert done.exit_code == 0, done.output
     plan.outputs = [nbformat.v4.new_output("stream", name="stdout", text=done.output)]
     return notebook

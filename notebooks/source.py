@@ -26,8 +26,8 @@ CLONE = ""  # the project's git address: cloned into SOURCE where that is not th
 RECIPE = "gsm8k"
 RUN = "/content/drive/MyDrive/grpo_lite/gsm8k"  # on Drive: survives a disconnect
 DRIVE = True  # ask for Google Drive
-MINUTES = 180  # training stops in time to evaluate and merge; run all cells again to resume
-OVERRIDES = [f"limits.max_minutes={MINUTES}"]
+BUDGET = "3h"  # as much of the recipe as fits into it, scores and merge included; "" for the whole recipe
+OVERRIDES = []
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
 GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
 PROBE = 32  # prompts that the untrained model is tried on
@@ -39,8 +39,8 @@ SOURCE = "/kaggle/working/grpo_lite"  # folder of the project: a clone, or a dat
 CLONE = ""  # the project's git address: cloned into SOURCE where that is not there
 RECIPE = "gsm8k"
 RUN = "/kaggle/working/gsm8k"
-MINUTES = 480  # a session lasts 9 hours at most; run all cells again to resume
-OVERRIDES = [f"limits.max_minutes={MINUTES}"]
+BUDGET = "8h"  # as much of the recipe as fits into it, scores and merge included; a session lasts 9 hours at most
+OVERRIDES = []
 QUESTION = "A shop sells pens at 3 for 2 dollars. How many dollars do 12 pens cost?"
 GPU = "t4"  # the card to plan for; `grpo-lite plan --help` names others
 PROBE = 32  # prompts that the untrained model is tried on
@@ -107,11 +107,11 @@ def grpo_lite(*words):
 grpo_lite("doctor")
 
 # %% [markdown] tags=["colab", "kaggle"]
-# How its memory will be used, counted before anything is loaded. *The output below is no run on a GPU: a plan is
-# arithmetic, and it was printed by a machine without one. All other cells are empty until you run them.*
+# How its memory will be used and what fits into the budget, before anything is loaded. *The output below is no run on a
+# GPU: a plan is arithmetic, and it was printed by a machine without one. All other cells are empty until you run them.*
 
 # %% tags=["colab", "kaggle"]
-grpo_lite("plan", RECIPE, *OVERRIDES, "--gpu", GPU)
+grpo_lite("plan", RECIPE, *OVERRIDES, "--gpu", GPU, *(["--budget", BUDGET] if BUDGET else []))
 
 # %% [markdown]
 # ## What it will train on
@@ -122,17 +122,33 @@ grpo_lite("check", RECIPE, *OVERRIDES, "--previews", "1")
 grpo_lite("rewards", "check", RECIPE, *OVERRIDES)
 
 # %% [markdown] tags=["colab", "kaggle"]
-# And will it learn? The untrained model on some of the prompts: how many it solves already, how many groups teach.
+# And will it learn? The untrained model on some of the prompts: how many it solves already, how many groups teach. It
+# also measures this card, for the budget.
 
 # %% tags=["colab", "kaggle"]
 grpo_lite("probe", RECIPE, *OVERRIDES, "--prompts", PROBE)
 
-# %% [markdown]
+# %% [markdown] tags=["colab", "kaggle"]
+# ## Train
+# The budget chooses steps and scores by this card's speed, once. Run this cell again after a disconnect, or if training
+# paused to stay within the budget: it resumes from the last checkpoint, with the same numbers. The board is redrawn in
+# place. The doctor says what is wrong, if anything, and what to type.
+
+# %% tags=["colab", "kaggle"]
+from grpo_lite.runs.run_dir import RunDir
+
+run = RunDir(RUN)
+if run.read_run().get("finished_at"):
+    print(f"{RUN} is finished already")
+else:
+    grpo_lite("train", RECIPE, *OVERRIDES, "--run", RUN, *(["--budget", BUDGET] if BUDGET else []))
+
+# %% [markdown] tags=["quickstart"]
 # ## Train
 # Run this cell again after a disconnect, or after the time budget (`limits.max_minutes`) has ended it: it resumes from
 # the last checkpoint. The board is redrawn in place. The doctor says what is wrong, if anything, and what to type.
 
-# %%
+# %% tags=["quickstart"]
 from grpo_lite.runs.run_dir import RunDir
 
 run = RunDir(RUN)

@@ -36,8 +36,8 @@ def code(notebook: Any) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def output_of(notebook: Any, code_begins: str) -> str:
-    (cell,) = [cell for cell in notebook.cells if cell.source.startswith(code_begins)]
+def output_of(notebook: Any, code_in_it: str) -> str:
+    (cell,) = [cell for cell in notebook.cells if code_in_it in cell.source]
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
@@ -62,9 +62,12 @@ def test_a_gpu_notebook_shows_the_plan_as_it_is_today_and_no_other_output(name: 
     fresh = build.with_plan(build.build(name))
     shown = [cell.outputs for cell in written.cells if cell.cell_type == "code"]
     assert shown == [cell.outputs for cell in fresh.cells if cell.cell_type == "code"]
-    assert "peak allocation" in output_of(written, 'grpo_lite("plan"')
+    plan = output_of(written, 'grpo_lite("plan"')
+    assert "peak allocation" in plan
+    assert f"budget: {'3h' if name == 'colab_gsm8k' else '8h'} for everything" in plan
+    assert "estimated from the card's published speeds, not measured on a GPU" in plan
     (before,) = [cell.source for cell in written.cells if "How its memory will be used" in cell.source]
-    assert "no run on a GPU" in before
+    assert "no run on a\nGPU" in before
 
 
 def test_a_badge_leads_to_the_platform_once_the_project_has_an_address() -> None:
@@ -150,13 +153,12 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
     )
     own = [f"data.train.path={tmp_path / 'rows.jsonl'}", f"rewards[0].function={tmp_path / 'varied.py'}:varied",
            "rewards[0].kwargs={}", "check.enabled=false"]  # fmt: skip
-    own += ["limits.max_minutes=30"]
     project = tmp_path / "project"
     extra: dict[str, Any] = {"SOURCE": str(project), "CLONE": str(a_repository(tmp_path / "remote"))}
     if name == "colab_gsm8k":
         a_drive(tmp_path)
         extra["DRIVE"] = True
-    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own], GGUF="", PROBE=2, **extra)
+    notebook = run(name, tmp_path, OVERRIDES=[*GSM8K, *own], GGUF="", PROBE=2, BUDGET="30m", **extra)
     shown = outputs(notebook)
     assert ("mounted at /content/drive" in shown) == (name == "colab_gsm8k")
     assert (project / "grpo_lite" / "train.py").is_file()  # cloned
@@ -165,6 +167,9 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
     assert "pass@1" in output_of(notebook, 'grpo_lite("probe"')
     assert "srcdoc" in shown  # the report, inline
     assert "step 2/2" in shown
+    trained = output_of(notebook, 'grpo_lite("train"')
+    assert "budget: 30m for everything, set-up of packages apart; times measured by the probe" in trained
+    assert "budget: training: 2 steps" in trained
     assert (tmp_path / "run" / "merged").is_dir()
 
 
