@@ -66,6 +66,11 @@ class Standing:
         return self.since is not None and self.value > self.high
 
     @property
+    def place(self) -> str:
+        """Where the value lies, in few words; at the edge: not in the band, and not surely outside."""
+        return "below" if self.below else "above" if self.above else "at the edge" if self.outside_by else "inside"
+
+    @property
     def outside_by(self) -> float:
         """By how much the value is outside the band; 0 inside."""
         return max(self.low - self.value, self.value - self.high, 0.0)
@@ -119,18 +124,17 @@ def band_text(e: Evidence) -> str | None:
 
 
 def standing_line(e: Evidence) -> str | None:
-    """Return one line: inside or outside the band, and by how much; None where there is nothing to say yet."""
+    """Return one line: inside, at the edge of or outside the band, and by how much; None where nothing is known yet."""
     found, expected = standing(e), e.recipe.expected
     if found is None or expected is None:
         return None
     where = f"{expected.metric} {found.value:.3f} at step {found.step}, expected {found.low:.3f} to {found.high:.3f}"
-    sure = f" (its own interval is ± {found.margin:.3f})" if found.margin else ""
-    place = (
-        f"outside the band, {found.outside_by:.3f} below" if found.below
-        else f"outside the band, {found.outside_by:.3f} above" if found.above
-        else "inside the band"
-    )  # fmt: skip
-    return f"{place}: {where}{sure}; {expected.cited}"
+    by = f", {found.outside_by:.3f} {'below' if found.value < found.low else 'above'}" if found.outside_by else ""
+    place = {"inside": "inside", "at the edge": "at the edge of"}.get(found.place, "outside")
+    sure = " (in too few steps in a row to count)" if found.place == "at the edge" else ""
+    if found.margin:
+        sure = f" (its own interval is ± {found.margin:.3f})"
+    return f"{place} the band{by}: {where}{sure}; {expected.cited}"
 
 
 def below_expected(e: Evidence) -> Finding | None:

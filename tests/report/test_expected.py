@@ -82,7 +82,12 @@ def test_a_run_within_the_band_is_inside() -> None:
 def test_one_bad_batch_decides_nothing() -> None:
     dip = [*INSIDE[:6], 0.0, *INSIDE[7:]]
     assert below_expected(evidence(dip)) is None
-    assert below_expected(evidence([*INSIDE[:9], 0.0])) is None
+    at_the_edge = evidence([*INSIDE[:9], 0.0])  # the mean of the last three is 0.317, where the band begins at 0.45
+    assert below_expected(at_the_edge) is None
+    line = standing_line(at_the_edge) or ""
+    assert line.startswith("at the edge of the band, 0.133 below: reward 0.317 at step 10, expected 0.450 to 0.650 (")
+    assert "(in too few steps in a row to count)" in line
+    assert ("expected", "0.45 to 0.65", "at the edge") in Board(recipe(), 20, list(at_the_edge.steps)).table()
 
 
 def test_a_run_that_does_not_rise_is_below_since_a_step() -> None:
@@ -143,7 +148,7 @@ def test_a_score_is_below_only_with_its_whole_interval() -> None:
     assert finding.sentence.startswith("Below the band: score/lenient is 0.400, expected 0.500 to 0.600 (")
     line = standing_line(found(0.46))
     assert line is not None
-    assert line.startswith("inside the band: score/lenient 0.460 at step 10")
+    assert line.startswith("at the edge of the band, 0.040 below: score/lenient 0.460 at step 10")
     assert "(its own interval is ± 0.050)" in line
     assert {chart.key for chart in charts(found(0.4))} >= {"score", "reward"}
 
