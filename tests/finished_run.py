@@ -93,9 +93,8 @@ def make_run(folder: Path, after: int = 15, warm: int | None = None, **base_conf
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(run.adapter)
     merge_adapter(base, run.adapter, run.merged)
-    before_rows, after_rows = _records(5), _records(after)
-    warm_rows = None if warm is None else _records(warm)
-    run.scores_file.write_text(json.dumps(compare(recipe, before_rows, after_rows, warm_rows)))
+    columns = {"base": _records(5), **({} if warm is None else {"warm": _records(warm)}), "trained": _records(after)}
+    run.scores_file.write_text(json.dumps(compare(recipe, columns)))
     run.update_run(
         steps=3, seed=42, peak_memory_bytes=5 << 30, training_seconds=90.0, trained_at="2026-01-01T00:00:00Z",
         finished_at="2026-01-01T00:01:00Z", versions={"torch": "2.13.0", "trl": "1.16.0"}, device={"name": "a CPU"},

@@ -106,12 +106,11 @@ def _write_evaluation(run: RunDir, recipe: Any, solved: tuple[int, ...], also: b
     names = ("base", "warm", "trained") if len(solved) == 3 else ("base", "trained")
     columns = {name: records(count) for name, count in zip(names, solved, strict=True)}
     cause = "Warm-up and GRPO together" if len(solved) == 3 else ""
-    scores = compare(recipe, columns["base"], columns["trained"], columns.get("warm"), cause)
+    scores = compare(recipe, columns, cause)
     if also:
-        further = [records(i + 1) for i in range(len(names))]
+        further = {name: records(i + 1) for i, name in enumerate(names)}
         greedy = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": 0})})
-        warm = further[1] if len(names) == 3 else None
-        scores["also"] = {"three digits": compare(greedy, further[0], further[-1], warm, cause, "three digits")}
+        scores["also"] = {"three digits": compare(greedy, further, cause, "three digits")}
     run.scores_file.write_text(json.dumps(scores))
     run.evaluation.mkdir()
     rows = [
