@@ -6,9 +6,10 @@ keys and values; gate and up) share one product with their A matrices, and RMSNo
 their addresses and are refreshed before each rollout, so that a CUDA graph may hold them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from grpo_lite.engine.lora import is_off, is_vanilla, lora_layers
 
 Forward = Callable[[Tensor], Tensor]
+Layer = TypeVar("Layer")
 
 
 @contextmanager
@@ -31,6 +33,46 @@ def forwards_replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
             del module.__dict__["forward"]
             if own is not None:
                 module.__dict__["forward"] = own
+
+
+def given_together(calls: Sequence[tuple[Layer, Tensor]]) -> list[list[Layer]]:
+    """Return layers in groups of those that were given the same tensor, one right after the other.
+
+    Args:
+        calls: of a run of the model: a layer, and what it was given. One that was called twice is a group of its own.
+    """
+    times = Counter(layer for layer, _ in calls)
+    groups: list[list[Layer]] = []
+    given: Tensor | None = None
+    for layer, x in calls:
+        if times[layer] > 1:
+            given = None
+        elif x is given:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+            given = x
+    return groups + [[layer] for layer, count in times.items() if count > 1]
+
+
+def sharing(readers: int, compute: Callable[[Tensor], Sequence[Tensor]]) -> list[Forward]:
+    """Return the forwards of layers that are given the same tensor: the first called computes what each returns."""
+    given: Tensor | None = None
+    waiting: dict[int, Tensor] = {}
+
+    def part(place: int) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            nonlocal given, waiting
+            if x is not given or place not in waiting:
+                given, waiting = x, dict(enumerate(compute(x)))
+            result = waiting.pop(place)
+            if not waiting:
+                given = None
+            return result
+
+        return forward
+
+    return [part(place) for place in range(readers)]
 
 
 class DecodingLayers:
@@ -68,21 +110,16 @@ class DecodingLayers:
 
     def join(self, run: Callable[[], object]) -> None:
         """Watch one run of the model: layers that it gives the same tensor share a product from then on."""
-        order: list[_Adapter] = []
+        calls: list[tuple[_Adapter, Tensor]] = []
         for adapter in self._adapters:
-            adapter.order = order
+            adapter.calls = calls
         with self.installed():
             run()
-        groups: list[list[_Adapter]] = []
-        for adapter in order:
-            if groups and groups[-1][0].given is adapter.given and adapter not in groups[-1]:
-                groups[-1].append(adapter)
-            else:
-                groups.append([adapter])
         for adapter in self._adapters:
-            adapter.order = adapter.given = None
-        for group in groups:
-            _Product.join(group, self.dtype)
+            adapter.calls = None
+        for group in given_together(calls):
+            if len(group) > 1:
+                _share(group, self.dtype)
 
 
 class _Adapter:
@@ -91,63 +128,37 @@ class _Adapter:
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self.layer = layer
         self.name = layer.active_adapters[0] if layer.active_adapters else ""
-        self.order: list[_Adapter] | None = None
-        self.given: Tensor | None = None
+        self.calls: list[tuple[_Adapter, Tensor]] | None = None  # while a run is watched
         self.is_on = not is_off(layer)
         if self.is_on:
             self.down, self.up = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             self.scaled_up = torch.empty(self.up.shape[::-1], dtype=dtype, device=self.up.device)  # (r, out)
-            self.product, self.columns = _Product([self], dtype), slice(None)
+            self.down_copy: Tensor  # (r, in)
+            self.low: Forward  # `(…, in)` times A, `(rows, r)`
+            _share([self], dtype)
 
     def refresh(self) -> None:
         if not self.is_on:
             return
         torch.mul(self.up.detach().t(), self.layer.scaling[self.name], out=self.scaled_up)
-        self.product.down[self.columns].copy_(self.down.detach())
+        self.down_copy.copy_(self.down.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.layer.base_layer(x)
         if not self.is_on:
             return result
-        if self.order is not None:
-            self.order.append(self)
-            self.given = x
-        low = self.product.of(x)[:, self.columns]
-        return torch.addmm(result.flatten(0, -2), low, self.scaled_up).view(result.shape)
+        if self.calls is not None:
+            self.calls.append((self, x))
+        return torch.addmm(result.flatten(0, -2), self.low(x), self.scaled_up).view(result.shape)
 
 
-class _Product:
-    """The product of one tensor with the A matrices of all layers that are given it."""
-
-    def __init__(self, adapters: list[_Adapter], dtype: torch.dtype) -> None:
-        first = adapters[0].down
-        ranks = [adapter.down.size(0) for adapter in adapters]
-        self.down = torch.empty((sum(ranks), first.size(1)), dtype=dtype, device=first.device)
-        self.readers = len(adapters)
-        self._given: Tensor | None = None
-        self._low: Tensor | None = None
-        self._read = 0
-
-    @classmethod
-    def join(cls, adapters: list[_Adapter], dtype: torch.dtype) -> None:
-        """Let these layers, which are called in this order with one tensor, share a product."""
-        if len(adapters) == 1:
-            return
-        product = cls(adapters, dtype)
-        start = 0
-        for adapter in adapters:
-            adapter.product, adapter.columns = product, slice(start, start + adapter.down.size(0))
-            start += adapter.down.size(0)
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return `x` `(…, in)` times all A, `(rows, sum of ranks)`; kept until every layer has read it."""
-        if self._low is None or self._given is not x:
-            self._given, self._low, self._read = x, torch.mm(x.flatten(0, -2), self.down.t()), 0
-        low = self._low
-        self._read += 1
-        if self._read == self.readers:
-            self._given = self._low = None
-        return low
+def _share(adapters: Sequence[_Adapter], dtype: torch.dtype) -> None:
+    """Let layers that are given the same tensor share one product of it with all their A matrices."""
+    first, ranks = adapters[0].down, [adapter.down.size(0) for adapter in adapters]
+    together = torch.empty((sum(ranks), first.size(1)), dtype=dtype, device=first.device)
+    lows = sharing(len(adapters), lambda x: torch.mm(x.flatten(0, -2), together.t()).split(ranks, dim=1))
+    for adapter, copy, low in zip(adapters, together.split(ranks), lows, strict=True):
+        adapter.down_copy, adapter.low = copy, low
 
 
 def _epsilon(norm: nn.Module) -> float | None:

@@ -10,6 +10,7 @@ delta folded into 16-bit weights is rounded away.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import hidden_states, next_logits
-from grpo_lite.engine.decoding_layers import Forward, forwards_replaced
+from grpo_lite.engine.decoding_layers import Forward, forwards_replaced, given_together, sharing
 from grpo_lite.engine.lora import is_off, is_vanilla, lora_layers
 from grpo_lite.engine.quantised import dequantize, is_dequantizable
 
@@ -134,19 +135,8 @@ def _watch(
     ):
         hidden = hidden_states(model, pair, pair, GroupCache([2], torch.zeros(1, dtype=torch.long)))
         next_logits(model, hidden[:, -1])
-    times = {layer: sum(layer is other for other, _ in calls) for layer, _ in calls}
-    groups: list[list[_Layer]] = []
-    given: Tensor | None = None
-    for layer, x in calls:
-        if times[layer] > 1:  # weights used twice in a pass
-            given = None
-        elif x is given and groups[-1][0].dtype == layer.dtype:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-            given = x
-    repeated = [layer for layer in times if times[layer] > 1]
-    return [[layer.module for layer in group] for group in [*groups, *([layer] for layer in repeated)]]
+    groups = [list(same) for group in given_together(calls) for _, same in groupby(group, lambda layer: layer.dtype)]
+    return [[layer.module for layer in group] for group in groups]
 
 
 def _product(layers: list[_Layer]) -> list[Forward]:
@@ -155,22 +145,7 @@ def _product(layers: list[_Layer]) -> list[Forward]:
     multiply = _with_lora(layers, sum(sizes))
     if len(layers) == 1:
         return [multiply]
-    given: Tensor | None = None
-    waiting: dict[int, Tensor] = {}
-
-    def part(place: int) -> Forward:
-        def forward(x: Tensor) -> Tensor:
-            nonlocal given, waiting
-            if x is not given or place not in waiting:
-                given, waiting = x, dict(enumerate(multiply(x).split(sizes, dim=-1)))
-            result = waiting.pop(place)
-            if not waiting:
-                given = None
-            return result
-
-        return forward
-
-    return [part(place) for place in range(len(layers))]
+    return sharing(len(layers), lambda x: multiply(x).split(sizes, dim=-1))
 
 
 def _with_lora(layers: list[_Layer], width: int) -> Forward:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from grpo_lite.engine import attention, rollout_weights
 from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.decode import GroupDecoder, hidden_states, next_logits
+from grpo_lite.engine.decoding_layers import given_together, sharing
 from grpo_lite.engine.lora import shorten_lora
 from grpo_lite.engine.quantised import keep_weights_unpacked
 from tests.engine import test_families, test_hybrid
@@ -143,6 +144,26 @@ def test_weights_that_two_layers_share_stay_apart(tmp_path: Path, monkeypatch: p
     with rollout_weights.rollout_weights(base, nullcontext):
         torch.testing.assert_close(logits(base), expected, rtol=1e-5, atol=1e-5)
     assert made == [140, 68, 132, 132, 68] * 4
+
+
+def test_what_layers_share_is_computed_once_and_again_where_a_layer_asks_twice_or_for_another_tensor() -> None:
+    computed: list[Tensor] = []
+
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        computed.append(x)
+        return x + 1, x + 2
+
+    one, other = sharing(2, compute)
+    x, y = torch.zeros(1), torch.ones(1)
+    assert [float(one(x)), float(other(x)), len(computed)] == [1, 2, 1]
+    assert [float(one(x)), float(one(x)), float(other(x)), len(computed)] == [1, 1, 2, 3]
+    assert [float(one(x)), float(one(y)), float(other(y)), len(computed)] == [1, 2, 3, 5]
+
+
+def test_layers_given_one_tensor_are_grouped_but_those_called_twice_stay_alone() -> None:
+    x, y = torch.zeros(1), torch.zeros(1)
+    calls = [("q", x), ("k", x), ("up", y), ("twice", y), ("down", y), ("o", x), ("twice", x)]
+    assert given_together(calls) == [["q", "k"], ["up"], ["down"], ["o"], ["twice"]]
 
 
 def test_without_memory_for_them_there_are_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
