@@ -25,7 +25,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _LONGEST_RAW_GOLD_CHARS = 300
 
 
-@states(top=1.0, second_opinion=honest_accuracy, needs_one_of=("answer", "solution"))
+@states(top=1.0, second_opinion=honest_accuracy, needs_one_of=("answer", "solution"), by_row=True)
 def accuracy_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any] | None = None,

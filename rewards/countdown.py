@@ -21,7 +21,7 @@ _ARITHMETIC = re.compile(r"[0-9+\-*/()=\s.]+")  # keeps Python's other literals 
 _FRAC = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
-@states(top=1.0)
+@states(top=1.0, by_row=True)
 def countdown_reward(
     completions: Sequence[Completion],
     nums: Sequence[Sequence[int]],

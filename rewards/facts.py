@@ -4,6 +4,8 @@
 - `second_opinion`: an independent judge of the same completions, to be logged and never trained on.
 - `runs_code`: True where the reward runs programs that the model wrote, so that a caller can record the isolation.
 - `needs_one_of`: columns of which the reward needs one, where none of them alone is a required argument.
+- `by_row`: True where a completion's score depends on its own row only, and takes milliseconds. A judge behind the gate
+  of such a reward may be asked about a completion while others of its batch are still being generated.
 
 A reward of your own may state the same: `my_reward.top = 2.0`. Ask with `getattr(reward, "top", None)`.
 """
@@ -24,6 +26,7 @@ def states(
     second_opinion: Reward | None = None,
     runs_code: bool = False,
     needs_one_of: tuple[str, ...] = (),
+    by_row: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Return a decorator that sets a reward's facts and returns the same function.
 
@@ -35,7 +38,9 @@ def states(
     """
 
     def decorate(function: _Function) -> _Function:
-        vars(function).update(top=top, second_opinion=second_opinion, runs_code=runs_code, needs_one_of=needs_one_of)
+        vars(function).update(
+            top=top, second_opinion=second_opinion, runs_code=runs_code, needs_one_of=needs_one_of, by_row=by_row
+        )
         return function
 
     return decorate
@@ -43,7 +48,7 @@ def states(
 
 def pass_on(source: Any, target: Any) -> None:
     """Give a wrapper the facts of the reward inside it, as far as that states them."""
-    for fact in ("top", "second_opinion", "runs_code", "needs_one_of"):
+    for fact in ("top", "second_opinion", "runs_code", "needs_one_of", "by_row"):
         if hasattr(source, fact):
             setattr(target, fact, getattr(source, fact))
 

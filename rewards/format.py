@@ -16,7 +16,7 @@ from .facts import states
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers and the empty Braille cell: letters that show nothing
 
 
-@states(top=1.0)
+@states(top=1.0, by_row=True)
 def format_reward(
     completions: Sequence[Completion],
     *,

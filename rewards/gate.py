@@ -20,7 +20,8 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
 
     The result has TRL's signature and keeps the reward's name (TRL's metric keys). Where `by` is not memoised it is
     asked on every call. A reward with an argument `passed_gate`, such as `judge_reward`, gets which completions count,
-    so that it does not ask anyone about the others.
+    so that it does not ask anyone about the others. Where `by` states `by_row` (`rewards.facts`), such a reward may
+    `begin` with single rows that pass (`rewards.head_start`).
 
     >>> from functools import partial
     >>> from rewards import accuracy_reward, format_reward
@@ -32,16 +33,26 @@ def gated(reward: Reward, by: Reward, threshold: float = 1.0) -> Reward:
     judge = by if isinstance(by, _Memo) else memoised(by)
     takes_passed_gate = _takes(reward, "passed_gate")
 
-    def gated_reward(completions: Any, **kwargs: Any) -> list[float | None]:
+    def gated_reward(completions: Any, head_start: Any = None, **kwargs: Any) -> list[float | None]:
         tops = judge(completions=completions, **{**kwargs, "log_metric": None, "log_extra": None})
         passed = [top is not None and top >= threshold for top in tops]
-        values = reward(completions=completions, **(kwargs | {"passed_gate": passed} if takes_passed_gate else kwargs))
+        told = {"passed_gate": passed} if takes_passed_gate else {}
+        if head_start is not None:
+            told["head_start"] = head_start
+        values = reward(completions=completions, **kwargs, **told)
         return [
             None if top is None or value is None else value if counts else 0.0
             for top, value, counts in zip(tops, values, passed, strict=True)
         ]
 
+    def begin(completions: Any, head_start: Any, **kwargs: Any) -> None:
+        top = by(completions=completions, **kwargs)[0]
+        if top is not None and top >= threshold:
+            reward.begin(completions=completions, head_start=head_start, **kwargs)  # type: ignore[attr-defined]
+
     pass_on(reward, gated_reward)
+    if takes_passed_gate and hasattr(reward, "begin") and getattr(by, "by_row", False):
+        vars(gated_reward)["begin"] = begin
     gated_reward.__name__ = reward_name(reward)
     gated_reward.__doc__ = f"{reward_name(reward)}, counting only where {reward_name(by)} >= {threshold}."
     return gated_reward
@@ -115,11 +126,13 @@ class _Memo:
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
         pass_on(reward, self)
+        if hasattr(reward, "begin"):
+            self.begin = reward.begin
         self.__name__ = reward_name(reward)
         self._last: tuple[Any, list[float | None]] | None = None
 
     def __call__(self, completions: Any, **kwargs: Any) -> list[float | None]:
-        key = _frozen(
+        key = frozen(
             {name: v for name, v in kwargs.items() if isinstance(v, list | tuple)} | {"completions": completions}
         )
         last = self._last
@@ -130,15 +143,15 @@ class _Memo:
         return values
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Return an immutable copy that compares by value, or None if there is something in it that cannot be compared."""
     if isinstance(value, str | int | float | bool | type(None)):
         return value
     if isinstance(value, list | tuple):
         if value and isinstance(value[0], int | float):  # token ids: one pass
             return tuple(value)
-        items = [_frozen(item) for item in value]
+        items = [frozen(item) for item in value]
         return None if any(a is None and b is not None for a, b in zip(items, value, strict=True)) else tuple(items)
     if isinstance(value, dict):
-        return _frozen([[str(name), item] for name, item in value.items()])
+        return frozen([[str(name), item] for name, item in value.items()])
     return None

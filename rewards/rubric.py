@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from .chat_client import ChatClient, Reply
 from .completion import completion_text, visible_texts
 from .facts import states
+from .head_start import HeadStart, shared
 from .ledger import BUDGET_KEYS, Ledger, digest
 from .verdict import LONGEST_VERDICT_TOKENS, RESPONSE_FORMAT, TOP, NoVerdict, messages, read_verdict
-from .waiting import Pace, RowsFailed, TryAgain, ask_rows
+from .waiting import Pace, Questions, TryAgain
 
 RIGHT = 0.8  # judges seldom give full marks: 8 of 10 is right for the checks, gates and scores
 _SETTINGS = {"temperature": 0.0, "max_tokens": LONGEST_VERDICT_TOKENS, "response_format": RESPONSE_FORMAT}
@@ -42,6 +44,7 @@ async def judge_reward(
     request: Mapping[str, Any] | None = None,
     prefilled: bool | None = None,
     passed_gate: list[bool] | None = None,
+    head_start: HeadStart | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """Return the judge's score of each completion, from 0 to 1 (whole tenths); 0.8 counts as right.
@@ -73,6 +76,7 @@ async def judge_reward(
         request: further fields of the request, or others in place of ours; null leaves one out (`temperature: null`).
         prefilled: whether the prompt has opened the thinking.
         passed_gate: which completions count, from `rewards.gated` (`gate: true`); nobody is asked about the others.
+        head_start: what was asked about rows of this batch before it was complete; its cost is counted here.
         kwargs: ignored.
 
     Returns:
@@ -98,92 +102,84 @@ async def judge_reward(
     judge = {"base_url": base_url, "model": model, "rubric": rubric}
     settings = {"model": model, **_SETTINGS, **(request or {})}
     settings = {name: value for name, value in settings.items() if value is not None}
-    counts = dict.fromkeys(("calls", "cached", "retries", "saved", "tokens", "usd"), 0.0)
-    pace = _pace(base_url, per_minute)
+    counts = {"cached": 0.0, "saved": 0.0}
+
+    def open_session() -> _Judging:
+        client, pace = ChatClient(base_url, key, timeout_s), _pace(base_url, per_minute)
+        questions: Questions[str] = Questions(concurrency=concurrency, timeout_s=timeout_s, retries=retries, pace=pace)
+        file = Path(cache).expanduser() if cache else None
+        return _Judging(client, Ledger(file, judge, budget), questions, price or ())
 
     scores: list[float | None] = [0.0 if not text.strip() else None for text in rows]
-    waiting: dict[str, tuple[dict[str, Any], list[int]]] = {}  # a group often says the same twice: asked once
+    requests: dict[str, dict[str, Any]] = {}
+    asked: dict[str, list[int]] = {}  # rows by request: a group often says the same twice
     spared: set[str] = set()
-    with Ledger(Path(cache).expanduser() if cache else None, judge, budget) as ledger:
+    async with shared(head_start, open_session) as judging:
         for row, text in enumerate(rows):
             if scores[row] is not None:
                 continue
-            asked = {**settings, "messages": messages(rubric, tasks[row], text, references[row])}
-            name = digest({"base_url": base_url, **asked})
-            known = ledger.known(name)
+            request = {**settings, "messages": messages(rubric, tasks[row], text, references[row])}
+            name = digest({"base_url": base_url, **request})
+            known = judging.known(name)
             if passed_gate is not None and not passed_gate[row]:
                 scores[row] = 0.0
                 spared |= {name} if known is None else set()
             elif known is None:
-                waiting.setdefault(name, (asked, []))[1].append(row)
+                requests[name] = request
+                asked.setdefault(name, []).append(row)
             else:
                 scores[row] = known / TOP
                 counts["cached"] += 1
-        counts["saved"] = float(len(spared - waiting.keys()))
+        counts["saved"] = float(len(spared - asked.keys()))
         try:
-            await _ask_all(
-                waiting, scores, ledger, ChatClient(base_url, key, timeout_s), counts, price or (),
-                {"concurrency": concurrency, "timeout_s": timeout_s, "retries": retries, "pace": pace},
-            )  # fmt: skip
+            await judging.questions.answer(scores, asked, lambda name: judging.verdict(name, requests[name]))
         finally:
             if log_metric is not None:
-                for name, value in counts.items():
+                for name, value in {**counts, **judging.counts}.items():
                     log_metric(f"judge/{name}", value)
     return scores
 
 
-async def _ask_all(
-    waiting: Mapping[str, tuple[dict[str, Any], list[int]]],
-    scores: list[float | None],
-    ledger: Ledger,
-    client: ChatClient,
-    counts: dict[str, float],
-    price: Sequence[float],
-    limits: dict[str, Any],
-) -> None:
-    """Ask for every verdict that is not known, once each, and write the scores of its rows.
+class _Judging:
+    """What the calls about one batch share: the connection, the verdicts on disk, the questions and what they cost."""
 
-    Args:
-        waiting: requests by name, each with its rows.
-        scores: of all rows; completed in place.
-        ledger: keeps verdicts, and counts what they cost.
-        client: asks the server.
-        counts: for the log; added to.
-        price: US dollars of a million tokens, of the prompt and of the answer; () without a price.
-        limits: of `ask_rows`.
+    def __init__(self, client: ChatClient, ledger: Ledger, questions: Questions[str], price: Sequence[float]) -> None:
+        self.client, self.questions, self.price = client, questions, price
+        self.counts = dict.fromkeys(("calls", "retries", "tokens", "usd"), 0.0)
+        self._tried: set[str] = set()
+        self._open = AsyncExitStack()
+        self.ledger = self._open.enter_context(ledger)
+        self._open.push_async_exit(client)
 
-    Raises:
-        RowsFailed: rows without a verdict.
-    """
-    names = list(waiting)
-    tried: set[str] = set()
+    def known(self, name: str) -> int | None:
+        """Return the score of a request that was answered before these calls; None for one that they have asked."""
+        return None if name in self.questions else self.ledger.known(name)
 
-    async def verdict(index: int) -> float:
-        name = names[index]
-        ledger.begin_call()
-        counts["calls"] += 1
-        counts["retries"] += name in tried
-        tried.add(name)
-        reply = await client.ask(waiting[name][0])
-        tokens, usd = _cost(reply, ledger.budget, price)
-        ledger.add(tokens, usd)
-        counts["tokens"] += tokens
-        counts["usd"] += usd
+    async def verdict(self, name: str, request: dict[str, Any]) -> float:
+        """Ask once; keep the verdict, and count the call before it is made, and what it has cost after."""
+        self.ledger.begin_call()
+        self.counts["calls"] += 1
+        self.counts["retries"] += name in self._tried
+        self._tried.add(name)
+        reply = await self.client.ask(request)
+        tokens, usd = _cost(reply, self.ledger.budget, self.price)
+        self.ledger.add(tokens, usd)
+        self.counts["tokens"] += tokens
+        self.counts["usd"] += usd
         try:
             score, reason = read_verdict(reply.content)
         except NoVerdict as error:
             raise TryAgain(f"the judge's answer is no verdict: {error}") from None
-        ledger.keep(name, score, reason)
-        for row in waiting[name][1]:
-            scores[row] = score / TOP
-        return score
+        self.ledger.keep(name, score, reason)
+        return score / TOP
 
-    async with client:
-        try:
-            await ask_rows(verdict, len(names), **limits)
-        except RowsFailed as error:
-            failed = [row for index in error.rows for row in waiting[names[index]][1]]
-            raise RowsFailed(scores, sorted(failed), error.reason) from error.__cause__
+    def cancel(self) -> None:
+        self.questions.cancel()
+
+    async def close(self) -> None:
+        """Stop asking, and close the connection and the file."""
+        await self.questions.close()
+        await self._open.aclose()
 
 
 @cache

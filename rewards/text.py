@@ -16,7 +16,7 @@ _LONGEST_CHOICE_CHARS = 500
 _CHOICE = re.compile(r"\W*(?:option|choice|answer)?\W*([A-Za-z])(?:\W*|[).:]\s.*)", re.IGNORECASE | re.DOTALL)
 
 
-@states(top=1.0)
+@states(top=1.0, by_row=True)
 def exact_match_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any],
@@ -60,7 +60,7 @@ def exact_match_reward(
     return scores
 
 
-@states(top=1.0)
+@states(top=1.0, by_row=True)
 def choice_reward(
     completions: Sequence[Completion],
     answer: Sequence[Any],

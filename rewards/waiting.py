@@ -3,6 +3,8 @@
 An `async def` reward has TRL's signature and returns one score per completion. `each_row` makes one of a function that
 scores one completion; it sees to concurrency, pace, time limits and retries. TRL awaits such rewards, and so does the
 guard of grpo_lite, which leaves out only the groups of the rows that failed.
+
+A reward that takes `head_start` may be asked about single rows before its batch is complete (`head_start.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from .completion import completion_text
+from .gate import frozen
+from .head_start import HeadStart, shared
 
 _FIRST_WAIT_S = 0.5  # before the first retry; doubled before each further one
 LONGEST_WAIT_S = 60.0
+_END_S = 1.0  # what is cancelled may clean up for so long
+_NOT_OF_A_ROW = {"trainer_state", "log_extra", "log_metric", "environments"}  # passed by TRL
 
 AsyncReward = Callable[..., Awaitable[list[float | None]]]
+Question = TypeVar("Question", bound=Hashable)  # names it, by what is asked
 
 
 class RowsFailed(Exception):
@@ -100,24 +107,38 @@ def each_row(
 
         @functools.wraps(function)
         async def reward(
-            completions: list[Any], passed_gate: list[bool] | None = None, **columns: Any
+            completions: list[Any],
+            passed_gate: list[bool] | None = None,
+            head_start: HeadStart | None = None,
+            **columns: Any,
         ) -> list[float | None]:
+            texts = [completion_text(completion) for completion in completions]
             named = {name: columns[name] for name in names if name in columns}
+            scores: list[float | None] = []
+            rows: dict[Hashable, list[int]] = {}
+            for row, text in enumerate(texts):
+                wanted = passed_gate is None or passed_gate[row]
+                scores.append(None if wanted else 0.0)
+                if wanted:
+                    rows[_question(text, _of_row(named, row), rows)] = [row]
 
-            async def ask(row: int) -> float | None:
-                values = {name: value[row] if isinstance(value, list) else value for name, value in named.items()}
-                return await function(completion_text(completions[row]), **values)
+            async def ask(question: Hashable) -> float | None:
+                row = rows[question][0]
+                return await function(texts[row], **_of_row(named, row))
 
-            return await ask_rows(
-                ask, len(completions), passed_gate,
-                concurrency=concurrency, timeout_s=timeout_s, retries=retries, pace=pace,
-            )  # fmt: skip
+            def open_session() -> Questions[Hashable]:
+                return Questions(concurrency=concurrency, timeout_s=timeout_s, retries=retries, pace=pace)
+
+            async with shared(head_start, open_session) as questions:
+                await questions.answer(scores, rows, ask)
+            return scores
 
         named_only = inspect.Parameter.KEYWORD_ONLY
+        ours = ["passed_gate", *(["head_start"] if _NOT_OF_A_ROW.isdisjoint(names) else [])]
         signature = inspect.Signature(  # so that a missing column is named
             [
                 inspect.Parameter("completions", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-                inspect.Parameter("passed_gate", named_only, default=None),
+                *(inspect.Parameter(name, named_only, default=None) for name in ours),
                 *(parameters[name].replace(kind=named_only) for name in names if parameters[name].kind.value in (1, 3)),
             ]
         )
@@ -128,69 +149,141 @@ def each_row(
     return decorate
 
 
-async def ask_rows(
-    ask: Callable[[int], Awaitable[float | None]],
-    rows: int,
-    wanted: Sequence[bool] | None = None,
-    *,
-    concurrency: int,
-    timeout_s: float,
-    retries: int,
-    pace: Pace,
-) -> list[float | None]:
-    """Return the score of each row, asked for concurrently.
+def _of_row(columns: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """Return a row's values of columns; what is no list is the same for all rows."""
+    return {name: value[row] if isinstance(value, list) else value for name, value in columns.items()}
+
+
+def _question(text: str, values: Mapping[str, Any], before: Mapping[Hashable, Any]) -> Hashable:
+    """Return what names the question about a row, by value, so that each of several equal rows is asked about once.
 
     Args:
-        ask: asks for the score of one row, once.
-        rows: how many there are.
-        wanted: which of them to ask about; the others get 0. None: all.
+        text: the completion.
+        values: of its columns.
+        before: the questions about the rows before it.
+    """
+    value = text, *((name, _Same(value) if frozen(value) is None else frozen(value)) for name, value in values.items())
+    number = 0
+    while (value, number) in before:
+        number += 1
+    return value, number
+
+
+class _Same:
+    """A value that cannot be compared by what it holds: it is equal to itself only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Questions(Generic[Question]):
+    """Questions that wait together. Each is asked once, also where several batches of rows ask it.
+
+    Args:
         concurrency, timeout_s, retries: as in `each_row`.
         pace: of the attempts.
-
-    Raises:
-        RowsFailed: some rows have no answer after all retries, or `BudgetSpent` (its cause then) was raised.
-        Exception: what `ask` raised, where that is neither `TryAgain`, nor `OSError`, nor its time limit.
     """
-    free = asyncio.Semaphore(concurrency)
-    asks = [wanted is None or wanted[row] for row in range(rows)]
-    scores: list[float | None] = [None if asked else 0.0 for asked in asks]
-    reasons: dict[int, str] = {}
-    spent: list[BudgetSpent] = []
 
-    async def one(row: int) -> None:
-        for attempt in range(retries + 1):
-            async with free:
-                if spent:
-                    reasons[row] = str(spent[0])
-                    return
-                await pace.turn()
+    def __init__(self, *, concurrency: int, timeout_s: float, retries: int, pace: Pace) -> None:
+        self.timeout_s, self.retries, self.pace = timeout_s, retries, pace
+        self._free = asyncio.Semaphore(concurrency)
+        self._asked: dict[Question, asyncio.Task[float | _Failed | None]] = {}
+        self._spent: BudgetSpent | None = None
+        self._fault: Exception | None = None
+
+    def __contains__(self, question: Hashable) -> bool:
+        return question in self._asked
+
+    async def answer(
+        self,
+        scores: list[float | None],
+        rows: Mapping[Question, Sequence[int]],
+        ask: Callable[[Question], Awaitable[float | None]],
+    ) -> None:
+        """Write the answer to each question into the scores of its rows; what was asked before is not asked again.
+
+        Args:
+            scores: of all rows.
+            rows: questions, each with its rows.
+            ask: asks a question, once.
+
+        Raises:
+            RowsFailed: some rows have no answer after all retries, or `BudgetSpent` (its cause then) was raised.
+            Exception: what `ask` raised, where that is neither `TryAgain`, nor `OSError`, nor its time limit.
+        """
+        if self._fault is not None:
+            raise self._fault
+        for question in rows:
+            if question not in self._asked:
+                self._asked[question] = asyncio.create_task(self._tries(question, ask))
+        asked = [self._asked[question] for question in rows]
+        if asked:
+            await asyncio.wait(asked)
+        if self._fault is not None:  # the others have been cancelled
+            raise self._fault
+        reasons: dict[int, str] = {}
+        for task, members in zip(asked, rows.values(), strict=True):
+            outcome = task.result()
+            for row in members:
+                if isinstance(outcome, _Failed):
+                    reasons[row] = outcome.reason
+                else:
+                    scores[row] = outcome
+        if reasons:
+            first = str(self._spent) if self._spent else reasons[min(reasons)]
+            raise RowsFailed(scores, sorted(reasons), first) from self._spent
+
+    async def _tries(
+        self, question: Question, ask: Callable[[Question], Awaitable[float | None]]
+    ) -> float | _Failed | None:
+        reason = ""
+        for attempt in range(self.retries + 1):
+            async with self._free:
+                if self._spent:
+                    return _Failed(str(self._spent))
+                await self.pace.turn()
                 wait_s = min(_FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
                 try:
-                    scores[row] = await asyncio.wait_for(ask(row), timeout_s)
-                    reasons.pop(row, None)
-                    return
+                    return await asyncio.wait_for(ask(question), self.timeout_s)
                 except BudgetSpent as error:
-                    spent.append(error)
-                    reasons[row] = str(error)
-                    return
+                    self._spent = error
+                    return _Failed(str(error))
                 except TryAgain as error:
-                    reasons[row] = str(error)
+                    reason = str(error)
                     wait_s = wait_s if error.after_s is None else min(error.after_s, LONGEST_WAIT_S)
                 except TimeoutError:  # an OSError too: so before it
-                    reasons[row] = f"it took longer than timeout_s = {timeout_s:g} s"
+                    reason = f"it took longer than timeout_s = {self.timeout_s:g} s"
                 except OSError as error:
-                    reasons[row] = f"{type(error).__name__}: {error}"
-            if attempt < retries:
+                    reason = f"{type(error).__name__}: {error}"
+                except Exception as error:
+                    self._fault = self._fault or error
+                    self.cancel()
+                    return _Failed(str(error))
+            if attempt < self.retries:
                 await asyncio.sleep(wait_s)
+        return _Failed(reason)
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for row, asked in enumerate(asks):
-                if asked:
-                    tasks.create_task(one(row))
-    except ExceptionGroup as group:  # the others are cancelled by now
-        raise group.exceptions[0] from None
-    if reasons:
-        first = str(spent[0]) if spent else reasons[min(reasons)]
-        raise RowsFailed(scores, sorted(reasons), first) from (spent[0] if spent else None)
-    return scores
+    def cancel(self) -> None:
+        """Stop asking."""
+        for task in self._asked.values():
+            if task is not asyncio.current_task(task.get_loop()):
+                task.cancel()
+
+    async def close(self) -> None:
+        """Stop asking, and wait until nothing is under way."""
+        self.cancel()
+        if self._asked:
+            await asyncio.wait(self._asked.values(), timeout=_END_S)
+
+
+class _Failed:
+    """No answer, after all retries."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason

@@ -40,6 +40,7 @@ DRAW_BLOCK = 256  # entries of a distribution whose sum is taken first
 
 
 Wave = list[tuple[Prompt, list[int]]]  # prompts, each with the rows that begin with it
+Ended = Callable[[int, list[int]], None]  # gets a row of the batch and its completion's token ids
 
 
 class DecodingCache(Layout, Protocol):
@@ -119,6 +120,8 @@ class GroupDecoder:
         temperature: At which entropies and log-probabilities are noted; None for the one sampled at.
         stream: Called with the first row's tokens as they come.
         conversations: What is kept of the rows between turns; None where a row has one turn.
+        ended: Called with a row of the batch and its completion when that has ended: on a CPU at once, elsewhere at the
+            end of its wave, as reading waits for the device.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -127,6 +130,7 @@ class GroupDecoder:
     temperature: float | None = None
     stream: Callable[[list[int]], None] | None = None
     conversations: Conversations | None = None
+    ended: Ended | None = None
 
     def __call__(
         self,
@@ -313,6 +317,8 @@ class GroupDecoder:
             for index in stopped.nonzero().squeeze(1).tolist():
                 row = int(rows[index])
                 finished[row] = ids[index]
+                if self.ended is not None and device.type == "cpu":
+                    self.ended(row, ids[index, input_ids.size(1) :].tolist())
                 if conversations is not None and left is not None and left[index] > 0:  # it may get a further turn
                     own = ids[index, input_ids.size(1) - len(prompts[row]) + len(starts[row]) : -1]
                     conversations.keep(starts[row], tuple(own.tolist()), cache.contents(index))
@@ -334,6 +340,9 @@ class GroupDecoder:
             for row, entropy, logp in zip(step_rows.tolist(), *values.tolist(), strict=True):
                 self.rollout.entropies[row].append(entropy)
                 self.rollout.logps[row].append(logp)
+        if self.ended is not None and device.type != "cpu":
+            for row, row_ids in finished.items():
+                self.ended(row, row_ids[input_ids.size(1) :].tolist())
         if conversations is not None:
             conversations.finish([prompt for prompt, _ in wave], cache)
         return finished

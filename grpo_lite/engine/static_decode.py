@@ -36,6 +36,7 @@ from grpo_lite.engine.cache import GroupCache
 from grpo_lite.engine.conversations import Conversations, Holder, Place, Prompt
 from grpo_lite.engine.decode import (
     ROW_BY_ROW,
+    Ended,
     GroupDecoder,
     Rollout,
     Sampling,
@@ -72,6 +73,8 @@ class StaticDecoder:
         stream: called with the first row's tokens, up to `LOOK` at a time.
         conversations: as for `GroupDecoder`; here the rows stay in their buffers, for which `Engine.end_rollout` has to
             be called when the last turn is over.
+        ended: called with a row of the batch and its completion when that has ended, `LOOK` tokens later: with the next
+            look, so that the host waits no more often. Not called for rows that end last.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -80,6 +83,7 @@ class StaticDecoder:
     temperature: float | None = None
     stream: Callable[[list[int]], None] | None = None
     conversations: Conversations | None = None
+    ended: Ended | None = None
 
     def __call__(
         self,
@@ -107,7 +111,7 @@ class StaticDecoder:
             if random_state is not None:
                 torch.cuda.set_rng_state_all(random_state)
         rest = streamed.rest if streamed else None
-        settings = (self.autocast, self.kv_tokens, self.rollout, self.temperature, rest, self.conversations)
+        settings = (self.autocast, self.kv_tokens, self.rollout, self.temperature, rest, self.conversations, self.ended)
         return GroupDecoder(*settings)(*arguments, **model_kwargs)
 
     def _generate(
@@ -134,6 +138,7 @@ class StaticDecoder:
             kv_tokens=self.kv_tokens,
             stream=stream,
             turn=turn,
+            ended=self.ended,
         )
         with torch.autocast(input_ids.device.type, enabled=False):
             held = {}
@@ -194,10 +199,11 @@ def choose_decoder(
     kv_tokens: int | None = None,
     temperature: float | None = None,
     conversations: Conversations | None = None,
+    ended: Ended | None = None,
 ) -> StaticDecoder | GroupDecoder:
     """Return the decoder for the model's device: static rows on a GPU, one copy of each prompt on a CPU."""
     kind = StaticDecoder if model.device.type == "cuda" else GroupDecoder
-    return kind(autocast, kv_tokens, temperature=temperature, conversations=conversations)
+    return kind(autocast, kv_tokens, temperature=temperature, conversations=conversations, ended=ended)
 
 
 class _Counted:
@@ -255,6 +261,7 @@ class Job:
     steps: int | None = None  # stop after so many, for a rehearsal
     stream: Callable[[list[int]], None] | None = None  # gets the tokens of row 0
     turn: Turn | None = None  # where rows may have further ones
+    ended: Ended | None = None  # gets rows that have ended
 
     @property
     def length(self) -> int:
@@ -577,6 +584,7 @@ class Batch:
         waiting = deque(slot for slot in every.values() if slot.row not in held)
         slots: dict[int, _Slot] = {}  # by row of the buffers: what it decodes
         ended: dict[int, int] = {}  # by row of the buffers: the row of the batch that has ended there
+        untold: list[tuple[int, int]] = []  # rows of the batch that have ended since the last look, with most tokens
         # Its own number of rows, whatever the buffers have: what is drawn must not depend on earlier jobs.
         kept, rows, done, read, decoded = _Kept(), job.at_once, 0, 0, 0
         freezes = job.turn is not None  # states of ended rows
@@ -608,10 +616,12 @@ class Batch:
             for _ in range(steps):
                 self.graphs.run((rows, seen, sampling_key), step)
             done, decoded = done + steps, decoded + steps * rows
-            live = self.live[:rows].tolist()  # the only wait
+            live = self._look(rows, untold, job.ended)  # the only wait
             if job.stream is not None:
                 self._stream_first(slots, job.stream)
+            untold = []
             for slot in [slot for slot in slots if not live[slot]]:
+                untold.append((slots[slot].row, slots[slot].tokens + steps))
                 row = slots.pop(slot).row
                 if job.turn is not None:  # it may get a further one
                     ended[slot] = row
@@ -622,6 +632,18 @@ class Batch:
         tokens, logps, entropies, lengths = (values[: job.rows] for values in (tokens, logps, entropies, self.lengths))
         places = {row: slot for slot, row in ended.items()}
         return Results(tokens, logps, entropies, lengths, read, decoded, places)
+
+    def _look(self, rows: int, untold: list[tuple[int, int]], ended: Ended | None) -> list[bool]:
+        """Return which rows are live, and tell of those that were not at the last look: one wait for both."""
+        if ended is None or not untold:
+            return cast(list[bool], self.live[:rows].tolist())
+        width, count = min(self.cap, max(tokens for _, tokens in untold)), len(untold)
+        index = torch.tensor([row for row, _ in untold]).to(self.tokens.device)
+        tokens = self.tokens[:-1].view(self.total, self.cap)[:, :width].index_select(0, index)
+        seen = torch.cat([self.live[:rows].long(), self.lengths.index_select(0, index), tokens.flatten()]).tolist()
+        for (row, _), length, begin in zip(untold, seen[rows:], range(rows + count, len(seen), width), strict=False):
+            ended(row, seen[begin : begin + length])
+        return [bool(flag) for flag in seen[:rows]]
 
     def _stream_first(self, slots: dict[int, _Slot], stream: Callable[[list[int]], None]) -> None:
         """Pass on what row 0 has generated since the last look."""

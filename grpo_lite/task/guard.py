@@ -4,6 +4,8 @@ The batch is scored again, group by group, so that one bad completion costs one 
 out of the step: its rewards are None, `excluded` names the rows, and the trainer gives those groups no advantage. A
 failure is never turned into a number, because that would be a training signal.
 
+A reward that waits may begin with single rows of the next batch while the others are still being generated (`begin`).
+
 TRL calls the guarded rewards (`_calculate_rewards`). Whatever a reward raises arrives here as a RewardError with its
 name, because `task.rewards` wraps every reward when it loads it. Checks, probe and evaluation use `limited` instead.
 """
@@ -11,6 +13,7 @@ name, because `task.rewards` wraps every reward when it loads it. Checks, probe 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -19,11 +22,13 @@ from typing import Any
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import LimitsSection
+from grpo_lite.rewards.head_start import HeadStart
 from grpo_lite.screen import Show
 from grpo_lite.task.rewards import Reward, UnscoredRows
-from grpo_lite.task.time_limit import TimeLimitExceeded, call_within
+from grpo_lite.task.time_limit import TimeLimitExceeded, call_within, wait_for
 
 _LOGGERS = ("log_extra", "log_metric")  # a second call must not log twice
+_END_S = 3.0  # a head start that has not ended by then is left behind
 
 
 @dataclass
@@ -48,6 +53,8 @@ class GuardedReward:
         self.excluded: tuple[int, ...] = ()
         self.spent: str | None = None
         self.failures = self.in_a_row = 0
+        self.can_begin = hasattr(self.function, "begin")
+        self._head_start: HeadStart | None = None
         self._warned_slow = False
 
     def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
@@ -59,7 +66,7 @@ class GuardedReward:
         self.excluded = ()
         start = time.monotonic()
         try:
-            scores = self._call(completions, columns, self.timeout_s)
+            scores = self._whole(completions, columns)
         except UnscoredRows as error:  # it has tried again itself, row by row
             scores = self._whole_groups(error)
             if error.spent is None:
@@ -74,6 +81,35 @@ class GuardedReward:
             self.in_a_row = 0
             self._warn_if_slow(time.monotonic() - start)
         return scores
+
+    def begin(self, completions: list[Any], **columns: Any) -> None:
+        """Begin with one row of the next batch. A failure is not counted here: the batch meets it."""
+        self._head_start = head_start = self._head_start or HeadStart()
+        if head_start.is_off:
+            return
+        try:
+            call_within(
+                self.timeout_s,
+                lambda: self.function.begin(completions, head_start, **columns),  # type: ignore[attr-defined]
+            )
+        except (RewardError, TimeLimitExceeded):  # of the gate
+            head_start.is_off = True
+
+    def end_head_start(self) -> None:
+        """End what was begun and is still under way; the next batch knows nothing of it."""
+        head_start, self._head_start = self._head_start, None
+        if head_start is not None:
+            with contextlib.suppress(TimeLimitExceeded, asyncio.CancelledError):
+                call_within(_END_S, lambda: wait_for(head_start.close()))
+
+    def _whole(self, completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
+        """Score the batch, with what was begun."""
+        if self._head_start is None:
+            return self._call(completions, columns, self.timeout_s)
+        try:
+            return self._call(completions, {**columns, "head_start": self._head_start}, self.timeout_s)
+        finally:
+            self.end_head_start()
 
     def _call(self, completions: list[Any], columns: dict[str, Any], seconds: float | None) -> list[float | None]:
         scores: list[float | None] = call_within(seconds, lambda: self.function(completions=completions, **columns))

@@ -10,15 +10,16 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.checks import nearest
 from grpo_lite.recipe.recipe import JudgeBudget, Recipe, ScoreSection
+from grpo_lite.rewards.head_start import HeadStart
 from grpo_lite.rewards.waiting import BudgetSpent, RowsFailed
-from grpo_lite.task.time_limit import is_async, wait_for
+from grpo_lite.task.time_limit import is_async, start, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def _logging_second_opinion(function: Reward, opinion: Reward) -> Reward:
     def judged_twice(completions: list[Any], **kwargs: Any) -> list[float | None]:
         scores = function(completions=completions, **kwargs)
         if log_metric := kwargs.get("log_metric"):
-            quiet = {key: value for key, value in kwargs.items() if key not in ("log_metric", "log_extra")}
+            ours = ("log_metric", "log_extra", "head_start")
+            quiet = {key: value for key, value in kwargs.items() if key not in ours}
             try:
                 opinions = [score for score in opinion(completions=completions, **quiet) if score is not None]
             except RewardError as error:  # it only watches: what is trained on has its scores
@@ -329,13 +331,16 @@ def _check_signature(function: Callable[..., Any], section: _Scored, where: str,
 def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: dict[str, Any]) -> Reward:
     accepts, waits = _accepts(function), is_async(function)
 
-    @functools.wraps(function)
-    def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
+    def call(completions: list[Any], kwargs: dict[str, Any]) -> Any:
         arguments = {**defaults, **kwargs, **section.kwargs}
         if accepts is not None:
             arguments = {key: value for key, value in arguments.items() if key in accepts}
+        return function(completions=completions, **arguments)
+
+    @functools.wraps(function)
+    def reward(completions: list[Any], **kwargs: Any) -> list[float | None]:
         try:
-            scores = function(completions=completions, **arguments)
+            scores = call(completions, kwargs)
             if waits:
                 scores = wait_for(scores)
         except RewardError:
@@ -346,9 +351,27 @@ def _wrap(function: Callable[..., Any], section: _Scored, where: str, defaults: 
             raise RewardError(f"{where}: {section.function} raised {type(error).__name__}: {error}.") from error
         return _checked(scores, len(completions), section.function, where)
 
+    def begin(completions: list[Any], head_start: HeadStart, **kwargs: Any) -> None:
+        start(_begun(call(completions, {**kwargs, "head_start": head_start}), head_start))
+
     vars(reward)["waits"] = waits
+    if waits and "head_start" in _parameters(function):
+        vars(reward)["begin"] = begin
     reward.__name__ = getattr(function, "__name__", section.function.replace(":", ".").rpartition(".")[2])
     return reward
+
+
+async def _begun(scores: Awaitable[Any], head_start: HeadStart) -> None:
+    """Wait for scores, which the head start keeps; what fails here is passed on by the call for the batch.
+
+    After a fault, or a spent budget, nothing more is asked before that call.
+    """
+    try:
+        await scores
+    except RowsFailed as error:
+        head_start.is_off |= isinstance(error.__cause__, BudgetSpent)
+    except Exception:
+        head_start.is_off = True
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

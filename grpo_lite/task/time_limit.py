@@ -92,6 +92,12 @@ def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
         raise
 
 
+def start(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Let a coroutine run on the loop of `wait_for`; nobody waits for it, so it should not raise."""
+    loop = _running_loop()
+    asyncio.run_coroutine_threadsafe(_Driven(coroutine, loop).run(), loop.events)
+
+
 class _Stopper:
     """Raises TimeLimitExceeded in one thread, and again whenever the code there has caught it and dropped it.
 

@@ -14,6 +14,7 @@ INTERNALS: dict[str, str] = {
     "_tokenizer _train_batch_size args model multi_objective_aggregation num_generations num_iterations "
     "scale_rewards shuffle_dataset state train_dataset",
     "replay": "_metrics _tokenizer args model multi_objective_aggregation num_generations scale_rewards state",
+    "early": "_tokenizer environment_factories processing_class reward_funcs state tools",
     "rollouts": "_batch_environments _env_tools _is_vlm accelerator args chat_template chat_template_kwargs "
     "environment_factories generation_config max_completion_length model num_iterations processing_class state "
     "temperature tools use_vllm",

@@ -111,7 +111,8 @@ class Rollouts:
         turns = self._episodes
         kept = turns.conversations if turns else None
         autocast = trainer.accelerator.autocast
-        decoder = choose_decoder(inner, autocast, kv_tokens, trainer.temperature, kept)
+        ended = trainer.early.listener(prompt_ids)
+        decoder = choose_decoder(inner, autocast, kv_tokens, trainer.temperature, kept, ended)
         previous = inner.__dict__.get("generate")
         inner.generate = partial(inner.generate, custom_generate=decoder)
         try:

@@ -22,6 +22,7 @@ from grpo_lite.engine.router_loss import has_router_loss
 from grpo_lite.engine.score import base_model
 from grpo_lite.models.reference import load_trained
 from grpo_lite.task.tool_guard import ToolGuard
+from grpo_lite.trainer.early import Early
 from grpo_lite.trainer.episodes import Episodes
 from grpo_lite.trainer.finite import Faults, LossScale
 from grpo_lite.trainer.gradients import Gradients, Scores
@@ -68,6 +69,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self.support = Support(self)
         self.order = PromptOrder(self)
         self.replay = Replay(self)
+        self.early = Early(self)
         self.rollouts = Rollouts(self)
         self.episodes = Episodes(self, guard)
         self.gradients = Gradients(self)
@@ -112,7 +114,8 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self.episodes.replace_hung()
-        score = partial(self.rollouts.score, super()._generate_and_score_completions)
+        plain = super()._generate_and_score_completions
+        score = partial(self.early.round, partial(self.rollouts.score, plain))
         return self.replay.fill(self.order.refill(score, inputs, score(inputs)))
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:

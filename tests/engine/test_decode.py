@@ -80,6 +80,25 @@ def test_greedy_output_with_setting(settings: dict[str, Any]):
     assert torch.equal(run(model, GroupDecoder(nullcontext), **settings), run(model, **settings))
 
 
+@pytest.mark.parametrize("kv_tokens", [None, 130])
+def test_a_row_that_has_ended_is_told_at_once_with_its_completion(kv_tokens: int | None):
+    told: dict[int, list[int]] = {}
+    passes: list[int] = []  # decoded tokens when each row was told
+    decoder = GroupDecoder(nullcontext, kv_tokens)
+
+    def ended(row: int, ids: list[int]) -> None:
+        assert row not in told
+        told[row] = ids
+        passes.append(decoder.rollout.decode_tokens)
+
+    decoder.ended = ended
+    completions = run(prepared(), decoder)[:, batch()["input_ids"].size(1) :].tolist()
+    lengths = [len(row) for row in decoder.rollout.entropies]
+    assert told == {row: ids[:length] for row, (ids, length) in enumerate(zip(completions, lengths, strict=True))}
+    assert len(set(passes)) == 3, "rows end at different steps"
+    assert passes == sorted(passes)
+
+
 @pytest.mark.parametrize("kv_tokens", [1, 60, 130, 300])
 def test_waves_do_not_change_the_output(kv_tokens: int):
     model = prepared()

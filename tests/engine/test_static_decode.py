@@ -94,6 +94,27 @@ def test_the_first_row_is_streamed(decoder: Any) -> None:
     assert len(pieces) == (3 if decoder is StaticDecoder else 24)
 
 
+@pytest.mark.parametrize("kv_tokens", [None, 300])
+def test_rows_that_have_ended_are_told_at_the_next_look(kv_tokens: int | None) -> None:
+    told: dict[int, list[int]] = {}
+    decoder = static(kv_tokens)
+
+    def ended(row: int, ids: list[int]) -> None:
+        assert row not in told
+        told[row] = ids
+
+    decoder.ended = ended
+    model = prepared()
+    completions = run(model, decoder)[:, batch()["input_ids"].size(1) :].tolist()
+    assert is_static(model)
+    lengths = [len(row) for row in decoder.rollout.entropies]
+    assert told == {row: completions[row][: lengths[row]] for row in told}
+    # Of 24 tokens the host looks after 8, 16 and 24, and hears of rows that ended by the look before.
+    early = {row for row, length in enumerate(lengths) if length <= 16}
+    assert told.keys() >= early if kv_tokens else told.keys() == early
+    assert 0 < len(told) < len(lengths)
+
+
 def test_buffers_stay_where_they_are_and_follow_the_adapter() -> None:
     model = prepared()
     first = run(model, static())

@@ -97,12 +97,26 @@ def launches_of_a_step(model: Any, decoder: StaticDecoder) -> int:
     return counts[0]
 
 
+def check_that_telling_costs_no_wait(model: Any, autocast: Callable[[], Any]) -> None:
+    """The host hears of ended rows when it looks anyway."""
+    ends = decode(model, StaticDecoder(autocast))[0][2:3]  # the first group's rows end here, the second's later
+    told: dict[int, list[int]] = {}
+    counts = []
+    for ended in (None, None, told.__setitem__):  # other ends than before: the first lays out buffers
+        completions = decode(model, StaticDecoder(autocast, ended=ended), eos_token_id=ends)
+        counts.append(sum(device.waits.values()))
+    assert counts[1] == counts[2], counts
+    assert told, "some rows should end early"
+    assert all(completions[row][: len(ids)] == ids for row, ids in told.items()), (told, completions)
+
+
 def check_decoding(layers: int) -> tuple[float, int]:
     """Compare tokens with the group decoder's; return both decoders' launches a step."""
     autocast = autocast_of(torch.float16)
     model = policy_on_cuda("qwen2", torch.float16, num_hidden_layers=layers)
     expected = decode(model, GroupDecoder(autocast))
     group = sum(device.launches.values()) / 34
+    check_that_telling_costs_no_wait(model, autocast)
     assert decode(model, StaticDecoder(autocast)) == expected
     assert decode(model, StaticDecoder(autocast)) == expected
     assert device.launches["graph"] == 34, device.launches["graph"]

@@ -13,6 +13,7 @@ import pytest
 
 from rewards import judge_reward
 from rewards.chat_client import LARGEST_ANSWER_BYTES, JudgeServerError
+from rewards.head_start import HeadStart
 from rewards.testing import check_rewards
 from rewards.verdict import LONGEST_CHARS, NoVerdict, messages, read_verdict
 from rewards.waiting import BudgetSpent, RowsFailed
@@ -54,6 +55,41 @@ def test_the_same_completion_is_asked_once_and_kept_on_disk(tmp_path: Path) -> N
     assert len(server.requests) == 3
     assert metrics == {"judge/calls": 1, "judge/cached": 1, "judge/retries": 0, "judge/saved": 0,
                        "judge/tokens": 120, "judge/usd": 0}  # fmt: skip
+
+
+async def in_parts(parts: list[list[str]], at_once: int, **kwargs: Any) -> Any:
+    """Score the last of some batches after the rows of the others, of which so many are begun together."""
+    head_start = HeadStart()
+
+    async def score(texts: list[str], **more: Any) -> list[float | None]:
+        return await judge_reward(texts, ["Say something."] * len(texts), head_start=head_start, **kwargs, **more)
+
+    begun = [score([text]) for part in parts[:-1] for text in part]
+    tasks = [asyncio.create_task(row) for row in begun]
+    await asyncio.sleep(0 if at_once else 0.3)
+    metrics: dict[str, float] = {}
+    try:
+        return await score(parts[-1], log_metric=metrics.__setitem__), metrics
+    finally:
+        await head_start.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_under_way", [False, True])
+def test_what_was_asked_ahead_is_not_asked_again_and_is_counted_with_its_batch(
+    tmp_path: Path, is_under_way: bool
+) -> None:
+    kwargs = {"rubric": "Be good.", "model": "m", "cache": str(tmp_path / "judge.sqlite"), "concurrency": 2}
+    batch = ["good", "bad", "good", "fair", " ", "good 2", "fair 2"]
+    with judging(lambda request, number: verdict(len(response_in(request)), delay_s=0.05)) as server:
+        asyncio.run(judge_reward(["fair 2"], ["Say something."], base_url=server.base_url, **kwargs))  # known
+        ahead = [["good", "good", " ", "fair 2", "another"]]
+        scores, metrics = asyncio.run(in_parts([*ahead, batch], is_under_way, base_url=server.base_url, **kwargs))
+    assert scores == [0.4, 0.3, 0.4, 0.4, 0.0, 0.6, 0.6]
+    assert sorted(map(response_in, server.requests)) == ["another", "bad", "fair", "fair 2", "good", "good 2"]
+    assert server.at_once <= 2
+    assert metrics == {"judge/calls": 5, "judge/cached": 1, "judge/retries": 0, "judge/saved": 0,
+                       "judge/tokens": 600, "judge/usd": 0}  # fmt: skip
 
 
 def test_nobody_is_asked_about_a_completion_that_does_not_pass_its_gate(tmp_path: Path) -> None:

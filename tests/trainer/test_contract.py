@@ -189,7 +189,7 @@ def used_of_the_trainer(module: str) -> set[str]:
 
 
 OURS = {"options", "journal", "peers", "faults", "support", "order", "rollouts", "gradients", "recovery", "loss_scale"}
-OURS |= {"exact", "checkpoints", "episodes", "replay", "_was_the_last"}
+OURS |= {"exact", "checkpoints", "episodes", "replay", "early", "_was_the_last"}
 # TRL makes these only for tools and environments (tests/trainer/test_tools.py).
 WITH_TOOLS = {"_sync_tool_dicts", "_async_tool_dicts", "_env_tools", "_environment_pool", "_batch_environments"}
 OURS_IN_THE_WARM_UP = {"options", "journal", "peers", "faults", "loss_scale", "checkpoints", "show", "recover", "held"}
