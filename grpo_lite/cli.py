@@ -603,15 +603,20 @@ def _evaluate_tasks(run_path: str, tasks: list[str], limit: int | None) -> None:
 @main.command()
 @_run_argument
 @click.option("--overwrite", is_flag=True, help="Replace an existing merge.")
+@click.option(
+    "--onto",
+    type=click.Choice(["auto", "original", "trained"]),
+    help="The base's original 16-bit weights, or those that 4-bit training read. Default: the recipe's merge_onto.",
+)
 @trust_option
-def merge(run_path: str, overwrite: bool) -> None:
-    """Merge a run's adapter into its 16-bit base and verify it."""
+def merge(run_path: str, overwrite: bool, onto: str | None) -> None:
+    """Merge a run's adapter into a 16-bit model and verify it."""
     from grpo_lite.export.stages import RunInputs, merge_and_score
     from grpo_lite.report.summary import merge_line
 
     run = _trained_run(run_path)
     with run.locked():
-        record = merge_and_score(run, say, RunInputs(run.load_recipe()), overwrite)
+        record = merge_and_score(run, say, RunInputs(run.load_recipe()), overwrite, onto)  # type: ignore[arg-type]
     say(merge_line(record))
     say(f"merged model: {run.merged}")
 

@@ -38,6 +38,8 @@ from grpo_lite.units import now, size
 # What each stage of a run with a warm-up changes: from which column to which, and how its verdict begins.
 STAGES = {"warmup": ("base", "warm", "Warm-up (SFT)"), "grpo": ("warm", "trained", "GRPO alone")}
 Columns = dict[str, list[Row]]  # records of the same rows, by column
+# Saved models by their keys in metrics.json: what a change from the trained model comes from.
+SAVED = {"merged": "The merge", "merged_nf4": "The export in 4 bits"}
 
 
 def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | None = None) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def greedy_only(recipe: Recipe) -> Recipe:
 def evaluate_merged(run: RunDir, show: Show, prompts: Prompts | None = None) -> dict[str, Any]:
     """Score the merged 16-bit model greedily on the held-out prompts, and add it to metrics.json (`merged`).
 
-    The adapter was trained on a 4-bit base and is merged into the 16-bit one, so the score may differ.
+    An adapter that was trained on a 4-bit base and is merged onto the 16-bit one may score otherwise.
     """
     return evaluate_saved(run, show, prompts, run.merged, "merged")
 
@@ -143,7 +145,8 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
         show: gets progress lines.
         prompts: the run's prompts, if already loaded.
         folder: of the model that transformers loads, 16-bit or quantised.
-        name: the key in metrics.json that gets the lenient and strict rates.
+        name: the key in metrics.json that gets the lenient and strict rates, and how the lenient one differs from the
+            trained model's (`change`).
 
     Returns:
         What metrics.json holds.
@@ -162,9 +165,21 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
         for kind in ("lenient", "strict")
     }
-    result = {**run.read_scores(), name: rates}
+    result = {**run.read_scores(), name: {**rates, **_against_trained(run, records, recipe.seed, name)}}
     run.write_scores(result)
     return result
+
+
+def _against_trained(run: RunDir, records: list[Row], seed: int, name: str) -> dict[str, Any]:
+    """Return the paired change from the trained model to a saved one; nothing where their rows are not the same."""
+    file = run.evaluation / "records.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    trained = [json.loads(line)["trained"]["lenient"] for line in lines]
+    if len(trained) != len(records):
+        return {}
+    pairs = [(a, r["lenient"]) for a, r in zip(trained, records, strict=True) if None not in (a, r["lenient"])]
+    before, after = ([bool(pair[side]) for pair in pairs] for side in (0, 1))
+    return {"change": _change(before, after, seed, "held-out lenient score", SAVED[name])} if pairs else {}
 
 
 def load_saved(folder: Path) -> Any:

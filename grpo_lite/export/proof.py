@@ -21,6 +21,7 @@ import torch
 from grpo_lite.engine.generate import left_padded, stop_ids
 from grpo_lite.engine.out_of_memory import free_memory, is_out_of_memory
 from grpo_lite.errors import ExportError
+from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.model_folder import (
     bytes_to_compute,
     dtype_that_fits,
@@ -75,7 +76,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """The measured agreement of a merge. The reference is 16-bit base + adapter, not merged."""
+    """The measured agreement of a merge. The reference is base + adapter, not merged: the base that was merged onto."""
 
     prompts: int
     positions: int
@@ -113,7 +114,13 @@ class VerifyRecord:
 
 
 def verify_merge(
-    base_dir: Path, adapter_dir: Path, merged_dir: Path, prompts: Sequence[str], device: Device, show: Show
+    base_dir: Path,
+    adapter_dir: Path,
+    merged_dir: Path,
+    prompts: Sequence[str],
+    device: Device,
+    show: Show,
+    trained: TrainedBase | None = None,
 ) -> VerifyRecord:
     """Measure the agreement of a merged folder with base + adapter; the record's `faults` say what is wrong.
 
@@ -125,6 +132,7 @@ def verify_merge(
         prompts: held-out prompts as rendered text (special tokens are not added again).
         device: of this machine.
         show: called with lines for people: where it computes, and how far it is.
+        trained: the base as 4-bit training read it, where that was merged onto.
 
     Raises:
         ExportError: no prompts, too little memory, or a folder that does not load completely.
@@ -138,7 +146,7 @@ def verify_merge(
     show(f"verifying the merge on {len(sequences)} prompts, {place.describe()}")
     record, obstacle = None, None
     try:
-        record = _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show)
+        record = _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show, trained)
     except RuntimeError as error:
         if place.device == "cpu" or not is_out_of_memory(error):
             raise
@@ -151,7 +159,7 @@ def verify_merge(
     _require_memory(base_dir, merged_dir)
     place = Place("cpu", dtype_that_fits(base_dir))
     show(f"verifying the merge again, {place.describe()}: {obstacle}")
-    return _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show)
+    return _prove(base_dir, adapter_dir, merged_dir, sequences, tokenizer, place, show, trained)
 
 
 @dataclass(frozen=True)
@@ -199,9 +207,10 @@ def _prove(
     tokenizer: Any,
     place: Place,
     show: Show,
+    trained: TrainedBase | None,
 ) -> VerifyRecord:
     """Compute the logits of base + adapter, base and merged model in one place, and judge them."""
-    model = _with_adapter(base_dir, adapter_dir, place)
+    model = _with_adapter(base_dir, adapter_dir, place, trained)
     dtype = model.dtype
     keep = positions_kept(model.config.get_text_config().vocab_size, len(prompts), CONTINUED_TOKENS)
     sequences, reference, base = [], [], []
@@ -368,10 +377,12 @@ def _require_memory(base_dir: Path, merged_dir: Path) -> None:
         )
 
 
-def _with_adapter(base_dir: Path, adapter_dir: Path, place: Place) -> Any:
+def _with_adapter(base_dir: Path, adapter_dir: Path, place: Place, trained: TrainedBase | None) -> Any:
     from peft import PeftModel
 
     model = load_whole(base_dir, place.dtype, place.device)
+    if trained:
+        trained.write_into(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie")  # PEFT's advice on tied embeddings; this compares unmerged
         return PeftModel.from_pretrained(model, adapter_dir).eval()

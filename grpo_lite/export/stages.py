@@ -1,4 +1,4 @@
-"""What `merge` and `export` do for a run: merge onto the 16-bit base, write GGUF or NF4; prove and record each."""
+"""What `merge` and `export` do for a run: merge in 16 bits, write GGUF or NF4; prove and record each."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo_lite.commands import hint
-from grpo_lite.errors import ExportError, MemoryBudgetError, NothingToMerge
+from grpo_lite.errors import ExportError, MemoryBudgetError, ModelError, NothingToMerge
 from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_saved
 from grpo_lite.export.folder import clear_leftovers
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
 from grpo_lite.export.gguf.ollama import Prompting
 from grpo_lite.export.gguf.proof import GgufProof, prove_gguf
 from grpo_lite.export.merge.merge import MergeRecord, Progress, merge_adapter
+from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
 from grpo_lite.files.atomic import read_record, write_atomic
@@ -26,6 +27,7 @@ from grpo_lite.models.adapter import WEIGHTS_NAME
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
+from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.screen import Show, progress_lines
@@ -35,6 +37,10 @@ MERGE_PROMPTS = 16  # on which a merge, or the loss of NF4, is measured
 GGUF_PROMPTS = 8
 GGUF_TOKENS = 64  # of each answer, or as many as were trained
 LEAST_GGUF_TOKENS = 16
+
+
+MergeOnto = Literal["auto", "original", "trained"]
+_SCORES_OF_MERGES = ("merged", "merged_onto_original")  # in metrics.json
 
 
 class RunInputs:
@@ -55,17 +61,41 @@ class RunInputs:
         """The base model."""
         return Base.resolve(self.recipe.model)
 
+    @property
+    def trained_in_four_bits(self) -> bool:
+        """Whether the adapter was trained on 4-bit weights that can be had again."""
+        model = self.recipe.model
+        return model.load_in == "4bit" and not uses_unsloth(model)  # which may take 4-bit weights of its own
+
+    def trained_base(self) -> TrainedBase:
+        """Return the base as 4-bit training read it.
+
+        Raises:
+            ExportError: training was not in 4 bits, or by Unsloth.
+            ModelError: it cannot be loaded.
+        """
+        if not self.trained_in_four_bits:
+            model = self.recipe.model
+            raise ExportError(
+                f"merge_onto: trained is given, and the run was trained in {model.load_in} by the backend "
+                f"{model.backend}. It is for model.load_in=4bit and the backend hf; write original here."
+            )
+        return TrainedBase(self.base)
+
     @cached_property
     def prompts(self) -> Prompts:
         """Training and held-out prompts."""
         return load_prompts(self.recipe, load_tokenizer(self.base))
 
 
-def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False) -> dict[str, Any]:
+def merge_run(
+    run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False, trained: TrainedBase | None = None
+) -> dict[str, Any]:
     """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
 
     Args:
         overwrite: replace a merge that is there.
+        trained: the base as 4-bit training read it, to merge onto; None: its original 16-bit weights.
 
     Returns:
         The record kept under `merge` in run.json.
@@ -80,18 +110,21 @@ def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = Fals
             f"{hint('merge', run=run.path, overwrite=True)}"
         )
     base = inputs.base
-    show(f"merging {run.adapter} onto the 16-bit {base.section.id}")
+    which = f"{base.section.id} as 4-bit training read it" if trained else f"the original 16-bit {base.section.id}"
+    show(f"merging {run.adapter} onto {which}")
     run.update_run(merge={"passed": False})  # until verified: an earlier merge's proof is not this one's
     try:
         with _merging(show) as progress:
-            record = merge_adapter(base.weights, run.adapter, run.merged, overwrite=overwrite, progress=progress)
+            record = merge_adapter(
+                base.weights, run.adapter, run.merged, trained=trained, overwrite=overwrite, progress=progress
+            )
     except NothingToMerge as error:
         run.update_run(merge={"skipped": str(error)})
         raise
     if record.copied_line:
         show(record.copied_line)
     texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
-    proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show)
+    proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show, trained)
     if proof.faults and _lost_in_rounding(proof):
         shutil.rmtree(run.merged)
         raise NothingToMerge(
@@ -107,22 +140,61 @@ def merge_run(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = Fals
     return summary
 
 
-def merge_and_score(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False) -> dict[str, Any]:
+def merge_and_score(
+    run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False, onto: MergeOnto | None = None
+) -> dict[str, Any]:
     """Merge and verify a run, then score the merged model on the held-out prompts where the run is evaluated.
+
+    After training in 4 bits, `auto` merges onto the original base first. Where that costs a significant part of the
+    trained model's score, or no score can tell, it merges onto the weights that training read: that is the trained
+    model.
+
+    Args:
+        onto: which base; None: as the recipe says.
 
     Returns:
         The record kept under `merge` in run.json.
 
     Raises:
-        ExportError: the merge or its verification failed.
+        ExportError: the merge or its verification failed, or `trained` is asked of a run that was not in 4 bits.
+        ModelError: the base cannot be loaded in 4 bits.
     """
-    summary = merge_run(run, show, inputs, overwrite)
-    if inputs.recipe.eval.enabled and run.scores_file.is_file():
+    onto = onto or inputs.recipe.merge_onto
+    if onto == "trained":
+        return _merge_once(run, show, inputs, overwrite, inputs.trained_base())
+    if onto == "original" or not inputs.trained_in_four_bits:
+        return _merge_once(run, show, inputs, overwrite)
+    if not (inputs.recipe.eval.enabled and run.scores_file.is_file()):
+        return _merge_once(run, show, inputs, overwrite, inputs.trained_base())
+    summary = _merge_once(run, show, inputs, overwrite)
+    scores = run.read_scores().get("merged")
+    verdict = (scores or {}).get("change", {}).get("verdict", {})
+    if scores and verdict.get("label") != "significant loss":
+        return summary
+    reason = verdict.get("sentence") or "What the merge onto the original weights costs is not known."
+    show(f"{reason} So it is made again, onto the weights that training read.")
+    try:
+        trained = inputs.trained_base()
+    except ModelError as error:
+        show(f"the merge onto the original weights stays: {error}")
+        return summary
+    run.update_run(merge={"passed": False})  # if this is killed, the merge is made again from the start
+    shutil.rmtree(run.merged)  # two merges may not fit the disk
+    summary = _merge_once(run, show, inputs, True, trained)
+    run.write_scores({**run.read_scores(), **({"merged_onto_original": scores} if scores else {})})
+    return summary
+
+
+def _merge_once(
+    run: RunDir, show: Show, inputs: RunInputs, overwrite: bool, trained: TrainedBase | None = None
+) -> dict[str, Any]:
+    summary = merge_run(run, show, inputs, overwrite, trained)
+    if inputs.recipe.eval.enabled and (scores := run.read_scores()):
+        run.write_scores({name: value for name, value in scores.items() if name not in _SCORES_OF_MERGES})
         try:
             evaluate_merged(run, show, inputs.prompts)
         except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
             show(f"the merged model is verified but not scored: {error}")
-            run.write_scores({name: value for name, value in run.read_scores().items() if name != "merged"})
     return summary
 
 
@@ -234,6 +306,7 @@ def export_run_nf4(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool =
 
 def _summary(record: MergeRecord, proof: VerifyRecord, held_out: bool) -> dict[str, Any]:
     return {
+        "onto": record.onto,
         "prompts": proof.prompts,
         "positions": proof.positions,
         "held_out": held_out,

@@ -61,11 +61,11 @@ class Times:
 
     def fixed_s(self, recipe: Recipe) -> float:
         """Return what no number of steps changes: the start, the warm-up and the merge."""
-        return self.start_s + self.warmup_s + (self.merge_s if recipe.merge else 0.0)
+        return self.start_s + self.warmup_s + self.merge_s * recipe.most_merges
 
     def evaluation_s(self, recipe: Recipe, rows: int) -> float:
-        """Return the seconds of scoring base, warm, trained and merged model on so many held-out rows."""
-        merged = rows if recipe.merge and recipe.eval.enabled else 0
+        """Return the seconds of scoring base, warm, trained and merged models on so many held-out rows, at most."""
+        merged = rows * recipe.most_merges if recipe.eval.enabled else 0
         return self.completion_s * (recipe.evaluated_completions(rows) + merged)
 
     def training_s(self, recipe: Recipe, steps: int, rows: int) -> float:

@@ -397,7 +397,12 @@ class Recipe(_Section):
     expected: Expected | None = Field(
         None, description="A measured result of this recipe, drawn as a band; `doctor` says whether a run is inside."
     )
-    merge: bool = Field(True, description="Merge the adapter onto the 16-bit base after training, and verify it.")
+    merge: bool = Field(True, description="Merge the adapter into a 16-bit model after training, and verify it.")
+    merge_onto: Literal["auto", "original", "trained"] = Field(
+        "auto",
+        description="After training in 4 bits: merge onto the `original` 16-bit weights, onto those that training read "
+        "(`trained`), or `auto`: onto the original ones unless the merged model then scores significantly worse.",
+    )
 
     @field_validator("push_checkpoints")
     @classmethod
@@ -528,6 +533,12 @@ class Recipe(_Section):
             return 0
         models, rows = 2 if self.warmup is None else 3, self.evaluated_rows(held_out)
         return models * (rows * (1 + self.eval.samples) + sum(source.limit for source in self.eval.also.values()))
+
+    @property
+    def most_merges(self) -> int:
+        """How often a model is merged and scored, at most: twice where the first score chooses what is merged onto."""
+        chooses = self.merge_onto == "auto" and self.model.load_in == "4bit" and self.eval.enabled
+        return self.merge * (2 if chooses else 1)
 
 
 def values_by_key(value: Any, path: str = "") -> dict[str, Any]:

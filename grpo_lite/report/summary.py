@@ -10,6 +10,12 @@ from grpo_lite.report.scores import episodes_text, named_scores, own_gain, rates
 from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir
 from grpo_lite.units import duration, size
 
+# Keys of metrics.json, and what people read.
+MERGED = {
+    "merged": "the merged 16-bit model",
+    "merged_onto_original": "merged onto the original 16-bit base, which is not kept,",
+}
+
 
 def run_summary(run: RunDir) -> str:
     """Return the end-of-run summary."""
@@ -79,11 +85,10 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     else:
         lines += [further["lenient"]["verdict"]["sentence"] for further in scores.get("also", {}).values()]
         lines += [f"by a second, independent judge: {rates_text(scores['honest'])}"] if "honest" in scores else []
-    if "merged" in scores:
-        rate = scores["merged"]["lenient"]
-        lines.append(
-            f"the merged 16-bit model on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
-        )
+    for name, what in MERGED.items():
+        if name in scores:
+            rate = scores[name]["lenient"]
+            lines.append(f"{what} on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})")
     if "merged_nf4" in scores:
         lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():
@@ -145,8 +150,9 @@ def merge_line(record: Mapping[str, Any]) -> str:
     if "prompts" not in record:
         return f"merged, but not verified: run `{hint('merge', run=UNKNOWN, overwrite=True)}`."
     first = " of episodes, up to the first answer" if record.get("episodes") else ""
+    onto = "the base as 4-bit training read it" if record.get("onto") == "trained" else "the 16-bit base"
     return (
-        f"merged into the 16-bit base and verified on {record['prompts']} held-out prompts{first}: top-1 agreement "
+        f"merged onto {onto} and verified on {record['prompts']} held-out prompts{first}: top-1 agreement "
         f"{record['top1_agreement']:.1%}, mean KL {record['mean_kl']:.1e}, largest logit difference "
         f"{record['max_logit_difference']:.3f}"
     )

@@ -85,11 +85,11 @@ class Deadline(TrainerCallback):
         evaluation = self.earlier.get("evaluation_seconds", planned.get("evaluation_s"))
         if evaluation is None:
             completions = self.recipe.evaluated_completions(self.held_out)
-            completions += self.held_out if self.recipe.merge else 0
+            completions += self.held_out * self.recipe.most_merges
             evaluation = completions * step_s / self.sampled_per_step
         merge = self.earlier.get("merge_seconds")
         if merge is None:
-            merge = merge_seconds(self.base_bytes)
+            merge = merge_seconds(self.base_bytes) * self.recipe.most_merges
         return 1.2 * ((evaluation if self.recipe.eval.enabled else 0.0) + (merge if self.recipe.merge else 0.0))
 
 

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its 16-bit base, a block of rows at a time.
+"""Merge a LoRA adapter into its base in 16 bits, a block of rows at a time.
 
 Each target weight becomes `W + scaling · B·A` in float32, rounded once to the base's dtype; all else is copied. Where
 rounding to the nearest would undo the update, as it does for most small updates of reinforcement learning in bfloat16,
@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +31,17 @@ from grpo_lite.export.folder import replacing_folder
 from grpo_lite.export.merge.adapter import Adapter, LoraFactors, open_adapter
 from grpo_lite.export.merge.names import TensorNames, tensor_names
 from grpo_lite.export.merge.plan import Change, MergePlan, make_plan
+from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.model_folder import copy_chat_template, copy_files, read_base_config
-from grpo_lite.export.safetensors import INDEX_NAME, SINGLE_NAME, Shard, build_head, open_checkpoint, row_blocks
+from grpo_lite.export.safetensors import (
+    FLOATS,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Shard,
+    build_head,
+    open_checkpoint,
+    row_blocks,
+)
 from grpo_lite.files.manifest import MANIFEST_NAME, read_manifest, sha256_of, write_manifest
 from grpo_lite.models.adapter import WEIGHTS_NAME
 
@@ -52,6 +62,7 @@ class MergeRecord:
 
     base: str | None  # as the adapter recorded it; None where it recorded a path of the training machine
     adapter_sha256: str
+    onto: str  # "original": the checkpoint's weights; "trained": those that 4-bit training read
     dtype: str  # of the changed tensors
     tensors: int
     tensors_merged: int  # by LoRA
@@ -87,14 +98,16 @@ def merge_adapter(
     adapter_dir: Path,
     out_dir: Path,
     *,
+    trained: TrainedBase | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeRecord:
-    """Merge an adapter onto its 16-bit base and write a folder that transformers loads.
+    """Merge an adapter onto its base and write a folder in the base's dtype that transformers loads.
 
     Args:
         base_dir: config.json and safetensors of the base, in float32, bfloat16 or float16.
         adapter_dir: what PEFT's save_pretrained wrote; checked against its manifest where it has one.
+        trained: the base as 4-bit training read it, to merge onto; None: the weights of `base_dir`.
         out_dir: must not exist, unless `overwrite` and grpo_lite made it.
         progress: called with the shard's name, the bytes written and the bytes in all.
 
@@ -108,7 +121,7 @@ def merge_adapter(
     shards = open_checkpoint(base_dir)
     adapter = open_adapter(adapter_dir)
     names = tensor_names(base_dir, (name for shard in shards for name in shard.tensors))
-    plan = make_plan(config, shards, adapter, names)
+    plan = make_plan(config, shards, adapter, names, trained)
     adapter_sha256 = sha256_of(adapter_dir / WEIGHTS_NAME)
     _check_not_merged_before(base_dir, adapter_sha256)
     total = sum(len(shard.head) + sum(s.end - s.start for s in shard.tensors.values()) for shard in shards)
@@ -121,7 +134,8 @@ def merge_adapter(
         copy_chat_template(adapter_dir, partial)
         _write_config(base_dir, config, plan, partial)
         _write_index(base_dir, plan, shards, partial)
-        record = _record(writer, shards, names, adapter_sha256, total, time.monotonic() - began)
+        onto = "trained" if trained else "original"
+        record = _record(writer, shards, names, adapter_sha256, onto, total, time.monotonic() - began)
         (partial / MERGE_RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, writer.digests)
     return record
@@ -195,7 +209,8 @@ class ShardWriter:
             return
         before, generator = self.tally.changed, None
         trained = change.lora is not None or change.replacement is not None
-        for number, (base, merged) in enumerate(merged_blocks(change, self.adapter.shard)):
+        blocks = zip(row_blocks(change.source.shape), merged_blocks(change, self.adapter.shard), strict=True)
+        for number, (rows, (base, merged)) in enumerate(blocks):
             rounded = merged.to(base.dtype)
             if trained:
                 share = self._count(name, base, merged, rounded)
@@ -206,7 +221,8 @@ class ShardWriter:
                 rounded = round_stochastically(merged, base.dtype, generator)
             if trained:
                 self.tally.changed += int((rounded != base).sum())
-            yield _bytes_of(base), _bytes_of(rounded)
+            stored = base if change.weight is None else change.shard.read(change.source, *rows)
+            yield _bytes_of(stored), _bytes_of(rounded)
         if self.tally.changed == before and trained:
             self.unchanged.append(name)
 
@@ -242,29 +258,41 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def merged_blocks(change: Change, adapter: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (base block in its own dtype, merged block in float32) for consecutive rows of the stored tensor."""
+    base_rows = _reader(change)
     if change.replacement is not None:
         for start, end in row_blocks(change.source.shape):
-            yield (
-                change.shard.read(change.source, start, end),
-                adapter.read(change.replacement, start, end).float(),
-            )
-    elif change.lora is None:  # an untied head that stays what the embedding was
+            yield base_rows(start, end), adapter.read(change.replacement, start, end).float()
+    elif change.lora is None:  # an untied head that stays what the embedding was, or a weight as training read it
         for start, end in row_blocks(change.source.shape):
-            block = change.shard.read(change.source, start, end)
+            block = base_rows(start, end)
             yield block, block.float()
     else:
-        yield from _lora_blocks(change, change.lora, adapter)
+        yield from _lora_blocks(change, change.lora, adapter, base_rows)
 
 
-def _lora_blocks(change: Change, lora: LoraFactors, adapter: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+Reader = Callable[[int, int], torch.Tensor]  # rows from, to
+
+
+def _reader(change: Change) -> Reader:
+    """Return what reads rows of the base's tensor in the dtype and layout in which it is stored."""
+    if change.weight is None:
+        return partial(change.shard.read, change.source)
+    weight = change.weight().to(FLOATS[change.source.dtype])
+    stored = weight.T if change.transposed else weight
+    return lambda start, end: stored[start:end]
+
+
+def _lora_blocks(
+    change: Change, lora: LoraFactors, adapter: Shard, base_rows: Reader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()  # (r, in), (out, r)
     left, right = (a.T, b.T) if change.transposed else (b, a)
     magnitude = adapter.read(lora.magnitude).float().reshape(-1) if lora.magnitude is not None else None  # (out,)
     factor = None
     if magnitude is not None and change.transposed:
-        factor = magnitude / _column_norms(change, left, right, lora.scaling)
+        factor = magnitude / _column_norms(change, base_rows, left, right, lora.scaling)
     for start, end in row_blocks(change.source.shape):
-        base = change.shard.read(change.source, start, end)
+        base = base_rows(start, end)
         merged = base.float() + left[start:end] @ right * lora.scaling
         if factor is not None:
             merged *= factor
@@ -273,11 +301,13 @@ def _lora_blocks(change: Change, lora: LoraFactors, adapter: Shard) -> Iterator[
         yield base, merged
 
 
-def _column_norms(change: Change, left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+def _column_norms(
+    change: Change, base_rows: Reader, left: torch.Tensor, right: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """DoRA's norm per output feature where the outputs are columns: it spans all blocks, so it needs its own pass."""
     squares = torch.zeros(right.shape[1], dtype=torch.float64)
     for start, end in row_blocks(change.source.shape):
-        block = change.shard.read(change.source, start, end).float() + left[start:end] @ right * scaling
+        block = base_rows(start, end).float() + left[start:end] @ right * scaling
         squares += block.double().square().sum(dim=0)
     return squares.sqrt().float()
 
@@ -298,7 +328,13 @@ def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: to
 
 
 def _record(
-    writer: ShardWriter, shards: list[Shard], names: TensorNames, adapter_sha256: str, size_bytes: int, wall_s: float
+    writer: ShardWriter,
+    shards: list[Shard],
+    names: TensorNames,
+    adapter_sha256: str,
+    onto: str,
+    size_bytes: int,
+    wall_s: float,
 ) -> MergeRecord:
     """Return the record, or refuse a merge that changed nothing."""
     plan, adapter = writer.plan, writer.adapter
@@ -315,6 +351,7 @@ def _record(
     return MergeRecord(
         base=recorded if recorded and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded) else None,
         adapter_sha256=adapter_sha256,
+        onto=onto,
         dtype="/".join(dtypes),
         tensors=sum(len(shard.tensors) for shard in shards) + len(plan.added),
         tensors_merged=sum(change.lora is not None for change in applied),

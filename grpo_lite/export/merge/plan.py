@@ -8,8 +8,9 @@ Adapter and base are matched by the trained model's names; what is written keeps
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from grpo_lite.errors import ExportError
 from grpo_lite.export.merge.adapter import Adapter, LoraFactors
 from grpo_lite.export.merge.names import TensorNames
+from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.safetensors import FLOATS, Shard, TensorSpec, row_blocks
 from grpo_lite.models.text_tower import causal_name
 
@@ -39,6 +41,7 @@ class Change:
     lora: LoraFactors | None = None
     transposed: bool = False  # the weight is stored (in, out), as in Conv1D and embeddings
     replacement: TensorSpec | None = None  # modules_to_save: the adapter's own tensor, in full
+    weight: Callable[[], torch.Tensor] | None = None  # (out, in), in place of the stored one: as training read it
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,13 @@ class MergePlan:
     untied: bool
 
 
-def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter, names: TensorNames) -> MergePlan:
+def make_plan(
+    config: Mapping[str, Any],
+    shards: list[Shard],
+    adapter: Adapter,
+    names: TensorNames,
+    trained: TrainedBase | None = None,
+) -> MergePlan:
     """Match every tensor of the adapter to the base.
 
     Args:
@@ -58,6 +67,7 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter, 
         shards: its checkpoint.
         adapter: what is merged.
         names: how the trained model calls the checkpoint's tensors.
+        trained: the base as 4-bit training read it, to merge onto; None: the weights in the checkpoint.
 
     Raises:
         ExportError: names or shapes that do not match, base tensors that are not floats, layers the adapter lacks.
@@ -82,6 +92,8 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter, 
             book[target] = change
     faults += _copies_that_differ(adapter, base, pair)
     faults += _missing_layers(config, base, changes, adapter)
+    if trained:
+        faults += _read_as_trained(changes, base, config, names, trained)
     if faults:
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ExportError(
@@ -96,6 +108,27 @@ def make_plan(config: Mapping[str, Any], shards: list[Shard], adapter: Adapter, 
     # Head and embedding stored apart: they no longer are equal once either changes, whatever the config says.
     touched = any(name in _HEADS or name.split(".")[-2] in _EMBEDDINGS for name in changes)
     return _plan(changes, added, untied=touched and config.get("tie_word_embeddings") is not False)
+
+
+def _read_as_trained(
+    changes: dict[str, Change], base: Base, config: Mapping[str, Any], names: TensorNames, trained: TrainedBase
+) -> list[str]:
+    """Let every 4-bit layer have the weight that training read, adapted or not; return what does not fit."""
+    faults = []
+    for layer, shape in trained.shapes.items():
+        name = f"{layer}.weight"
+        target = _resolve(name, base)
+        if target is None:
+            faults.append(f"{name}: {_absence(name, names)}")
+            continue
+        spec, shard = base[target]
+        transposed = _is_conv1d(config, name, (shape[0], shape[1]), spec)
+        if spec.shape != (shape[::-1] if transposed else shape):
+            faults.append(f"{name}: {list(shape)} in training, {list(spec.shape)} in the base")
+            continue
+        change = changes.get(target) or Change(spec, shard, transposed=transposed)
+        changes[target] = replace(change, weight=partial(trained.weight, layer))
+    return faults
 
 
 def _plan(changes: Mapping[str, Change], added: Mapping[str, Change], untied: bool) -> MergePlan:
