@@ -26,7 +26,9 @@ WHOLE, ROWS = 300, 500
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("gsm8k", ["eval.limit=500", "eval.samples=4", "eval.every=0", *overrides])
+    """Return gsm8k with one merge: `auto` may make a second one."""
+    settings = ["eval.limit=500", "eval.samples=4", "eval.every=0", "merge_onto=original"]
+    return load_recipe("gsm8k", [*settings, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,15 @@ def test_a_plan_takes_the_probed_speed_of_this_card_and_else_an_estimate(
     assert measured_times(recipe("grpo.num_generations=16"), None, 0) is None
     without = plan_budget(planned, 7200, (), None, None)  # on a machine without a GPU: what was probed there
     assert without.times.step_s == 40
+
+
+def test_a_merge_that_may_be_made_twice_is_planned_twice_with_its_score() -> None:
+    one, two = recipe(), recipe("merge_onto=auto")
+    assert TIMES.fixed_s(two) - TIMES.fixed_s(one) == TIMES.merge_s
+    assert TIMES.evaluation_s(two, 100) - TIMES.evaluation_s(one, 100) == pytest.approx(100 * TIMES.completion_s)
+    in_16_bits = recipe("merge_onto=auto", "model.load_in=16bit")
+    assert TIMES.fixed_s(in_16_bits) == TIMES.fixed_s(one)
+    assert TIMES.fixed_s(recipe("merge_onto=auto", "eval.enabled=false")) == TIMES.fixed_s(one)
 
 
 def test_a_warm_up_counts_by_its_tokens_and_by_what_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

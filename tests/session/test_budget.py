@@ -88,7 +88,7 @@ def test_a_run_that_has_begun_keeps_its_numbers(tmp_path: Path) -> None:
 
 def test_the_deadline_keeps_the_time_that_the_plan_has_for_the_evaluation(tmp_path: Path) -> None:
     planned = {"budget": {"evaluation_s": 100.0}}
-    recipe = load_recipe("smoke", ["limits.max_minutes=10"])
+    recipe = load_recipe("smoke", ["limits.max_minutes=10", "merge_onto=original"])
     assert Deadline(recipe, 0.0, planned, 8, tmp_path, print).reserve_s(1e6) == pytest.approx(1.2 * (100 + 30))
     measured = {**planned, "evaluation_seconds": 10.0, "merge_seconds": 20.0}
     assert Deadline(recipe, 0.0, measured, 8, tmp_path, print).reserve_s(1e6) == pytest.approx(36)

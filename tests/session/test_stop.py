@@ -16,7 +16,8 @@ from grpo_lite.task.traces import Trace
 
 
 def recipe(root: Path, *overrides: str) -> Recipe:
-    return load_recipe("smoke", overrides)
+    """Return smoke with one merge: `auto` may make a second one."""
+    return load_recipe("smoke", ["merge_onto=original", *overrides])
 
 
 def test_training_pauses_when_the_next_step_would_eat_the_time_reserved(
@@ -59,6 +60,9 @@ def test_the_reserve_counts_every_completion_of_the_evaluation(root: Path, tmp_p
         file.truncate(50_000_000)
     deadline = Deadline(recipe(root, "limits.max_minutes=10"), 0.0, {}, 8, tmp_path, print)
     assert deadline.reserve_s(2.0) == pytest.approx(1.2 * (14 + 32))
+    # A second merge, and 8 more completions: 2 s.
+    twice = Deadline(recipe(root, "limits.max_minutes=10", "merge_onto=auto"), 0.0, {}, 8, tmp_path, print)
+    assert twice.reserve_s(2.0) == pytest.approx(1.2 * (14 + 2 + 2 * 32))
     silent = Deadline(recipe(root, "eval.enabled=false", "merge=false"), 0.0, {}, 8, tmp_path, print)
     assert silent.reserve_s(2.0) == 0
 
