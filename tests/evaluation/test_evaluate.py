@@ -317,7 +317,8 @@ def test_completions_cut_off_by_the_cap_are_counted(recipe: Recipe, tiny: tuple[
     (cut,) = score_model(*tiny, recipe, rows, lambda line: None, "base")
     assert cut["truncated"] is True  # a random model does not end within 16 tokens
     ended = {**cut, "truncated": False}
-    assert compare(recipe, {"base": [cut, ended], "trained": [ended, ended]})["truncated"] == {"base": 0.5, "trained": 0.0}
+    result = compare(recipe, {"base": [cut, ended], "trained": [ended, ended]})
+    assert result["truncated"] == {"base": 0.5, "trained": 0.0}
 
 
 @pytest.fixture

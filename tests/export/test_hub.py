@@ -268,8 +268,11 @@ def test_run_below_its_base_is_refused(tmp_path: Path) -> None:
     assert scores["lenient"]["verdict"]["label"] == "no significant gain"
     from grpo_lite.evaluation.evaluate import compare
 
-    rows = [[{"lenient": i < n, "strict": i < n, "samples_right": 0} for i in range(20)] for n in (15, 5)]
-    worse.scores_file.write_text(json.dumps(compare(worse.load_recipe(), dict(zip(("base", "trained"), rows, strict=True)))))
+    columns = {
+        name: [{"lenient": i < right, "strict": i < right, "samples_right": 0} for i in range(20)]
+        for name, right in (("base", 15), ("trained", 5))
+    }
+    worse.scores_file.write_text(json.dumps(compare(worse.load_recipe(), columns)))
     with pytest.raises(ExportError, match=r"worse than its base.*0\.750 to 0\.250"):
         push(worse)
 
