@@ -76,7 +76,7 @@ def with_plan(notebook: Any) -> Any:
     from grpo_lite.cli import main as grpo_lite
 
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    (plan,) = [cell for cell in notebook.cells if 'grpo_lite("plan"' in cell.source]
+    (plan,) = [cell for cell in notebook.cells if cell.source.startswith('grpo_lite("plan"')]
     values: dict[str, Any] = {}
     exec(parameters.source, values)
     words = ["plan", values["RECIPE"], *values["OVERRIDES"], "--gpu", values["GPU"], "--budget", values["BUDGET"]]

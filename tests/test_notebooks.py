@@ -36,8 +36,8 @@ def code(notebook: Any) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def output_of(notebook: Any, code_in_it: str) -> str:
-    (cell,) = [cell for cell in notebook.cells if code_in_it in cell.source]
+def output_of(notebook: Any, code_begins: str) -> str:
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith(code_begins)]
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
@@ -167,7 +167,7 @@ def test_every_cell_of_a_gpu_notebook_runs_with_model_and_data_put_in(name: str,
     assert "pass@1" in output_of(notebook, 'grpo_lite("probe"')
     assert "srcdoc" in shown  # the report, inline
     assert "step 2/2" in shown
-    trained = output_of(notebook, 'grpo_lite("train"')
+    trained = output_of(notebook, "from grpo_lite.runs.run_dir import RunDir")
     assert "budget: 30m for everything, set-up of packages apart; times measured by the probe" in trained
     assert "budget: training: 2 steps" in trained
     assert (tmp_path / "run" / "merged").is_dir()

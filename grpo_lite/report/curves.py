@@ -78,11 +78,12 @@ def charts(e: Evidence) -> list[Chart]:
         Chart("memory", "Peak memory", "GiB so far", [_line(e, "memory/peak_gib", "")]),
     ]
     result = []
-    for chart in [*candidates, *_score_chart(e)]:
+    for chart in [*_score_chart(e), *candidates]:
         lines = [line for line in chart.lines if len(line.y) >= 2]
         if lines:
-            lines += _expected_band(e, chart.key, lines[0].x[-1])
-            result.append(Chart(chart.key, chart.title, chart.note, lines, chart.top))
+            expected = _expected_band(e, chart.key, lines[0].x[-1])
+            note = chart.note + ("; dashed: what the recipe expects, with its band" if expected else "")
+            result.append(Chart(chart.key, chart.title, note, [*lines, *expected], chart.top))
     return result
 
 
