@@ -145,7 +145,8 @@ class Board(Progress):
             names += [(name, f"rewards/{name}/mean") for name in self.recipe.reward_names]
         rows = [(name, f"{v[-1]:.3f}", sparkline(v)) for name, key in names if (v := self.series(key))]
         if found := standing(Evidence(self.recipe, self.steps)):
-            rows.append(("expected", f"{found.low:.2f} to {found.high:.2f}", found.place))
+            at = f" at step {found.step}" if found.step < self.step else ""  # the band has ended
+            rows.append(("expected", f"{found.low:.2f} to {found.high:.2f}", found.place + at))
         if held := self.series("heldout/lenient"):
             rows.append(("held-out", f"{held[-1]:.1%}", sparkline(held)))
         if lengths := self.series("completions/mean_length"):

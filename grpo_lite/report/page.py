@@ -88,7 +88,7 @@ def _expected(page: RunPage) -> dict[str, Any] | None:
     expected = page.recipe.expected
     if expected is None:
         return None
-    line = standing_line(page.evidence) or f"not known yet; {expected.cited}"
+    line = standing_line(page.evidence) or f"where the run stands in its band is not known yet; {expected.cited}"
     facts = f"{expected.model}, {expected.hardware}"
     return {"line": line, "link": expected.link, "facts": facts, "deviations": expected.deviations}
 

@@ -21,6 +21,7 @@ from grpo_lite.recipe.overrides import yaml_text
 from grpo_lite.report.board import Board, WarmupBoard
 from grpo_lite.report.curves import charts, drawable
 from grpo_lite.report.doctor import findings_file, nothing_found
+from grpo_lite.report.expected import standing_line
 from grpo_lite.report.facts import RunPage, headline, latest_rows, read_page, tiles
 from grpo_lite.report.page import comparison_table, distinct_names, overlaid_charts, recipe_differences
 from grpo_lite.report.watch import read_board, state_of
@@ -101,6 +102,7 @@ def run_view(name: str, run: RunDir) -> dict[str, Any]:
         "tiles": tiles(page),
         "findings": [{"sentence": f.sentence, "override": f.override} for f in page.findings],
         "clean": nothing_found(page.evidence),
+        "expected": standing_line(page.evidence),
         "charts": [drawable(chart) for chart in charts(page.evidence)],
         "completions": latest_rows(run),
     }

@@ -175,6 +175,8 @@ def test_the_board_and_its_line_show_the_band() -> None:
     board = Board(recipe(), 20, list(evidence(INSIDE).steps))
     assert ("expected", "0.45 to 0.65", "inside") in board.table()
     assert "reward 0.550 ± 0.100 · expected 0.45 to 0.65 ·" in board.line()
+    beyond = Board(recipe(), 20, list(evidence([*INSIDE, 0.6, 0.9, 0.9]).steps))  # the band's last point is at step 11
+    assert ("expected", "0.50 to 0.70", "inside at step 11") in beyond.table()
     assert band_text(Evidence(load_recipe("smoke"), board.steps)) is None
 
 
@@ -201,7 +203,7 @@ def test_doctor_and_report_say_where_the_run_stands(tmp_path: Path) -> None:
     assert "doctor: inside the band: reward 0.500 at step 10" in in_process("doctor", str(run.path))
     in_process("report", str(run.path))
     page = (run.path / "report.html").read_text()
-    assert "Against the band: inside the band: reward 0.500" in page
+    assert "Inside the band: reward 0.500" in page
     assert '<a href="https://example.org/x">' in page
     below = written(tmp_path / "below", [0.1] * 10)
     said = in_process("doctor", str(below.path))

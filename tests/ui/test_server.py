@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from grpo_lite.errors import DataError
 from grpo_lite.ui.ask import Asker, Busy
@@ -139,6 +140,20 @@ def test_a_run_has_curves_findings_and_its_latest_completions(client: Any) -> No
     assert len(reward["low"]) == len(reward["high"]) == 12
     assert "nothing found wrong" in run["clean"]
     assert [row["step"] for row in run["completions"]] == [12] * 8 + [11] * 8 + [10] * 8  # the newest first
+
+
+def test_a_run_says_where_it_stands_in_its_recipe_s_band(client: Any, folder: Path) -> None:
+    assert client.get("/api/run?run=good").json()["expected"] is None
+    banded = folder / "banded"
+    shutil.copytree(folder / "good", banded)
+    recipe = yaml.safe_load((banded / "recipe.yaml").read_text())
+    recipe["expected"] = {"source": "a paper", "model": "m", "hardware": "h", "points": [[1, 5.0, 6.0], [20, 5.0, 6.0]]}
+    (banded / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = client.get("/api/run?run=banded").json()
+    shutil.rmtree(banded)
+    assert run["expected"].startswith("outside the band, ")
+    assert "below: reward" in run["expected"]
+    assert [line["name"] for line in run["charts"][0]["lines"]] == ["reward", "expected"]
 
 
 def test_an_unchanged_run_is_not_sent_again_and_a_grown_one_is(client: Any, folder: Path) -> None:

@@ -91,8 +91,9 @@
     box.append(add(make("div", "row ticks"), make("span"), track));
     return box;
   };
+  const sentence = (line) => line[0].toUpperCase() + line.slice(1) + ".";
   const findingList = (findings, clean) => {
-    if (!findings.length) return make("p", clean.includes("nothing found wrong") ? "fine" : "fine unknown", clean[0].toUpperCase() + clean.slice(1) + ".");
+    if (!findings.length) return make("p", clean.includes("nothing found wrong") ? "fine" : "fine unknown", sentence(clean));
     const list = make("ul", "findings");
     for (const finding of findings) {
       const item = add(make("li"), make("p", "", finding.sentence));
@@ -258,6 +259,7 @@
       top.replaceChildren(add(make("div", "headrow"), make("h1", "", run.name), state(run.state)), lead, hero, actions);
       tiles.replaceChildren(...run.tiles.map(([key, value]) => add(make("div", "card"), make("dt", "", key), make("dd", "", value))));
       doctor.lastChild.replaceChildren(findingList(run.findings, run.clean));
+      if (run.expected) doctor.lastChild.append(make("p", "", sentence(run.expected)));
       curves.hidden = !run.charts.length;
       curves.lastChild.replaceChildren(chartGrid(run.charts));
       samples.hidden = !run.completions.length;
