@@ -159,6 +159,11 @@ def _episode_faults(recipe: Recipe) -> list[str]:
                 f"{where}.function: {ENVIRONMENT_REWARD} is given, and there is no environment that pays it. Name a "
                 "reward function, or an environment."
             )
+    if recipe.warmup is not None and recipe.warmup.source == "gold" and recipe.environment is None:
+        faults.append(
+            "warmup.source: gold is given, and there is no environment whose gold policy could be played. Name one "
+            "under `environment`, or give rows with completions (warmup.source=data and warmup.data)."
+        )
     if not recipe.has_tools:
         return faults
     key = "tools" if recipe.tools else "environment"

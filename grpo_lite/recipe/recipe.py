@@ -131,9 +131,10 @@ class DataSection(_Section):
 class WarmupSection(_Section):
     """Supervised fine-tuning of the same LoRA before GRPO."""
 
-    source: Literal["data", "self"] = Field(
+    source: Literal["data", "self", "gold"] = Field(
         "data",
-        description="data: rows with completions; self: the base's own right completions.",
+        description="data: rows with completions; self: the base's own right completions; gold: episodes of the "
+        "function `gold(row)` beside the environment.",
     )
     data: SourceSection | None = Field(None, description="Rows with completions, for source: data.")
     prompt: str | None = Field(None, description="Template of the prompt over those rows; null: data.prompt.")
@@ -160,7 +161,9 @@ class WarmupSection(_Section):
     )
     samples: int = Field(4, ge=1, description="source: self: completions sampled for each training prompt.")
     keep: int = Field(1, ge=1, description="source: self: most distinct right completions kept of a prompt.")
-    prompts: int | None = Field(None, ge=1, description="source: self: training prompts sampled; null: all.")
+    prompts: int | None = Field(
+        None, ge=1, description="source: self or gold: training prompts sampled or played; null: all."
+    )
     seed: int | None = Field(None, ge=0, lt=2**32, description="Of the order of rows; null: the recipe's seed.")
 
     @model_validator(mode="after")
@@ -169,6 +172,8 @@ class WarmupSection(_Section):
             raise ValueError("source: data needs rows with completions: give warmup.data, or source: self")
         if self.source == "self" and self.data is not None:
             raise ValueError("source: self samples the training prompts itself, so data is not given with it")
+        if self.source == "gold" and self.data is not None:
+            raise ValueError("source: gold plays the training prompts itself, so data is not given with it")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given; give one of them")
         return self

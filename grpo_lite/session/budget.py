@@ -101,7 +101,7 @@ def with_overrides(recipe: Recipe, overrides: Collection[str]) -> Recipe:
 
 def _times(recipe: Recipe, base: Base, prompts: Prompts, device: str) -> Times | None:
     tokens = None
-    if recipe.warmup and recipe.warmup.source == "data" and recipe.warmup.steps is None:
+    if recipe.warmup and recipe.warmup.source != "self" and recipe.warmup.steps is None:
         tokens = round(sum(map(len, load_traces(recipe, prompts).rows)) * (recipe.warmup.epochs or 1))
     return measured_times(recipe, device, weights_bytes(base.weights), tokens, len(prompts.train))
 

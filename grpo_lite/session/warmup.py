@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,6 +90,8 @@ def traces_to_learn(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, s
         return None
     if recipe.warmup.source == "data":
         traces = load_traces(recipe, prompts)
+    elif recipe.warmup.source == "gold":
+        traces = _kept_traces(run, lambda: load_traces(recipe, prompts))
     else:
         traces = _own_traces(recipe, run, base, prompts, show)
     for note in (*traces.notes, f"{len(traces.rows)} rows"):
@@ -103,15 +105,22 @@ def traces_to_learn(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, s
 
 
 def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show: Show) -> Traces:
-    """Let the first process sample the base's own completions, once for the run; the others read what it keeps.
+    """Let the base sample its own completions, and return the right ones."""
+    adapter = adapter_to_start_from(recipe, run, base, lambda line: None, "warmup") if recipe.init_from else None
+    return _kept_traces(
+        run, lambda: sample_traces(recipe, _policy_at_start(recipe, base, adapter, show), prompts, show)
+    )
+
+
+def _kept_traces(run: RunDir, make: Callable[[], Traces]) -> Traces:
+    """Let the first process make the rows, once for the run; the others read what it keeps.
 
     Raises:
         RunDirError: they are gone, and the warm-up has begun to train on them.
     """
     process, path = this_process(), run.warmup / TRACES_FILE
-    adapter = adapter_to_start_from(recipe, run, base, lambda line: None, "warmup") if recipe.init_from else None
     if process.is_first and run.read_warmup().get("traces_of") != _recipe_sum(run):
-        path.unlink(missing_ok=True)  # sampled for another recipe, which was refused before it trained
+        path.unlink(missing_ok=True)  # made for another recipe, which was refused before it trained
     agree(None, process)
     if process.is_first and not path.is_file():
         if checkpoint_folders(run.warmup):
@@ -121,7 +130,7 @@ def _own_traces(recipe: Recipe, run: RunDir, base: Base, prompts: Prompts, show:
             )
         run.warmup.mkdir(exist_ok=True)
         note_warmup(run, traces_of=_recipe_sum(run))
-        write_traces(path, sample_traces(recipe, _policy_at_start(recipe, base, adapter, show), prompts, show))
+        write_traces(path, make())
     while not path.is_file():  # not a collective: those give up after minutes
         if _first_has_ended(run) and not path.is_file():
             raise TrainingError(f"{run.path}: {lost_peer()}")

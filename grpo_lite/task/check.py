@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_lite.commands import hint
-from grpo_lite.errors import DataError, GRPOLiteError, RewardError
+from grpo_lite.errors import GRPOLiteError, RewardError
 from grpo_lite.models.adapter import read_adapter
 from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
@@ -18,6 +18,7 @@ from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.rewards.testing import Report, check_rewards, score_rows
 from grpo_lite.task.episodes import Player
 from grpo_lite.task.generators import Row
+from grpo_lite.task.gold import NO_GOLD, gold_completion
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import Prompts, columns_of, load_prompts, opened_tag
 from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
@@ -25,7 +26,6 @@ from grpo_lite.task.traces import earning, earning_lines, load_traces
 
 GOLD_ROWS = 64
 MEASURED_PROMPTS = 2000
-NO_GOLD = "data.gold_completion is null: the rows hold no right answer"
 
 
 def check_recipe(recipe: Recipe, previews: int = 3) -> Iterator[str]:
@@ -139,37 +139,6 @@ def gold_rewards(recipe: Recipe, prompts: Prompts) -> Iterator[str]:
         none = f", {len(scores) - len(usable)} unusable" if len(usable) < len(scores) else ""
         mean = sum(usable) / len(usable) if usable else float("nan")
         yield f"rewards[{i}] {function.__name__}: gold completions earn {mean:.3f} on average ({len(rows)} rows{none})"
-
-
-def gold_completion(recipe: Recipe, row: Row, lead_in: str = "") -> str:
-    """Return what a perfect completion of a row looks like, by the recipe's `data.gold_completion`.
-
-    Where the chat template has opened the thinking already (`lead_in`), it begins inside: without the opening tag, or
-    with a line of thinking and the closing tag if `data.gold_completion` shows none.
-
-    Raises:
-        DataError: there is none, or the template names a column that is not there.
-    """
-    from grpo_lite.rewards.extraction import extract_answer
-
-    if recipe.data.gold_completion is None:
-        raise DataError(f"{NO_GOLD}. Give what a right one looks like, over rows that hold one.")
-    answer = str("" if row.get("answer") is None else row["answer"])
-    final = extract_answer(answer, ("hash", "boxed")) or answer.strip()
-    try:
-        text = recipe.data.gold_completion.format_map({**row, "gold": final})
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataError(
-            f"data.gold_completion: {recipe.data.gold_completion!r} does not fit the rows ({error}). "
-            f"Columns: {', '.join(row)}, gold."
-        ) from None
-    tag = opened_tag(lead_in)
-    if tag is None:
-        return text
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    if text.lstrip().startswith(opening):
-        return text.lstrip().removeprefix(opening)
-    return text if closing in text else f"working\n{closing}\n{text}"
 
 
 def check_recipe_rewards(recipe: Recipe, prompts: Prompts) -> Report:

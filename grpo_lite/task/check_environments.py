@@ -1,27 +1,25 @@
 """Play a recipe's environments without a model: what the gold policy, a random one and each cheat earn.
 
-The policies stand beside the environment's class, as functions of a row: `gold(row)` and `cheats(row)`
-(grpo_lite/environments/__init__.py says what they return). Three policies fit every environment: random calls with
-values of the right types, no call at all, and calls that fail. An episode is also repeated, in a fresh instance and in
-one that has been used: training uses an instance for many episodes, and a killed run resumes exactly only where an
-episode depends on nothing but its row and its turns.
+The policies stand beside the environment's class, as functions of a row: `gold(row)` and `cheats(row)` (policies.py).
+Three more fit every environment: random calls with values of the right types, no call at all, and calls that fail. An
+episode is also repeated, in a fresh instance and in one that has been used: training uses an instance for many
+episodes, and a killed run resumes exactly only where an episode depends on nothing but its row and its turns.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite.environments.play import Message, Turn, play_in, tools_of
+from grpo_lite.environments.play import Turn, tools_of
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.environments import Toolkit
 from grpo_lite.task.generators import Row
+from grpo_lite.task.policies import cheat_turns, gold_turns, play_turns
 from grpo_lite.task.prompts import load_prompts
-from grpo_lite.task.time_limit import TimeLimitExceeded, call_within
 
 ROWS = 32  # of each environment
 REPEATED = 4  # rows whose episodes are repeated
@@ -106,15 +104,14 @@ def _played(recipe: Recipe, toolkit: Toolkit, name: str | None, train: Sequence[
     rows = [row for row in train if toolkit.name_of(row) == name][:ROWS]
     if not rows:
         raise RewardError(f"environment.{name}: no row of data.train names it. Add rows with it, or remove it.")
-    beside = getattr(getattr(factory, "reset", None), "__globals__", {})
     chance = random.Random(recipe.seed)
     rewards: dict[str, dict[int, float]] = {}
     first: list[tuple[Row, Sequence[Turn]]] = []  # the first policy's turns
     for number, row in enumerate(rows):
-        policies = _policies(beside, row, factory, chance)
+        policies = _policies(row, factory, chance)
         first.append((row, next(iter(policies.values()))))
         for policy, turns in policies.items():
-            reward, _ = _episode(recipe, toolkit, factory(), row, turns)
+            reward, _ = play_turns(recipe, toolkit, factory(), row, turns)
             if reward is not None:
                 rewards.setdefault(policy, {})[number] = reward
     return Played(title, len(rows), rewards, *_repeated(recipe, toolkit, factory, first[:REPEATED]))
@@ -132,7 +129,7 @@ def _repeated(
             outcomes = []
             for instance in (factory(), factory(), used):
                 random.seed(recipe.seed)
-                outcomes.append(_episode(recipe, toolkit, instance, row, turns))
+                outcomes.append(play_turns(recipe, toolkit, instance, row, turns))
             if outcomes[0] != outcomes[1]:
                 is_repeatable = False
             elif outcomes[0] != outcomes[2]:
@@ -142,47 +139,12 @@ def _repeated(
     return keeps_state, is_repeatable
 
 
-def _policies(
-    beside: Mapping[str, Any], row: Row, factory: Callable[[], Any], chance: random.Random
-) -> dict[str, Sequence[Turn]]:
-    policies: dict[str, Sequence[Turn]] = {}
-    if callable(beside.get("gold")):
-        policies[GOLD] = _turns(_asked(beside["gold"], row), "gold(row)")
-    if callable(beside.get("cheats")):
-        cheats = _asked(beside["cheats"], row)
-        if not isinstance(cheats, Mapping):
-            raise RewardError(
-                f"environment: cheats(row) returned a {type(cheats).__name__}. Return a name and turns for each cheat: "
-                '{"never calls": ["It is 5."]}.'
-            )
-        policies |= {str(cheat): _turns(turns, f"cheats(row)[{cheat!r}]") for cheat, turns in cheats.items()}
+def _policies(row: Row, factory: Callable[[], Any], chance: random.Random) -> dict[str, Sequence[Turn]]:
+    gold = gold_turns(factory, row)
+    policies = {**({} if gold is None else {GOLD: gold}), **cheat_turns(factory, row)}
     names = [*tools_of(factory()), "reset", "get_reward", "no_such_tool"]
     broken: list[Turn] = [[{"name": name, "arguments": {"no_such_argument": 1}} for name in names]]
     return policies | {RANDOM: _random_turns(factory, chance), SILENT: ["I am done."], BROKEN: broken}
-
-
-def _asked(policy: Callable[[Row], Any], row: Row) -> Any:
-    try:
-        return policy(copy.deepcopy(row))
-    except Exception as error:
-        raise RewardError(
-            f"environment: {policy.__name__}(row) raised {type(error).__name__}: {str(error).rstrip('.')}, "
-            f"with the row {row}."
-        ) from error
-
-
-def _turns(turns: Any, where: str) -> Sequence[Turn]:
-    """Return turns; refuse what is none."""
-    if not isinstance(turns, list | tuple) or not all(isinstance(turn, str) or _is_calls(turn) for turn in turns):
-        raise RewardError(
-            f"environment: {where} returned {str(turns)[:200]}. Return a list of turns; a turn is a list of calls "
-            'made at once, [{"name": "guess", "arguments": {"value": 3}}], or the final text.'
-        )
-    return turns
-
-
-def _is_calls(turn: Any) -> bool:
-    return isinstance(turn, list | tuple) and all(isinstance(call, Mapping) for call in turn)
 
 
 def _random_turns(factory: Callable[[], Any], chance: random.Random) -> list[Turn]:
@@ -203,20 +165,3 @@ def _random_value(schema: Mapping[str, Any], chance: random.Random) -> Any:
         return chance.choice(schema["enum"])
     values = {"integer": chance.randint(0, 9), "number": chance.uniform(0, 9), "boolean": chance.random() < 0.5}
     return values.get(str(schema.get("type")), chance.choice(_WORDS))
-
-
-def _episode(
-    recipe: Recipe, toolkit: Toolkit, environment: Any, row: Row, turns: Sequence[Turn]
-) -> tuple[float | None, list[Message]]:
-    seconds, title = recipe.limits.tool_timeout_s * (len(turns) + 1), type(environment).__name__
-    tools = {tool.__name__: tool for tool in toolkit.tools}
-    try:
-        return call_within(seconds, lambda: play_in(environment, toolkit.columns_of(row), turns, tools))
-    except TimeLimitExceeded:
-        raise RewardError(
-            f"environment: an episode of {title} took longer than {seconds:g} s (limits.tool_timeout_s a turn)."
-        ) from None
-    except Exception as error:
-        raise RewardError(
-            f"environment: {title} raised {type(error).__name__}: {str(error).rstrip('.')}, with the row {row}."
-        ) from error

@@ -1,5 +1,6 @@
 """load_traces: rows with completions -> the token ids that the warm-up trains on, and what the rewards pay for them.
 
+The rows are those of a source, or episodes of the environment's gold policy.
 Prompts become tokens as GRPO's do, so that both stages see the same ones. A completion ends with the model's end token,
 once. It may be a whole episode with calls of tools, whose results are read and not trained on. Rows that cannot or must
 not be trained on are dropped and counted in notes.
@@ -20,6 +21,7 @@ from grpo_lite.errors import DataError, RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.task.conversations import episode_ids, is_episode, read_episode, split_conversation
 from grpo_lite.task.generators import Row
+from grpo_lite.task.gold import gold_episodes
 from grpo_lite.task.guard import limited
 from grpo_lite.task.prompts import (
     Prompts,
@@ -79,29 +81,43 @@ class _Draft:
 
     source: Row
     text: str | None  # of the completion, of an episode's last turn; None: null
-    prompt_keys: set[str]  # by which its prompt is compared with the held-out ones
+    problems: list[Row]  # the rendered row, in one or two wordings: what is compared with the held-out rows
     episode: list[dict[str, Any]] | None = None  # its messages, where it has calls of tools
+    paid: float | None = None  # by its environment, for an episode of the gold policy
+
+    @property
+    def calling_turns(self) -> int:
+        """How many turns of the episode call tools."""
+        return sum(bool(message.get("tool_calls")) for message in self.episode or ())
 
 
 def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
-    """Read, render, filter and tokenise the rows of `warmup.data`.
+    """Read or play, render, filter and tokenise the rows of `warmup.data`, or of the environment's gold policy.
 
     Args:
-        recipe: with `warmup.source: data`.
+        recipe: with `warmup.source: data` or `gold`.
         prompts: of the recipe, with its tokenizer; rows with a held-out prompt are dropped.
 
     Raises:
-        DataError: as `load_prompts`, a row brings no completion, or no row is left.
+        DataError: as `load_prompts`, a row brings no completion, an environment has no gold policy, or no row is left.
+        RewardError: a gold policy or its environment is at fault.
     """
-    if recipe.warmup is None or recipe.warmup.data is None:
-        raise ValueError("the recipe has no warmup.data")
-    rows = read_rows(recipe.warmup.data, recipe.seed, WHERE)
+    if recipe.warmup is None or recipe.warmup.source == "self":
+        raise ValueError("the recipe has no rows with completions")
     notes: list[str] = []
-    drafts = [_draft(recipe, row, i, prompts) for i, row in enumerate(rows)]
-    held_out = {_problem_key(recipe, row) for row in prompts.held_out}
-    drafts = _only(drafts, lambda draft: not draft.prompt_keys & held_out, "rows have a held-out prompt", notes)
+    is_gold = recipe.warmup.source == "gold"
+    drafts = list(_gold_drafts(recipe, prompts) if is_gold else _drafts(recipe, prompts))
+    count = len(drafts)
+    unpaid = "episodes of the gold policy earn nothing"
+    drafts = _only(drafts, lambda draft: draft.paid is None or draft.paid > 0, unpaid, notes)
+    notes += _note_on_pay(drafts)
+    is_held_out = _held_out_test(recipe, prompts)
+    drafts = _only(drafts, lambda draft: not is_held_out(draft), "rows have a held-out prompt", notes)
     drafts = _only(drafts, lambda draft: draft.text is not None, "completions are null", notes)
     drafts = _only(drafts, lambda draft: bool((draft.text or "").strip()), "completions are empty", notes)
+    if (turns := recipe.grpo.get("max_tool_calling_iterations")) is not None:
+        why = f"episodes have more than {turns} turns with calls (grpo.max_tool_calling_iterations)"
+        drafts = _only(drafts, lambda draft: draft.calling_turns <= turns, why, notes)
     pairs = list(zip(drafts, _tokenised(drafts, prompts), strict=True))
     if longest := recipe.data.max_prompt_tokens:
         why = f"prompts are over {longest} tokens (data.max_prompt_tokens)"
@@ -110,14 +126,46 @@ def load_traces(recipe: Recipe, prompts: Prompts) -> Traces:
     why = f"completions are over {cap} tokens with the end token (warmup.max_completion_tokens)"
     pairs = _only(pairs, lambda pair: len(pair[1].completion_ids) <= cap, why, notes)
     if not pairs:
-        raise DataError(
-            f"{WHERE}: none of its {len(rows)} rows is left to train on. {' '.join(notes)} "
-            "Give other rows, or raise the limit that drops them."
-        )
+        raise _nothing_left(recipe, prompts, count, notes)
     notes += _note_on_unclosed([draft for draft, _ in pairs], prompts.lead_in)
     sources = [{**draft.source, "completion": draft.episode or draft.text} for draft, _ in pairs]
     traces = Traces([trace for _, trace in pairs], notes, sources)
     return _only_right(recipe, prompts, traces) if recipe.warmup.only_right else traces
+
+
+def _nothing_left(recipe: Recipe, prompts: Prompts, count: int, notes: Sequence[str]) -> DataError:
+    where = WHERE if recipe.warmup and recipe.warmup.source == "data" else "warmup.source: gold"
+    advice = "Give other rows, or raise the limit that drops them."
+    if recipe.environment is not None and any("held-out" in note for note in notes):
+        columns = ", ".join(columns_of(prompts.held_out))
+        advice = (
+            f"Give them the columns that held-out rows have ({columns}), by which they are told apart, or other rows."
+        )
+    return DataError(f"{where}: none of its {count} rows is left to train on. {' '.join(notes)} {advice}")
+
+
+def _drafts(recipe: Recipe, prompts: Prompts) -> Iterator[_Draft]:
+    assert recipe.warmup is not None
+    assert recipe.warmup.data is not None
+    rows = read_rows(recipe.warmup.data, recipe.seed, WHERE)
+    yield from (_draft(recipe, row, i, prompts) for i, row in enumerate(rows))
+
+
+def _gold_drafts(recipe: Recipe, prompts: Prompts) -> Iterator[_Draft]:
+    """Yield the episodes of the gold policy; their rows are not held out."""
+    assert prompts.toolkit is not None
+    for i, episode in enumerate(gold_episodes(recipe, prompts)):
+        tools = [tool.__name__ for tool in prompts.toolkit.offered(episode.row)]
+        messages = read_episode(episode.messages, tools, f"warmup.source: gold: row {i}")
+        yield _Draft(episode.row, str(messages[-1]["content"]), [], messages, episode.paid)
+
+
+def _note_on_pay(drafts: Sequence[_Draft]) -> Iterator[str]:
+    """Yield what the environment pays for episodes of the gold policy."""
+    paid = [draft.paid for draft in drafts if draft.paid is not None]
+    if paid:
+        each = f"{paid[0]:g} for each" if len(set(paid)) == 1 else f"{statistics.fmean(paid):.3g} on average"
+        yield f"{len(drafts)} episodes of the gold policy; the environment pays {each}."
 
 
 def _tokenised(drafts: Sequence[_Draft], prompts: Prompts) -> list[Trace]:
@@ -136,10 +184,28 @@ def _tokenised(drafts: Sequence[_Draft], prompts: Prompts) -> list[Trace]:
     return traces
 
 
-def _problem_key(recipe: Recipe, row: Row) -> str:
-    """Return what two rows of one problem have in common; in an environment all rows may have one prompt."""
-    key = prompt_key(row["prompt"])
-    return key if recipe.environment is None else key + str(row.get("answer"))
+def _held_out_test(recipe: Recipe, prompts: Prompts) -> Callable[[_Draft], bool]:
+    """Return what says whether a draft's problem is held out.
+
+    The prompt says it. In an environment all rows may have one prompt, so there every other column counts that both
+    have.
+    """
+    columns = set(columns_of(prompts.held_out)) if recipe.environment is not None else set[str]()
+    known: dict[tuple[str, ...], set[str]] = {}  # by the columns that are compared
+
+    def key(row: Row, shared: tuple[str, ...]) -> str:
+        return prompt_key(row["prompt"]) + json.dumps([row.get(name) for name in shared], sort_keys=True, default=str)
+
+    def is_held_out(draft: _Draft) -> bool:
+        for row in draft.problems:
+            shared = tuple(sorted(columns & row.keys()))
+            if shared not in known:
+                known[shared] = {key(held, shared) for held in prompts.held_out}
+            if key(row, shared) in known[shared]:
+                return True
+        return False
+
+    return is_held_out
 
 
 def _only_right(recipe: Recipe, prompts: Prompts, traces: Traces) -> Traces:
@@ -240,18 +306,18 @@ def _draft(recipe: Recipe, row: Row, index: int, prompts: Prompts) -> _Draft:
         episode = _episode_in(section.completion, columns) if recipe.has_tools else None
         text = None if episode else _completion(section.completion, columns, index)
     source = _rendered(recipe, template, columns, index)
-    keys = {_problem_key(recipe, source)}
+    problems = [source]
     if template != recipe.data.prompt:  # the same problem in other words
         names = map(column_of, fields_of(recipe.data.prompt, "data.prompt"))
         if all(row.get(name) is not None for name in names):
-            keys.add(_problem_key(recipe, _rendered(recipe, recipe.data.prompt, row, index)))
+            problems.append(_rendered(recipe, recipe.data.prompt, row, index))
     if episode is not None and prompts.toolkit is not None:
         tools = [tool.__name__ for tool in prompts.toolkit.offered(source)]
         episode = read_episode(episode, tools, f"{WHERE}: row {index}")
-        return _Draft(source, str(episode[-1]["content"]), keys, episode)
+        return _Draft(source, str(episode[-1]["content"]), problems, episode)
     if text is not None:
         text = _without_tag(_without_end(text, prompts.tokenizer), source["prompt"], prompts.lead_in)
-    return _Draft(source, text, keys)
+    return _Draft(source, text, problems)
 
 
 def _split_episode(messages: Any, index: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -81,3 +81,39 @@ eval: {{limit: 2, samples: 0}}
     steps = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [step["stage"] for step in steps] == ["warmup", "warmup", "grpo", "grpo"]
     assert sum(step.get("tools/calls", 0) for step in steps) > 0
+
+
+def test_a_run_warms_up_on_its_environment_s_gold_policy_and_keeps_the_rows(tmp_path: Path) -> None:
+    write_tool_model(tmp_path / "model")
+    (tmp_path / "ledger.py").write_text(
+        "from tests.tool_model import Ledger\n\n"
+        "class Counted(Ledger):\n"
+        "    def reset(self, start: int = 0, **row):\n"
+        "        self.total = start\n\n"
+        "def gold(row):\n"
+        "    return [[{'name': 'add', 'arguments': {'number': 3 - row['start']}}], 'It is 3.']\n"
+    )
+    (tmp_path / "t.yaml").write_text(
+        f"""
+name: t
+description: d
+least_gpu: none
+model: {{id: {tmp_path}/model, load_in: 32bit}}
+data: {{train: {{path: {tmp_path}/model/rows.jsonl}}, prompt: "{{question}}", answer: null, holdout: 2}}
+environment: {tmp_path}/ledger.py:Counted
+rewards: []
+warmup: {{source: gold, steps: 2, learning_rate: 0.01}}
+grpo:
+  {{max_tool_calling_iterations: 2, max_completion_length: 64, num_generations: 4, per_device_train_batch_size: 8,
+    gradient_accumulation_steps: 1, max_steps: 1, learning_rate: 0.01, gradient_checkpointing: false}}
+eval: {{limit: 2, samples: 0}}
+merge: false
+"""
+    )
+    lines: list[str] = []
+    run = train_run(load_recipe(str(tmp_path / "t.yaml")), RunDir(tmp_path / "run"), show=lines.append).run
+    assert "warm-up: 10 episodes of the gold policy; the environment pays 0.75 for each." in lines
+    kept = [json.loads(line) for line in (run.warmup / "traces.jsonl").read_text().splitlines()]
+    assert len(kept) == 10
+    assert all(row["source"]["completion"][-1]["content"] == "It is 3." for row in kept)
+    assert run.read_scores()["episodes"].keys() == {"base", "warm", "trained"}
