@@ -52,7 +52,7 @@ def test_the_screen_shows_progress_a_sample_and_the_result(finished: tuple[Path,
     assert "held-out lenient score" in text
     assert "verified on 8 held-out prompts" in text
     assert str(finished[0] / "merged") in text
-    assert "the merged 16-bit model on the same prompts: " in text
+    assert "merged 16-bit model, on the same prompts: " in text
     assert "ask base and trained model side by side" in text
     assert "Warning" not in text
     assert "\r" not in text

@@ -29,7 +29,7 @@ from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.models.unsloth import uses_unsloth
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.runs.run_dir import RunDir
+from grpo_lite.runs.run_dir import MERGED_MODELS, RunDir
 from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.prompts import Prompts, load_prompts
 
@@ -40,7 +40,6 @@ LEAST_GGUF_TOKENS = 16
 
 
 MergeOnto = Literal["auto", "original", "trained"]
-_SCORES_OF_MERGES = ("merged", "merged_onto_original")  # in metrics.json
 
 
 class RunInputs:
@@ -190,7 +189,7 @@ def _merge_once(
 ) -> dict[str, Any]:
     summary = merge_run(run, show, inputs, overwrite, trained)
     if inputs.recipe.eval.enabled and (scores := run.read_scores()):
-        run.write_scores({name: value for name, value in scores.items() if name not in _SCORES_OF_MERGES})
+        run.write_scores({name: value for name, value in scores.items() if name not in MERGED_MODELS})
         try:
             evaluate_merged(run, show, inputs.prompts)
         except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained

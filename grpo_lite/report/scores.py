@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_lite.runs.run_dir import SCORE_COLUMNS
+from grpo_lite.runs.run_dir import MERGED_MODELS, SCORE_COLUMNS
 
 KINDS = {
     "lenient": "right answer",
@@ -55,8 +55,9 @@ def table_rows(scores: Mapping[str, Any]) -> list[dict[str, str]]:
         gain = f"{_points(rates['trained'] - rates[start])} points"
         warmup = f"{_points(rates['warm'] - rates['base'])} points" if "warm" in rates else ""
         rows.append(_cells(f"{name}, sampled", **cells, difference=gain, warmup=warmup))
-    if merged := scores.get("merged"):
-        rows.append(_cells("merged 16-bit model", trained=_rate(merged["lenient"])))
+    for key, name in MERGED_MODELS.items():
+        if merged := scores.get(key):
+            rows.append(_cells(name, trained=_rate(merged["lenient"])))
     if cut := scores.get("truncated"):
         rows.append(_cells("cut off by the cap", **{column: f"{cut[column]:.1%}" for column in columns_of(cut)}))
     if episodes := scores.get("episodes"):

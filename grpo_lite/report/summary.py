@@ -7,14 +7,8 @@ from typing import Any
 
 from grpo_lite.commands import UNKNOWN, hint, hint_run
 from grpo_lite.report.scores import episodes_text, named_scores, own_gain, rates_text
-from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir
+from grpo_lite.runs.run_dir import MERGED_MODELS, SCORE_COLUMNS, RunDir
 from grpo_lite.units import duration, size
-
-# Keys of metrics.json, and what people read.
-MERGED = {
-    "merged": "the merged 16-bit model",
-    "merged_onto_original": "merged onto the original 16-bit base, which is not kept,",
-}
 
 
 def run_summary(run: RunDir) -> str:
@@ -85,10 +79,10 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
     else:
         lines += [further["lenient"]["verdict"]["sentence"] for further in scores.get("also", {}).values()]
         lines += [f"by a second, independent judge: {rates_text(scores['honest'])}"] if "honest" in scores else []
-    for name, what in MERGED.items():
+    for name, what in MERGED_MODELS.items():
         if name in scores:
             rate = scores[name]["lenient"]
-            lines.append(f"{what} on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})")
+            lines.append(f"{what}, on the same prompts: {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})")
     if "merged_nf4" in scores:
         lines.append(f"exported in 4 bits (NF4), on the same prompts: {scores['merged_nf4']['lenient']['rate']:.3f}")
     for name, rates in scores.get("pass_at_k", {}).items():

@@ -21,6 +21,11 @@ from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.runs.checkpoints import checkpoint_folders
 
 SCORE_COLUMNS = ("base", "warm", "trained")  # of metrics.json: the models that a run compares; warm after a warm-up
+# Merged models by their keys in metrics.json.
+MERGED_MODELS = {
+    "merged": "merged 16-bit model",
+    "merged_onto_original": "merged onto the original 16-bit base (not kept)",
+}
 
 
 class RunDir:

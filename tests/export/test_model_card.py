@@ -14,6 +14,7 @@ import yaml
 from grpo_lite.export.hub.base_facts import BaseFacts, base_facts
 from grpo_lite.export.hub.card import BENCHMARKS, benchmark_results, model_card, read_facts
 from grpo_lite.recipe.recipe import EMBEDDED_MODEL, ModelSection
+from grpo_lite.report.summary import score_lines
 from grpo_lite.runs.run_dir import RunDir
 from tests.finished_run import make_recipe, make_run, replaced, set_recipe
 
@@ -97,6 +98,27 @@ def test_what_was_not_measured_is_said(run: RunDir) -> None:
         "no strict score of its own",
     ):
         assert words in part
+
+
+def test_an_adapter_that_does_worse_on_the_16_bit_base_says_how_to_load_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "BitsAndBytesConfig" not in card(run, "adapter")[1]
+    scores = json.loads(run.scores_file.read_text())
+    lenient = scores["lenient"]["trained"]
+    rates = {
+        name: {"lenient": lenient | {"rate": rate}} for name, rate in (("merged", 0.7), ("merged_onto_original", 0.3))
+    }
+    run.scores_file.write_text(json.dumps(scores | rates))
+    body = card(run, "adapter")[1]
+    assert "On the 16-bit base, as loaded above, it scored 0.300." in body
+    assert "BitsAndBytesConfig(load_in_4bit=True" in body
+    merged = card(run)[1]
+    assert "| lenient, merged onto the original 16-bit base (not kept) | | 0.300 (" in merged
+    assert "BitsAndBytesConfig" not in merged
+    assert any(
+        line.startswith("merged onto the original 16-bit base (not kept), on the same prompts: 0.300")
+        for line in score_lines(run.read_scores())
+    )
 
 
 def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_a_recipe_that_is_a_trl_file_says_how_to_convert_it(tmp_path: Path) -> N
     with pytest.raises(RecipeError) as refused:
         load_recipe(str(tmp_path / "trl.yaml"))
     assert "model_name_or_path: unknown key (did you mean model.id?)" in str(refused.value)
-    assert f"`grpo-lite convert {tmp_path / 'trl.yaml'}` writes a recipe of it" in str(refused.value)
+    assert f"`grpo-lite convert {tmp_path / 'trl.yaml'}` turns it into a recipe" in str(refused.value)
 
 
 def test_the_command_writes_a_recipe_and_never_over_another(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from grpo_lite.errors import GRPOLiteError
 from grpo_lite.export.hub.base_facts import BaseFacts
 from grpo_lite.recipe.recipe import Recipe, without_paths
 from grpo_lite.runs.provenance import starts_from
-from grpo_lite.runs.run_dir import SCORE_COLUMNS, RunDir, dump_recipe
+from grpo_lite.runs.run_dir import MERGED_MODELS, SCORE_COLUMNS, RunDir, dump_recipe
 from grpo_lite.task.environments import load_toolkit
 from grpo_lite.units import duration, size
 
@@ -229,9 +229,10 @@ def _table(scores: Mapping[str, Any]) -> list[str]:
     for name, part in named:
         cells = [f"{part[column]['rate']:.3f} ({_interval(part[column])})" for column in columns]
         rows.append([name, *cells, *(_gain(part[stage] if stages else part) for stage in stages or ("",))])
-    if merged := scores.get("merged"):
-        rate = f"{merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])})"
-        rows.append(["lenient, merged 16-bit model", *[""] * (len(columns) - 1), rate, *[""] * max(1, len(stages))])
+    for key, name in MERGED_MODELS.items():
+        if merged := scores.get(key):
+            rate = f"{merged['lenient']['rate']:.3f} ({_interval(merged['lenient'])})"
+            rows.append([f"lenient, {name}", *[""] * (len(columns) - 1), rate, *[""] * max(1, len(stages))])
     for name, rates in scores.get("pass_at_k", {}).items():
         cells = [f"{rates[column]:.3f}" for column in columns]
         rows.append([f"{name}, sampled", *cells, *[""] * max(1, len(stages))])
@@ -301,6 +302,14 @@ def _use(facts: RunFacts, repo_id: str, what: str) -> str:
         lines += ["```sh", f"vllm serve {base_name} {served}", "```", ""]
     else:
         lines += ["For vLLM, use the merged model: `grpo-lite push RUN … --what merged`.", ""]
+    if what == "adapter" and (original := facts.scores.get("merged_onto_original")):
+        lines += [
+            "The adapter was trained on the base in 4 bits (bitsandbytes NF4, double-quantised), and fits that. On the "
+            f"16-bit base, as loaded above, it scored {original['lenient']['rate']:.3f}. Load the base with "
+            '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`, or '
+            "publish the merged model: `grpo-lite push RUN … --what merged`.",
+            "",
+        ]
     lines += [f"For Ollama, make a GGUF of the run: `grpo-lite export RUN --gguf q8_0` ({recipe.name})."]
     if what == "merged":
         lines += ["Without the run, use llama.cpp's `convert_hf_to_gguf.py` on a download of this repository."]
