@@ -43,9 +43,8 @@ class Ranks:
 
 def this_process() -> Ranks:
     """Return who this process is, as the launcher says."""
-    given = os.environ
     rank, local, world, here = (
-        int(given.get(name, default))
+        int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
     return Ranks(rank, local, world, here)

@@ -203,8 +203,8 @@ def chance_to_find(gain: float, n: int, changed: float = CHANGED) -> float:
         raise ValueError(f"gain {gain}, changed {changed} and n {n} are given; 0 < gain <= changed <= 1 <= n is needed")
     turned = np.arange(n + 1)  # how many answers turn
     most = binom.isf(0.025, turned, 0.5)  # more for the better than this is significant
-    found = binom.sf(most, turned, (1 + gain / changed) / 2)
-    return float(np.sum(binom.pmf(turned, n, changed) * found))
+    is_significant = binom.sf(most, turned, (1 + gain / changed) / 2)
+    return float(np.sum(binom.pmf(turned, n, changed) * is_significant))
 
 
 def power_line(n: int) -> str:

@@ -151,17 +151,17 @@ def _divided(plan: MemoryPlan) -> bool:
     return bool({"memory.tokens_per_microbatch", "memory.rollout_kv_tokens"} & set(plan.chosen))
 
 
-def all_cards_tables(recipes: Sequence[Recipe], found: Callable[[float, int], float]) -> Iterator[str]:
+def all_cards_tables(recipes: Sequence[Recipe], chance: Callable[[float, int], float]) -> Iterator[str]:
     """Yield the tables of memory, of hours, and of three hours on a T4; the recipes' page holds them.
 
     Args:
         recipes: their rows.
-        found: how often so many problems show a gain (`statistics.chance_to_find`).
+        chance: how often so many problems show a gain (`statistics.chance_to_find`).
     """
     for table in (
         all_cards_table(recipes),
         hours_table(recipes),
-        budget_table(recipes, CARDS["t4"], 3 * 3600, lambda rows: found(0.05, rows)),
+        budget_table(recipes, CARDS["t4"], 3 * 3600, lambda rows: chance(0.05, rows)),
     ):
         yield from table
         yield ""
@@ -225,8 +225,8 @@ def budget_table(recipes: Sequence[Recipe], card: Card, limit_s: float, power: C
         if budget.steps == budget.whole_steps and budget.rows == budget.whole_rows:
             continue
         yield (
-            f"| `{recipe.name}` | {_found(budget.whole_steps, budget.whole_rows, power)}, {_hours(recipe, times)} | "
-            f"{_found(budget.steps, budget.rows, power)} |"
+            f"| `{recipe.name}` | {_chosen(budget.whole_steps, budget.whole_rows, power)}, {_hours(recipe, times)} | "
+            f"{_chosen(budget.steps, budget.rows, power)} |"
         )
     yield ""
     yield (
@@ -236,5 +236,5 @@ def budget_table(recipes: Sequence[Recipe], card: Card, limit_s: float, power: C
     )
 
 
-def _found(steps: int, rows: int, power: Callable[[int], float]) -> str:
+def _chosen(steps: int, rows: int, power: Callable[[int], float]) -> str:
     return f"{steps:,} steps, {rows:,} problems ({power(rows):.0%})"

@@ -458,11 +458,11 @@ def _delta(config: Mapping[str, Any], kind: str) -> Block:
 def _delta_sizes(config: Mapping[str, Any], kind: str) -> tuple[int, int, int, int]:
     """Return heads of keys and of values, and their sizes; OLMo-hybrid's follow from its attention's."""
     names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-    given = [config.get(name) for name in names]
+    sizes = [config.get(name) for name in names]
     heads = config["num_attention_heads"]
-    keys = int(given[0] or heads)
-    size = int(given[2] or 0.75 * config["hidden_size"] / keys)
-    return keys, int(given[1] or heads), size, int(given[3] or 2 * size)
+    keys = int(sizes[0] or heads)
+    size = int(sizes[2] or 0.75 * config["hidden_size"] / keys)
+    return keys, int(sizes[1] or heads), size, int(sizes[3] or 2 * size)
 
 
 def _conv(config: Mapping[str, Any], kind: str) -> Block:

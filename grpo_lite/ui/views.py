@@ -35,12 +35,12 @@ _LONGEST = 8192  # tokens: the end of the slider for completions, where the mode
 
 def runs_in(folder: Path) -> dict[str, RunDir]:
     """Return the runs below a folder by their path in it, the one that changed last first."""
-    found = {
+    runs = {
         file.parent.relative_to(folder).as_posix(): RunDir(file.parent)
         for depth in range(1, _DEPTH + 1)
         for file in folder.glob("*/" * depth + "recipe.yaml")
     }
-    return dict(sorted(found.items(), key=lambda item: -_changed(item[1])))
+    return dict(sorted(runs.items(), key=lambda item: -_changed(item[1])))
 
 
 def find_run(folder: Path, name: str) -> RunDir:

@@ -180,8 +180,8 @@ def _contents(path: Path) -> tuple[str, str, int]:
 
     reader = GGUFReader(path)
     names = ("general.architecture", "tokenizer.ggml.pre")
-    found = [reader.get_field(key) for key in names]
-    arch, pre = ("" if entry is None else str(entry.contents()) for entry in found)
+    fields = [reader.get_field(key) for key in names]
+    arch, pre = ("" if entry is None else str(entry.contents()) for entry in fields)
     return arch, pre, len(reader.tensors)
 
 

@@ -101,7 +101,7 @@ def prove_gguf(
     tokenizer, ids, answers = _merged_answers(merged_dir, prompts, max_new_tokens)
     compare = _by_llama_cpp if loader == "llama_cpp" else _by_transformers
     try:
-        best, given, alike = compare(gguf_file, tokenizer, list(prompts), ids, answers, max_new_tokens)
+        best, own_answers, alike = compare(gguf_file, tokenizer, list(prompts), ids, answers, max_new_tokens)
     except (
         OSError,
         ValueError,
@@ -112,7 +112,7 @@ def prove_gguf(
         raise ExportError(f"{gguf_file}: {loader} does not load it: {first_line(error)}") from error
     hits = [a == b for answer, row in zip(answers, best, strict=True) for a, b in zip(answer.ids, row, strict=True)]
     agreement = sum(hits) / max(1, len(hits))
-    stopped, stopped_merged = sum(a.stopped for a in given), sum(a.stopped for a in answers)
+    stopped, stopped_merged = sum(a.stopped for a in own_answers), sum(a.stopped for a in answers)
     sure = [hit for hit, decided in zip(hits, (d for a in answers for d in a.decided), strict=True) if decided]
     decided_agreement = sum(sure) / len(sure) if sure else 1.0
     faults = list(_agreement_faults(kind, agreement, decided_agreement))
@@ -126,7 +126,7 @@ def prove_gguf(
         tokens=len(hits),
         top1_agreement=agreement,
         decided_agreement=decided_agreement,
-        same_answers=sum(a.text == b.text for a, b in zip(answers, given, strict=True)),
+        same_answers=sum(a.text == b.text for a, b in zip(answers, own_answers, strict=True)),
         stopped_merged=stopped_merged,
         stopped=stopped,
         tokenised_alike=alike,
@@ -202,8 +202,8 @@ def _by_transformers(
     best = [
         _answer_logits(model, prompt, answer).argmax(-1).tolist() for prompt, answer in zip(ids, answers, strict=True)
     ]
-    given = _answers(model, own, ids, cap)
-    return best, given, None
+    own_answers = _answers(model, own, ids, cap)
+    return best, own_answers, None
 
 
 def _unread_by_transformers(path: Path) -> str | None:
@@ -261,7 +261,7 @@ def _by_llama_cpp(
         model_path=str(path), n_ctx=longest, n_batch=longest, logits_all=True, n_gpu_layers=0, verbose=False
     )
     vocabulary = lib.llama_model_get_vocab(model.model)
-    best, given = [], []
+    best, own_answers = [], []
     for prompt, answer in zip(ids, answers, strict=True):
         model.reset()
         model.eval(prompt + answer.ids)
@@ -270,7 +270,7 @@ def _by_llama_cpp(
         model.reset()
         new = llama_cpp_greedy(model, prompt, cap)
         stopped = bool(lib.llama_vocab_is_eog(vocabulary, new[-1]))
-        given.append(_Answer(new, tokenizer.decode(new, skip_special_tokens=True), stopped))
+        own_answers.append(_Answer(new, tokenizer.decode(new, skip_special_tokens=True), stopped))
     own = [model.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in prompts]
     model.close()
-    return best, given, own == ids
+    return best, own_answers, own == ids
