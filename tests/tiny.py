@@ -15,7 +15,7 @@ from grpo_lite.task.traces import Trace
 
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
 VOCABULARY = 320
-# What our trainer logs beside TRL's metrics (trainer_timing.py).
+# What our trainer logs beside TRL's metrics (`grpo_lite/trainer/journal.py`).
 OUR_METRICS = {"time/rollout_s", "time/reward_s", "memory/peak_gib"}
 # Two layers of a hybrid: one recurrent, one with attention.
 HYBRIDS: dict[str, dict[str, Any]] = {

@@ -137,18 +137,21 @@ def model_shape(model_id: str, revision: str | None = None) -> tuple[ModelShape,
     Raises:
         ModelError: no config.json can be found, or it cannot be planned.
     """
+    config, source = _find_config(model_id, revision)
+    return read_shape(config, f"model.id {model_id}"), source
+
+
+def _find_config(model_id: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """Return a model's config.json, or what the table holds of it, and where that was read."""
     folder = Path(model_id).expanduser()
     if folder.is_dir():
-        return read_shape(_read(folder / "config.json"), f"model.id {model_id}"), "its config.json"
-    cached_file = None if model_id in _OWN else _cached(model_id, revision)
-    if cached_file:
-        return read_shape(_read(cached_file), f"model.id {model_id}"), "its config.json"
-    config = known_config(model_id)
-    if config:
-        return read_shape(config, f"model.id {model_id}"), "the built-in table"
+        return _read(folder / "config.json"), "its config.json"
+    if model_id not in _OWN and (cached_file := _cached(model_id, revision)):
+        return _read(cached_file), "its config.json"
+    if known := known_config(model_id):
+        return known, "the built-in table"
     if model_id.count("/") == 1:
-        hub_file = _fetched(model_id, revision)
-        return read_shape(_read(hub_file), f"model.id {model_id}"), "its config.json on the Hub"
+        return _read(_fetched(model_id, revision)), "its config.json on the Hub"
     raise ModelError(
         f"model.id: {model_id} has no config.json here and is not in the built-in table "
         f"({', '.join(sorted(KNOWN))}). Connect once, or give a local folder."
@@ -189,10 +192,9 @@ def _fetched(model_id: str, revision: str | None) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a folder's config.json; an empty mapping where there is none to read: whoever loads it says why."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _read(folder / "config.json")
+    except ModelError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def unreachable_model(model_id: str, error: BaseException) -> str:
