@@ -83,9 +83,9 @@ def make_trainer(
     if uses_unsloth(recipe.model):
         from trl import GRPOTrainer
 
-        from grpo_lite.trainer.sealed import sealed
+        from grpo_lite.trainer.unsloth import unsloth_trainer
 
-        return sealed(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
+        return unsloth_trainer(GRPOTrainer, recipe.limits.skipped_steps)(**arguments)
     from transformers import set_seed
 
     from grpo_lite.trainer.trainer import PackedGRPOTrainer

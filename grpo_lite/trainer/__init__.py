@@ -1,8 +1,9 @@
 """The seam to TRL: one subclass of GRPOTrainer (`trainer.py`), one of SFTTrainer (`warmup.py`), and their parts.
 
-Other rooms use `trainer.PackedGRPOTrainer`, `warmup.WarmupTrainer`, and `sealed.sealed` for the backend unsloth. All
-have a `journal` and `faults`. `INTERNALS` lists what each part reads and writes of TRL's and transformers' trainers, as
-read in trl 1.14.0 and 1.16.0; `tests/trainer/test_contract.py` compares it with the code and the installed version.
+Other rooms use `trainer.PackedGRPOTrainer`, `warmup.WarmupTrainer`, and `unsloth.unsloth_trainer` for the backend
+unsloth. All have a `journal` and `faults`. `INTERNALS` lists what each part reads and writes of TRL's and transformers'
+trainers, as read in trl 1.14.0 and 1.16.0; `tests/trainer/test_contract.py` compares it with the code and the installed
+version.
 """
 
 # Part -> the attributes and methods of GRPOTrainer (warmup: SFTTrainer) that it uses. Names that it writes end in "=".
@@ -30,7 +31,7 @@ INTERNALS: dict[str, str] = {
     "state": "_buffered_inputs= _entropy_window_stats= _logs _metrics _step= _tr_loss= accelerator args "
     "num_iterations state",
     "journal": "_log_completion_extra _logs _metrics _tokenizer model reward_func_names reward_weights state",
-    "sealed": "",
+    "unsloth": "",
     "warmup": "_metrics= _prepare_inputs _total_train_tokens= accelerator add_callback args compute_loss "
     "compute_loss_context_manager data_collator model state train_dataset",
 }

@@ -1,6 +1,6 @@
 """`Journal`: what a trainer notes beside TRL's metrics: seconds by phase, peak memory, rewards, the last completions.
 
-A plain object that our trainer and the backend unsloth's (`sealed.py`) both have as `trainer.journal`.
+A plain object that our trainer and the backend unsloth's (`unsloth.py`) both have as `trainer.journal`.
 """
 
 from __future__ import annotations

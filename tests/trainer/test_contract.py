@@ -17,8 +17,8 @@ import grpo_lite.trainer
 from grpo_lite.engine.options import EngineOptions
 from grpo_lite.models.reference import REFERENCE_NAME
 from grpo_lite.trainer import INTERNALS
-from grpo_lite.trainer.sealed import sealed
 from grpo_lite.trainer.trainer import PackedGRPOTrainer
+from grpo_lite.trainer.unsloth import unsloth_trainer
 from tests.tiny import relative_difference, tiny_args, tiny_lora, tiny_model, tiny_tokenizer, train_fixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
@@ -153,7 +153,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_weights(reentrant: boo
     assert relative_difference(*weights) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [PackedGRPOTrainer, sealed(GRPOTrainer, 3)], ids=["ours", "sealed"])
+@pytest.mark.parametrize("kind", [PackedGRPOTrainer, unsloth_trainer(GRPOTrainer, 3)], ids=["ours", "unsloth"])
 def test_the_trained_adapter_is_loaded_beside_the_frozen_reference(kind: type, tmp_path: Path):
     """Transformers before 5.23 loads only the reference, and training would begin again."""
     args = tiny_args(tmp_path, beta=0.01, save_strategy="steps", save_steps=1)

@@ -22,7 +22,7 @@ from grpo_lite.runs.run_dir import RunDir
 from grpo_lite.session import build as engine
 from grpo_lite.train import train_run
 from grpo_lite.trainer.finite import require_finite_adapter
-from grpo_lite.trainer.sealed import sealed
+from grpo_lite.trainer.unsloth import unsloth_trainer
 
 REWARD = """
 import os, signal
@@ -126,7 +126,7 @@ class Fake:
 
 
 def test_weights_that_are_not_finite_are_not_saved() -> None:
-    trainer = sealed(Fake, 2)()
+    trainer = unsloth_trainer(Fake, 2)()
     require_finite_adapter(trainer)
     trainer.model.weight.data[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"step 3: the adapter holds NaN or infinity \(weight\)"):
@@ -134,7 +134,7 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_two_in_a_row_stop() -> None:
-    trainer = sealed(Fake, 2)()
+    trainer = unsloth_trainer(Fake, 2)()
 
     def step(value: float) -> bool:
         trainer.model.weight.grad = torch.full((2, 2), value)
@@ -148,4 +148,4 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_two_in_a_row_stop() -> 
 
 
 def test_it_is_still_the_trainer_that_it_was_made_of() -> None:
-    assert issubclass(sealed(GRPOTrainer, 5), GRPOTrainer)
+    assert issubclass(unsloth_trainer(GRPOTrainer, 5), GRPOTrainer)

@@ -1,4 +1,4 @@
-"""`sealed`: Unsloth's trainer (or TRL's own) with checkpoints that are whole or absent, and no NaN in it.
+"""`unsloth_trainer`: Unsloth's trainer (or TRL's own) with checkpoints that are whole or absent, and no NaN in it.
 
 For the backend unsloth, whose patched trainer `PackedGRPOTrainer` cannot build on. What ours keeps beyond (a round in
 use, metrics since the last log) is not kept: a resume continues from the checkpoint, though not bit for bit. Read in
@@ -19,7 +19,7 @@ from grpo_lite.trainer.parallel import Peers
 from grpo_lite.trainer.state import Checkpoints
 
 
-def sealed(trainer_class: Any, skipped_steps: int) -> Any:
+def unsloth_trainer(trainer_class: Any, skipped_steps: int) -> Any:
     """Return a subclass of a GRPOTrainer that saves as `checkpoints.saving` does and skips what is not finite.
 
     Args:
@@ -27,7 +27,7 @@ def sealed(trainer_class: Any, skipped_steps: int) -> Any:
         skipped_steps: steps in a row whose gradient may be NaN or infinite before the run stops.
     """
 
-    class SealedGRPOTrainer(trainer_class):
+    class UnslothTrainer(trainer_class):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.journal = Journal(self)
@@ -61,4 +61,4 @@ def sealed(trainer_class: Any, skipped_steps: int) -> Any:
             if checkpoint is not None:
                 self.checkpoints.load(Path(checkpoint))
 
-    return SealedGRPOTrainer
+    return UnslothTrainer
