@@ -119,7 +119,7 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_the_new_one_out(tmp_path
     rotate(tmp_path, 2, 9)
     save(tmp_path, 12, 0.2)
     rotate(tmp_path, 2, 12)
-    assert last_usable(tmp_path) == checkpoints.Found(tmp_path / "checkpoint-12", ())
+    assert last_usable(tmp_path) == checkpoints.LastUsable(tmp_path / "checkpoint-12", ())
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-12"]
 
 
