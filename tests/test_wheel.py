@@ -105,7 +105,7 @@ def test_a_printed_recipe_trains_in_an_empty_folder(site: Path, tmp_path: Path) 
     (tmp_path / "my.yaml").write_text(installed(site, tmp_path, "show", "smoke", "name=my"), encoding="utf-8")
     short = ["grpo.max_steps=1", "eval.limit=4", "eval.samples=0"]
     text = installed(site, tmp_path, "train", "my.yaml", *short)
-    assert "trained 1 steps" in text
+    assert "trained 1 step in" in text
     assert "make " not in text
     assert (tmp_path / "runs" / "my" / "report.html").is_file()
 

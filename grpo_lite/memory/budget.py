@@ -295,7 +295,7 @@ def budget_lines(recipe: Recipe, budget: Budget) -> Iterator[str]:
     if recipe.eval.enabled:
         yield f"budget: evaluation: {budget.rows:,}{of} problems, {duration(budget.evaluation_s)}"
     counted = " (the warm-up is not counted)" if recipe.warmup and not times.warmup_s else ""
-    before = f", {duration(budget.spent_s)} until now" if budget.spent_s >= 1 else ""
+    before = f"; {duration(budget.spent_s)} of the budget have passed" if budget.spent_s >= 1 else ""
     yield f"budget: start, warm-up and merge: {duration(budget.fixed_s)}{counted}{before}"
     low, high = times.bounds(recipe, budget.expected_s - budget.spent_s)
     likely, whole = span(budget.spent_s + low, budget.spent_s + high), span(*times.bounds(recipe, budget.whole_s))

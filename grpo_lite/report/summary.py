@@ -18,8 +18,9 @@ def run_summary(run: RunDir) -> str:
     lines = ["", *_warmup_lines(warmup)]
     if warmup.get("done_at") or not warmup:
         rewards = (_number(record.get(key)) for key in ("reward_first", "reward_last"))
+        steps = record["steps"]
         lines += [
-            f"trained {record['steps']} steps in {duration(record.get('training_seconds', 0.0))}, peak memory "
+            f"trained {steps} step{'s' * (steps != 1)} in {duration(record.get('training_seconds', 0.0))}, peak memory "
             f"{size(record.get('peak_memory_bytes')) or 'unknown'}",
             "mean reward {} (first step) → {} (last)".format(*rewards),
         ]
@@ -31,7 +32,8 @@ def run_summary(run: RunDir) -> str:
     if record.get("faults"):
         lines.append("left out: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in record["faults"].items()))
     if not record.get("trained_at"):
-        lines.append("paused by limits.max_minutes; to resume, run the same command again")
+        why = "to stay within the budget" if record.get("budget") else "by limits.max_minutes"
+        lines.append(f"paused {why}; to resume, run the same command again")
     lines += ["", f"adapter   {run.adapter}"]
     if run.merged.is_dir():
         lines.append(f"merged    {run.merged}")

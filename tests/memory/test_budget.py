@@ -126,7 +126,9 @@ def test_a_budget_that_is_too_small_names_the_least() -> None:
 
 
 def test_what_is_spent_already_counts() -> None:
-    assert choose(recipe(), TIMES, 10_800, WHOLE, ROWS, spent_s=1200).steps == 146  # (8000 - 180) × 0.75 / 40
+    spent = choose(recipe(), TIMES, 10_800, WHOLE, ROWS, spent_s=1200)
+    assert spent.steps == 146  # (8000 - 180) × 0.75 / 40
+    assert any(line.endswith("; 20 min 00 s of the budget have passed") for line in budget_lines(recipe(), spent))
     with pytest.raises(GRPOLiteError, match="too little"):
         choose(recipe(), TIMES, 360, WHOLE, ROWS, spent_s=30)
 

@@ -43,3 +43,12 @@ def test_in_a_checkout_the_steps_are_make_s(tmp_path: Path, root: Path) -> None:
     first = next_steps(run_summary(write_run(tmp_path / "x")))
     assert [step.split(" RUN=")[0] for step in first] == ["make report", "make chat"]
     assert first[1].endswith(("ARGS=--compare", 'ARGS="--compare"'))
+
+
+def test_a_paused_run_says_what_paused_it(elsewhere: Path) -> None:
+    run = write_run(Path("runs/x"))
+    run.update_run(trained_at=None, steps=1)
+    assert "trained 1 step in" in run_summary(run)
+    assert "paused by limits.max_minutes; to resume, run the same command again" in run_summary(run)
+    run.update_run(budget={"limit_s": 60})
+    assert "paused to stay within the budget; to resume, run the same command again" in run_summary(run)
