@@ -20,6 +20,7 @@ import contextvars
 import ctypes
 import functools
 import inspect
+import os
 import signal
 import threading
 import time
@@ -53,14 +54,17 @@ class TimeLimitExceeded(BaseException):
 def call_within(seconds: float | None, function: Callable[[], Any]) -> Any:
     """Return what `function` returns, or raise when it takes longer than `seconds` (None: no limit).
 
+    The working directory is afterwards what it was: a run's files have paths relative to it.
+
     Raises:
         TimeLimitExceeded: it took longer.
     """
-    if seconds is None:
-        return function()
-    if threading.current_thread() is threading.main_thread():
-        return _with_alarm(seconds, function)
-    return _in_a_thread(seconds, function)
+    with _staying_here():
+        if seconds is None:
+            return function()
+        if threading.current_thread() is threading.main_thread():
+            return _with_alarm(seconds, function)
+        return _in_a_thread(seconds, function)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -96,6 +100,20 @@ def start(coroutine: Coroutine[Any, Any, Any]) -> None:
     """Let a coroutine run on the loop of `wait_for`; nobody waits for it, so it should not raise."""
     loop = _running_loop()
     asyncio.run_coroutine_threadsafe(_Driven(coroutine, loop).run(), loop.events)
+
+
+@contextlib.contextmanager
+def _staying_here() -> Generator[None]:
+    try:
+        before = os.getcwd()
+    except OSError:  # it was deleted
+        before = ""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if before:
+                os.chdir(before)
 
 
 class _Stopper:

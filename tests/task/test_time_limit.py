@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +295,12 @@ def test_results_and_errors_pass_through(threaded: bool) -> None:
     else:
         run()
     assert found == [7]
+
+
+def test_a_call_leaves_the_working_directory_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call_within(5.0, lambda: os.chdir("/"))
+    assert Path.cwd() == tmp_path
+    with pytest.raises(ZeroDivisionError):
+        call_within(None, lambda: (os.chdir("/"), 1 / 0))
+    assert Path.cwd() == tmp_path
