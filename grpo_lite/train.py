@@ -23,7 +23,7 @@ from grpo_lite.session.build import build_trainer, device_line
 from grpo_lite.session.fit import TrainResult, deadline_of, fit
 from grpo_lite.session.views import ViewKind, make_view
 from grpo_lite.session.warmup import traces_to_learn, warm_up
-from grpo_lite.task.check import require_paid_gold
+from grpo_lite.task.check import require_beginnings, require_paid_gold
 from grpo_lite.task.prompts import Prompts, load_prompts
 from grpo_lite.task.rewards import load_rewards
 from grpo_lite.units import now
@@ -104,8 +104,10 @@ def _train(
         How it ended, and the trained model if it is still in memory.
     """
     rewards = load_rewards(recipe, prompts.columns, prompts.lead_in)
-    if recipe.check.enabled and recipe.environment is None:  # an environment scores episodes, not golden texts
+    if recipe.check.enabled and recipe.environment is None:
         require_paid_gold(recipe, prompts, show)
+    elif recipe.check.enabled:  # an environment scores episodes, not golden texts
+        require_beginnings(recipe, prompts)
     if beyond := base.positions_note(recipe, len(prompts.longest)):
         show(beyond)
     traces = traces_to_learn(recipe, run, base, prompts, show)

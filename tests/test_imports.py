@@ -242,7 +242,7 @@ def test_only_the_cli_prints_or_exits() -> None:
         "import grpo_lite.session.backend, grpo_lite.runs.remote, grpo_lite.reproduce",  # Unsloth comes before
         "import grpo_lite.memory.report, grpo_lite.memory.fit",
         "import grpo_lite.ui.server",
-        "import grpo_lite.environments.play, grpo_lite.environments.python, grpo_lite.environments.search",
+        "import grpo_lite.environments.methods, grpo_lite.environments.python, grpo_lite.environments.search",
     ],
 )
 def test_light_things_stay_free_of_torch(code: str) -> None:

@@ -15,7 +15,7 @@ search       `Search`       `search`     those and `corpus`      finding a passa
 An environment sees tool calls and never the final text (TRL's contract). A recipe that wants the text to be right adds
 `rewards.accuracy_reward`. A tool called with nonsense returns a line that begins with "Error:"; it never raises.
 
-Each module also has two plain functions of a row, which `play.play` and `make check-env` run as policies:
+Each module also has two plain functions of a row, which `make check-env` runs as policies:
 
     gold(row) -> turns                 earns 1
     cheats(row) -> {name: turns}       each earns less, most of them 0

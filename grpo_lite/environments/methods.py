@@ -1,4 +1,7 @@
-"""Methods made at run time, with the signature and the docstring from which transformers makes a tool's schema."""
+"""An environment's tools: which of its methods they are, and methods made at run time.
+
+Those have the signature and the docstring from which transformers makes a tool's schema.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,12 @@ NOT_TOOLS = ("reset", "get_reward")  # in TRL's contract
 def is_tool_name(name: str) -> bool:
     """Return whether a method of this name is a tool in TRL's contract."""
     return name.isidentifier() and not name.startswith("_") and name not in NOT_TOOLS
+
+
+def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
+    """Return the tools of an environment by name: its public methods but `reset` and `get_reward`, as in TRL."""
+    names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
+    return {name: getattr(environment, name) for name in names if not name.startswith("_") and name not in NOT_TOOLS}
 
 
 def make_method(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from grpo_lite.engine.generate import generate_completions, positions_of
 from grpo_lite.evaluation.scoring import right_of_each, score_completions, second_opinions
 from grpo_lite.memory.fit import rows_that_fit
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show, progress_lines
-from grpo_lite.task.episodes import Episode, Player, require_scored, turns_of
+from grpo_lite.task.episodes import Episode, Player, require_scored, seeded, turns_of
 from grpo_lite.task.generators import Row
 
 
@@ -94,19 +90,6 @@ def play_with(
 
     with seeded(seed):
         return player.play(rows, generate, max_tokens, positions_of(model))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let the global generators of `random` and NumPy begin at a seed, and put them back afterwards."""
-    before, of_numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(of_numpy)
 
 
 def episode_means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from grpo_lite.recipe.overrides import twice_the_cap, twice_the_group
 from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.rewards import format_reward
 from grpo_lite.rewards.facts import named
+from grpo_lite.task.check import require_beginnings
 from grpo_lite.task.episodes import Episode, Player, require_scored
 from grpo_lite.task.generators import Row
 from grpo_lite.task.guard import limited
@@ -124,7 +125,12 @@ def probe_base(recipe: Recipe, base: Base, prompts: Prompts, **arguments: Any) -
 
     Returns:
         The probe, and how long loading took, in seconds.
+
+    Raises:
+        GRPOLiteError: the base cannot be loaded, or no episode begins.
     """
+    if recipe.check.enabled and recipe.environment is not None:
+        require_beginnings(recipe, prompts)
     begun = time.monotonic()
     model = load_for_sampling(base, recipe.rollout)
     loaded_s = time.monotonic() - begun

@@ -205,7 +205,7 @@ def build_trainer(
     arguments = grpo_config(recipe, run, base, weights, plan)
     guards = [GuardedReward(reward, recipe.num_generations, recipe.limits, view.show) for reward in functions]
     guarded = [awaited(guard) if getattr(guard.function, "waits", False) else guard for guard in guards]
-    rows = Dataset.from_list(_same_keys(fill_a_round(prompts.train, recipe, view.show)))
+    rows = Dataset.from_list(fill_a_round(prompts.train, recipe, view.show))
     adapter = adapter_to_start_from(recipe, run, base, view.show)
     announce_weights(base, view.show)
     model = load_base(base, recipe, len(prompts.longest))
@@ -295,9 +295,3 @@ def fill_a_round(rows: list[dict[str, Any]], recipe: Recipe, show: Show) -> list
         return rows
     show(f"data: a round takes {needed} prompts and there are {len(rows)}; they are repeated")
     return [rows[i % len(rows)] for i in range(needed)]
-
-
-def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give every row every column: `Dataset.from_list` reads the columns off the first row only."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: row.get(key) for key in keys} for row in rows]

@@ -5,6 +5,7 @@ Rewards should pay the gold and no cheat. Needs the tokenizer, not the model.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from grpo_lite.models.base import Base
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.recipe.recipe import Recipe, WarmupSection
 from grpo_lite.rewards.testing import Report, check_rewards, score_rows
-from grpo_lite.task.episodes import Player
+from grpo_lite.task.episodes import Episode, Player, seeded
 from grpo_lite.task.generators import Row
 from grpo_lite.task.gold import NO_GOLD, gold_completion
 from grpo_lite.task.guard import limited
@@ -25,6 +26,7 @@ from grpo_lite.task.rewards import highest_sum, load_rewards, weighted_sum
 from grpo_lite.task.traces import earning, earning_lines, load_traces
 
 GOLD_ROWS = 64
+TRIED_ROWS = 4  # of an environment, of which one has to begin
 MEASURED_PROMPTS = 2000
 
 
@@ -70,11 +72,35 @@ def _begun(recipe: Recipe, prompts: Prompts, rows: Sequence[Row]) -> Iterator[tu
         yield from ((row, "") for row in rows)
         return
     for row in rows:
-        failures: list[str] = []
-        silent = Player(prompts, recipe, failures.append).play([row], lambda read, room: [[] for _ in read], 1)
-        added = len(silent[0].prompt_ids) - len(prompts.ids(row))
+        episode, failure = _silent(recipe, prompts, row)
+        added = len(episode.prompt_ids) - len(prompts.ids(row))
         note = f"reset added {added} tokens to this prompt; the lengths below are without them" if added > 0 else ""
-        yield {**row, "prompt": silent[0].prompt}, failures[0] if silent[0].ended == "reset" else note
+        yield {**row, "prompt": episode.prompt}, failure or note
+
+
+def _silent(recipe: Recipe, prompts: Prompts, row: Row) -> tuple[Episode, str]:
+    """Return an episode in which nothing is said, in an environment of its own, and why it cannot begin, if so."""
+    player = Player(prompts, recipe, lambda line: None)
+    (episode,) = player.play([row], lambda read, room: [[] for _ in read], 1)
+    return episode, player.guard.last_failure if episode.ended == "reset" else ""
+
+
+def require_beginnings(recipe: Recipe, prompts: Prompts) -> None:
+    """Begin an episode of each environment; refuse to load a model where none of an environment's first rows begins.
+
+    Raises:
+        RewardError: `reset` fails with each of the first `TRIED_ROWS` rows.
+    """
+    toolkit = prompts.toolkit
+    for name in toolkit.factories if toolkit is not None else ():
+        rows = [row for row in prompts.train if toolkit.name_of(row) == name][:TRIED_ROWS]  # type: ignore[union-attr]
+        with seeded(recipe.seed):
+            failures = list(itertools.takewhile(bool, (_silent(recipe, prompts, row)[1] for row in rows)))
+        if rows and len(failures) == len(rows):
+            raise RewardError(
+                f"environment: {failures[0]}. So no episode begins, with none of the first {len(rows)} rows. Correct "
+                "the rows or `reset`; or train anyway with check.enabled=false."
+            )
 
 
 def prompt_lengths(recipe: Recipe, prompts: Prompts) -> str:

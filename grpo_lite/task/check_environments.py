@@ -8,17 +8,19 @@ episodes, and a killed run resumes exactly only where an episode depends on noth
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lite.environments.play import Turn, tools_of
+from grpo_lite.environments.methods import tools_of
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.task.environments import Toolkit
+from grpo_lite.task.environments import Toolkit, make_environment
+from grpo_lite.task.episodes import Message
 from grpo_lite.task.generators import Row
-from grpo_lite.task.policies import cheat_turns, gold_turns, play_turns
+from grpo_lite.task.policies import Turn, cheat_turns, gold_turns, play_turns
 from grpo_lite.task.prompts import load_prompts
 
 ROWS = 32  # of each environment
@@ -104,32 +106,37 @@ def _played(recipe: Recipe, toolkit: Toolkit, name: str | None, train: Sequence[
     rows = [row for row in train if toolkit.name_of(row) == name][:ROWS]
     if not rows:
         raise RewardError(f"environment.{name}: no row of data.train names it. Add rows with it, or remove it.")
-    chance = random.Random(recipe.seed)
+    tools, chance = tools_of(toolkit.instances[name]), random.Random(recipe.seed)
+    make = functools.partial(make_environment, factory, f"environment: {title}")
+
+    def play(instance: Any, row: Row, turns: Sequence[Turn]) -> tuple[float | None, list[Message]]:
+        return play_turns(instance, toolkit.columns_of(row), turns, recipe.limits, toolkit.tools)
+
     rewards: dict[str, dict[int, float]] = {}
     first: list[tuple[Row, Sequence[Turn]]] = []  # the first policy's turns
     for number, row in enumerate(rows):
-        policies = _policies(row, factory, chance)
+        policies = _policies(row, factory, tools, chance)
         first.append((row, next(iter(policies.values()))))
         for policy, turns in policies.items():
-            reward, _ = play_turns(recipe, toolkit, factory(), row, turns)
+            reward, _ = play(make(), row, turns)
             if reward is not None:
                 rewards.setdefault(policy, {})[number] = reward
-    return Played(title, len(rows), rewards, *_repeated(recipe, toolkit, factory, first[:REPEATED]))
+    return Played(title, len(rows), rewards, *_repeated(make, play, recipe.seed, first[:REPEATED]))
 
 
 def _repeated(
-    recipe: Recipe, toolkit: Toolkit, factory: Callable[[], Any], episodes: Sequence[tuple[Row, Sequence[Turn]]]
+    make: Callable[[], Any], play: Callable[..., Any], seed: int, episodes: Sequence[tuple[Row, Sequence[Turn]]]
 ) -> tuple[bool, bool]:
     """Return whether an instance keeps state from one episode to the next, and whether episodes can be repeated."""
     keeps_state, is_repeatable = False, True
     state = random.getstate()
-    used = factory()
+    used = make()
     try:
         for row, turns in episodes:
             outcomes = []
-            for instance in (factory(), factory(), used):
-                random.seed(recipe.seed)
-                outcomes.append(play_turns(recipe, toolkit, instance, row, turns))
+            for instance in (make(), make(), used):
+                random.seed(seed)
+                outcomes.append(play(instance, row, turns))
             if outcomes[0] != outcomes[1]:
                 is_repeatable = False
             elif outcomes[0] != outcomes[2]:
@@ -139,21 +146,22 @@ def _repeated(
     return keeps_state, is_repeatable
 
 
-def _policies(row: Row, factory: Callable[[], Any], chance: random.Random) -> dict[str, Sequence[Turn]]:
+def _policies(
+    row: Row, factory: Callable[[], Any], tools: Mapping[str, Callable[..., Any]], chance: random.Random
+) -> dict[str, Sequence[Turn]]:
     gold = gold_turns(factory, row)
     policies = {**({} if gold is None else {GOLD: gold}), **cheat_turns(factory, row)}
-    names = [*tools_of(factory()), "reset", "get_reward", "no_such_tool"]
+    names = [*tools, "reset", "get_reward", "no_such_tool"]
     broken: list[Turn] = [[{"name": name, "arguments": {"no_such_argument": 1}} for name in names]]
-    return policies | {RANDOM: _random_turns(factory, chance), SILENT: ["I am done."], BROKEN: broken}
+    return policies | {RANDOM: _random_turns(tools, chance), SILENT: ["I am done."], BROKEN: broken}
 
 
-def _random_turns(factory: Callable[[], Any], chance: random.Random) -> list[Turn]:
+def _random_turns(tools: Mapping[str, Callable[..., Any]], chance: random.Random) -> list[Turn]:
     from transformers.utils import get_json_schema
 
-    tools = list(tools_of(factory()).values())
     turns: list[Turn] = []
     for _ in range(RANDOM_CALLS if tools else 0):
-        tool = chance.choice(tools)
+        tool = chance.choice(list(tools.values()))
         properties = get_json_schema(tool)["function"]["parameters"].get("properties", {})
         arguments = {name: _random_value(schema, chance) for name, schema in properties.items()}
         turns.append([{"name": tool.__name__, "arguments": arguments}])

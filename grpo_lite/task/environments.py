@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lite.environments import openenv, verifiers
-from grpo_lite.environments.play import tools_of
+from grpo_lite.environments.methods import tools_of
 from grpo_lite.errors import GRPOLiteError, ModelError, RewardError
 from grpo_lite.recipe.recipe import ENVIRONMENT_REWARD, Recipe
 from grpo_lite.task.generators import Row
@@ -50,7 +50,8 @@ class Toolkit:
     def arguments(self) -> dict[str, Any]:
         """What TRL's GRPOTrainer gets."""
         several = None not in self.factories
-        factory: Any = dict(self.factories) if several else self.factories[None]
+        made = {name: functools.partial(make_environment, one, "environment") for name, one in self.factories.items()}
+        factory: Any = made if several else made[None]
         return {
             **({"tools": list(self.tools)} if self.tools else {}),
             **({"environment_factory": factory} if self.factories else {}),

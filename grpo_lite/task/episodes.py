@@ -7,14 +7,18 @@ turns give the same tokens.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from grpo_lite.commands import hint
-from grpo_lite.environments.play import tools_of
+from grpo_lite.environments.methods import tools_of
 from grpo_lite.errors import ModelError, RewardError
 from grpo_lite.recipe.recipe import Recipe
 from grpo_lite.screen import Show
@@ -188,7 +192,7 @@ class Player:
                 episode.ended = "reset"
                 return episode
             if observation is not None:
-                episode.prompt[-1] = _observed(episode.prompt[-1], observation)
+                episode.prompt[-1] = observed(episode.prompt[-1], observation)
         episode.prompt_ids = self.prompts.ids({**row, "prompt": episode.prompt})
         return episode
 
@@ -209,24 +213,9 @@ class Player:
 
     def _call(self, episode: Episode, max_tokens: int, context: int | None, watch: Watch) -> None:
         """Call what the last message asks for, and add the results; those that do not fit end the episode."""
-        tools = self._tools(episode)
-        results = []
-        for call in episode.messages[-1]["tool_calls"]:
-            function = call.get("function") or {}
-            name = function.get("name", call.get("name", "unknown"))
-            episode.calls += 1
-            try:
-                if call.get("type") != "function":
-                    raise ValueError(f"Unsupported tool call type: {call.get('type')}")
-                if name not in tools:
-                    raise ValueError(f"Tool {name} not found.")
-                result = tools[name](**function["arguments"])
-            except Exception as error:  # what a tool raises is for the model to read
-                episode.failed_calls += 1
-                result = {"error": str(error)}
-            results.append(
-                {"role": "tool", "name": name, "content": result if isinstance(result, list) else str(result)}
-            )
+        results, failed = answer_calls(self._tools(episode), episode.messages[-1]["tool_calls"])
+        episode.calls += len(results)
+        episode.failed_calls += failed
         added = self._result_ids(results)
         length = len(episode.ids) + len(added)
         if id(episode.environment) in self.guard.lost:
@@ -260,23 +249,69 @@ class Player:
         return ids
 
     def _reward(self, episode: Episode) -> float | None:
-        environment = episode.environment
-        if episode.ended == "reset" or not hasattr(environment, "get_reward"):
+        if episode.ended == "reset" or not hasattr(episode.environment, "get_reward"):
             return None
-        name, seconds = f"{type(environment).__name__}.get_reward", self.limits.reward_timeout_s
-        pay = environment.get_reward
+        return reward_of(episode.environment, episode.messages, self.limits.reward_timeout_s)
 
-        def paid(completions: Any) -> list[Any]:
-            return [wait_for(pay()) if is_async(pay) else pay()]
 
+def reward_of(environment: Any, messages: list[Message], seconds: float | None) -> float | None:
+    """Return what an environment's `get_reward` pays for an episode, None where it cannot be judged.
+
+    Args:
+        environment: the instance that played it.
+        messages: of the episode.
+        seconds: that it may take.
+
+    Raises:
+        RewardError: it raises, takes longer or returns no number.
+    """
+    name, pay = f"{type(environment).__name__}.get_reward", environment.get_reward
+
+    def paid(completions: Any) -> list[Any]:
+        return [wait_for(pay()) if is_async(pay) else pay()]
+
+    try:
+        (score,) = call_within(seconds, lambda: checked_reward(paid, name)(completions=[messages]))
+    except TimeLimitExceeded:
+        raise RewardError(
+            f"environment: {name} took longer than limits.reward_timeout_s = {seconds:g} s. Fix it, or raise the limit."
+        ) from None
+    return score
+
+
+def answer_calls(
+    tools: Mapping[str, Callable[..., Any]], calls: Sequence[Mapping[str, Any]]
+) -> tuple[list[Message], int]:
+    """Call what the model asks for; return the results as messages, and how many of them are errors."""
+    results: list[Message] = []
+    failed = 0
+    for call in calls:
+        function = call.get("function") or {}
+        name = function.get("name", call.get("name", "unknown"))
         try:
-            (score,) = call_within(seconds, lambda: checked_reward(paid, name)(completions=[episode.messages]))
-        except TimeLimitExceeded:
-            raise RewardError(
-                f"environment: {name} took longer than limits.reward_timeout_s = {seconds:g} s. Fix it, or "
-                "raise the limit."
-            ) from None
-        return score
+            if call.get("type") != "function":
+                raise ValueError(f"Unsupported tool call type: {call.get('type')}")
+            if name not in tools:
+                raise ValueError(f"Tool {name} not found.")
+            result = tools[name](**function["arguments"])
+        except Exception as error:  # what a tool raises is for the model to read
+            failed += 1
+            result = {"error": str(error)}
+        results.append({"role": "tool", "name": name, "content": result if isinstance(result, list) else str(result)})
+    return results, failed
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let the global generators of `random` and NumPy begin at a seed, and put them back afterwards."""
+    before, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(of_numpy)
 
 
 def turns_of(messages: Sequence[Message]) -> int:
@@ -319,7 +354,7 @@ def read_turn(tokenizer: Any, ids: list[int], before: list[int], tools: list[Cal
     return message
 
 
-def _observed(message: Message, observation: Any) -> Message:
+def observed(message: Message, observation: Any) -> Message:
     """Return the last message of the prompt with what `reset` returned behind its content, as TRL appends it."""
     content = message["content"]
     if isinstance(observation, list) and isinstance(content, str):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from grpo_lite.environments.play import Message
 from grpo_lite.errors import DataError
 from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.task.environments import make_environment
+from grpo_lite.task.episodes import Message, seeded
 from grpo_lite.task.generators import Row
 from grpo_lite.task.policies import gold_turns, play_turns
 from grpo_lite.task.prompts import Prompts, opened_tag
@@ -43,12 +43,8 @@ def gold_episodes(recipe: Recipe, prompts: Prompts) -> list[GoldEpisode]:
         RewardError: a policy or an environment is at fault.
     """
     assert recipe.warmup is not None
-    state = random.getstate()
-    random.seed(recipe.seed)
-    try:
+    with seeded(recipe.seed):
         return list(_played(recipe, prompts, prompts.train[: recipe.warmup.prompts]))
-    finally:
-        random.setstate(state)
 
 
 def _played(recipe: Recipe, prompts: Prompts, rows: list[Row]) -> Iterator[GoldEpisode]:
@@ -67,7 +63,8 @@ def _played(recipe: Recipe, prompts: Prompts, rows: list[Row]) -> Iterator[GoldE
         last = next((turn for turn in turns if isinstance(turn, str)), LAST_TEXT)
         if recipe.data.gold_completion is not None and last == str(row.get("answer")):
             last = gold_completion(recipe, row, prompts.lead_in)
-        paid, messages = play_turns(recipe, toolkit, factory(), row, [*calls, last])
+        instance, columns = make_environment(factory, "environment"), toolkit.columns_of(row)
+        paid, messages = play_turns(instance, columns, [*calls, last], recipe.limits, toolkit.tools)
         before = len(row["prompt"])
         yield GoldEpisode({**row, "prompt": messages[:before]}, messages[before:], paid)
 

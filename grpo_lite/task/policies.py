@@ -10,12 +10,14 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_lite.environments.play import Message, Turn, play_in
+from grpo_lite.environments.methods import tools_of
 from grpo_lite.errors import RewardError
-from grpo_lite.recipe.recipe import Recipe
-from grpo_lite.task.environments import Toolkit
+from grpo_lite.recipe.recipe import LimitsSection
+from grpo_lite.task.episodes import Message, answer_calls, observed, reward_of
 from grpo_lite.task.generators import Row
-from grpo_lite.task.time_limit import TimeLimitExceeded, call_within
+from grpo_lite.task.tool_guard import ToolFailure, ToolGuard
+
+Turn = Sequence[Mapping[str, Any]] | str  # calls made at once, or the final text
 
 
 def gold_turns(factory: Callable[[], Any], row: Row) -> Sequence[Turn] | None:
@@ -45,25 +47,45 @@ def cheat_turns(factory: Callable[[], Any], row: Row) -> dict[str, Sequence[Turn
 
 
 def play_turns(
-    recipe: Recipe, toolkit: Toolkit, environment: Any, row: Row, turns: Sequence[Turn]
+    environment: Any, row: Row, turns: Sequence[Turn], limits: LimitsSection, tools: Sequence[Callable[..., Any]] = ()
 ) -> tuple[float | None, list[Message]]:
-    """Play one episode in an instance, within the recipe's limits; return its reward and its messages.
+    """Play the turns of a policy in an instance; return the reward and the messages, as a model's would be.
+
+    The reward is None where the environment has no `get_reward`, or the row cannot be judged.
+
+    Args:
+        environment: the instance.
+        row: what its `reset` gets.
+        turns: of the policy.
+        limits: of the calls.
+        tools: beside the environment's own.
 
     Raises:
-        RewardError: the environment raises, or takes too long.
+        RewardError: `reset` or `get_reward` fails, or a call takes too long.
     """
-    seconds, title = recipe.limits.tool_timeout_s * (len(turns) + 1), type(environment).__name__
-    tools = {tool.__name__: tool for tool in toolkit.tools}
+    guard = ToolGuard(limits, lambda line: None)
+    messages = [dict(message) for message in row["prompt"]]
     try:
-        return call_within(seconds, lambda: play_in(environment, toolkit.columns_of(row), turns, tools))
-    except TimeLimitExceeded:
-        raise RewardError(
-            f"environment: an episode of {title} took longer than {seconds:g} s (limits.tool_timeout_s a turn)."
-        ) from None
-    except Exception as error:
-        raise RewardError(
-            f"environment: {title} raised {type(error).__name__}: {str(error).rstrip('.')}, with the row {row}."
-        ) from error
+        observation = guard.reset(environment, row, environment.reset)
+        if observation is not None:
+            messages[-1] = observed(messages[-1], observation)
+        (budgets,) = guard.budgets(1)
+        by_name = {tool.__name__: tool for tool in tools} | tools_of(environment)
+        by_name = {name: guard.wrap(tool, budgets) for name, tool in by_name.items()}
+        for turn in turns:
+            if isinstance(turn, str):
+                messages.append({"role": "assistant", "content": turn})
+                break
+            calls = [{"type": "function", "function": dict(call)} for call in turn]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages += answer_calls(by_name, calls)[0]
+            if guard.timeouts:
+                raise ToolFailure(guard.last_failure)
+        has_reward = hasattr(environment, "get_reward")
+        return reward_of(environment, messages, limits.reward_timeout_s) if has_reward else None, messages
+    except (ToolFailure, RewardError) as failure:
+        reason = str(failure).removeprefix("environment: ").rstrip(".")
+        raise RewardError(f"environment: {reason}, with the row {row}.") from None
 
 
 def _beside(factory: Callable[[], Any], name: str) -> Callable[[Row], Any] | None:

@@ -123,9 +123,11 @@ def load_prompts(recipe: Recipe, tokenizer: Any = None) -> Prompts:
                 f"turns are not limited: a model that only calls tools fills all {recipe.max_completion_length} tokens "
                 "(set grpo.max_tool_calling_iterations)"
             )
-        require_environment_columns(toolkit, train, "data.train")
-        for name, rows in {"data.eval": held_out if recipe.eval.enabled else [], **also}.items():
+        for name, rows in {"data.train": train, "data.eval": held_out if recipe.eval.enabled else [], **also}.items():
             require_environment_columns(toolkit, rows, name)
+            require_environment_columns(toolkit, same_columns(rows), name)
+    train, held_out = same_columns(train), same_columns(held_out)
+    also = {name: same_columns(rows) for name, rows in also.items()}
     opening = lead_in(train, recipe, tokenizer)
     return Prompts(train, held_out, tuple(notes), opening, tokenizer, template_kwargs, also, toolkit)
 
@@ -151,6 +153,12 @@ def _further(recipe: Recipe, train: list[Row], tokenizer: Any) -> tuple[dict[str
             raise DataError(f"{where}: no rows are left. {' '.join(notes)} Give other rows, or remove the key.")
         sets[name] = fresh
     return sets, notes
+
+
+def same_columns(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with every column of any of them, None where a row has none, as TRL's dataset gives them."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,8 @@ from grpo_lite.screen import Show
 from grpo_lite.task.time_limit import TimeLimitExceeded, call_within, is_async, wait_for
 
 _LONGEST_ERROR = 500  # characters of an error that the model gets
-_LINES_PER_TOOL = 3  # failures of one tool, `reset` or `get_reward` that are shown; all are counted
-
+_LONGEST_LINE = 300  # characters of a failure on the screen
+_LINES_PER_TOOL = 3  # reasons why one tool, `reset` or `get_reward` fails that are shown; all are counted
 
 STILL_RUNNING = "was not called: an earlier call is still running, and could not be ended"
 
@@ -45,6 +44,7 @@ class ToolGuard:
         timeouts: calls that were over their time, of the whole run.
         hung: ids of the environments in which a call was over its time; they are not used in another episode.
         lost: ids of those in which the call could not be ended; they are not used at all.
+        last_failure: what failed last, and why, shown or not.
     """
 
     limits: LimitsSection
@@ -52,7 +52,8 @@ class ToolGuard:
     timeouts: int = 0
     hung: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
-    _shown: Counter[str] = field(default_factory=Counter)
+    last_failure: str = ""
+    _shown: dict[str, set[str]] = field(default_factory=dict)
 
     def budgets(self, episodes: int) -> list[tuple[Budget, ...]]:
         """Return what the tools of each episode of a round may take: their own time, and the time of the round."""
@@ -112,7 +113,8 @@ class ToolGuard:
             reason = (
                 _said(error) if isinstance(error, ToolFailure) else f"raised {type(error).__name__}: {_said(error)}"
             )
-        self.say(f"tool failed: {type(environment).__name__}.reset", reason)
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        self.say(f"tool failed: {type(environment).__name__}.reset", f"{reason}, with the row {columns}")
         raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
 
     def forget(self) -> None:
@@ -130,11 +132,15 @@ class ToolGuard:
         return call_within(seconds, lambda: convert(wait_for(call()) if is_async(call) else call()))
 
     def say(self, what: str, reason: str) -> None:
-        """Show why something failed, the first times that it does."""
-        self._shown[what] += 1
-        if self._shown[what] <= _LINES_PER_TOOL:
-            last = "; further ones are only counted" if self._shown[what] == _LINES_PER_TOOL else ""
-            self.show(f"{what}: {self._shortened(reason, _LONGEST_ERROR)}{last}")
+        """Show why something failed, each reason once, the first ones only."""
+        line, shown = " ".join(_writable(reason).split()), self._shown.setdefault(what, set())
+        line = line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE].rstrip()}…"
+        self.last_failure = f"{what.removeprefix('tool failed: ')}: {line}"
+        if len(shown) == _LINES_PER_TOOL or line in shown:
+            return
+        shown.add(line)
+        last = "; further ones are only counted" if len(shown) == _LINES_PER_TOOL else ""
+        self.show(f"{what}: {line}{last}")
 
     def _text(self, result: Any) -> str:
         """Return a result as text of bounded length: parts of a message joined, all else by `str`, as TRL does it.

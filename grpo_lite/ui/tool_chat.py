@@ -35,8 +35,8 @@ class ToolChat:
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         kwargs = tool_template_kwargs(recipe.template_kwargs, tokenizer, recipe.model.id)
         prompts = Prompts([], [], tokenizer=tokenizer, template_kwargs=kwargs, toolkit=load_toolkit(recipe))
-        self.recipe, self._failures = recipe, list[str]()
-        self.player = Player(prompts, recipe, self._failures.append)
+        self.recipe = recipe
+        self.player = Player(prompts, recipe, lambda line: None)
         self._rows = _own_rows(recipe) if self.player.toolkit.factories else []
         self._chance, self._number = random.Random(recipe.seed), 0.0
 
@@ -106,11 +106,11 @@ class ToolChat:
     def _end(self, episode: Episode, max_tokens: int) -> str:
         if episode.ended == "reset":
             return (
-                f"(not begun: {self._failures[-1].removeprefix('tool failed: ')}. Type the columns of a row as JSON, "
+                f"(not begun: {self.player.guard.last_failure}. Type the columns of a row as JSON, "
                 'such as {"number": 37})'
             )
         if episode.ended == "hung":
-            return f"(stopped: {self._failures[-1].removeprefix('tool failed: ')}, and could not be ended)"
+            return f"(stopped: {self.player.guard.last_failure}, and could not be ended)"
         if episode.ended == "turns":
             return f"(stopped after {episode.turns} turns: grpo.max_tool_calling_iterations={self.player.most_turns})"
         return f"(cut off: an episode has at most {max_tokens} tokens)" if episode.ended == "length" else ""

@@ -14,7 +14,7 @@ from grpo_lite.rewards.sandbox import SandboxError
 
 from grpo_lite.environments import BUILT_IN, python, search, towns
 from grpo_lite.environments.calculator import Calculator, evaluate
-from grpo_lite.environments.play import play, play_in, tools_of
+from grpo_lite.environments.methods import tools_of
 from grpo_lite.environments.python import Python, StatelessPython
 from grpo_lite.environments.search import Search
 from grpo_lite.environments.sudoku import Sudoku, solutions
@@ -22,8 +22,10 @@ from grpo_lite.environments.wordle import Wordle, marks
 from grpo_lite.environments.words import WORDS
 from grpo_lite.errors import DataError
 from grpo_lite.recipe.load import load_recipe
+from grpo_lite.recipe.recipe import LimitsSection
 from grpo_lite.task.environments import load_toolkit
 from grpo_lite.task.generators import generate_rows
+from grpo_lite.task.policies import play_turns
 
 Rows = Callable[[int], list[dict[str, Any]]]
 GENERATORS = {
@@ -32,6 +34,15 @@ GENERATORS = {
 LEAST_SUCCESS = {"wordle": 0.5}  # below, it pays for letters
 HOSTILE = [None, 3, -1, 2**70, 1.5, True, [], {}, [["a"]], "", " ", "\x00", "é" * 9, "\ud800", "＋１", "9" * 50_000,
            "(" * 300, "<tool_call>{}</tool_call>", "__import__('os').getcwd()", "1;2", "\n\n"]  # fmt: skip
+
+
+def play_in(environment: Any, row: dict[str, Any], turns: list[Any]) -> Any:
+    prompt = [{"role": "user", "content": row.get("question", "")}]
+    return play_turns(environment, {"prompt": prompt, **row}, turns, LimitsSection())
+
+
+def play(environment: Callable[[], Any], row: dict[str, Any], turns: list[Any]) -> Any:
+    return play_in(environment(), row, turns)
 
 
 def module_and_class(name: str) -> tuple[Any, Any]:

@@ -9,8 +9,9 @@ from transformers import Qwen3Config
 from grpo_lite.environments import BUILT_IN
 from grpo_lite.errors import RewardError
 from grpo_lite.recipe.load import load_recipe
-from grpo_lite.task.check import check_recipe
+from grpo_lite.task.check import check_recipe, require_beginnings
 from grpo_lite.task.check_environments import check_environments
+from grpo_lite.task.prompts import load_prompts
 from tests.command_line import grpo_lite
 from tests.tool_model import tool_tokenizer
 
@@ -166,9 +167,43 @@ def test_check_shows_what_reset_adds_to_a_prompt_or_why_it_fails(tmp_path: Path)
     lines = list(check_recipe(load_recipe("smoke", changed)))
     begun = [line for line in lines if line.startswith("prompt: ")]
     assert ["Begin at 503." in line for line in begun] == [False, True]  # the third is the second once more
-    assert "tool failed: Guess.reset: raised KeyError: 'two'" in lines
+    assert "Guess.reset: raised KeyError: 'two', with the row {'number': 2}" in lines
     assert any("reset added" in line for line in lines)
     assert not any(line.startswith(("answer:", "a gold")) for line in lines)
+
+
+@pytest.mark.parametrize("failing", [3, 4])
+def test_a_reset_that_fails_with_the_first_rows_is_named_before_a_model_is_loaded(tmp_path: Path, failing: int) -> None:
+    of_reset = "self.number, self.tries, self.last = number, 0, None"
+    source = "\n".join(BLOCKS).replace(of_reset, f"self.number = {{}}[number] if number < {failing + 2} else number")
+    recipe = load_recipe("smoke", [*recipe_with(tmp_path, source), "data.holdout=0"])
+    prompts = load_prompts(recipe, tool_tokenizer())
+    if failing < 4:  # the fourth row begins
+        require_beginnings(recipe, prompts)
+        return
+    message = r"environment: Guess.reset: raised KeyError: 2, with the row \{'number': 2.* none of the first 4 rows"
+    with pytest.raises(RewardError, match=message):
+        require_beginnings(recipe, prompts)
+
+
+def test_async_tools_are_called_on_one_event_loop_as_in_training(tmp_path: Path) -> None:
+    source = "import asyncio\n\n" + "\n".join(BLOCKS).replace("    def guess", "    async def guess")
+    source = source.replace(", None\n", ", None\n        self.loop = None\n", 1).replace(
+        "        self.tries, self.last = self.tries + 1",
+        "        if self.loop not in (None, asyncio.get_running_loop()):\n            return 'lost'\n"
+        "        self.loop = asyncio.get_running_loop()\n        self.tries, self.last = self.tries + 1",
+    )
+    source += "\n\ndef gold(row):\n    values = 0, row['number']\n"
+    source += "    return [[{'name': 'guess', 'arguments': {'value': value}}] for value in values]\n"
+    (played,) = check_environments(load_recipe("smoke", recipe_with(tmp_path, source)))
+    assert set(played.rewards["gold"].values()) == {0.5}
+
+
+def test_an_environment_of_which_a_second_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    init = "    def __init__(self):\n        left.pop()\n\n    def reset"
+    overrides = recipe_with(tmp_path, "left = [1]\n" + "\n".join(BLOCKS).replace("    def reset", init, 1))
+    with pytest.raises(RewardError, match="Guess: cannot be made without arguments: IndexError: pop from empty list"):
+        check_environments(load_recipe("smoke", overrides))
 
 
 def test_a_recipe_without_an_environment_is_refused_before_its_data_are_read() -> None:

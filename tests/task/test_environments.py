@@ -115,6 +115,22 @@ def test_columns_that_reset_does_not_take_are_named_before_a_model_is_loaded(tmp
         require_environment_columns(toolkit, [{"number": 1, "prompt": [], "answer": "2"}], "data.train")
 
 
+def test_rows_have_all_columns_of_their_source_as_in_training(tmp_path: Path):
+    path, rows = tmp_path / "narrow.py", tmp_path / "rows.jsonl"
+    path.write_text(SOURCE.replace("def reset(self, **row)", "def reset(self, number, prompt, low=None)", 1))
+    rows.write_text('{"number": 1, "question": "q"}\n{"number": 2, "question": "q", "low": 3}\n')
+    data = {"train": {"path": str(rows)}, "prompt": "{question}", "answer": None, "holdout": 0}
+    settings = {"data": data, "rewards": [], "eval": {"enabled": False}}
+    with pytest.raises(GRPOLiteError, match=r"data.train: row 0: Env.reset: .*unexpected keyword argument 'question'"):
+        load_prompts(recipe(environment=f"{path}:Env", **settings))
+    path.write_text(path.read_text().replace("low=None)", "question, low=None)"))
+    prompts = load_prompts(recipe(environment=f"{path}:Env", **settings))
+    assert [row["low"] for row in prompts.train] == [None, 3]
+    path.write_text(path.read_text().replace(", low=None)", ")"))
+    with pytest.raises(GRPOLiteError, match=r"row 1: Env.reset: .*unexpected keyword argument 'low'"):
+        load_prompts(recipe(environment=f"{path}:Env", **settings))
+
+
 def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path):
     other = tmp_path / "other.py"
     other.write_text(SOURCE)
@@ -204,6 +220,23 @@ def test_a_guarded_tool_gives_text_or_a_failure():
     assert guard.wrap(dict, ())(a=1) == "{'a': 1}"
     with pytest.raises(ToolFailure, match="no text"):
         guard.wrap(Odd, ())()
+
+
+def test_each_reason_is_shown_once_on_a_line_of_its_own():
+    lines: list[str] = []
+    guard = ToolGuard(LimitsSection(), lines.append)
+
+    def fail(why: str) -> str:
+        raise ValueError(why)
+
+    tool = guard.wrap(fail, ())
+    for why in ("one", "one", "two\nlines", "long " * 200, "four"):
+        with pytest.raises(ToolFailure):
+            tool(why=why)
+    assert lines[:2] == ["tool failed: fail: one", "tool failed: fail: two lines"]
+    assert lines[2].endswith("long…; further ones are only counted")
+    assert len(lines) == 3
+    assert len(lines[2]) < 400
 
 
 def test_calls_share_the_time_of_their_episode_and_of_the_round():

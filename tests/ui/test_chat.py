@@ -287,10 +287,10 @@ def test_a_row_is_typed_as_json_and_one_that_cannot_begin_says_why(playing: RunD
     typed = chat.ask('{"start": 40}', stream=pieces.append)["trained"]
     assert "".join(pieces) == typed
     assert typed.startswith("? 40 Begin at 40.\n")
-    assert chat.ask("many") == {
-        "trained": "(not begun: Ledger.reset: raised ValueError: invalid literal for int() with base 10: 'many'. Type "
-        'the columns of a row as JSON, such as {"number": 37})'
-    }
+    failing = "(not begun: Ledger.reset: raised ValueError: invalid literal for int() with base 10: 'many', with the "
+    for answer in [chat.ask("many")["trained"] for _ in range(4)]:  # each time, however often it is shown in training
+        assert answer.startswith(failing)
+        assert answer.endswith("'start': 'many'}. Type the columns of a row as JSON, such as {\"number\": 37})")
     assert chat.ask('{"other": 1}')["trained"] == (
         "(chat: the recipe's rows have no column 'other'. They have: question, start.)"
     )
