@@ -119,7 +119,10 @@ def smoke(check: Check, part: str, dtype: str) -> Any:
         assert engine.obstacle is None, engine.obstacle
         assert seen.graphs > 0, "no CUDA graph was captured"
         assert (trainer.accelerator.scaler is not None) == (dtype == "float16")
-    return run_facts(run) | {"graphs": seen.graphs}
+    facts = run_facts(run) | {"graphs": seen.graphs}
+    command_line(["merge", str(run), "--onto", "trained", "--overwrite"], standalone_mode=False)  # fails unless proven
+    merge = json.loads((run / "run.json").read_text(encoding="utf-8"))["merge"]
+    return facts | {"merged_onto": merge["onto"], "merge_mean_kl": merge["mean_kl"]}
 
 
 def decoding(check: Check, part: str, dtype: str) -> Any:

@@ -80,6 +80,7 @@ def test_the_first_round(root: Path, tmp_path: Path) -> None:
     record = recorded(tmp_path)
     assert {name: entry["state"] for name, entry in record.items()} == dict.fromkeys(first, "ok")
     assert "out of memory in rollout at step 1" in record["oom"]["result"]["lines"][0]
+    assert record["smoke-bfloat16"]["result"]["merged_onto"] == "trained"
     variants = record["decode-bfloat16"]["result"]["variants"]
     assert variants["loop"]["tokens_per_s"] > 0
     assert variants["static"]["launches_per_step"] < variants["loop"]["launches_per_step"]
