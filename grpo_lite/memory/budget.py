@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_lite.commands import either, hint
@@ -181,8 +181,13 @@ def plan_budget(
         )
     rows = held_out_rows(recipe)
     if rows is None:
-        rows = int(kept.get("held_out") or ASSUMED_ROWS)
-    return choose(recipe, times, limit_s, steps, rows, given)
+        rows = int(kept.get("held_out") or 0)
+    assumed = recipe.eval.enabled and not rows
+    budget = choose(recipe, times, limit_s, steps, ASSUMED_ROWS if assumed else rows, given)
+    if assumed:
+        note = f"{ASSUMED_ROWS} held-out problems are assumed, since the data is not read here"
+        budget = replace(budget, notes=(*budget.notes, note))
+    return budget
 
 
 def _divide(

@@ -6,6 +6,7 @@ the settings that a step's time depends on. How many steps and evaluated problem
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,10 @@ TEST_ROWS = {
     ("openai/gsm8k", "test"): 1319,
     ("HuggingFaceH4/MATH-500", "test"): 500,
     ("google-research-datasets/mbpp", "test"): 500,
+    ("DigitalLearningGmbH/MATH-lighteval", "test"): 5000,
+    ("HuggingFaceH4/aime_2024", "train"): 30,
 }
+_SLICE = re.compile(r"\w+\[(\d+):(\d+)\]")  # rows of a split, as datasets writes them
 
 # What a step's time depends on; of `grpo` and `eval` without the keys that only say how often and how fast.
 _TIMED = {"model", "lora", "data", "rewards", "grpo", "compute", "rollout", "memory", "sampling", "eval", "seed"}
@@ -94,7 +98,9 @@ def held_out_rows(recipe: Recipe) -> int | None:
     if source is None:
         rows = int(holdout) if holdout >= 1 else None
     else:
-        rows = source.limit or TEST_ROWS.get((source.hub or "", source.split)) or source.kwargs.get("size")
+        part = _SLICE.fullmatch(source.split)
+        counted = int(part[2]) - int(part[1]) if part else TEST_ROWS.get((source.hub or "", source.split))
+        rows = source.limit or counted or source.kwargs.get("size")
     limit = recipe.eval.limit
     return limit if rows is None else min(int(rows), limit or int(rows))
 

@@ -274,6 +274,27 @@ def test_the_rows_of_a_known_test_set_are_known(name: str, expected: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    "anchor, rows", [("tina-1.5b", 30), ("verl-math-0.5b", 5000), ("tinyzero-3b", 1024), ("verl-gsm8k-3b", 1319)]
+)
+def test_the_problems_of_an_anchor_s_test_set_are_known(anchor: str, rows: int) -> None:
+    assert held_out_rows(load_recipe(f"anchors/{anchor}")) == rows
+    assert held_out_rows(load_recipe(f"anchors/{anchor}", ["data.eval.split=test[10%:]"])) is None
+
+
+def test_a_number_of_problems_that_nothing_says_is_named_as_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRPO_LITE_CACHE", str(tmp_path))
+    card = find_card("t4")
+    own = recipe("data.eval.path=x.jsonl", "eval.limit=null")
+    said = "\n".join(budget_lines(own, plan_budget(own, 1e6, (), card, plan_recipe(own, card))))
+    assert "evaluation: 200 problems" in said
+    assert "200 held-out problems are assumed, since the data is not read here" in said
+    known = "\n".join(budget_lines(recipe(), plan_budget(recipe(), 1e6, (), card, plan_recipe(recipe(), card))))
+    assert "assumed" not in known
+
+
+@pytest.mark.parametrize(
     "name, card",
     [
         ("Tesla T4", "t4"), ("NVIDIA L4", "l4"), ("NVIDIA A10", "a10"), ("NVIDIA A100-SXM4-40GB", "a100-40"),
