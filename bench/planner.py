@@ -68,7 +68,8 @@ def counted(models: list[str], phases: Sequence[str] = PHASES) -> list[dict[str,
             for load_in, (prompt, completion, rows) in itertools.product(("4bit", "16bit"), LENGTHS):
                 traced = trace_training(config, prompt, completion, rows, load_in=load_in)
                 planned = job(name, prompt, completion, rows, load_in, rows)
-                records.append(row("training", planned, countable(planned, training_phase), total(traced)))
+                copy = 2 * trained_parameters(planned)  # of the adapter, for decoding
+                records.append(row("training", planned, countable(planned, training_phase) - copy, total(traced)))
         if "plain" in phases:
             for prompt, completion, rows in LENGTHS:
                 planned = replace(job(name, prompt, completion, rows, "4bit", rows), compute="plain")

@@ -188,7 +188,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     dtype = query.dtype
     if not layout.dense and rule.is_plain and blockwise.serves(query):
         return blockwise.attend(query, key, value, layout.segments, rule.scaling, rule.window)
-    if query.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+    if blockwise.serves(query) and dtype in (torch.float16, torch.bfloat16):
         # PyTorch 2.13's CPU flash kernel takes 1.5-5 times as long in 16 bit as in fp32 on short blocks.
         query, key, value = query.float(), key.float(), value.float()
     if layout.dense:

@@ -165,6 +165,7 @@ def compare_rollout(config: dict[str, Any], prompt: int, completion: int, rows: 
 @pytest.mark.parametrize(
     "name, prompt, completion, rows, settings",
     [
+        ("qwen2.5-0.5b", 200, 4096, 1, {}),
         pytest.param("qwen2.5-1.5b", 200, 512, 8, {}, marks=pytest.mark.slow),
         ("qwen2.5-0.5b", 200, 256, 16, {"group": 8, "load_in": "16bit", "rank": 64}),
         pytest.param("qwen3-4b", 256, 1024, 2, {"group": 8}, marks=EVERY),
