@@ -61,6 +61,12 @@ def clear_leftovers(out_dir: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(out_dir: Path) -> None:
+    """Remove an export. A kill meanwhile leaves no half of it under its name; the rest goes with the leftovers."""
+    out_dir.rename(_partial(out_dir))
+    clear_leftovers(out_dir)
+
+
 @contextlib.contextmanager
 def _locked_partial(out_dir: Path) -> Iterator[Path]:
     partial = _partial(out_dir)

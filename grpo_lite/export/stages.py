@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any, Literal
 from grpo_lite.commands import hint
 from grpo_lite.errors import ExportError, MemoryBudgetError, ModelError, NothingToMerge
 from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_saved
-from grpo_lite.export.folder import clear_leftovers
+from grpo_lite.export.folder import clear_leftovers, remove_folder
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
 from grpo_lite.export.gguf.ollama import Prompting
 from grpo_lite.export.gguf.proof import GgufProof, prove_gguf
-from grpo_lite.export.merge.merge import MergeRecord, Progress, merge_adapter
+from grpo_lite.export.merge.merge import MergeRecord, Progress, check_fit, merge_adapter
 from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.nf4 import NF4_RECORD, export_nf4
 from grpo_lite.export.proof import VerifyRecord, verify_merge
@@ -88,13 +87,13 @@ class RunInputs:
 
 
 def merge_run(
-    run: RunDir, show: Show, inputs: RunInputs, overwrite: bool = False, trained: TrainedBase | None = None
+    run: RunDir, show: Show, inputs: RunInputs, trained: TrainedBase | None = None, provisional: bool = False
 ) -> dict[str, Any]:
     """Merge a trained run into `merged/`, verify it on held-out prompts, and record the agreement.
 
     Args:
-        overwrite: replace a merge that is there.
         trained: the base as 4-bit training read it, to merge onto; None: its original 16-bit weights.
+        provisional: its score decides whether it is kept, so run.json has it as verified only when the caller says so.
 
     Returns:
         The record kept under `merge` in run.json.
@@ -102,12 +101,6 @@ def merge_run(
     Raises:
         ExportError: the merge or its verification failed.
     """
-    clear_leftovers(run.merged)
-    if run.merged.exists() and not overwrite:
-        raise ExportError(
-            f"{run.merged}: a merge is there already, and it is kept. To replace it: "
-            f"{hint('merge', run=run.path, overwrite=True)}"
-        )
     base = inputs.base
     which = f"{base.section.id} as 4-bit training read it" if trained else f"the original 16-bit {base.section.id}"
     show(f"merging {run.adapter} onto {which}")
@@ -115,7 +108,7 @@ def merge_run(
     try:
         with _merging(show) as progress:
             record = merge_adapter(
-                base.weights, run.adapter, run.merged, trained=trained, overwrite=overwrite, progress=progress
+                base.weights, run.adapter, run.merged, trained=trained, overwrite=True, progress=progress
             )
     except NothingToMerge as error:
         run.update_run(merge={"skipped": str(error)})
@@ -125,7 +118,7 @@ def merge_run(
     texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
     proof = verify_merge(base.weights, run.adapter, run.merged, texts, base.device, show, trained)
     if proof.faults and _lost_in_rounding(proof):
-        shutil.rmtree(run.merged)
+        remove_folder(run.merged)
         raise NothingToMerge(
             f"the update is too small for {record.dtype} weights to hold (mean KL to the base {proof.base.mean_kl:.1e} "
             "nats, and rounding costs as much), so a merge would return the base. Train for more steps or with a "
@@ -134,7 +127,8 @@ def merge_run(
     summary = _summary(record, proof, held_out=bool(inputs.prompts.eval))
     if inputs.prompts.toolkit is not None:
         summary["episodes"] = True  # verified on their prompts; `evaluate_merged` plays them
-    run.update_run(merge=summary)
+    if proof.faults or not provisional:
+        run.update_run(merge=summary)
     proof.require_passed(run.merged)
     return summary
 
@@ -149,6 +143,7 @@ def merge_and_score(
     model.
 
     Args:
+        overwrite: replace a merge that is there.
         onto: which base; None: as the recipe says.
 
     Returns:
@@ -158,38 +153,59 @@ def merge_and_score(
         ExportError: the merge or its verification failed, or `trained` is asked of a run that was not in 4 bits.
         ModelError: the base cannot be loaded in 4 bits.
     """
+    clear_leftovers(run.merged)
+    if run.merged.exists() and not overwrite:
+        raise ExportError(
+            f"{run.merged}: a merge is there already, and it is kept. To replace it: "
+            f"{hint('merge', run=run.path, overwrite=True)}"
+        )
     onto = onto or inputs.recipe.merge_onto
     if onto == "trained":
-        return _merge_once(run, show, inputs, overwrite, inputs.trained_base())
+        return _merge_once(run, show, inputs, inputs.trained_base())
     if onto == "original" or not inputs.trained_in_four_bits:
-        return _merge_once(run, show, inputs, overwrite)
-    if not (inputs.recipe.eval.enabled and run.scores_file.is_file()):
-        return _merge_once(run, show, inputs, overwrite, inputs.trained_base())
-    summary = _merge_once(run, show, inputs, overwrite)
-    scores = run.read_scores().get("merged")
-    verdict = (scores or {}).get("change", {}).get("verdict", {})
-    if scores and verdict.get("label") != "significant loss":
-        return summary
-    reason = verdict.get("sentence") or "What the merge onto the original weights costs is not known."
-    show(f"{reason} So it is made again, onto the weights that training read.")
+        return _merge_once(run, show, inputs)
+    return _merge_by_score(run, show, inputs)
+
+
+def _merge_by_score(run: RunDir, show: Show, inputs: RunInputs) -> dict[str, Any]:
+    """Merge onto the original weights, and then onto those that training read if the score does not speak for it."""
+    summary: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
+    if inputs.recipe.eval.enabled and run.scores_file.is_file():
+        summary = _merge_once(run, show, inputs, provisional=True)
+        scores = run.read_scores().get("merged", {})
+        verdict = scores.get("change", {}).get("verdict")
+        if verdict and verdict["label"] != "significant loss":
+            run.update_run(merge=summary)
+            return summary
+        reason = verdict["sentence"] if verdict else "What the merge onto the original weights costs is not known."
+        show(f"{reason} So it is made again, onto the weights that training read.")
     try:
         trained = inputs.trained_base()
-    except ModelError as error:
-        show(f"the merge onto the original weights stays: {error}")
+        check_fit(inputs.base.weights, run.adapter, trained)
+    except (ModelError, ExportError) as error:
+        show(f"merging onto the weights that training read is not possible here: {error}")
+        if not summary:
+            return _merge_once(run, show, inputs)
+        show("the merge onto the original weights stays")
+        run.update_run(merge=summary)
         return summary
-    run.update_run(merge={"passed": False})  # if this is killed, the merge is made again from the start
-    shutil.rmtree(run.merged)  # two merges may not fit the disk
-    summary = _merge_once(run, show, inputs, True, trained)
-    run.write_scores({**run.read_scores(), **({"merged_onto_original": scores} if scores else {})})
+    if summary:
+        remove_folder(run.merged)  # two merges may not fit the disk
+    summary = _merge_once(run, show, inputs, trained)
+    if scores:
+        run.write_scores({**run.read_scores(), "merged_onto_original": scores})
     return summary
 
 
 def _merge_once(
-    run: RunDir, show: Show, inputs: RunInputs, overwrite: bool, trained: TrainedBase | None = None
+    run: RunDir, show: Show, inputs: RunInputs, trained: TrainedBase | None = None, provisional: bool = False
 ) -> dict[str, Any]:
-    summary = merge_run(run, show, inputs, overwrite, trained)
-    if inputs.recipe.eval.enabled and (scores := run.read_scores()):
-        run.write_scores({name: value for name, value in scores.items() if name not in MERGED_MODELS})
+    _forget_scores(run, *MERGED_MODELS)
+    summary = merge_run(run, show, inputs, trained, provisional)
+    if trained:
+        trained.release()  # the merged model needs the memory
+    if inputs.recipe.eval.enabled and run.scores_file.is_file():
         try:
             evaluate_merged(run, show, inputs.prompts)
         except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
@@ -283,7 +299,7 @@ def export_run_nf4(run: RunDir, show: Show, inputs: RunInputs, overwrite: bool =
         run.update_run(nf4=record)  # a kill may have come between the folder and this
     else:
         show(f"writing {out}")
-        _forget_score(run)
+        _forget_scores(run, "merged_nf4")
         texts = inputs.prompts.proof_texts(MERGE_PROMPTS)
         export = export_nf4(run.merged, out, texts, device=detect_device().kind, overwrite=True)
         run.update_run(nf4=export.to_json())
@@ -351,8 +367,9 @@ def _prove(run: RunDir, inputs: RunInputs, file: Path, kind: str) -> GgufProof:
     return prove_gguf(file, kind, run.merged, inputs.prompts.proof_texts(GGUF_PROMPTS), max_new_tokens=cap)
 
 
-def _forget_score(run: RunDir) -> None:
-    """Remove an earlier export's score from metrics.json; after a kill it would pass for the new one's."""
+def _forget_scores(run: RunDir, *names: str) -> None:
+    """Remove scores of what is made anew from metrics.json; after a kill they would pass for the new one's."""
     scores = run.read_scores()
-    if scores.pop("merged_nf4", None) is not None:
-        run.write_scores(scores)
+    kept = {name: value for name, value in scores.items() if name not in names}
+    if kept != scores:
+        run.write_scores(kept)

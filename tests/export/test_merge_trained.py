@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import warnings
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_lite.errors import ExportError
 from grpo_lite.export import stages
+from grpo_lite.export.folder import clear_leftovers, remove_folder
 from grpo_lite.export.merge.merge import merge_adapter
 from grpo_lite.export.merge.trained_base import TrainedBase
 from grpo_lite.export.proof import verify_merge
-from grpo_lite.export.stages import RunInputs, merge_and_score
+from grpo_lite.export.stages import RunInputs, export_run, merge_and_score
 from grpo_lite.files.manifest import write_manifest
 from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
@@ -114,7 +116,13 @@ def test_the_proof_tells_the_two_bases_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "onto"), [("significant loss", "trained"), ("no significant change", "original"), (None, "trained")]
+    ("label", "onto"),
+    [
+        ("significant loss", "trained"),
+        ("no significant gain", "original"),
+        pytest.param("", "trained", id="the rows are not those of the trained model"),
+        pytest.param(None, "trained", id="too large to be scored"),
+    ],
 )
 def test_auto_keeps_the_original_unless_it_scores_significantly_worse(
     label: str | None, onto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,10 +133,12 @@ def test_auto_keeps_the_original_unless_it_scores_significantly_worse(
 
     def evaluate(run: RunDir, *_: Any) -> None:
         is_first = json.loads((run.merged / "merge.json").read_text())["onto"] == "original"
-        verdict = {"verdict": {"label": label if is_first else "no significant change", "sentence": "It fell."}}
+        verdict = {"verdict": {"label": label if is_first else "no significant gain", "sentence": "It fell."}}
         if label is None and is_first:
-            return  # it did not fit the device
-        run.write_scores({**run.read_scores(), "merged": {**rates, "change": verdict}})
+            return
+        assert is_first or not four_bit_layers_in_memory()
+        change = {} if label == "" and is_first else {"change": verdict}
+        run.write_scores({**run.read_scores(), "merged": {**rates, **change}})
 
     monkeypatch.setattr(stages, "evaluate_merged", evaluate)
     lines = list[str]()
@@ -136,8 +146,80 @@ def test_auto_keeps_the_original_unless_it_scores_significantly_worse(
     assert record["onto"] == run.read_run()["merge"]["onto"] == onto
     assert record["passed"]
     assert json.loads((run.merged / "merge.json").read_text())["onto"] == onto
-    assert ("merged_onto_original" in run.read_scores()) == (label == "significant loss")
+    assert ("merged_onto_original" in run.read_scores()) == (label in ("significant loss", ""))
     assert any(line.startswith("It fell. So it is made again") for line in lines) == (label == "significant loss")
+
+
+@pytest.mark.parametrize("moment", ["evaluate_merged", "check_fit", "remove_folder", "merge_adapter"])
+def test_after_a_kill_export_does_not_take_a_merge_that_its_score_speaks_against(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, hidden_size=128)
+    in_four_bits(run)
+
+    def evaluate(run: RunDir, *_: Any) -> None:
+        is_first = json.loads((run.merged / "merge.json").read_text())["onto"] == "original"
+        label = "significant loss" if is_first else "no significant gain"
+        change = {"verdict": {"label": label, "sentence": "It fell."}}
+        run.write_scores({**run.read_scores(), "merged": {"lenient": {"rate": 0.1}, "change": change}})
+
+    def killed(*_: Any, **named: Any) -> Any:
+        if moment != "merge_adapter" or named["trained"]:
+            raise KeyboardInterrupt
+        return merge_adapter(*_, **named)
+
+    monkeypatch.setattr(stages, "evaluate_merged", evaluate)
+    inputs = RunInputs(run.load_recipe())
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge_and_score(run, print, inputs, overwrite=True)
+    export_run(run, print, inputs)
+    assert run.read_run()["merge"]["onto"] == "trained"
+    assert json.loads((run.merged / "merge.json").read_text())["onto"] == "trained"
+
+
+def test_a_merge_that_is_removed_never_lies_under_its_name_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "MANIFEST.json").write_text("{}")
+
+    def killed(folder: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(merged)
+    assert not merged.exists()
+    clear_leftovers(merged)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_weights_that_cannot_be_written_as_training_read_them_leave_the_merge_onto_the_original(
+    scored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, hidden_size=128)
+    in_four_bits(run)
+    if not scored:
+        run.scores_file.unlink()
+    monkeypatch.setattr(stages, "evaluate_merged", lambda *_: None)
+    layer = "model.layers.0.mlp.up_proj"
+    elsewhere = TrainedBase.__init__
+
+    def under_another_name(self: TrainedBase, base: Base) -> None:
+        elsewhere(self, base)
+        self.shapes["model.layers.0.mlp.gate_up_proj"] = self.shapes.pop(layer)
+
+    monkeypatch.setattr(TrainedBase, "__init__", under_another_name)
+    lines = list[str]()
+    record = merge_and_score(run, lines.append, RunInputs(run.load_recipe()), overwrite=True)
+    assert record["onto"] == run.read_run()["merge"]["onto"] == "original"
+    assert run.read_run()["merge"]["passed"]
+    assert any("1 of 14 layers that training read in 4 bits have no tensor of their own" in line for line in lines)
 
 
 def test_without_scores_the_merge_is_the_model_that_was_trained(tmp_path: Path) -> None:
@@ -153,6 +235,11 @@ def test_a_base_that_was_trained_in_16_bits_has_no_other_weights(tmp_path: Path)
     with pytest.raises(ExportError, match=r"was trained in 16bit .* write original here"):
         merge_and_score(run, print, RunInputs(run.load_recipe()), onto="trained")
     assert not run.merged.exists()
+
+
+def four_bit_layers_in_memory() -> int:
+    gc.collect()
+    return sum(type(held).__name__ == "Linear4bit" for held in gc.get_objects())
 
 
 def in_four_bits(run: RunDir) -> None:

@@ -117,11 +117,7 @@ def merge_adapter(
     """
     began = time.monotonic()
     base_dir, adapter_dir, out_dir = Path(base_dir), Path(adapter_dir), Path(out_dir)
-    config = read_base_config(base_dir)
-    shards = open_checkpoint(base_dir)
-    adapter = open_adapter(adapter_dir)
-    names = tensor_names(base_dir, (name for shard in shards for name in shard.tensors))
-    plan = make_plan(config, shards, adapter, names, trained)
+    config, shards, adapter, names, plan = _planned(base_dir, adapter_dir, trained)
     adapter_sha256 = sha256_of(adapter_dir / WEIGHTS_NAME)
     _check_not_merged_before(base_dir, adapter_sha256)
     total = sum(len(shard.head) + sum(s.end - s.start for s in shard.tensors.values()) for shard in shards)
@@ -139,6 +135,21 @@ def merge_adapter(
         (partial / MERGE_RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, writer.digests)
     return record
+
+
+def check_fit(base_dir: Path, adapter_dir: Path, trained: TrainedBase) -> None:
+    """Raise the ExportError that `merge_adapter` would raise before it writes anything, if there is one."""
+    _planned(base_dir, adapter_dir, trained)
+
+
+def _planned(
+    base_dir: Path, adapter_dir: Path, trained: TrainedBase | None
+) -> tuple[dict[str, Any], list[Shard], Adapter, TensorNames, MergePlan]:
+    config = read_base_config(base_dir)
+    shards = open_checkpoint(base_dir)
+    adapter = open_adapter(adapter_dir)
+    names = tensor_names(base_dir, (name for shard in shards for name in shard.tensors))
+    return config, shards, adapter, names, make_plan(config, shards, adapter, names, trained)
 
 
 @dataclass

@@ -70,7 +70,8 @@ def make_plan(
         trained: the base as 4-bit training read it, to merge onto; None: the weights in the checkpoint.
 
     Raises:
-        ExportError: names or shapes that do not match, base tensors that are not floats, layers the adapter lacks.
+        ExportError: names or shapes that do not match, base tensors that are not floats, layers the adapter lacks,
+            4-bit layers that the checkpoint stores in another way.
     """
     stored = {name: (spec, shard) for shard in shards for name, spec in shard.tensors.items()}
     base = {names.of_model.get(name, name): place for name, place in stored.items()}
@@ -92,8 +93,6 @@ def make_plan(
             book[target] = change
     faults += _copies_that_differ(adapter, base, pair)
     faults += _missing_layers(config, base, changes, adapter)
-    if trained:
-        faults += _read_as_trained(changes, base, config, names, trained)
     if faults:
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ExportError(
@@ -102,6 +101,11 @@ def make_plan(
             + more
             + f"\nExpected: the base it was trained on (recorded: {adapter.config.get('base_model_name_or_path')!r}). "
             "Give that base, at the same revision."
+        )
+    if trained and (faults := _read_as_trained(changes, base, config, names, trained)):
+        raise ExportError(
+            f"{len(faults)} of {len(trained.shapes)} layers that training read in 4 bits have no tensor of their own "
+            f"in the base, for example {faults[0]}. Merge onto the original weights instead."
         )
     if pair:
         return _tie(adapter, changes, added, pair)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grpo_lite.engine.out_of_memory import free_memory
 from grpo_lite.engine.quantised import dequantize
 from grpo_lite.errors import ExportError
 from grpo_lite.models.base import Base
@@ -41,6 +42,11 @@ class TrainedBase:
     def weight(self, layer: str) -> Tensor:
         """Return a layer's weight `(out, in)` on the CPU, in the dtype that training computes in."""
         return dequantize(self._layers[layer]).cpu()
+
+    def release(self) -> None:
+        """Give the memory of the weights back; no layer can be read after that."""
+        self._layers.clear()
+        free_memory()
 
     def write_into(self, model: nn.Module) -> None:
         """Give the layers of the same model in 16 or 32 bits these weights, in place."""
