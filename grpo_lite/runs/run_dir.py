@@ -233,7 +233,7 @@ def fixed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a resumed run must not change: those its result depends on."""
     # Keys that runs of earlier versions lack, with what they trained with; inside a section that is the default.
     since: dict[str, Any] = {"reference": "base", "warmup": None, "algorithm": "trl", "tools": [], "environment": None}
-    free = ("limits", "log", "push_checkpoints", "expected")
+    free = ("limits", "log", "push_checkpoints", "expected", "merge_onto")
     fixed = {key: value for key, value in {**since, **recipe}.items() if key not in free}
     for name in ("model", "sampling", "memory", "eval"):
         defaults = Recipe.model_fields[name].annotation.model_construct().model_dump(mode="json")  # type: ignore[union-attr]

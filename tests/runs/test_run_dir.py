@@ -90,6 +90,18 @@ def test_a_run_of_before_further_held_out_rows_resumes(root: Path, tmp_path: Pat
         run.prepare(load_recipe("smoke", ["eval.also={hard: {generator: sums}}"]))
 
 
+def test_what_a_merge_goes_onto_may_change_and_earlier_runs_do_not_say(root: Path, tmp_path: Path) -> None:
+    recipe, run = load_recipe("smoke"), RunDir(tmp_path / "run")
+    run.prepare(recipe)
+    run.update_run(started_at="2026-01-01T00:00:00Z")
+    raw = yaml.safe_load(run.recipe_file.read_text())
+    assert raw.pop("merge_onto") == "auto"
+    run.recipe_file.write_text(yaml.safe_dump(raw))
+    assert run.prepare(recipe) == "new"  # no checkpoint yet
+    assert run.prepare(load_recipe("smoke", ["merge_onto=trained"])) == "new"
+    assert run.load_recipe().merge_onto == "trained"
+
+
 def test_a_finished_run_is_never_overwritten(root: Path, tmp_path: Path) -> None:
     run, recipe = RunDir(tmp_path / "r"), load_recipe("smoke")
     run.prepare(recipe)
