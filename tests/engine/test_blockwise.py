@@ -48,7 +48,9 @@ def test_it_is_no_further_from_float64_than_sdpa(dtype: torch.dtype):
     exact = both(drawn, torch.float64, False, Rule())
     mine, theirs = (error(both(drawn, dtype, blocks, Rule()), exact) for blocks in (True, False))
     rounding = 4 * torch.finfo(torch.float32).eps  # of sums in another order
-    assert all(one < 1.1 * other + rounding for one, other in zip(mine, theirs, strict=True))
+    # A CPU with AMX rounds the weights to bfloat16 before they are multiplied; SDPA does so on longer rows only.
+    more = 1.5 if dtype == torch.bfloat16 else 1.1
+    assert all(one < more * other + rounding for one, other in zip(mine, theirs, strict=True))
     assert max(theirs) > torch.finfo(dtype).eps / 10
 
 

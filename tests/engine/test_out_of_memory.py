@@ -94,7 +94,7 @@ def test_a_merged_model_too_large_for_the_card_costs_its_score_and_not_the_run(
 ) -> None:
     """Trained in 4 bits on a card that does not hold the 16-bit weights."""
     run = RunDir(tmp_path / "run")
-    run.prepare(load_recipe("smoke"))
+    run.prepare(load_recipe("smoke", ["merge_onto=original"]))  # `auto` then merges onto what was trained on
     run.write_scores({"lenient": {}, "merged": {"of": "an earlier merge"}})
     monkeypatch.setattr(merge_run, "merge_run", lambda *_: {"passed": True})
     monkeypatch.setattr(evaluate, "load_merged", raising("driver"))
