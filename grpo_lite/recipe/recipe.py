@@ -542,7 +542,8 @@ class Recipe(_Section):
     @property
     def most_merges(self) -> int:
         """How often a model is merged and scored, at most: twice where the first score chooses what is merged onto."""
-        chooses = self.merge_onto == "auto" and self.model.load_in == "4bit" and self.eval.enabled
+        in_four_bits = self.model.load_in == "4bit" and self.model.backend != "unsloth"
+        chooses = self.merge_onto == "auto" and in_four_bits and self.eval.enabled
         return self.merge * (2 if chooses else 1)
 
 

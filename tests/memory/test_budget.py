@@ -205,8 +205,8 @@ def test_a_merge_that_may_be_made_twice_is_planned_twice_with_its_score() -> Non
     one, two = recipe(), recipe("merge_onto=auto")
     assert TIMES.fixed_s(two) - TIMES.fixed_s(one) == TIMES.merge_s
     assert TIMES.evaluation_s(two, 100) - TIMES.evaluation_s(one, 100) == pytest.approx(100 * TIMES.completion_s)
-    in_16_bits = recipe("merge_onto=auto", "model.load_in=16bit")
-    assert TIMES.fixed_s(in_16_bits) == TIMES.fixed_s(one)
+    for never in ("model.load_in=16bit", "model.backend=unsloth"):
+        assert TIMES.fixed_s(recipe("merge_onto=auto", never)) == TIMES.fixed_s(one)
     assert TIMES.fixed_s(recipe("merge_onto=auto", "eval.enabled=false")) == TIMES.fixed_s(one)
 
 
