@@ -88,6 +88,8 @@ def evaluate_run(run: RunDir, show: Show, model: Any = None, prompts: Prompts | 
     if also:
         lines = (line for name, columns in also.items() for line in _lines(prompts.also[name], columns, set=name))
         _write_records(run.evaluation / "also.jsonl", lines)
+    if lost := run.read_scores().get("merged_onto_original"):  # of a merge that was not kept: it cannot be scored again
+        result["merged_onto_original"] = lost
     run.write_scores(result)
     return result
 

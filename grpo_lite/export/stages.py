@@ -157,7 +157,7 @@ def merge_and_score(
     if run.merged.exists() and not overwrite:
         raise ExportError(
             f"{run.merged}: a merge is there already, and it is kept. To replace it: "
-            f"{hint('merge', run=run.path, overwrite=True)}"
+            f"{hint('merge', run=run.path, overwrite=True, **({'onto': onto} if onto else {}))}"
         )
     onto = onto or inputs.recipe.merge_onto
     if onto == "trained":

@@ -342,7 +342,11 @@ def warmed(root: Path, tmp_path: Path) -> RunDir:
 
 
 def test_three_models_are_scored_on_the_same_rows_and_the_trained_one_stays(warmed: RunDir) -> None:
+    kept = {"lenient": {"rate": 0.5, "low": 0.2, "high": 0.8}}
+    warmed.write_scores({"merged": kept, "merged_onto_original": kept})
     result = evaluate_run(warmed, lambda line: None)
+    assert result.get("merged_onto_original") == kept  # that merge is gone, and cannot be scored again
+    assert "merged" not in result
     lines = (warmed.evaluation / "records.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 6

@@ -222,6 +222,13 @@ def test_weights_that_cannot_be_written_as_training_read_them_leave_the_merge_on
     assert any("1 of 14 layers that training read in 4 bits have no tensor of their own" in line for line in lines)
 
 
+def test_a_merge_that_is_kept_says_how_the_same_command_replaces_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, hidden_size=128)
+    with pytest.raises(ExportError, match="--onto trained") as refused:
+        merge_and_score(run, print, RunInputs(run.load_recipe()), onto="trained")
+    assert "--overwrite" in str(refused.value)
+
+
 def test_without_scores_the_merge_is_the_model_that_was_trained(tmp_path: Path) -> None:
     run = make_run(tmp_path, hidden_size=128)
     in_four_bits(run)
