@@ -114,7 +114,7 @@ class ToolGuard:
                 _said(error) if isinstance(error, ToolFailure) else f"raised {type(error).__name__}: {_said(error)}"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        self.say(f"tool failed: {type(environment).__name__}.reset", f"{reason}, with the row {columns}")
+        self.say(f"tool failed: {type(environment).__name__}.reset", f"{reason.rstrip('.')}, with the row {columns}")
         raise ToolFailure(f"{type(environment).__name__}.reset {reason}")
 
     def forget(self) -> None:
