@@ -155,6 +155,7 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
 
     Raises:
         MemoryBudgetError: the model does not fit the device.
+        EvaluationError: no row could be judged.
     """
     recipe = run.load_recipe()
     prompts = prompts or load_prompts(recipe, load_tokenizer(Base.resolve(recipe.model)))
@@ -163,6 +164,8 @@ def evaluate_saved(run: RunDir, show: Show, prompts: Prompts | None, folder: Pat
     player = make_player(prompts, recipe, show)
     records = score_model(model, tokenizer, greedy_only(recipe), rows, show, name, player)
     usable = [record for record in records if record["lenient"] is not None]
+    if not usable:
+        raise EvaluationError(f"{folder}: none of its {len(records)} held-out rows could be judged")
     rates = {
         kind: dataclasses.asdict(wilson_interval(sum(bool(r[kind]) for r in usable), len(usable)))
         for kind in ("lenient", "strict")

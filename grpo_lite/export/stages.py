@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_lite.commands import hint
-from grpo_lite.errors import ExportError, MemoryBudgetError, ModelError, NothingToMerge
+from grpo_lite.errors import EvaluationError, ExportError, MemoryBudgetError, ModelError, NothingToMerge
 from grpo_lite.evaluation.evaluate import evaluate_merged, evaluate_saved
 from grpo_lite.export.folder import clear_leftovers, remove_folder
 from grpo_lite.export.gguf.file import GGUF_RECORD, export_gguf
@@ -208,7 +208,7 @@ def _merge_once(
     if inputs.recipe.eval.enabled and run.scores_file.is_file():
         try:
             evaluate_merged(run, show, inputs.prompts)
-        except MemoryBudgetError as error:  # a 16-bit model where a 4-bit one was trained
+        except (MemoryBudgetError, EvaluationError) as error:  # 16 bits may not fit where 4 bits were trained
             show(f"the merged model is verified but not scored: {error}")
     return summary
 

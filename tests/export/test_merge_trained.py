@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_lite.errors import ExportError
+from grpo_lite.evaluation import evaluate
 from grpo_lite.export import stages
 from grpo_lite.export.folder import clear_leftovers, remove_folder
 from grpo_lite.export.merge.merge import merge_adapter
@@ -131,7 +132,7 @@ def test_auto_keeps_the_original_unless_it_scores_significantly_worse(
     in_four_bits(run)
     rates = {"lenient": {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 20}}
 
-    def evaluate(run: RunDir, *_: Any) -> None:
+    def scored_as(run: RunDir, *_: Any) -> None:
         is_first = json.loads((run.merged / "merge.json").read_text())["onto"] == "original"
         verdict = {"verdict": {"label": label if is_first else "no significant gain", "sentence": "It fell."}}
         if label is None and is_first:
@@ -140,7 +141,7 @@ def test_auto_keeps_the_original_unless_it_scores_significantly_worse(
         change = {} if label == "" and is_first else {"change": verdict}
         run.write_scores({**run.read_scores(), "merged": {**rates, **change}})
 
-    monkeypatch.setattr(stages, "evaluate_merged", evaluate)
+    monkeypatch.setattr(stages, "evaluate_merged", scored_as)
     lines = list[str]()
     record = merge_and_score(run, lines.append, RunInputs(run.load_recipe()), overwrite=True)
     assert record["onto"] == run.read_run()["merge"]["onto"] == onto
@@ -157,7 +158,7 @@ def test_after_a_kill_export_does_not_take_a_merge_that_its_score_speaks_against
     run = make_run(tmp_path, hidden_size=128)
     in_four_bits(run)
 
-    def evaluate(run: RunDir, *_: Any) -> None:
+    def scored_as(run: RunDir, *_: Any) -> None:
         is_first = json.loads((run.merged / "merge.json").read_text())["onto"] == "original"
         label = "significant loss" if is_first else "no significant gain"
         change = {"verdict": {"label": label, "sentence": "It fell."}}
@@ -168,7 +169,7 @@ def test_after_a_kill_export_does_not_take_a_merge_that_its_score_speaks_against
             raise KeyboardInterrupt
         return merge_adapter(*_, **named)
 
-    monkeypatch.setattr(stages, "evaluate_merged", evaluate)
+    monkeypatch.setattr(stages, "evaluate_merged", scored_as)
     inputs = RunInputs(run.load_recipe())
     with monkeypatch.context() as patch:
         patch.setattr(stages, moment, killed)
@@ -220,6 +221,18 @@ def test_weights_that_cannot_be_written_as_training_read_them_leave_the_merge_on
     assert record["onto"] == run.read_run()["merge"]["onto"] == "original"
     assert run.read_run()["merge"]["passed"]
     assert any("1 of 14 layers that training read in 4 bits have no tensor of their own" in line for line in lines)
+
+
+def test_a_merge_of_which_no_row_can_be_judged_is_kept_without_a_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    unusable = [{"lenient": None, "strict": None}]  # an episode whose `reset` failed, say
+    monkeypatch.setattr(evaluate, "score_model", lambda *_: unusable)
+    lines = list[str]()
+    assert merge_and_score(run, lines.append, RunInputs(run.load_recipe()), overwrite=True)["passed"]
+    assert "merged" not in run.read_scores()
+    assert any("not scored" in line and "none of its 1 held-out rows could be judged" in line for line in lines)
 
 
 def test_a_merge_that_is_kept_says_how_the_same_command_replaces_it(tmp_path: Path) -> None:
