@@ -218,7 +218,7 @@ def build_trainer(
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # upstream's own refusals
         raise GRPOLiteError(f"{run.recipe_file}: lora or grpo: upstream refuses these values: {error}") from error
-    _guard_environment_rewards(trainer, recipe, len(guarded), view.show)
+    _guard_environment_rewards(trainer, recipe, len(guards), view.show)  # TRL has added them to `guarded`
     if adapter is not None:
         load_into(trainer.model, adapter)
     if recipe.holds_reference:

@@ -407,6 +407,8 @@ def _checked(scores: Any, expected: int, function: str, where: str) -> list[floa
             continue
         try:
             number = float(value)
+        except OverflowError:
+            number = math.inf
         except (TypeError, ValueError):
             raise RewardError(f"{where}: {function} returned {value!r} at position {i}; floats or None.") from None
         if not math.isfinite(number) or abs(number) >= _LARGEST:
