@@ -106,7 +106,8 @@ def test_an_adapter_that_does_worse_on_the_16_bit_base_says_how_to_load_it(tmp_p
     scores = json.loads(run.scores_file.read_text())
     lenient = scores["lenient"]["trained"]
     rates = {
-        name: {"lenient": lenient | {"rate": rate}} for name, rate in (("merged", 0.7), ("merged_onto_original", 0.3))
+        name: {"lenient": lenient | {"rate": rate}, "strict": lenient}
+        for name, rate in (("merged", 0.7), ("merged_onto_original", 0.3))
     }
     run.scores_file.write_text(json.dumps(scores | rates))
     body = card(run, "adapter")[1]
@@ -125,7 +126,8 @@ def test_merged_model_s_own_score_stands_beside_what_it_was_made_from(tmp_path: 
     run = make_run(tmp_path)
     scores = json.loads(run.scores_file.read_text())
     rate = scores["lenient"]["trained"] | {"rate": 0.7}
-    run.scores_file.write_text(json.dumps(scores | {"merged": {"lenient": rate, "strict": rate}}))
+    merged = {"lenient": rate, "strict": rate, "change": {"difference": {"value": -0.1}}}
+    run.scores_file.write_text(json.dumps(scores | {"merged": merged}))
     header, body = card(run)
     assert "| lenient, merged 16-bit model | | 0.700 (" in body
     assert "score of these files" not in body

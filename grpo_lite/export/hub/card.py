@@ -123,9 +123,12 @@ def own_scores(facts: RunFacts, what: str) -> Mapping[str, Any]:
     An adapter was scored on its base as it was trained (4 bits, say), and a merged model by a pass of its own. No GGUF
     file is scored.
     """
-    if what == "adapter" and facts.scores:
-        return {kind: facts.scores[kind]["trained"] for kind in ("lenient", "strict")}
-    return facts.scores.get("merged", {}) if what == "merged" else {}
+    kinds, scores = ("lenient", "strict"), facts.scores
+    if what == "adapter" and scores:
+        return {kind: scores[kind]["trained"] for kind in kinds}
+    if what == "merged" and "merged" in scores:
+        return {kind: scores["merged"][kind] for kind in kinds}
+    return {}
 
 
 def _article(what: str) -> str:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def own_cases() -> list[Case]:
         head, _, code = part.partition("\n")
         name, _, rest = head.partition(": ")
         words = rest.split(", ")
-        most = next((1 / 3 if word == "1/3" else float(word) for word in words if word in ("1", "1/3")), 0.0)
+        most = next((float(Fraction(word)) for word in words if word[0].isdigit()), 0.0)
         cases.append(Case(name, code, tests, 0.0, most, "hangs" in words))
     return cases
 
