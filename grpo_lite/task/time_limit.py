@@ -54,12 +54,13 @@ class TimeLimitExceeded(BaseException):
 def call_within(seconds: float | None, function: Callable[[], Any]) -> Any:
     """Return what `function` returns, or raise when it takes longer than `seconds` (None: no limit).
 
-    The working directory is afterwards what it was: a run's files have paths relative to it.
+    The working directory is afterwards what it was: a run's files have paths relative to it. A process that the call
+    has forked, and that comes back from it too, ends here: it would train a second time in the same run.
 
     Raises:
         TimeLimitExceeded: it took longer.
     """
-    with _staying_here():
+    with _as_before():
         if seconds is None:
             return function()
         if threading.current_thread() is threading.main_thread():
@@ -103,7 +104,8 @@ def start(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _staying_here() -> Generator[None]:
+def _as_before() -> Generator[None]:
+    process = os.getpid()
     try:
         before = os.getcwd()
     except OSError:  # it was deleted
@@ -111,6 +113,8 @@ def _staying_here() -> Generator[None]:
     try:
         yield
     finally:
+        if os.getpid() != process:
+            os._exit(1)
         with contextlib.suppress(OSError):
             if before:
                 os.chdir(before)

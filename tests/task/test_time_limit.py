@@ -8,6 +8,7 @@ import gc
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -304,3 +305,16 @@ def test_a_call_leaves_the_working_directory_as_it_was(tmp_path: Path, monkeypat
     with pytest.raises(ZeroDivisionError):
         call_within(None, lambda: (os.chdir("/"), 1 / 0))
     assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("seconds", ["None", "5"])
+def test_a_call_that_forks_comes_back_once(seconds: str, root: Path) -> None:
+    """A child that went on would be a second training in the same run."""
+    program = f"""
+import os, sys
+from grpo_lite.task.time_limit import call_within
+call_within({seconds}, os.fork)
+os.write(1, b"went on,")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("went on,", 0), done.stderr
