@@ -31,6 +31,7 @@ from grpo_lite.screen import printable, quiet_on_broken_pipe, reader_has_left, r
 
 if TYPE_CHECKING:
     from grpo_lite.models.device import Card
+    from grpo_lite.recipe.recipe import MergeOnto
     from grpo_lite.runs.run_dir import RunDir
 
 INTERRUPTED = 130  # the shell's exit status for SIGINT
@@ -609,14 +610,14 @@ def _evaluate_tasks(run_path: str, tasks: list[str], limit: int | None) -> None:
     help="The base's original 16-bit weights, or those that 4-bit training read. Default: the recipe's merge_onto.",
 )
 @trust_option
-def merge(run_path: str, overwrite: bool, onto: str | None) -> None:
+def merge(run_path: str, overwrite: bool, onto: MergeOnto | None) -> None:
     """Merge a run's adapter into a 16-bit model and verify it."""
     from grpo_lite.export.stages import RunInputs, merge_and_score
     from grpo_lite.report.summary import merge_line
 
     run = _trained_run(run_path)
     with run.locked():
-        record = merge_and_score(run, say, RunInputs(run.load_recipe()), overwrite, onto)  # type: ignore[arg-type]
+        record = merge_and_score(run, say, RunInputs(run.load_recipe()), overwrite, onto)
     say(merge_line(record))
     say(f"merged model: {run.merged}")
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from grpo_lite.commands import hint
 from grpo_lite.errors import EvaluationError, ExportError, MemoryBudgetError, ModelError, NothingToMerge
@@ -27,7 +27,7 @@ from grpo_lite.models.base import Base
 from grpo_lite.models.device import detect_device
 from grpo_lite.models.load import load_tokenizer
 from grpo_lite.models.unsloth import uses_unsloth
-from grpo_lite.recipe.recipe import Recipe
+from grpo_lite.recipe.recipe import MergeOnto, Recipe
 from grpo_lite.runs.run_dir import MERGED_MODELS, RunDir
 from grpo_lite.screen import Show, progress_lines
 from grpo_lite.task.prompts import Prompts, load_prompts
@@ -36,9 +36,6 @@ MERGE_PROMPTS = 16  # on which a merge, or the loss of NF4, is measured
 GGUF_PROMPTS = 8
 GGUF_TOKENS = 64  # of each answer, or as many as were trained
 LEAST_GGUF_TOKENS = 16
-
-
-MergeOnto = Literal["auto", "original", "trained"]
 
 
 class RunInputs:

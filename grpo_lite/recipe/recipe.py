@@ -338,6 +338,9 @@ class LogSection(_Section):
     )
 
 
+MergeOnto = Literal["auto", "original", "trained"]  # as in `merge --onto`
+
+
 class Recipe(_Section):
     """One whole run. Frozen: a change is a new recipe."""
 
@@ -403,7 +406,7 @@ class Recipe(_Section):
         None, description="A measured result of this recipe, drawn as a band; `doctor` says whether a run is inside."
     )
     merge: bool = Field(True, description="Merge the adapter into a 16-bit model after training, and verify it.")
-    merge_onto: Literal["auto", "original", "trained"] = Field(
+    merge_onto: MergeOnto = Field(
         "auto",
         description="After training in 4 bits: merge onto the `original` 16-bit weights, onto those that training read "
         "(`trained`), or `auto`: onto the original ones unless the merged model then scores significantly worse.",
